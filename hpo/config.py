@@ -1,0 +1,117 @@
+"""One trial's settings of the shared trainer, and the seeds everything random follows from."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from hpo.errors import UnknownNameError, UsageError
+
+OPTIMIZERS = ("sgd", "adam", "adamw", "nadam", "rmsprop")
+SCHEDULES = ("constant", "cosine", "one_cycle")
+AUGMENTATIONS = ("none", "flip", "crop", "crop_flip", "crop_flip_cutout")
+LOSSES = ("cross_entropy", "mse")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of one training run. Every field is validated, alone and against the others, on construction."""
+
+    max_epochs: int = 20
+    """Passes over the training split at the most; schedules stretch over this number."""
+
+    batch_size: int = 128
+    """Examples a step, at least 1; the last, smaller batch of an epoch is dropped."""
+
+    lr: float = 1e-3
+    """Peak learning rate, above 0."""
+
+    optimizer: str = "adamw"
+    """One of OPTIMIZERS."""
+
+    momentum: float = 0.9
+    """Momentum of SGD and RMSprop, in [0, 1)."""
+
+    nesterov: bool = True
+    """Whether SGD's momentum is Nesterov's; without effect when momentum is 0."""
+
+    weight_decay: float = 0.0
+    """Weight decay (decoupled in AdamW, L2 elsewhere), at least 0; biases and norms are spared."""
+
+    schedule: str = "cosine"
+    """One of SCHEDULES, stepped once a step."""
+
+    warmup_fraction: float = 0.05
+    """Share of all steps over which the rate first rises linearly, in [0, 1); one-cycle has its own rise."""
+
+    clip_norm: float = 0.0
+    """Gradients are scaled down to this global norm; 0 turns clipping off."""
+
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes, in [0, 1)."""
+
+    augment: str = "none"
+    """One of AUGMENTATIONS, drawn for each example of each batch; images only."""
+
+    loss: str = "cross_entropy"
+    """One of LOSSES."""
+
+    metric: str = "accuracy"
+    """What decides about stopping and the best epoch, measured on the validation split."""
+
+    direction: Literal["maximize", "minimize"] = "maximize"
+    """Whether a larger or a smaller metric is better."""
+
+    patience: int = 10
+    """Epochs without improvement after which training stops, at least 1."""
+
+    min_delta: float = 0.0
+    """The least change of the metric that counts as an improvement, at least 0."""
+
+    stop_after: int = 0
+    """Epochs before early stopping may act (its warm-up)."""
+
+    seed: int = 0
+    """Seed of the trial; initialisation, order and augmentation derive their own from it."""
+
+    device: str = "cpu"
+    """Device as torch names it: cpu, cuda, cuda:1, ..."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+            ("augment", AUGMENTATIONS),
+            ("loss", LOSSES),
+            ("direction", ("maximize", "minimize")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UnknownNameError(name, str(getattr(self, name)), allowed)
+        for name in ("max_epochs", "batch_size", "patience"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("weight_decay", "clip_norm", "min_delta", "stop_after"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
+        for name in ("momentum", "warmup_fraction", "label_smoothing"):
+            self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self._require("lr", 0 < self.lr < math.inf, "above 0 and finite")
+
+    def _require(self, name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise UsageError(f"{name}={getattr(self, name)!r} is not allowed: it must be {allowed}.")
+
+
+def config_fields() -> dict[str, Any]:
+    """Name and default of every training setting."""
+    return {f.name: f.default for f in fields(TrainConfig)}
+
+
+def derive_seed(study_seed: int, *purpose: int | str) -> int:
+    """A seed in [0, 2**63) for one purpose, independent of every other: `derive_seed(0, 7, "init")`.
+
+    It is a hash (BLAKE2b) of all that is given, so trials and purposes share no stream, and it is the same on every
+    machine and after every restart.
+    """
+    text = "/".join(str(part) for part in (study_seed, *purpose))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

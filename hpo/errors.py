@@ -1,0 +1,74 @@
+"""The exceptions that a user can meet.
+
+HpoError                    something expected went wrong; the message is for the user
+├── UsageError              what was given is wrong; nothing was written        (exit code 2)
+│   ├── UnknownNameError    no such task, space, study, strategy, ...; suggests a near miss
+│   ├── SpaceError          a search space, one of its parameters, or a `-p` override
+│   ├── StudyMismatchError  the study of that name was made with other settings
+│   ├── DataError           a data set is missing or damaged
+│   └── StoreError          the home, or a store in it, cannot be used
+├── CheckpointError         a checkpoint is damaged, or is not ours
+└── SearchError             the search had to stop before it was done           (exit code 1)
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class HpoError(Exception):
+    """Something expected went wrong; the message is one line for the user."""
+
+    exit_code = 1
+
+
+class UsageError(HpoError, ValueError):
+    """What was given is wrong. Raised before any work starts and before anything is written."""
+
+    exit_code = 2
+
+
+class UnknownNameError(UsageError):
+    """No such thing; names the near miss and what there is."""
+
+    def __init__(self, kind: str, given: str, available: Iterable[str], advice: str = "") -> None:
+        names = list(available)
+        near = _near_miss(given, names)
+        suggestion = f"; did you mean '{near}'?" if near else "."
+        listing = f"Available: {', '.join(names)}." if names else f"There is no {kind} yet."
+        super().__init__(" ".join(filter(None, (f"no {kind} '{given}'{suggestion}", listing, advice))))
+
+
+def _near_miss(given: str, names: list[str]) -> str | None:
+    """The name that was probably meant: a slip of the finger, or the initials of one another (lr, learning_rate)."""
+    close = get_close_matches(given.lower(), names, n=1)
+    if close:
+        return close[0]
+    return next((name for name in names if _initials(given) == name or _initials(name) == given), None)
+
+
+def _initials(name: str) -> str:
+    return "".join(word[0] for word in name.replace("-", "_").split("_") if word)
+
+
+class SpaceError(UsageError):
+    """A search space, one of its parameters, or an override is wrong."""
+
+
+class StudyMismatchError(UsageError):
+    """A study of that name exists and was made with other settings."""
+
+
+class DataError(UsageError):
+    """A data set is missing or damaged; the message says how to get it."""
+
+
+class StoreError(UsageError):
+    """The home, or a store in it, cannot be used."""
+
+
+class CheckpointError(HpoError):
+    """A checkpoint is damaged, or was not written by us."""
+
+
+class SearchError(HpoError):
+    """The search had to stop before it was done."""

@@ -1,0 +1,114 @@
+"""What a task gives to the search: its data, its model, its loss, its metric and the direction."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from hpo.space import Space
+
+Direction = Literal["maximize", "minimize"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples of one split, in memory."""
+
+    inputs: Tensor  # (N, C, H, W) uint8 images or (N, F) float32 features
+    targets: Tensor  # (N,) int64 class indices or (N,) float32 values
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+class SealedSplit:
+    """The test split: opened once, for the winner of a study.
+
+    Everything before that sees no more than its size; `times_opened` lets a test prove it.
+    """
+
+    def __init__(self, read: Callable[[], Split], size: int) -> None:
+        self._read = read
+        self._size = size
+        self.times_opened = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def open(self) -> Split:
+        """The examples. Only the final report of a study calls this."""
+        self.times_opened += 1
+        return self._read()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """All examples of a task. `classes` names the class of each index; it is empty for a regression."""
+
+    train: Split
+    test: SealedSplit
+    classes: tuple[str, ...] = ()
+
+    @property
+    def spec(self) -> DataSpec:
+        return DataSpec(input_shape=tuple(self.train.inputs.shape[1:]), classes=self.classes)
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What a model must know about the data: plain values, stored beside each checkpoint."""
+
+    input_shape: tuple[int, ...]  # (C, H, W) or (F,)
+    classes: tuple[str, ...] = ()
+
+    @property
+    def num_outputs(self) -> int:
+        """One logit a class, or one value for a regression."""
+        return len(self.classes) or 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """A task: what is trained on what, and how it is judged.
+
+    A parameter of the search space that is a field of `TrainConfig` sets the trainer; every other parameter
+    is passed to `model` by its name, so `model` must accept it as a keyword.
+    """
+
+    name: str
+    """Short name, as on the command line."""
+
+    description: str
+    """One line for `hpo tasks`."""
+
+    load: Callable[[Path], Dataset]
+    """Read the data set below the data directory; raises DataError when it is missing or damaged."""
+
+    model: Callable[..., nn.Module]
+    """`model(spec, **parameters)`: a network from normalised inputs (B, *input_shape) to outputs (B, num_outputs)."""
+
+    loss: str = "cross_entropy"
+    """A name of `hpo.training.losses`."""
+
+    metric: str = "accuracy"
+    """What is optimised on the validation split: a name of `hpo.training.metrics`."""
+
+    direction: Direction = "maximize"
+    """Whether a larger or a smaller metric is better."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `TrainConfig` that differ from their defaults for this task, such as max_epochs."""
+
+    space: Space | None = None
+    """The search space; without it the registered space of the same name is used."""
+
+    def model_parameters(self) -> set[str]:
+        """Names that `model` accepts as keywords."""
+        signature = inspect.signature(self.model)
+        return {p.name for p in list(signature.parameters.values())[1:] if p.kind is not p.VAR_KEYWORD}

@@ -1,0 +1,331 @@
+"""Search spaces: parameters in groups, the groups in order of tuning priority.
+
+    space = Space(
+        Group("step size", lr=Float(1e-4, 1.0, log=True, default=1e-2), batch_size=Choice(64, 128, 256, default=128)),
+        Group("optimizer", optimizer=Choice("sgd", "adamw", default="sgd"),
+              momentum=Float(0.5, 0.99, default=0.9, when={"optimizer": "sgd"})),
+    )
+
+Ranges are checked when the space is put together, because only then a parameter's name is known.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC
+from collections.abc import Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Any, ClassVar, Self
+
+from hpo.errors import SpaceError, UnknownNameError
+
+Value = str | int | float | bool
+Conditions = Mapping[str, Value | tuple[Value, ...]]
+
+
+@dataclass(frozen=True)
+class _Range(ABC):
+    """Numbers from `low` to `high`, both included; equal bounds fix the value."""
+
+    low: float
+    high: float
+    _: KW_ONLY
+    default: float | None = None
+    """Value in the default configuration, which is trial 0. Every parameter needs one."""
+    log: bool = False
+    """Whether the range is searched on a logarithmic scale."""
+    when: Conditions = field(default_factory=dict)
+    """The parameter is active only where each named choice has this value, or one of these values."""
+
+    _type: ClassVar[type[int] | type[float]]
+    _type_name: ClassVar[str]
+
+    def check(self) -> None:
+        """Raise ValueError where the declaration makes no sense; the space adds the name."""
+        if self.default is None:
+            raise ValueError("has no default; give it one with default=")
+        for name, value in (("low", self.low), ("high", self.high), ("default", self.default)):
+            if not self._is_number(value):
+                raise ValueError(f"{name} {value!r} is not {self._type_name}")
+        if self.low > self.high:
+            raise ValueError(f"low {format_value(self.low)} is above high {format_value(self.high)}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"low {format_value(self.low)} must be above 0 for log=True")
+        if not self.contains(self.default):
+            raise ValueError(f"default {format_value(self.default)} is outside {self._bounds}")
+
+    def contains(self, value: Any) -> bool:
+        return self._is_number(value) and self.low <= value <= self.high
+
+    def narrow(self, text: str) -> Self | Choice:
+        """What an override leaves: `LOW:HIGH`, `A,B,C` or one value, all within the range."""
+        if ":" in text:
+            low, high = (self._parse(part) for part in text.split(":", 1))
+            if low > high:
+                raise ValueError(f"low {format_value(low)} is above high {format_value(high)}")
+            return replace(self, low=low, high=high, default=min(max(self._default, low), high))
+        values = list(dict.fromkeys(self._parse(part) for part in text.split(",")))
+        if len(values) == 1:
+            return replace(self, low=values[0], high=values[0], default=values[0])
+        default = self._default if self._default in values else values[0]
+        return Choice(*values, default=default, when=self.when)
+
+    def with_when(self, when: Conditions) -> Self:
+        return replace(self, when=when)
+
+    def describe(self) -> str:
+        """The range in words: `0.0001:1 (log)`."""
+        if self.low == self.high:
+            return f"{format_value(self.low)} (fixed)"
+        return f"{self._bounds}{' (log)' if self.log else ''}"
+
+    def to_dict(self) -> dict[str, Any]:
+        kind = type(self).__name__.lower()
+        return {"type": kind, "low": self.low, "high": self.high, "log": self.log, "default": self.default}
+
+    @property
+    def _default(self) -> float:
+        assert self.default is not None, "a space checks its parameters first"
+        return self.default
+
+    @property
+    def _bounds(self) -> str:
+        return f"{format_value(self.low)}:{format_value(self.high)}"
+
+    def _is_number(self, value: Any) -> bool:
+        types = (int,) if self._type is int else (int, float)
+        return isinstance(value, types) and not isinstance(value, bool) and math.isfinite(value)
+
+    def _parse(self, text: str) -> float:
+        try:
+            value = self._type(text)
+        except ValueError:
+            raise ValueError(f"'{text}' is not {self._type_name}; allowed is {self._bounds}") from None
+        if not self.contains(value):
+            raise ValueError(f"{text} is outside {self._bounds}")
+        return value
+
+
+class Float(_Range):
+    """Real numbers from `low` to `high`: `Float(1e-4, 1.0, log=True, default=1e-2)`."""
+
+    _type = float
+    _type_name = "a number"
+
+
+class Int(_Range):
+    """Whole numbers from `low` to `high`: `Int(2, 20, default=8)`."""
+
+    _type = int
+    _type_name = "a whole number"
+
+
+@dataclass(frozen=True, init=False)
+class Choice:
+    """One of a few values: `Choice("sgd", "adamw", default="sgd")`."""
+
+    choices: tuple[Value, ...]
+    default: Value | None
+    when: Conditions
+
+    def __init__(self, *choices: Value, default: Value | None = None, when: Conditions | None = None) -> None:
+        object.__setattr__(self, "choices", choices)
+        object.__setattr__(self, "default", default)
+        object.__setattr__(self, "when", when or {})
+
+    def check(self) -> None:
+        """Raise ValueError where the declaration makes no sense; the space adds the name."""
+        if not self.choices:
+            raise ValueError("has no choices; give at least one")
+        for choice in self.choices:
+            if not isinstance(choice, Value):
+                raise ValueError(f"choice {choice!r} is not a string, number or boolean")
+        if len({format_value(choice) for choice in self.choices}) < len(self.choices):
+            raise ValueError(f"has a choice twice: {self._listing}")
+        if self.default is None:
+            raise ValueError("has no default; give it one with default=")
+        if not self.contains(self.default):
+            raise ValueError(f"default {format_value(self.default)} is not one of {self._listing}")
+
+    def contains(self, value: Any) -> bool:
+        # 1 == True in Python, but they are different choices.
+        return any(choice == value and type(choice) is type(value) for choice in self.choices)
+
+    def narrow(self, text: str) -> Choice:
+        """What an override leaves: `A,B,C` or one value, each among the choices."""
+        chosen = dict.fromkeys(self._parse(part) for part in text.split(","))
+        default = self.default if self.default in chosen else next(iter(chosen))
+        return Choice(*chosen, default=default, when=self.when)
+
+    def with_when(self, when: Conditions) -> Choice:
+        return Choice(*self.choices, default=self.default, when=when)
+
+    def describe(self) -> str:
+        """The choices in words: `sgd, adamw`."""
+        return f"{self._listing} (fixed)" if len(self.choices) == 1 else self._listing
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"type": "choice", "choices": list(self.choices), "default": self.default}
+
+    @property
+    def _listing(self) -> str:
+        return ", ".join(format_value(choice) for choice in self.choices)
+
+    def _parse(self, text: str) -> Value:
+        for choice in self.choices:
+            if _reads_as(text.strip(), choice):
+                return choice
+        raise ValueError(f"'{text.strip()}' is not one of {self._listing}")
+
+
+Parameter = Float | Int | Choice
+
+
+class Group:
+    """Parameters of one tuning priority: `Group("step size", lr=Float(...), batch_size=Choice(...))`."""
+
+    def __init__(self, name: str, /, **parameters: Parameter) -> None:
+        self.name = name
+        self.parameters = parameters
+
+
+class Space:
+    """Groups of parameters; the order of the groups is the tuning priority.
+
+    Raises SpaceError, naming the parameter and its group, when a range, a default or a condition makes no sense.
+    """
+
+    def __init__(self, *groups: Group) -> None:
+        self.groups = groups
+        self.parameters: dict[str, Parameter] = {}
+        for group in groups:
+            for name, parameter in group.parameters.items():
+                self._add(name, parameter)
+
+    def _add(self, name: str, parameter: Parameter) -> None:
+        if name in self.parameters:
+            raise self._error(name, f"is already in '{self.group_of(name)}'; a parameter belongs to one group")
+        if not isinstance(parameter, Parameter):
+            raise self._error(name, f"{parameter!r} is not a Float, Int or Choice")
+        try:
+            parameter.check()
+        except ValueError as problem:
+            raise self._error(name, str(problem)) from None
+        for parent, values in parameter.when.items():
+            self._check_condition(name, parent, _as_tuple(values))
+        self.parameters[name] = parameter
+
+    def _check_condition(self, name: str, parent: str, values: tuple[Value, ...]) -> None:
+        choice = self.parameters.get(parent)
+        if not isinstance(choice, Choice):
+            known = ", ".join(n for n, p in self.parameters.items() if isinstance(p, Choice)) or "none"
+            raise self._error(name, f"when={{'{parent}': ...}} must name a Choice declared before it: {known}")
+        for value in values:
+            if not choice.contains(value):
+                raise self._error(
+                    name, f"when={{'{parent}': {value!r}}} can never hold: {parent} is {choice.describe()}"
+                )
+
+    def _error(self, name: str, problem: str) -> SpaceError:
+        return SpaceError(f"{name} (in '{self.group_of(name)}'): {problem}")
+
+    def group_of(self, name: str) -> str:
+        """Name of the group that a parameter belongs to."""
+        return next(group.name for group in self.groups if name in group.parameters)
+
+    def defaults(self) -> dict[str, Value]:
+        """The default configuration: a value for every parameter."""
+        return {name: parameter.default for name, parameter in self.parameters.items()}  # type: ignore[misc]
+
+    def active(self, values: Mapping[str, Value]) -> dict[str, Value]:
+        """The given values without those whose `when` does not hold."""
+        active: dict[str, Value] = {}
+        for name, parameter in self.parameters.items():
+            if all(active.get(parent) in _as_tuple(wanted) for parent, wanted in parameter.when.items()):
+                active[name] = values[name]
+        return active
+
+    def narrow(self, overrides: Iterable[str]) -> Space:
+        """The space after overrides such as `lr=1e-3:1e-1`, `optimizer=sgd,adamw` or `batch_size=256`.
+
+        A parameter whose condition can no longer hold is dropped. Raises SpaceError for a malformed override, an
+        unknown parameter, values outside the declared range, and an override of a parameter that another one drops.
+        """
+        texts = self._parse_overrides(overrides)
+        kept: dict[str, Parameter] = {}
+        for name, parameter in self.parameters.items():
+            when = _still_possible(parameter.when, kept)
+            if not all(when.values()):
+                if name in texts:
+                    raise self._error(name, f"is active only when {_in_words(parameter.when)}, which -p excludes")
+                continue
+            kept[name] = self._narrow_one(name, texts).with_when(when)
+        groups = (Group(g.name, **{name: kept[name] for name in g.parameters if name in kept}) for g in self.groups)
+        return Space(*(group for group in groups if group.parameters))
+
+    def _narrow_one(self, name: str, texts: Mapping[str, str]) -> Parameter:
+        if name not in texts:
+            return self.parameters[name]
+        try:
+            return self.parameters[name].narrow(texts[name])
+        except ValueError as problem:
+            raise self._error(name, f"{problem} (-p {name}={texts[name]})") from None
+
+    def _parse_overrides(self, overrides: Iterable[str]) -> dict[str, str]:
+        texts: dict[str, str] = {}
+        for override in overrides:
+            name, equals, text = (part.strip() for part in override.partition("="))
+            if not (name and equals and text):
+                raise SpaceError(f"-p '{override}' is not NAME=VALUE, NAME=LOW:HIGH or NAME=A,B,C.")
+            if name not in self.parameters:
+                raise UnknownNameError("parameter", name, self.parameters)
+            if name in texts:
+                raise SpaceError(f"{name} is given twice: -p {name}={texts[name]} and -p {name}={text}.")
+            texts[name] = text
+        return texts
+
+    def to_dict(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """The declaration as plain data, group by group; two spaces are the same exactly when this is."""
+        return {
+            group.name: {
+                name: parameter.to_dict() | {"when": {key: list(_as_tuple(v)) for key, v in parameter.when.items()}}
+                for name, parameter in group.parameters.items()
+            }
+            for group in self.groups
+        }
+
+
+def format_value(value: Any) -> str:
+    """A parameter's value as a person writes it: 0.001, 1e-05, 256, sgd, true."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _reads_as(text: str, choice: Value) -> bool:
+    if isinstance(choice, bool):
+        return text.lower() == format_value(choice)
+    if isinstance(choice, str):
+        return text == choice
+    try:
+        return float(text) == choice
+    except ValueError:
+        return False
+
+
+def _as_tuple(values: Value | tuple[Value, ...]) -> tuple[Value, ...]:
+    return values if isinstance(values, tuple) else (values,)
+
+
+def _still_possible(when: Conditions, kept: Mapping[str, Parameter]) -> dict[str, tuple[Value, ...]]:
+    return {
+        parent: tuple(value for value in _as_tuple(wanted) if parent in kept and kept[parent].contains(value))
+        for parent, wanted in when.items()
+    }
+
+
+def _in_words(when: Conditions) -> str:
+    return " and ".join(
+        f"{parent} is {' or '.join(format_value(value) for value in _as_tuple(wanted))}"
+        for parent, wanted in when.items()
+    )

@@ -1,0 +1,1 @@
+"""Tasks that ship with hpo: one module each, with an `objective`."""
