@@ -70,6 +70,10 @@ class _Range(ABC):
         default = self._default if self._default in values else values[0]
         return Choice(*values, default=default, when=self.when)
 
+    def extremes(self) -> tuple[float, ...]:
+        """The values that a check must try: the lowest and the highest."""
+        return self.low, self.high
+
     def with_when(self, when: Conditions) -> Self:
         return replace(self, when=when)
 
@@ -157,6 +161,10 @@ class Choice:
         default = self.default if self.default in chosen else next(iter(chosen))
         return Choice(*chosen, default=default, when=self.when)
 
+    def extremes(self) -> tuple[Value, ...]:
+        """The values that a check must try: all of them."""
+        return self.choices
+
     def with_when(self, when: Conditions) -> Choice:
         return Choice(*self.choices, default=self.default, when=when)
 
@@ -222,9 +230,8 @@ class Space:
             raise self._error(name, f"when={{'{parent}': ...}} must name a Choice declared before it: {known}")
         for value in values:
             if not choice.contains(value):
-                raise self._error(
-                    name, f"when={{'{parent}': {value!r}}} can never hold: {parent} is {choice.describe()}"
-                )
+                problem = f"when={{'{parent}': {value!r}}} can never hold; {parent} is one of {choice.describe()}"
+                raise self._error(name, problem)
 
     def _error(self, name: str, problem: str) -> SpaceError:
         return SpaceError(f"{name} (in '{self.group_of(name)}'): {problem}")
@@ -257,7 +264,9 @@ class Space:
             when = _still_possible(parameter.when, kept)
             if not all(when.values()):
                 if name in texts:
-                    raise self._error(name, f"is active only when {_in_words(parameter.when)}, which -p excludes")
+                    raise self._error(
+                        name, f"is active only when {describe_conditions(parameter.when)}, which -p excludes"
+                    )
                 continue
             kept[name] = self._narrow_one(name, texts).with_when(when)
         groups = (Group(g.name, **{name: kept[name] for name in g.parameters if name in kept}) for g in self.groups)
@@ -294,6 +303,24 @@ class Space:
             for group in self.groups
         }
 
+    @classmethod
+    def from_dict(cls, declaration: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Self:
+        """The space that `to_dict` described."""
+        return cls(
+            *(
+                Group(group, **{name: _parameter_from_dict(described) for name, described in parameters.items()})
+                for group, parameters in declaration.items()
+            )
+        )
+
+
+def _parameter_from_dict(described: Mapping[str, Any]) -> Parameter:
+    when = {parent: tuple(values) for parent, values in described["when"].items()}
+    if described["type"] == "choice":
+        return Choice(*described["choices"], default=described["default"], when=when)
+    kind = Int if described["type"] == "int" else Float
+    return kind(described["low"], described["high"], log=described["log"], default=described["default"], when=when)
+
 
 def format_value(value: Any) -> str:
     """A parameter's value as a person writes it: 0.001, 1e-05, 256, sgd, true."""
@@ -324,7 +351,8 @@ def _still_possible(when: Conditions, kept: Mapping[str, Parameter]) -> dict[str
     }
 
 
-def _in_words(when: Conditions) -> str:
+def describe_conditions(when: Conditions) -> str:
+    """A `when` in words: `optimizer is sgd or rmsprop`."""
     return " and ".join(
         f"{parent} is {' or '.join(format_value(value) for value in _as_tuple(wanted))}"
         for parent, wanted in when.items()

@@ -1,0 +1,5 @@
+"""`python -m hpo` is the command `hpo`."""
+
+from hpo.cli import main
+
+main()

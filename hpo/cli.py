@@ -1,0 +1,242 @@
+"""The command line. Only click is imported here; each command imports the rooms it needs."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hpo import __version__
+from hpo.errors import HpoError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+INTERRUPTED = 130
+
+
+class Duration(click.ParamType[float]):
+    """Seconds, or a number with a unit: 90, 90s, 30m, 2h."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        parts = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(value))
+        if parts is None or float(parts[1]) == 0:
+            self.fail(f"'{value}' is not a duration above 0, such as 90, 90s, 30m or 2h.", param, ctx)
+        return float(parts[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[parts[2]]
+
+
+class InOrder(click.Group):
+    """Lists the commands in the order people reach for them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+home_option = click.option(
+    "--home", type=click.Path(path_type=Path), help="Folder of everything written. [env: HPO_HOME; default: ./mlruns]"
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the data as JSON.")
+
+
+@click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, "-V", "--version", prog_name="hpo")
+def cli() -> None:
+    """Search hyperparameters of PyTorch models, and keep every run in MLflow.
+
+    \b
+    hpo search digits --trials 20     search; the same command again goes on where it stopped
+    hpo best digits                   the winner, its scores and how to load it
+    hpo ui                            curves, plots and checkpoints in the browser
+    """
+
+
+@cli.command()
+@click.argument("task")
+@click.option("--trials", type=int, help="Complete and pruned trials of the study in total. [default: 100]")
+@click.option("--epochs", type=int, help="Epochs of a trial at the most. [default: the task's]")
+@click.option(
+    "-p",
+    "overrides",
+    multiple=True,
+    metavar="NAME=VALUES",
+    help="Narrow a parameter: lr=1e-3:1e-1, optimizer=sgd,adamw or batch_size=256. Repeatable.",
+)
+@click.option("--timeout", type=Duration(), metavar="TIME", help="Stop after this time: 90, 90s, 30m or 2h.")
+@click.option("--study", metavar="NAME", help="Name of the study. [default: the task's name]")
+@click.option("--strategy", metavar="NAME", help="priority, tpe, gp, random, grid, qmc or cmaes. [default: priority]")
+@click.option("--pruner", metavar="NAME", help="sha, median, hyperband or none. [default: sha]")
+@click.option("--seed", type=int, help="Seed that everything random follows from. [default: 0]")
+@click.option("--limit", type=int, metavar="N", help="Use N of the training examples only. [default: all]")
+@click.option("--space", metavar="NAME|FILE", help="Search another space than the task's own.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path),
+    help="Where data sets lie or are downloaded to. [env: HPO_DATA_DIR; default: ~/.cache/hpo/data]",
+)
+@home_option
+@click.option(
+    "--tracking-uri", metavar="URI", help="MLflow store or server. [env: MLFLOW_TRACKING_URI; default: in the home]"
+)
+@json_option
+def search(as_json: bool, **request: Any) -> None:
+    """Search the hyperparameters of TASK: a name from `hpo tasks`, a FILE.py, or module:attribute.
+
+    \b
+    hpo search digits --trials 20
+    hpo search cifar10 --trials 100 -p optimizer=sgd -p batch_size=256,512
+
+    An interrupted or crashed search goes on with the same command; a larger --trials adds to it.
+    Settings that are not given again stay as the study has them.
+    """
+    from hpo.pipeline import run_search
+    from hpo.progress import search_progress
+    from hpo.report import print_outcome
+
+    console = _console(stderr=as_json)
+    with search_progress(console) as progress:
+        outcome = run_search(observer=progress, **request)
+    if as_json:
+        _print_json(outcome.to_dict())
+    else:
+        print_outcome(console, outcome)
+    if outcome.interrupted:
+        sys.exit(INTERRUPTED)
+
+
+@cli.command()
+@json_option
+def tasks(as_json: bool) -> None:
+    """List the tasks that can be searched.
+
+    \b
+    hpo tasks
+    """
+    from hpo.report import print_tasks, task_rows
+
+    rows = task_rows()
+    _print_json(rows) if as_json else print_tasks(_console(), rows)
+
+
+@cli.command()
+@click.argument("task")
+@click.option("-p", "overrides", multiple=True, metavar="NAME=VALUES", help="Narrow a parameter, as in `hpo search`.")
+@click.option("--space", metavar="NAME|FILE", help="Show another space than the task's own.")
+@json_option
+def space(task: str, overrides: tuple[str, ...], space: str | None, as_json: bool) -> None:
+    """Show the search space of TASK, group by group in tuning priority.
+
+    \b
+    hpo space cifar10 -p optimizer=sgd
+    """
+    from hpo.plugins import load_task
+    from hpo.report import print_space
+
+    narrowed = load_task(task, space).narrow(overrides).space
+    _print_json(narrowed.to_dict()) if as_json else print_space(_console(), narrowed)
+
+
+@cli.command()
+@home_option
+@json_option
+def studies(home: Path | None, as_json: bool) -> None:
+    """List the studies in the home.
+
+    \b
+    hpo studies
+    """
+    from hpo.report import print_studies, study_rows
+
+    rows = study_rows(home)
+    _print_json(rows) if as_json else print_studies(_console(), rows)
+
+
+@cli.command()
+@click.argument("study")
+@click.option("--top", type=click.IntRange(min=1), help="Only the best N trials. [default: all, in order]")
+@home_option
+@json_option
+def show(study: str, top: int | None, home: Path | None, as_json: bool) -> None:
+    """Show the trials of STUDY and what matters most in it.
+
+    \b
+    hpo show digits --top 10
+    """
+    from hpo.report import print_study, study_facts
+
+    facts = study_facts(study, home, top)
+    _print_json(facts) if as_json else print_study(_console(), facts)
+
+
+@cli.command()
+@click.argument("study")
+@home_option
+@json_option
+def best(study: str, home: Path | None, as_json: bool) -> None:
+    """Show the winner of STUDY: its configuration, its scores and how to load it.
+
+    \b
+    hpo best digits
+    """
+    from hpo.report import best_facts, print_best
+
+    facts = best_facts(study, home)
+    _print_json(facts) if as_json else print_best(_console(), facts)
+
+
+@cli.command()
+@click.argument("study", required=False)
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Port to listen on.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; this machine alone by default."
+)
+@home_option
+@click.option("--tracking-uri", metavar="URI", help="MLflow store. [env: MLFLOW_TRACKING_URI; default: in the home]")
+def ui(study: str | None, port: int, host: str, home: Path | None, tracking_uri: str | None) -> None:
+    """Open the MLflow UI on the home's runs, at STUDY if one is named. Ctrl-C ends it.
+
+    \b
+    hpo ui digits
+    """
+    from hpo.home import find_home
+    from hpo.tracking.server import serve
+    from hpo.tracking.store import open_store
+
+    serve(open_store(find_home(home), tracking_uri), study=study, host=host, port=port, say=click.echo)
+
+
+def main() -> None:
+    """Run the command line: every expected failure is one line on stderr and an exit code, without a traceback."""
+    try:
+        sys.exit(cli.main(standalone_mode=False))
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        sys.exit(2)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
+    except HpoError as error:
+        _fail(str(error), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted", INTERRUPTED)
+
+
+def _fail(message: str, exit_code: int) -> None:
+    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    sys.exit(exit_code)
+
+
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    # Names and messages may hold brackets, which are no markup.
+    return Console(stderr=stderr, highlight=False, markup=False)
+
+
+def _print_json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=2))

@@ -1,0 +1,1 @@
+"""Examples: data sets found, verified, converted once and split; batches that stay on the device; augmentation."""

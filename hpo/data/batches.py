@@ -1,0 +1,65 @@
+"""Batches of a split that lies on the device as a whole: picked by index, augmented there, without workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hpo.data.augment import AUGMENTATIONS, Augmentation
+from hpo.errors import UnknownNameError, UsageError
+from hpo.objective import Split
+
+
+class TrainingBatches:
+    """The batches of an epoch, in an order and with an augmentation that are new in each iteration.
+
+    `order` and `augmentation` are CPU generators, drawn from at the start of an epoch only: their states between epochs
+    are all that an exact resume needs. The last batch is dropped where it would be smaller.
+    """
+
+    def __init__(
+        self, split: Split, batch_size: int, *, order: torch.Generator, augmentation: torch.Generator, augment: str
+    ) -> None:
+        if batch_size > len(split):
+            raise UsageError(
+                f"batch_size={batch_size} is larger than the training split of {len(split)} examples; "
+                f"choose at most {len(split)}."
+            )
+        self._split = split
+        self._batch_size = batch_size
+        self._order = order
+        self._augmentation = augmentation
+        self._augmentations = _augmentations(augment, split)
+
+    def __len__(self) -> int:
+        return len(self._split) // self._batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for indices, *draws in zip(*self._draw_epoch(), strict=True):
+            inputs = self._split.inputs.index_select(0, indices)
+            for augmentation, drawn in zip(self._augmentations, draws, strict=True):
+                inputs = augmentation.apply(inputs, drawn)
+            yield inputs, self._split.targets.index_select(0, indices)
+
+    def _draw_epoch(self) -> list[tuple[Tensor, ...]]:
+        """Indices, then the draws of each augmentation, all in batches on the device."""
+        num_used = len(self) * self._batch_size
+        size = self._split.inputs.shape[-2:]
+        drawn = [torch.randperm(len(self._split), generator=self._order)[:num_used]]
+        drawn += [augmentation.draw(num_used, size, self._augmentation) for augmentation in self._augmentations]
+        return [torch.split(draws.to(self._split.inputs.device), self._batch_size) for draws in drawn]
+
+
+def _augmentations(augment: str, split: Split) -> tuple[Augmentation, ...]:
+    if augment not in AUGMENTATIONS:
+        raise UnknownNameError("augment", augment, AUGMENTATIONS)
+    if augment != "none" and split.inputs.ndim != 4:
+        raise UsageError(f"augment={augment!r} is for images (C, H, W); this task's examples are vectors: use 'none'.")
+    return AUGMENTATIONS[augment]
+
+
+def evaluation_batches(split: Split, batch_size: int = 2048) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every example once, in order; the last batch may be smaller."""
+    return zip(torch.split(split.inputs, batch_size), torch.split(split.targets, batch_size), strict=True)

@@ -1,0 +1,82 @@
+"""Converted splits, kept so that originals are decoded once.
+
+A file is `<name>.<fingerprint of the originals>.<SHA-256 of the file>.pt`: changed originals are converted anew, and a
+damaged file is noticed. It is written under another name and then renamed, so that processes that convert at the same
+time replace each other's file by an equal one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+
+from hpo.objective import Split
+
+logger = logging.getLogger(__name__)
+
+
+def cached_split(folder: Path, name: str, originals: Iterable[Path], convert: Callable[[], Split]) -> Split:
+    """The split as it was converted before, or converted now and kept in `folder` where that can be written."""
+    fingerprint = _fingerprint(originals)
+    for path in sorted(folder.glob(f"{name}.{fingerprint}.*.pt")):
+        split = _load(path)
+        if split is not None:
+            return split
+    split = convert()
+    try:
+        _save(split, folder, name, fingerprint)
+    except OSError as problem:
+        logger.warning("%s cannot be kept in %s (%s); it is converted again each time.", name, folder, problem)
+    return split
+
+
+def _fingerprint(originals: Iterable[Path]) -> str:
+    """Changes when a file is added, removed, renamed, resized or written to."""
+    digest = hashlib.sha256()
+    for path in originals:
+        status = path.stat()
+        digest.update(f"{path.parent.name}/{path.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+def _load(path: Path) -> Split | None:
+    try:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != path.suffixes[-2][1:]:
+                logger.warning("%s is damaged; the originals are converted again.", path)
+                return None
+            file.seek(0)
+            return Split(**torch.load(file, weights_only=True))
+    except OSError as problem:
+        logger.warning("%s cannot be read (%s); the originals are converted again.", path, problem)
+        return None
+
+
+def _save(split: Split, folder: Path, name: str, fingerprint: str) -> None:
+    content = io.BytesIO()
+    torch.save({"inputs": split.inputs, "targets": split.targets}, content)
+    digest = hashlib.sha256(content.getbuffer()).hexdigest()
+    path = folder / f"{name}.{fingerprint}.{digest}.pt"
+    _write_atomically(path, content.getbuffer())
+    for outdated in set(folder.glob(f"{name}.*.pt")) - {path}:
+        outdated.unlink(missing_ok=True)
+
+
+def _write_atomically(path: Path, content: memoryview) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{uuid4().hex}.unfinished")
+    try:
+        with unfinished.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

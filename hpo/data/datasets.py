@@ -1,0 +1,102 @@
+"""Data sets divided: into training and validation for a study, and a test split where none came with the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hpo.config import derive_seed
+from hpo.errors import UsageError
+from hpo.objective import Dataset, DataSpec, SealedSplit, Split
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What a trial sees of a data set: its training and its validation split, on one device."""
+
+    train: Split
+    validation: Split
+    spec: DataSpec
+
+    def to(self, device: torch.device | str) -> Splits:
+        return replace(self, train=_moved(self.train, device), validation=_moved(self.validation, device))
+
+
+def _moved(split: Split, device: torch.device | str) -> Split:
+    return Split(split.inputs.to(device), split.targets.to(device))
+
+
+def split_dataset(dataset: Dataset, *, validation_fraction: float, seed: int, limit: int | None = None) -> Splits:
+    """Divide the training examples into those that are trained on and those that are validated on.
+
+    Seeded, and stratified by class for a classification; the size of the validation split is rounded up. `limit` keeps
+    that many of all examples, and a larger limit keeps them too. The test split stays sealed. Raises UsageError
+    where the examples do not suffice.
+    """
+    if not 0 < validation_fraction < 1:
+        raise UsageError(f"validation_fraction={validation_fraction} is not allowed: it must be between 0 and 1.")
+    if limit is not None and not 1 <= limit <= len(dataset.train):
+        raise UsageError(
+            f"limit={limit} is not allowed: it must be from 1 to the {len(dataset.train)} examples there are."
+        )
+    kept = _stratified_order(dataset.train, dataset.classes, derive_seed(seed, "split"))[:limit]
+    num_validation = math.ceil(len(kept) * validation_fraction)
+    train, validation = _select(dataset.train, kept[num_validation:]), _select(dataset.train, kept[:num_validation])
+    for name, split in (("training", train), ("validation", validation)):
+        _require_all_classes(name, split, dataset.classes, len(kept))
+    return Splits(train, validation, dataset.spec)
+
+
+def hold_out(
+    inputs: Tensor, targets: Tensor, classes: Sequence[str], *, test_fraction: float = 0.2, seed: int = 0
+) -> Dataset:
+    """A data set whose test split is taken out of its own examples, for data that come without an official one.
+
+    Stratified by class for a classification; `classes` is empty for a regression. The same examples are held out for
+    ever: a study's seed has no part in it.
+    """
+    whole = Split(inputs, targets)
+    order = _stratified_order(whole, classes, seed)
+    num_test = math.ceil(len(whole) * test_fraction)
+    test = _select(whole, order[:num_test])
+    return Dataset(_select(whole, order[num_test:]), SealedSplit(lambda: test, num_test), tuple(classes))
+
+
+def _stratified_order(split: Split, classes: Sequence[str], seed: int) -> Indices:
+    """A random order in which every beginning holds the classes in proportion; any order for a regression."""
+    # RandomState's stream is frozen (NEP 19): a split outlives upgrades. It takes seeds of 32 bits.
+    order = np.random.RandomState(seed % 2**32).permutation(len(split))
+    if not classes:
+        return order
+    labels = split.targets.numpy()[order]
+    quantiles = np.empty(len(split))
+    for members in (np.flatnonzero(labels == label) for label in range(len(classes))):
+        quantiles[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return order[np.argsort(quantiles, kind="stable")]
+
+
+def _require_all_classes(name: str, split: Split, classes: Sequence[str], num_examples: int) -> None:
+    if len(split) == 0:
+        raise UsageError(
+            f"{num_examples} examples leave none for {name}; raise the limit or change validation_fraction."
+        )
+    counts = torch.bincount(split.targets, minlength=len(classes)).tolist() if classes else ()
+    missing = [class_name for class_name, count in zip(classes, counts, strict=True) if count == 0]
+    if missing:
+        raise UsageError(
+            f"{num_examples} examples of {len(classes)} classes leave none of '{missing[0]}' for {name}; "
+            f"raise the limit, add examples or change validation_fraction."
+        )
+
+
+def _select(split: Split, indices: Indices) -> Split:
+    rows = torch.from_numpy(indices)
+    return Split(split.inputs[rows], split.targets[rows])

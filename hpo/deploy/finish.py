@@ -1,0 +1,97 @@
+"""The end of a study: its winner is tested, once."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from hpo.deploy.load import load_trial
+from hpo.tracking.media import plot_curves, plot_history, plot_importances, plot_slices
+from hpo.training.trainer import evaluate
+
+if TYPE_CHECKING:
+    from hpo.objective import SealedSplit
+    from hpo.search.study import Study
+    from hpo.tracking.recorder import SummaryRun
+    from hpo.tracking.store import TrackingStore
+
+TEST_READINGS = "test_readings"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Winner:
+    """The best trial by its validation score, and what the test split says of it."""
+
+    trial: int
+    configuration: dict[str, Any]
+    metric: str
+    validation: float
+    best_epoch: int
+    test: dict[str, float] | None
+    """Scores on the test split; None until the search has reached its end."""
+    num_test_readings: int
+    """How often this study has read the test split: once for each winner that it had at an end."""
+
+
+def find_winner(study: Study) -> Winner | None:
+    """The winner as far as it is known; None while no trial is complete. Reads no data."""
+    best = study.best()
+    if best is None:
+        return None
+    assert best.value is not None, "a complete trial has a value"
+    assert best.best_epoch is not None, "a complete trial has a best epoch"
+    readings: dict[str, dict[str, float]] = study.recorded(TEST_READINGS) or {}
+    return Winner(
+        trial=best.number,
+        configuration={name: value for name, value in best.values.items() if name not in best.inactive},
+        metric=study.settings.metric,
+        validation=best.value,
+        best_epoch=best.best_epoch,
+        test=readings.get(str(best.number)),
+        num_test_readings=len(readings),
+    )
+
+
+def crown_winner(study: Study, store: TrackingStore, test: SealedSplit, device: str) -> Winner | None:
+    """The winner with its test scores. The test split is opened only if this winner has not been tested before."""
+    winner = find_winner(study)
+    if winner is None or winner.test is not None:
+        return winner
+    trained = load_trial(store, study.name, winner.trial, device)
+    scores = evaluate(trained.model, test.open(), trained.config, len(trained.model.classes))
+    del scores["loss"]  # of use in training alone
+    study.record(TEST_READINGS, {**(study.recorded(TEST_READINGS) or {}), str(winner.trial): scores})
+    return find_winner(study)
+
+
+def write_summary(study: Study, summary: SummaryRun, winner: Winner | None) -> None:
+    """Put what the study found into its summary run: settings, space, plots and the winner."""
+    settings, trials = study.settings, study.trials()
+    metric, direction = settings.metric, settings.direction
+    summary.log_dict(settings.to_dict(), "settings.json")
+    figures = {
+        "history": plot_history(trials, metric=metric, direction=direction),
+        "learning_curves": plot_curves(trials, metric=metric, direction=direction),
+        "slices": plot_slices(trials, settings.space, metric=metric, direction=direction),
+        "importances": plot_importances(study.importances()),
+    }
+    for name, figure in figures.items():
+        summary.log_figure(f"plots/{name}.png", figure)
+    if winner is None:
+        summary.set_note("No trial is complete yet.")
+        return
+    summary.log_dict(asdict(winner), "winner.json")
+    summary.set_tags({"hpo.winner": str(winner.trial)})
+    summary.log_metrics({f"best/{settings.metric}": winner.validation})
+    summary.log_metrics({f"test/{name}": score for name, score in (winner.test or {}).items()})
+    summary.set_note(_in_words(study, winner))
+
+
+def _in_words(study: Study, winner: Winner) -> str:
+    rows = "".join(f"| {name} | {value} |\n" for name, value in winner.configuration.items())
+    test = "not read yet" if winner.test is None else ", ".join(f"{k} {v:.4f}" for k, v in winner.test.items())
+    return (
+        f"**Winner: trial {winner.trial}**, {winner.metric} {winner.validation:.4f} on the validation split at epoch "
+        f"{winner.best_epoch}; test split: {test}.\n\n| parameter | value |\n| --- | --- |\n{rows}\n"
+        f'Load it: `hpo.load_best("{study.name}")`. Plots, settings and search space are in the artifacts.'
+    )

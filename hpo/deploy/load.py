@@ -1,0 +1,63 @@
+"""Load a trial's best checkpoint as a module ready to predict."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hpo.config import TrainConfig
+from hpo.errors import UsageError
+from hpo.execution.worker import BEST_WEIGHTS, CHECKPOINT, DESCRIPTION
+from hpo.home import find_home
+from hpo.models.preprocessed import PreprocessedModel, build_model
+from hpo.objective import DataSpec
+from hpo.plugins import load_objective
+from hpo.search.storage import open_storage
+from hpo.search.study import Study
+from hpo.tracking.store import open_store
+from hpo.training.checkpoint import load_weights
+
+if TYPE_CHECKING:
+    from hpo.tracking.store import TrackingStore
+
+
+def load_best(
+    study: str, *, home: Path | None = None, tracking_uri: str | None = None, device: str = "cpu"
+) -> PreprocessedModel:
+    """The best model of a study, in eval mode, on `device`.
+
+    It contains its preprocessing: it takes raw inputs, such as (N, 3, 32, 32) uint8 images, and gives logits
+    (N, classes), or values in the target's units. `.classes` names the classes. Only tensors are unpickled
+    (weights_only), after their SHA-256 has been checked. The task's code must be importable where it is loaded.
+
+    Raises UnknownNameError for an unknown study, UsageError while no trial is complete, CheckpointError for damage.
+    """
+    home = find_home(home)
+    best = Study.load(open_storage(home), study).best()
+    if best is None:
+        raise UsageError(f"study '{study}' has no complete trial yet; let `hpo search` run on.")
+    return load_trial(open_store(home, tracking_uri), study, best.number, device).model
+
+
+@dataclass(frozen=True)
+class LoadedTrial:
+    """A trial's best model and the settings that it was trained with."""
+
+    model: PreprocessedModel
+    config: TrainConfig
+
+
+def load_trial(store: TrackingStore, study: str, number: int, device: str = "cpu") -> LoadedTrial:
+    """The best checkpoint of one trial, rebuilt from what its MLflow run holds."""
+    folder = store.download(store.find_trial_run(study, number), CHECKPOINT)
+    description = json.loads((folder / DESCRIPTION).read_text())
+    spec = DataSpec(
+        input_shape=tuple(description["spec"]["input_shape"]), classes=tuple(description["spec"]["classes"])
+    )
+    objective = load_objective(description["task"])
+    model = build_model(objective, spec, description["model_parameters"], seed=0)
+    model.load_state_dict(load_weights(folder / BEST_WEIGHTS, description["weights_sha256"]))
+    config = TrainConfig(**{**description["config"], "device": device})
+    return LoadedTrial(model.eval().to(device), config)

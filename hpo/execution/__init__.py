@@ -1,0 +1,1 @@
+"""Who runs the trials: a coordinator that asks and tells, and a worker that trains."""

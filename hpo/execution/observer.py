@@ -1,0 +1,52 @@
+"""Observer: who is told how a search goes on, such as the progress display."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from hpo.objective import Direction
+    from hpo.search.study import Suggestion
+    from hpo.training.trainer import EpochResult
+    from hpo.trial import EndState, TrialState
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchStart:
+    """What a search begins with; a resumed one has trials already."""
+
+    study: str
+    metric: str
+    direction: Direction
+    num_trials: int
+    counts: Mapping[TrialState, int]
+    """Trials of earlier sessions, by state."""
+    best: tuple[int, float] | None
+    """Number and value of the best of them."""
+
+
+class Observer:
+    """Hears of everything that happens in a search, and ignores it; a display overrides what it shows."""
+
+    def note(self, text: str) -> None:
+        """Something takes a moment, or is worth knowing."""
+
+    def search_started(self, start: SearchStart) -> None:
+        """Trials are about to run."""
+
+    def trial_started(self, suggestion: Suggestion) -> None:
+        """A trial begins, or goes on after an interruption."""
+
+    def epoch_done(self, suggestion: Suggestion, result: EpochResult) -> None:
+        """A running trial has finished an epoch."""
+
+    def trial_ended(
+        self, suggestion: Suggestion, state: EndState, result: EpochResult | None, reason: str | None
+    ) -> None:
+        """A trial has ended; `result` is its last epoch's, if it finished one."""
+
+    def search_ended(self) -> None:
+        """No further trial runs."""

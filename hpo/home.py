@@ -1,0 +1,71 @@
+"""The home: the one folder below which everything that a command writes lies.
+
+mlruns/
+    mlflow.db, artifacts/    runs, curves, plots and checkpoints, as the MLflow UI shows them
+    optuna.db                the studies
+    checkpoints/<study>/     states of trials that are running or can be resumed
+    spool/                   curves on their way to MLflow
+    locks/                   one lock a study: one search at a time
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from hpo.errors import StoreError, UsageError
+
+STUDY_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def find_home(given: Path | None = None) -> Path:
+    """The home's absolute path: as given, else HPO_HOME, else ./mlruns. It need not exist yet."""
+    return Path(given or os.environ.get("HPO_HOME") or "mlruns").absolute()
+
+
+def find_data_dir(given: Path | None = None) -> Path:
+    """Where data sets lie: as given, else HPO_DATA_DIR, else ~/.cache/hpo/data. It need not exist yet."""
+    return Path(given or os.environ.get("HPO_DATA_DIR") or Path.home() / ".cache" / "hpo" / "data").absolute()
+
+
+def check_study_name(name: str) -> str:
+    """The name, if it is safe as a part of a path."""
+    if STUDY_NAME.fullmatch(name) is None or not name.strip("."):
+        raise UsageError(
+            f"'{name}' cannot name a study: use 1 to 64 letters, digits, '.', '_' or '-' (and not dots alone)."
+        )
+    return name
+
+
+def create_home(home: Path) -> None:
+    """Make the home if it is not there, and be sure that it can be written."""
+    try:
+        (home / "locks").mkdir(parents=True, exist_ok=True)
+        probe = home / "locks" / f".probe-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise StoreError(
+            f"the home {home} cannot be written: {error.strerror}; choose another with --home or HPO_HOME."
+        ) from error
+
+
+@contextmanager
+def study_lock(home: Path, study: str) -> Iterator[None]:
+    """Hold the study for this process; the operating system lets go of it when the process dies."""
+    lock = FileLock(home / "locks" / f"{study}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UsageError(
+            f"study '{study}' is being searched by another process; wait for it, or choose another name with --study."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,1 @@
+"""Networks that tasks offer, and the module that puts a data set's preprocessing around one."""

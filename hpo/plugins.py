@@ -1,0 +1,195 @@
+"""Tasks and search spaces: found through entry points, in a FILE.py, or as module:attribute; imported on demand.
+
+An entry point in the group `hpo.objectives` (or `hpo.search_spaces`) names a package; every public module in it is a
+task with an `objective` (or a search space with a `space`), known by the module's name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import pkgutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from hpo.config import TrainConfig, config_fields
+from hpo.errors import HpoError, SpaceError, UnknownNameError, UsageError
+from hpo.objective import Objective
+from hpo.space import Space, Value
+
+OBJECTIVES = "hpo.objectives"
+SEARCH_SPACES = "hpo.search_spaces"
+
+# A study has one budget, one metric and one device: a search may not choose between them.
+NOT_TUNABLE = frozenset({"max_epochs", "metric", "direction", "seed", "device"})
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """An objective with the space to search, checked against each other."""
+
+    reference: str
+    """What finds the objective again: a registered name, an absolute FILE.py, or module:attribute."""
+
+    objective: Objective
+    space: Space
+
+    def train_config(self, values: Mapping[str, Value], **settings: Any) -> TrainConfig:
+        """Settings of the trainer for one configuration: the task's own, those given, then the searched ones."""
+        searched = {name: value for name, value in values.items() if name in config_fields()}
+        judged_by = {name: getattr(self.objective, name) for name in ("loss", "metric", "direction")}
+        return TrainConfig(**{**judged_by, **self.objective.settings, **settings, **searched})
+
+    def model_parameters(self, values: Mapping[str, Value]) -> dict[str, Value]:
+        """The part of a configuration that builds the model."""
+        return {name: value for name, value in values.items() if name not in config_fields()}
+
+    def narrow(self, overrides: tuple[str, ...]) -> Task:
+        return replace(self, space=self.space.narrow(overrides))
+
+
+def load_task(reference: str, space_reference: str | None = None) -> Task:
+    """The task of that name, FILE.py or module:attribute, with its own or another search space.
+
+    Raises UnknownNameError or UsageError, in one line, for anything that cannot be found, imported or used.
+    """
+    found = _load(OBJECTIVES, reference, Objective)
+    objective: Objective = found.value
+    space = _load(SEARCH_SPACES, space_reference, Space).value if space_reference else _own_space(objective)
+    task = Task(reference=found.reference, objective=objective, space=space)
+    _check_parameters(task)
+    _check_ranges(task)
+    return task
+
+
+def load_objective(reference: str) -> Objective:
+    """The objective of that name, FILE.py or module:attribute, without a space."""
+    objective: Objective = _load(OBJECTIVES, reference, Objective).value
+    return objective
+
+
+def registered(group: str) -> dict[str, str]:
+    """Module path of every registered task or space, by its name; a broken plugin is reported and left out."""
+    modules: dict[str, str] = {}
+    for entry_point in entry_points(group=group):
+        try:
+            package = importlib.import_module(entry_point.value)
+        except Exception as error:  # a stranger's code may raise anything, and must not stop the others
+            _logger.warning("plugin '%s' (%s) is broken: %s", entry_point.name, entry_point.value, _in_one_line(error))
+            continue
+        for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
+            if not module.name.startswith("_"):
+                modules.setdefault(module.name, f"{entry_point.value}.{module.name}")
+    return dict(sorted(modules.items()))
+
+
+@dataclass(frozen=True)
+class _Found:
+    value: Any
+    reference: str
+
+
+def _load(group: str, reference: str, wanted: type) -> _Found:
+    attribute = wanted.__name__.lower()
+    if reference.endswith(".py"):
+        path = Path(reference).resolve()
+        return _Found(_attribute(_import_file(path), attribute, wanted, reference), str(path))
+    if ":" in reference:
+        module_name, _, attribute = reference.partition(":")
+        return _Found(_attribute(_import_module(module_name), attribute, wanted, reference), reference)
+    modules = registered(group)
+    kind = "task" if wanted is Objective else "search space"
+    if reference not in modules:
+        raise UnknownNameError(kind, reference, modules, f"A file of your own: ./{reference}.py, or module:attribute.")
+    return _Found(_attribute(_import_module(modules[reference]), attribute, wanted, reference), reference)
+
+
+def _own_space(objective: Objective) -> Space:
+    if objective.space is not None:
+        return objective.space
+    if objective.name not in registered(SEARCH_SPACES):
+        raise UsageError(
+            f"task '{objective.name}' has no search space; give its Objective a space=, or name one with --space."
+        )
+    space: Space = _load(SEARCH_SPACES, objective.name, Space).value
+    return space
+
+
+def _import_module(name: str) -> ModuleType:
+    # A console script does not look into the current folder, where people keep their own modules.
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # a stranger's code may raise anything
+        raise UsageError(f"{name} cannot be imported: {_in_one_line(error)}") from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}; name a registered task (see `hpo tasks`) or a FILE.py.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None, "a .py file always has a loader"
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # a stranger's code may raise anything
+        raise UsageError(f"{path} cannot be imported: {_in_one_line(error)}") from error
+    return module
+
+
+def _attribute(module: ModuleType, name: str, wanted: type, reference: str) -> Any:
+    value = getattr(module, name, None)
+    if isinstance(value, wanted):
+        return value
+    held = "nothing of that name" if value is None else f"a {type(value).__name__}"
+    raise UsageError(f"{reference} must define `{name} = {wanted.__name__}(...)`, but has {held}.")
+
+
+def _in_one_line(error: BaseException) -> str:
+    if isinstance(error, HpoError):
+        return str(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _check_parameters(task: Task) -> None:
+    """Every parameter must set the trainer or build the model: one that does neither would be searched in vain."""
+    settings = config_fields().keys() - NOT_TUNABLE
+    accepted = settings | task.objective.model_parameters()
+    for name in task.space.parameters:
+        if name in NOT_TUNABLE:
+            raise SpaceError(
+                f"{name} (in '{task.space.group_of(name)}') cannot be searched; use its command-line option."
+            )
+        if name not in accepted:
+            raise UnknownNameError(
+                "setting of the trainer or keyword of the model",
+                name,
+                sorted(accepted),
+                "A searched parameter must be one.",
+            )
+    unknown = next((name for name in task.objective.settings if name not in config_fields()), None)
+    if unknown is not None:
+        raise UnknownNameError("setting of the trainer", unknown, config_fields(), "(settings of the objective)")
+
+
+def _check_ranges(task: Task) -> None:
+    """Both ends of every range must be accepted by the trainer, before a trial finds out."""
+    task.train_config(task.space.defaults())
+    for name, parameter in task.space.parameters.items():
+        if name not in config_fields():
+            continue
+        for value in parameter.extremes():
+            try:
+                task.train_config({name: value})
+            except (UsageError, TypeError) as error:
+                raise SpaceError(f"{name} (in '{task.space.group_of(name)}'): {error}") from None

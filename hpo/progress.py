@@ -1,0 +1,175 @@
+"""Live progress of a search: a calm status in a terminal, plain lines when piped."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from hpo.execution.observer import Observer, SearchStart
+from hpo.report import format_configuration, format_duration
+
+if TYPE_CHECKING:
+    from hpo.search.study import Suggestion
+    from hpo.training.trainer import EpochResult
+    from hpo.trial import EndState
+
+REFRESHES_PER_SECOND = 4
+
+
+@contextmanager
+def search_progress(console: Console) -> Iterator[Observer]:
+    """The display that fits where the output goes; it leaves the terminal clean however the search ends."""
+    if not console.is_terminal:
+        yield ProgressLines(console)
+        return
+    status = ProgressStatus(console)
+    try:
+        yield status
+    finally:
+        status.search_ended()
+
+
+class Tally:
+    """What both displays count: trials by state, the best so far, the time that is left."""
+
+    def __init__(self, start: SearchStart) -> None:
+        self.study = start.study
+        self.metric = start.metric
+        self.num_trials = start.num_trials
+        self.counts = Counter(start.counts)
+        self.best = start.best
+        self._sign = 1 if start.direction == "maximize" else -1
+        self._started = time.monotonic()
+        self._ended_here = 0
+
+    def add(self, number: int, state: EndState, result: EpochResult | None) -> bool:
+        """Count a trial that ended; True when it is the best so far."""
+        self.counts[state] += 1
+        self._ended_here += 1
+        value = result.best_value if result else None
+        if state != "complete" or value is None:
+            return False
+        if self.best is not None and self._sign * value <= self._sign * self.best[1]:
+            return False
+        self.best = number, value
+        return True
+
+    @property
+    def num_finished(self) -> int:
+        return self.counts["complete"] + self.counts["pruned"] + self.counts["diverged"]
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimated from the trials of this session; None before the first one has ended."""
+        if not self._ended_here:
+            return None
+        seconds_a_trial = (time.monotonic() - self._started) / self._ended_here
+        return seconds_a_trial * max(0, self.num_trials - self.num_finished)
+
+    def describe_counts(self) -> str:
+        parts = [f"{self.num_finished}/{self.num_trials} trials"]
+        parts += [f"{self.counts[state]} {state}" for state in ("pruned", "diverged", "failed") if self.counts[state]]
+        return ", ".join(parts)
+
+    def describe_best(self) -> str:
+        if self.best is None:
+            return "no complete trial yet"
+        return f"best {self.metric} {self.best[1]:.4f} (trial {self.best[0]})"
+
+    def describe_time_left(self) -> str:
+        return "" if self.seconds_left is None else f"about {format_duration(self.seconds_left)} left"
+
+
+class ProgressLines(Observer):
+    """A line for each trial that ends: for pipes, files and CI logs."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._tally: Tally | None = None
+
+    def note(self, text: str) -> None:
+        self._print(text)
+
+    def search_started(self, start: SearchStart) -> None:
+        self._tally = Tally(start)
+        if self._tally.num_finished:
+            so_far = f"{self._tally.describe_counts()}, {self._tally.describe_best()}"
+            self._print(f"study '{start.study}' goes on: {so_far}")
+
+    def trial_ended(
+        self, suggestion: Suggestion, state: EndState, result: EpochResult | None, reason: str | None
+    ) -> None:
+        assert self._tally is not None, "a search starts before its trials end"
+        self._tally.add(suggestion.number, state, result)
+        self._print(
+            f"trial {suggestion.number:<4} {state:<11} {_score(self._tally.metric, result, reason):<28}"
+            f" {self._tally.describe_best()}, {self._tally.describe_counts()}, {self._tally.describe_time_left()}"
+        )
+
+    def _print(self, line: str) -> None:
+        self._console.print(line.rstrip(", "), soft_wrap=True)
+
+
+class ProgressStatus(Observer):
+    """Two status lines at the foot of a terminal; above them a line for each new best trial and each failure."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._tally: Tally | None = None
+        self._now = ""
+        self._live = Live(
+            get_renderable=self._render, console=console, refresh_per_second=REFRESHES_PER_SECOND, transient=True
+        )
+        self._live.start()
+
+    def note(self, text: str) -> None:
+        self._now = text
+
+    def search_started(self, start: SearchStart) -> None:
+        self._tally = Tally(start)
+
+    def trial_started(self, suggestion: Suggestion) -> None:
+        self._now = f"trial {suggestion.number}: {suggestion.stage}"
+
+    def epoch_done(self, suggestion: Suggestion, result: EpochResult) -> None:
+        self._now = f"trial {suggestion.number}: {suggestion.stage}, epoch {result.epoch}, {result.value:.4f}"
+
+    def trial_ended(
+        self, suggestion: Suggestion, state: EndState, result: EpochResult | None, reason: str | None
+    ) -> None:
+        assert self._tally is not None, "a search starts before its trials end"
+        if self._tally.add(suggestion.number, state, result):
+            score = _score(self._tally.metric, result, reason)
+            self._say(f"trial {suggestion.number}: {score}, the best so far", "green")
+            self._say(f"  {format_configuration(suggestion.active_values)}", "dim")
+        if state == "failed":
+            self._say(f"trial {suggestion.number} failed: {reason}", "red")
+
+    def search_ended(self) -> None:
+        self._live.stop()
+
+    def _say(self, line: str, style: str) -> None:
+        self._live.console.print(line, style=style)
+
+    def _render(self) -> RenderableType:
+        if self._tally is None:
+            return Text(self._now, style="dim")
+        head = Table.grid(padding=(0, 2))
+        bar = ProgressBar(total=self._tally.num_trials, completed=self._tally.num_finished, width=30)
+        head.add_row(self._tally.study, bar, self._tally.describe_counts(), self._tally.describe_time_left())
+        return Group(head, Text(f"{self._tally.describe_best()} · {self._now}", style="dim", overflow="ellipsis"))
+
+
+def _score(metric: str, result: EpochResult | None, reason: str | None) -> str:
+    if result is None or result.best_value is None:
+        return reason or ""
+    return f"{metric} {result.best_value:.4f} at epoch {result.best_epoch}"

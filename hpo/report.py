@@ -1,0 +1,254 @@
+"""What people read of their studies: tables for the terminal, and the same facts as plain data for --json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from hpo.deploy.finish import Winner, find_winner
+from hpo.errors import HpoError
+from hpo.home import find_home
+from hpo.plugins import OBJECTIVES, load_task, registered
+from hpo.search.storage import read_storage
+from hpo.search.study import Study, list_studies
+from hpo.space import Space, describe_conditions, format_value
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hpo.pipeline import SearchOutcome
+    from hpo.trial import TrialRecord, TrialState
+
+
+def print_outcome(console: Console, outcome: SearchOutcome) -> None:
+    """The last words of `hpo search`: the winner, its scores, where everything is and what to type next."""
+    console.print(f"{'Interrupted' if outcome.interrupted else 'Done'}: {describe_counts(outcome.counts)}.")
+    if outcome.winner is not None:
+        _print_winner(console, outcome.winner)
+    console.print(f"Runs, curves and checkpoints are in {outcome.home}", soft_wrap=True)
+    home = "" if outcome.home == find_home() else f" --home {outcome.home}"
+    if outcome.interrupted:
+        console.print("Go on with the same command.")
+    elif outcome.winner is None:
+        console.print(f"No trial is complete, so there is no winner; the reasons: hpo show {outcome.study}{home}")
+    else:
+        console.print(f"Next: hpo ui {outcome.study}{home}", soft_wrap=True)
+
+
+def task_rows() -> list[dict[str, Any]]:
+    """The registered tasks; a broken one says why."""
+    return [_task_row(name) for name in registered(OBJECTIVES)]
+
+
+def _task_row(name: str) -> dict[str, Any]:
+    try:
+        task = load_task(name)
+    except HpoError as error:
+        return {"task": name, "broken": str(error)}
+    return {
+        "task": name,
+        "description": task.objective.description,
+        "metric": task.objective.metric,
+        "direction": task.objective.direction,
+        "epochs": task.train_config({}).max_epochs,
+        "parameters": len(task.space.parameters),
+    }
+
+
+def print_tasks(console: Console, rows: list[dict[str, Any]]) -> None:
+    table = _table("task", "what it is", "optimises", "epochs", "parameters")
+    for row in rows:
+        if "broken" in row:
+            table.add_row(row["task"], f"broken: {row['broken']}", style="red")
+        else:
+            goal = f"{row['metric']} ({row['direction']})"
+            table.add_row(row["task"], row["description"], goal, str(row["epochs"]), str(row["parameters"]))
+    console.print(table)
+
+
+def print_space(console: Console, space: Space) -> None:
+    """The groups in the order in which they are tuned."""
+    for priority, group in enumerate(space.groups, start=1):
+        table = _table("parameter", "range", "default", "active when", title=f"{priority}. {group.name}")
+        for name, parameter in group.parameters.items():
+            table.add_row(
+                name, parameter.describe(), format_value(parameter.default), describe_conditions(parameter.when)
+            )
+        console.print(table)
+
+
+def study_rows(home: Path | None) -> list[dict[str, Any]]:
+    """The studies of a home, the oldest first."""
+    return [_study_row(study) for study in list_studies(read_storage(find_home(home)))]
+
+
+def _study_row(study: Study) -> dict[str, Any]:
+    best = study.best()
+    return {
+        "study": study.name,
+        "task": study.settings.task,
+        "trials": f"{study.num_finished}/{study.settings.planned_trials}",
+        "metric": study.settings.metric,
+        "best": best and best.value,
+        "best trial": best and best.number,
+        "strategy": study.settings.strategy,
+        "seed": study.settings.seed,
+    }
+
+
+def print_studies(console: Console, rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        console.print("There is no study yet. Begin with: hpo search digits --trials 20")
+        return
+    table = _table(*rows[0])
+    for row in rows:
+        table.add_row(*("" if cell is None else _short(cell) for cell in row.values()))
+    console.print(table)
+
+
+def study_facts(name: str, home: Path | None, top: int | None = None) -> dict[str, Any]:
+    """Settings, trials and importances of a study; the best `top` trials, or all in order."""
+    study = Study.load(read_storage(find_home(home)), name)
+    trials = study.trials()
+    if top is not None:
+        trials = _ranked(trials, study.settings.direction)[:top]
+    facts: dict[str, Any] = to_plain(
+        {
+            "study": name,
+            "task": study.settings.task,
+            "metric": study.settings.metric,
+            "direction": study.settings.direction,
+            "strategy": study.settings.strategy,
+            "pruner": study.settings.pruner,
+            "epochs": study.settings.max_epochs,
+            "seed": study.settings.seed,
+            "limit": study.settings.limit,
+            "counts": study.counts(),
+            "importances": study.importances(),
+            "trials": [asdict(trial) for trial in trials],
+        }
+    )
+    return facts
+
+
+def print_study(console: Console, facts: dict[str, Any]) -> None:
+    console.print(
+        f"{facts['study']}: {facts['metric']} ({facts['direction']}), strategy {facts['strategy']}, "
+        f"pruner {facts['pruner']}, {facts['epochs']} epochs, seed {facts['seed']}; {describe_counts(facts['counts'])}"
+    )
+    table = _table("trial", "state", facts["metric"], "best epoch", "epochs", "configuration")
+    for trial in facts["trials"]:
+        table.add_row(
+            str(trial["number"]),
+            trial["state"],
+            _score(trial["value"]),
+            str(trial["best_epoch"] or ""),
+            str(len(trial["curve"])),
+            trial["reason"] if trial["state"] == "failed" else _configuration(trial),
+        )
+    console.print(table)
+    _print_importances(console, facts["importances"])
+
+
+def _print_importances(console: Console, importances: dict[str, dict[str, float]]) -> None:
+    if not importances:
+        console.print("Importances need more complete trials.")
+        return
+    table = _table("group", "importance", "by parameter")
+    for group, shares in importances.items():
+        ranked = sorted(shares.items(), key=lambda item: -item[1])
+        table.add_row(group, f"{sum(shares.values()):.0%}", ", ".join(f"{name} {share:.0%}" for name, share in ranked))
+    console.print(table)
+
+
+def best_facts(name: str, home: Path | None) -> dict[str, Any]:
+    """The winner of a study, as far as it is known."""
+    winner = find_winner(Study.load(read_storage(find_home(home)), name))
+    return {"study": name, "home": str(find_home(home)), "winner": winner and to_plain(asdict(winner))}
+
+
+def print_best(console: Console, facts: dict[str, Any]) -> None:
+    if facts["winner"] is None:
+        console.print(f"Study '{facts['study']}' has no complete trial yet; go on with `hpo search`.")
+        return
+    _print_winner(console, Winner(**facts["winner"]))
+    home = "" if facts["home"] == str(find_home()) else f", home={facts['home']!r}"
+    console.print(f'Load it: model = hpo.load_best("{facts["study"]}"{home})', soft_wrap=True)
+
+
+def _print_winner(console: Console, winner: Winner) -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_row("Best", f"trial {winner.trial}, epoch {winner.best_epoch}")
+    table.add_row("Configuration", format_configuration(winner.configuration))
+    table.add_row("Validation", f"{winner.metric} {winner.validation:.4f}")
+    table.add_row("Test", _describe_test(winner))
+    console.print(table)
+
+
+def _describe_test(winner: Winner) -> str:
+    if winner.test is None:
+        return "not read yet: it is, once, when the search has reached its end"
+    scores = ", ".join(f"{name} {value:.4f}" for name, value in winner.test.items())
+    times = (
+        "once" if winner.num_test_readings == 1 else f"{winner.num_test_readings} times, once for each winner so far"
+    )
+    return f"{scores} (the test split was read {times})"
+
+
+def format_configuration(configuration: Mapping[str, Any]) -> str:
+    """`lr=0.00123 optimizer=sgd`: short enough to read; --json has all digits."""
+    return " ".join(f"{name}={_short(value)}" for name, value in configuration.items())
+
+
+def format_duration(seconds: float) -> str:
+    """`8 s`, `2 min 5 s` or `3 h 20 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def describe_counts(counts: Mapping[TrialState, int]) -> str:
+    """`12 complete, 7 pruned`."""
+    return ", ".join(f"{number} {state}" for state, number in counts.items() if number) or "no trial yet"
+
+
+def to_plain(value: Any) -> Any:
+    """The value as JSON can hold it: keys as strings, NaN and infinities as null."""
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _ranked(trials: list[TrialRecord], direction: str) -> list[TrialRecord]:
+    """Complete trials by value, the best first."""
+    complete = [trial for trial in trials if trial.state == "complete" and trial.value is not None]
+    return sorted(complete, key=lambda trial: trial.value or 0.0, reverse=direction == "maximize")
+
+
+def _configuration(trial: dict[str, Any]) -> str:
+    return format_configuration({k: v for k, v in trial["values"].items() if k not in trial["inactive"]})
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else format_value(value)
+
+
+def _score(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="dim", pad_edge=False)
+    for column in columns:
+        table.add_column(column)
+    return table

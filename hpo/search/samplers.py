@@ -1,0 +1,147 @@
+"""Strategies by name: the samplers that Optuna has, made repeatable, beside our own `priority` and `grid`."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
+
+from hpo.config import derive_seed
+from hpo.errors import UnknownNameError
+from hpo.search.strategy import PrioritySampler
+from hpo.search.wrappers import DefaultFirstSampler, TrialSeededSampler
+from hpo.space import Choice, Float, Int
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial
+
+    from hpo.space import Parameter, Space, Value
+
+STRATEGIES = ("priority", "tpe", "gp", "random", "grid", "qmc", "cmaes")
+GRID_STEPS = 5
+
+
+def build_sampler(strategy: str, space: Space, *, seed: int, num_trials: int) -> BaseSampler:
+    """The sampler of that name; all but `grid` begin with the default configuration.
+
+    priority  see hpo.search.strategy; `num_trials` is what the study was planned with, and matters here alone
+    tpe       tree-structured Parzen estimators (Watanabe, 2023, arXiv:2304.11127) after 10 random trials
+    gp        a Gaussian process after 10 random trials; learns from complete trials only
+    random    independent draws
+    grid      see GridSampler
+    qmc       a scrambled Sobol sequence
+    cmaes     CMA-ES (Hansen, 2016, arXiv:1604.00772) for numbers, random for choices; learns from complete trials only
+    """
+    if strategy == "priority":
+        return PrioritySampler(space, seed=seed, num_trials=num_trials)
+    if strategy == "grid":
+        return GridSampler(space, seed=seed)
+    if strategy == "qmc":
+        return DefaultFirstSampler(_qmc_sampler(seed), space)
+    if strategy in _SEEDED:
+        return DefaultFirstSampler(TrialSeededSampler(_SEEDED[strategy], seed), space)
+    raise UnknownNameError("strategy", strategy, STRATEGIES)
+
+
+_SEEDED: dict[str, Callable[[int], BaseSampler]] = {
+    "tpe": lambda seed: TPESampler(seed=seed),
+    "gp": lambda seed: GPSampler(seed=seed, warn_independent_sampling=False),
+    "random": lambda seed: RandomSampler(seed=seed),
+    "cmaes": lambda seed: CmaEsSampler(seed=seed, warn_independent_sampling=False),
+}
+
+
+def _qmc_sampler(seed: int) -> QMCSampler:
+    # One seed for the study: it picks the sequence, and the position in the sequence is kept in the storage.
+    with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+        return QMCSampler(
+            seed=derive_seed(seed, "qmc") % 2**32,
+            scramble=True,
+            independent_sampler=TrialSeededSampler(_SEEDED["random"], seed),
+            warn_independent_sampling=False,
+        )
+
+
+def distribution(parameter: Parameter) -> BaseDistribution:
+    """The parameter as Optuna declares it."""
+    match parameter:
+        case Choice():
+            return CategoricalDistribution(parameter.choices)
+        case Int():
+            return IntDistribution(int(parameter.low), int(parameter.high), log=parameter.log)
+        case Float():
+            return FloatDistribution(parameter.low, parameter.high, log=parameter.log)
+
+
+class GridSampler(BaseSampler):
+    """Visits every point of a grid once: all choices, all of up to 5 whole numbers, else 5 points evenly on the scale.
+
+    The point follows from the trial's number alone, so a restart neither skips nor repeats one, and a grid of any size
+    costs nothing. Trial k takes the point (offset + k * stride) mod size: a stride that shares no divisor with the size
+    reaches every point, and one near size / golden ratio spreads the first ones evenly over the grid. (Optuna's own
+    GridSampler lists all points in memory and stops the study from within, which only `Study.optimize` allows.)
+    """
+
+    def __init__(self, space: Space, *, seed: int) -> None:
+        self._points = {name: grid_points(parameter) for name, parameter in space.parameters.items()}
+        self._size = grid_size(space)
+        self._offset = derive_seed(seed, "grid") % self._size
+        self._stride = _even_stride(self._size)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Value:
+        return self._point(trial.number)[param_name]
+
+    def _point(self, number: int) -> dict[str, Value]:
+        index = (self._offset + number * self._stride) % self._size
+        point = {}
+        for name, values in reversed(self._points.items()):
+            index, digit = divmod(index, len(values))
+            point[name] = values[digit]
+        return point
+
+
+def grid_size(space: Space) -> int:
+    """Number of points in the grid over the space."""
+    return math.prod(len(grid_points(parameter)) for parameter in space.parameters.values())
+
+
+def grid_points(parameter: Parameter) -> list[Value]:
+    """The parameter's values in a grid, in rising order, or in the order of the choices."""
+    if isinstance(parameter, Choice):
+        return list(parameter.choices)
+    if isinstance(parameter, Float):
+        return list(dict.fromkeys(_spaced(parameter)))
+    if parameter.high - parameter.low < GRID_STEPS:
+        return list(range(int(parameter.low), int(parameter.high) + 1))
+    return list(dict.fromkeys(round(value) for value in _spaced(parameter)))
+
+
+def _spaced(parameter: Float | Int) -> list[float]:
+    low, high = parameter.low, parameter.high
+    shares = [step / (GRID_STEPS - 1) for step in range(1, GRID_STEPS - 1)]
+    inner = [low * (high / low) ** share if parameter.log else low + (high - low) * share for share in shares]
+    return [low, *inner, high]
+
+
+def _even_stride(size: int) -> int:
+    golden_ratio = (1 + math.sqrt(5)) / 2
+    stride = max(1, round(size / golden_ratio))
+    while math.gcd(stride, size) > 1:
+        stride += 1
+    return stride

@@ -1,0 +1,463 @@
+"""A study: one search's settings, its trials, and the asking for and telling of them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Self, get_args
+
+import optuna
+from optuna.storages import InMemoryStorage
+from optuna.trial import FrozenTrial, create_trial
+from optuna.trial import TrialState as OptunaState
+
+from hpo.config import derive_seed
+from hpo.errors import StoreError, StudyMismatchError, UnknownNameError
+from hpo.search.pruners import build_pruner
+from hpo.search.samplers import build_sampler, distribution, grid_size
+from hpo.search.strategy import DEFAULT_CONFIGURATION, EVERYTHING, stage_name, tunable_groups
+from hpo.space import Space, format_value
+from hpo.trial import EndState, TrialRecord, TrialState
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+
+    from hpo.objective import Direction
+    from hpo.space import Value
+
+FORMAT = 1
+"""Version of what a study stores of its settings; raised when an older hpo could misread it."""
+
+MIN_TRIALS_FOR_IMPORTANCES = 10
+"""Below this many trials the best tenth is not even one of them."""
+
+# Names of what is stored beside Optuna's own columns.
+_SETTINGS = "hpo:settings"
+_RECORD = "hpo:record:"
+_ATTEMPT = "attempt"
+_INACTIVE = "inactive"
+_BEST_EPOCH = "best_epoch"
+_REASON = "reason"
+_DIVERGED = "diverged"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySettings:
+    """What a study was made with. All of it but `planned_trials` and `overrides` says which study it is."""
+
+    task: str
+    """Task, as it was named."""
+
+    space: Space
+    """The space that is searched, after overrides."""
+
+    seed: int
+    """Seed that every random draw of the study follows from."""
+
+    strategy: str
+    """One of hpo.search.samplers.STRATEGIES."""
+
+    pruner: str
+    """One of hpo.search.pruners.PRUNERS."""
+
+    max_epochs: int
+    """Epochs of a trial at the most."""
+
+    metric: str
+    """What is optimised, measured on the validation split."""
+
+    direction: Direction
+    """Whether a larger or a smaller metric is better."""
+
+    limit: int | None
+    """Training examples used; None for all."""
+
+    planned_trials: int
+    """Trials that the study was first asked for. The stages follow from it, so more trials later do not move them."""
+
+    overrides: tuple[str, ...] = ()
+    """The overrides that narrowed the space, as they were written."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain data."""
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"space": self.space.to_dict()}
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> Self:
+        """The settings that `to_dict` described."""
+        return cls(**stored | {"space": Space.from_dict(stored["space"]), "overrides": tuple(stored["overrides"])})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suggestion:
+    """A trial to run."""
+
+    number: int
+    """Position in the study, from 0."""
+
+    attempt: int
+    """1, or more if the trial was begun before."""
+
+    values: dict[str, Value]
+    """Every parameter of the space, in its order."""
+
+    active_values: dict[str, Value]
+    """The values without those whose `when` does not hold."""
+
+    stage: str
+    """What this trial searches, for people."""
+
+    seed: int
+    """Seed of everything random in the trial."""
+
+
+@dataclass(frozen=True)
+class _RunningTrial:
+    handle: optuna.Trial
+    reported: set[int]
+    """Epochs that a result is stored for, those of earlier attempts too."""
+
+
+class Study:
+    """A study in a storage. One process at a time may ask and tell: the holder of the study's lock."""
+
+    def __init__(self, storage: BaseStorage, name: str, settings: StudySettings) -> None:
+        """Use `open`, `load` or `list_studies`: the study must be there, with these settings."""
+        self.name = name
+        self.settings = settings
+        self._storage = storage
+        self._distributions = {name: distribution(parameter) for name, parameter in settings.space.parameters.items()}
+        self._stages = list(tunable_groups(settings.space))
+        self._running: dict[int, _RunningTrial] = {}
+        self._optuna = optuna.load_study(
+            study_name=name,
+            storage=storage,
+            sampler=build_sampler(
+                settings.strategy, settings.space, seed=settings.seed, num_trials=settings.planned_trials
+            ),
+            pruner=build_pruner(settings.pruner, settings.max_epochs),
+        )
+
+    @classmethod
+    def open(cls, storage: BaseStorage, name: str, settings: StudySettings) -> Self:
+        """Make the study, or go on with it if it was made with the same settings.
+
+        Raises StudyMismatchError, naming every difference, if it was made with others; nothing is written then.
+        """
+        stored = read_settings(storage, name)
+        if stored is None:
+            _create(storage, name, settings)
+            return cls(storage, name, settings)
+        differences = list(_differences(stored, settings))
+        if differences:
+            raise StudyMismatchError(
+                f"study '{name}' was made with {'; '.join(differences)}. "
+                "Use the same settings, or another name with --study."
+            )
+        return cls(storage, name, stored)
+
+    @classmethod
+    def load(cls, storage: BaseStorage, name: str) -> Self:
+        """The study of that name. Raises UnknownNameError if there is none."""
+        settings = read_settings(storage, name)
+        if settings is None:
+            raise UnknownNameError("study", name, [study.name for study in list_studies(storage)])
+        return cls(storage, name, settings)
+
+    def ask(self) -> Suggestion:
+        """The next trial: one that was interrupted, with its number and its values, or else a new one."""
+        handle = self._optuna.ask(self._distributions)
+        values = {name: handle.params[name] for name in self.settings.space.parameters}
+        active_values = self.settings.space.active(values)
+        attempt = handle.user_attrs.get(_ATTEMPT, 0) + 1
+        handle.set_user_attr(_ATTEMPT, attempt)
+        handle.set_user_attr(_INACTIVE, [name for name in values if name not in active_values])
+        earlier_curve = self._trials()[handle.number].intermediate_values if attempt > 1 else {}
+        self._running[handle.number] = _RunningTrial(handle, set(earlier_curve))
+        return Suggestion(
+            number=handle.number,
+            attempt=attempt,
+            values=values,
+            active_values=active_values,
+            stage=self._stage(handle.number),
+            seed=derive_seed(self.settings.seed, handle.number),
+        )
+
+    def report(self, number: int, epoch: int, value: float) -> bool:
+        """Store the metric after an epoch, counted from 1; whether the trial is too weak to go on.
+
+        An epoch that an earlier attempt has reported keeps its value. NaN is stored and never judged: the trainer
+        knows whether a trial has diverged. Nothing is gained by stopping a trial in its last epoch.
+        """
+        running = self._running[number]
+        if epoch in running.reported:
+            return False
+        running.handle.report(value, epoch)
+        running.reported.add(epoch)
+        return not math.isnan(value) and epoch < self.settings.max_epochs and running.handle.should_prune()
+
+    def tell(
+        self,
+        number: int,
+        state: EndState,
+        *,
+        value: float | None = None,
+        best_epoch: int | None = None,
+        reason: str | None = None,
+    ) -> None:
+        """Write down how a trial ended; `value` is the metric of its best epoch, which a complete trial must have.
+
+        An interrupted trial goes back to the queue: `ask` gives it again. A diverged one counts as worse than any
+        other, and a failed one not at all.
+        """
+        running = self._running.pop(number)
+        # None is written too: it replaces what an interrupted attempt has left.
+        running.handle.set_user_attr(_BEST_EPOCH, best_epoch)
+        running.handle.set_user_attr(_REASON, reason)
+        match state:
+            case "complete":
+                assert value is not None, "a complete trial has a value"
+                self._optuna.tell(number, value)
+            case "pruned":
+                self._optuna.tell(number, state=OptunaState.PRUNED)
+            case "diverged":
+                self._mark_diverged(running)
+                self._optuna.tell(number, state=OptunaState.PRUNED)
+            case "failed":
+                self._optuna.tell(number, state=OptunaState.FAIL)
+            case "interrupted":
+                self._requeue(number)
+
+    def _mark_diverged(self, running: _RunningTrial) -> None:
+        # TPE ranks pruned trials by how far they came: one that diverged in epoch 30 would beat all that were pruned in
+        # epoch 10. Only a violated constraint ranks last. The NaN keeps Optuna from taking the last epoch as its value.
+        running.handle.report(math.nan, max(running.reported, default=0) + 1)
+        running.handle.set_constraint(_DIVERGED, 1.0)
+
+    def adopt_orphans(self) -> list[int]:
+        """Put the trials that a dead coordinator left running back into the queue; their numbers.
+
+        The caller holds the study's lock: nobody else runs one of them.
+        """
+        orphans = [trial.number for trial in self._trials() if trial.state == OptunaState.RUNNING]
+        for number in orphans:
+            self._requeue(number)
+        return orphans
+
+    def _requeue(self, number: int) -> None:
+        study_id = self._storage.get_study_id_from_name(self.name)
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
+        self._storage.set_trial_state_values(trial_id, OptunaState.WAITING)
+
+    def remaining(self, num_trials: int) -> int:
+        """Trials yet to be asked for until `num_trials` are complete or pruned, if those that are running will be.
+
+        A grid ends at its last point; a point whose trial failed is not tried again.
+        """
+        counts = self.counts()
+        missing = num_trials - self.num_finished - counts["running"]
+        if self.settings.strategy == "grid":
+            num_tried = sum(counts.values()) - counts["interrupted"]
+            missing = min(missing, grid_size(self.settings.space) - num_tried)
+        return max(0, missing)
+
+    @property
+    def num_finished(self) -> int:
+        """Trials that count for the study's total: complete, pruned and diverged."""
+        counts = self.counts()
+        return counts["complete"] + counts["pruned"] + counts["diverged"]
+
+    def counts(self) -> dict[TrialState, int]:
+        """Number of trials in each state, 0 where there are none."""
+        counted = Counter(_state(trial) for trial in self._trials())
+        return {state: counted[state] for state in get_args(TrialState)}
+
+    def trials(self) -> list[TrialRecord]:
+        """Every trial, by number."""
+        return [self._record(trial) for trial in self._trials()]
+
+    def best(self) -> TrialRecord | None:
+        """The complete trial with the best value, the earliest of equals; None while there is none."""
+        complete = [trial for trial in self.trials() if trial.state == "complete"]
+        return min(complete, key=lambda trial: self._loss(trial.value), default=None)
+
+    def importances(self) -> dict[str, dict[str, float]]:
+        """Importance of each parameter that varies, by group; they sum to 1.
+
+        PED-ANOVA (Watanabe et al., 2023, arXiv:2304.10255): how much the values in the best tenth of the trials differ
+        from those in all. Pruned trials count with their best epoch, and diverged ones as the worst, for among complete
+        trials alone hardly anything differs. Empty below 10 such trials, and where the best tenth cannot be told apart.
+        """
+        losses = self._losses()
+        ranked = sorted(losses.values())
+        if len(ranked) < MIN_TRIALS_FOR_IMPORTANCES or ranked[math.ceil(len(ranked) / 10) - 1] == ranked[-1]:
+            return {}
+        scored = optuna.create_study(storage=InMemoryStorage())
+        for trial in self._trials():
+            if trial.number in losses:
+                scored.add_trial(
+                    create_trial(params=trial.params, distributions=trial.distributions, value=losses[trial.number])
+                )
+        importances = optuna.importance.get_param_importances(scored)
+        return {
+            group: {name: importances[name] for name in names}
+            for group, names in tunable_groups(self.settings.space).items()
+        }
+
+    def _losses(self) -> dict[int, float]:
+        """What finished trials are worth, by number; lower is better."""
+        trials = self.trials()
+        measured = {
+            trial.number: self._loss(trial.value)
+            for trial in trials
+            if trial.state in ("complete", "pruned") and trial.value is not None
+        }
+        worst = max(measured.values(), default=0.0)
+        return measured | {trial.number: worst for trial in trials if trial.state == "diverged"}
+
+    def record(self, key: str, value: Any) -> None:
+        """Keep a fact about the study under a key; `value` is anything that JSON can hold."""
+        self._optuna.set_user_attr(_RECORD + key, value)
+
+    def recorded(self, key: str) -> Any:
+        """The fact kept under the key; None if there is none."""
+        return self._optuna.user_attrs.get(_RECORD + key)
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self._optuna.get_trials(deepcopy=False)
+
+    def _stage(self, number: int) -> str:
+        if self.settings.strategy == "priority":
+            return stage_name(number, self._stages, self.settings.planned_trials)
+        return DEFAULT_CONFIGURATION if number == 0 and self.settings.strategy != "grid" else EVERYTHING
+
+    def _record(self, trial: FrozenTrial) -> TrialRecord:
+        curve = dict(sorted(trial.intermediate_values.items()))
+        best_epoch: int | None = trial.user_attrs.get(_BEST_EPOCH) or self._best_epoch(curve)
+        best_value = None if best_epoch is None else curve.get(best_epoch)
+        return TrialRecord(
+            number=trial.number,
+            state=_state(trial),
+            value=trial.value if trial.state == OptunaState.COMPLETE else best_value,
+            values=trial.params,
+            inactive=tuple(trial.user_attrs.get(_INACTIVE, ())),
+            curve=curve,
+            best_epoch=best_epoch,
+            stage=self._stage(trial.number),
+            reason=trial.user_attrs.get(_REASON),
+            attempts=trial.user_attrs.get(_ATTEMPT, 1),
+            duration_s=trial.duration.total_seconds() if trial.duration else None,
+        )
+
+    def _best_epoch(self, curve: dict[int, float]) -> int | None:
+        finite = [epoch for epoch, value in curve.items() if math.isfinite(value)]
+        return min(finite, key=lambda epoch: self._loss(curve[epoch]), default=None)
+
+    def _loss(self, value: float | None) -> float:
+        assert value is not None, "only trials and epochs with a value are compared"
+        return -value if self.settings.direction == "maximize" else value
+
+
+def list_studies(storage: BaseStorage) -> list[Study]:
+    """The studies in the storage that hpo made, the oldest first."""
+    names = [frozen.study_name for frozen in storage.get_all_studies() if _SETTINGS in frozen.user_attrs]
+    return [Study.load(storage, name) for name in names]
+
+
+def read_settings(storage: BaseStorage, name: str) -> StudySettings | None:
+    """What the study was made with; None if there is no such study.
+
+    Raises StoreError where the name belongs to a study that hpo did not make, or that a newer hpo made.
+    """
+    try:
+        study_id = storage.get_study_id_from_name(name)
+    except KeyError:
+        return None
+    stored = storage.get_study_user_attrs(study_id).get(_SETTINGS)
+    if stored is None:
+        if storage.get_n_trials(study_id) == 0:
+            return None  # its making was cut short before anything was asked
+        raise StoreError(f"study '{name}' was not made by hpo; choose another name with --study.")
+    if stored["format"] > FORMAT:
+        raise StoreError(f"study '{name}' was made by a newer version of hpo; upgrade hpo to use it.")
+    return StudySettings.from_dict(stored["settings"])
+
+
+def _create(storage: BaseStorage, name: str, settings: StudySettings) -> None:
+    # Unknown names must be refused before anything is written.
+    build_sampler(settings.strategy, settings.space, seed=settings.seed, num_trials=settings.planned_trials)
+    build_pruner(settings.pruner, settings.max_epochs)
+    study = optuna.create_study(study_name=name, storage=storage, direction=settings.direction, load_if_exists=True)
+    study.set_user_attr(_SETTINGS, {"format": FORMAT, "settings": settings.to_dict()})
+
+
+def _state(trial: FrozenTrial) -> TrialState:
+    match trial.state:
+        case OptunaState.COMPLETE:
+            return "complete"
+        case OptunaState.PRUNED:
+            return "diverged" if _DIVERGED in trial.constraints else "pruned"
+        case OptunaState.FAIL:
+            return "failed"
+        case OptunaState.WAITING:
+            return "interrupted"
+        case OptunaState.RUNNING:
+            return "running"
+
+
+def _differences(made: StudySettings, asked: StudySettings) -> Iterator[str]:
+    """How the settings differ, as a user wrote them: "--seed 0, not 1"."""
+    for field, written in (
+        ("task", "task"),
+        ("metric", "metric"),
+        ("direction", "direction"),
+        ("seed", "--seed"),
+        ("strategy", "--strategy"),
+        ("pruner", "--pruner"),
+        ("max_epochs", "--epochs"),
+        ("limit", "--limit"),
+    ):
+        before, now = getattr(made, field), getattr(asked, field)
+        if before != now:
+            yield (
+                f"no {written}, not {now}"
+                if before is None
+                else f"{written} {before}, not {'none' if now is None else now}"
+            )
+    yield from _space_differences(made.space, asked.space)
+
+
+def _space_differences(made: Space, asked: Space) -> Iterator[str]:
+    for name in dict.fromkeys([*made.parameters, *asked.parameters]):
+        if name not in asked.parameters:
+            yield f"{_placed(name, made)}, which is gone"
+        elif name not in made.parameters:
+            yield f"no {_placed(name, asked)}"
+        else:
+            yield from _parameter_differences(name, made, asked)
+    order_before, order_now = ([group.name for group in space.groups] for space in (made, asked))
+    if order_before != order_now:
+        yield f"the groups {', '.join(order_before)}, not {', '.join(order_now)}"
+
+
+def _parameter_differences(name: str, made: Space, asked: Space) -> Iterator[str]:
+    before, now = made.parameters[name], asked.parameters[name]
+    placed = _placed(name, made)
+    if made.group_of(name) != asked.group_of(name):
+        yield f"{placed}, not in '{asked.group_of(name)}'"
+    if before.describe() != now.describe():
+        yield f"{placed} {before.describe()}, not {now.describe()}"
+    elif before.default != now.default:
+        yield f"{placed} default {format_value(before.default)}, not {format_value(now.default)}"
+    elif _declaration(name, made) != _declaration(name, asked):
+        yield f"{placed} declared otherwise"
+
+
+def _declaration(name: str, space: Space) -> dict[str, Any]:
+    return space.to_dict()[space.group_of(name)][name]
+
+
+def _placed(name: str, space: Space) -> str:
+    return f"{name} (in '{space.group_of(name)}')"

@@ -1,0 +1,106 @@
+"""Samplers that wrap another one: seeded anew for each trial, or with some of its parameters pinned."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from optuna.samplers import BaseSampler
+
+from hpo.config import derive_seed
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial, TrialState
+
+    from hpo.space import Space, Value
+
+
+class TrialSeededSampler(BaseSampler):
+    """Draws each trial from a fresh base sampler, seeded from (seed, trial number, parameter).
+
+    A sampler with one seed for the whole study repeats its first draws after every restart. This one goes on as if
+    nothing had happened, and trials may be asked for in any order, in parallel, and from several processes.
+    """
+
+    def __init__(self, make_base: Callable[[int], BaseSampler], seed: int) -> None:
+        """`make_base(seed)` builds the base; it gets seeds in [0, 2**32), as numpy's generators want them."""
+        self._make_base = make_base
+        self._seed = seed
+        # Draws nothing: it lives on because it remembers which trials it has read the search space from.
+        self._reader = make_base(0)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._reader.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._fresh_base(trial.number).sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        base = self._fresh_base(trial.number, param_name)
+        return base.sample_independent(study, trial, param_name, param_distribution)
+
+    def _fresh_base(self, *purpose: int | str) -> BaseSampler:
+        return self._make_base(derive_seed(self._seed, *purpose, "sampler") % 2**32)
+
+
+class PinningSampler(BaseSampler, ABC):
+    """Holds some parameters of a trial at values of its own choice, and leaves the others to a base sampler.
+
+    As Optuna's PartialFixedSampler, but what is held may differ from trial to trial.
+    """
+
+    def __init__(self, base: BaseSampler) -> None:
+        self._base = base
+        self._pinned: dict[int, Mapping[str, Value]] = {}
+
+    @abstractmethod
+    def pin(self, study: Study, trial: FrozenTrial) -> Mapping[str, Value]:
+        """Values of the parameters that this trial does not search. Asked once for each attempt at a trial."""
+
+    def reseed_rng(self) -> None:
+        self._base.reseed_rng()
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        # Here and not parameter by parameter: meanwhile another trial may end, and a mix of two would be pinned.
+        self._pinned[trial.number] = self.pin(study, trial)
+        self._base.before_trial(study, trial)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        pinned = self._pinned[trial.number]
+        search_space = self._base.infer_relative_search_space(study, trial)
+        return {name: distribution for name, distribution in search_space.items() if name not in pinned}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._base.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        pinned = self._pinned[trial.number]
+        if param_name in pinned:
+            return pinned[param_name]
+        return self._base.sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        self._pinned.pop(trial.number, None)
+        self._base.after_trial(study, trial, state, values)
+
+
+class DefaultFirstSampler(PinningSampler):
+    """Makes trial 0 the default configuration, and leaves every other trial to a base sampler."""
+
+    def __init__(self, base: BaseSampler, space: Space) -> None:
+        super().__init__(base)
+        self._defaults = space.defaults()
+
+    def pin(self, study: Study, trial: FrozenTrial) -> Mapping[str, Value]:
+        return self._defaults if trial.number == 0 else {}

@@ -1,0 +1,299 @@
+"""How a trial's story reaches MLflow: a spool file on disk, and a thread that tells MLflow what stands in it.
+
+A spool is a list of events, one JSON line each: `start`, `epoch`, `file`, `text`, `end`. Telling the same events twice
+changes nothing, so after kill -9 or a server's outage a spool is simply told again, from its beginning.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpo.errors import SearchError
+from hpo.tracking.store import search_runs
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+    from hpo.tracking.store import TrackingStore
+    from hpo.trial import EndState
+
+Event = dict[str, Any]
+
+_logger = logging.getLogger(__name__)
+_MAX_METRICS = 1000  # MLflow takes no more in one log_batch
+_MAX_TAG = 5000  # characters; MLflow refuses longer values
+
+RUN_STATUS: dict[EndState, str] = {
+    "complete": "FINISHED",
+    "pruned": "FINISHED",  # MLflow has no such status: the tag hpo.state tells
+    "diverged": "FINISHED",
+    "failed": "FAILED",
+    "interrupted": "KILLED",
+}
+
+
+class Spool:
+    """The events of one run in a file, in the order they happened; what was told is remembered in memory only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._told = 0  # bytes
+        self._lock = threading.Lock()
+        self._cut_torn_line()
+
+    def _cut_torn_line(self) -> None:
+        """A process killed while it wrote, or a power cut, can leave half a line at the end."""
+        if not self.path.exists():
+            return
+        whole = self.path.read_bytes().rfind(b"\n") + 1
+        os.truncate(self.path, whole)
+
+    def append(self, event: Event) -> None:
+        """Write one event with the time it happened. Raises SearchError where the disk does not take it."""
+        line = json.dumps({"time_ms": time.time_ns() // 1_000_000, **event}) + "\n"
+        try:
+            with self._lock, self.path.open("ab", buffering=0) as file:
+                file.write(line.encode())
+        except OSError as error:
+            raise SearchError(
+                f"cannot write {self.path}: {error.strerror}; make room, then run the same command again."
+            ) from error
+
+    def untold(self) -> tuple[list[Event], int]:
+        """The events not yet told, and the size of the file up to them."""
+        with self._lock, self.path.open("rb") as file:
+            file.seek(self._told)
+            lines = file.read().splitlines(keepends=True)
+        return list(self._parse(lines)), self._told + sum(map(len, lines))
+
+    def _parse(self, lines: Iterable[bytes]) -> Iterator[Event]:
+        for line in lines:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                _logger.warning("%s: skipped a damaged line of %d bytes", self.path, len(line))
+
+    def has_ended(self) -> bool:
+        """Whether the last event is the run's end."""
+        events = list(self._parse(self.path.read_bytes().splitlines()[-1:]))
+        return bool(events) and "end" in events[0]
+
+    def told(self, size: int) -> None:
+        """Remember that everything in the first `size` bytes was told."""
+        self._told = size
+
+    def remove_if_told(self) -> None:
+        """Delete the file, unless something was added meanwhile."""
+        with self._lock:
+            if self.path.exists() and self.path.stat().st_size == self._told:
+                self.path.unlink()
+                self._told = 0
+
+
+class Delivery:
+    """Tells MLflow one trial's spool."""
+
+    def __init__(self, store: TrackingStore, experiment_id: str, number: int, metric: str, spool: Spool) -> None:
+        self.number = number
+        self.spool = spool
+        self._client = store.client
+        self._experiment_id = experiment_id
+        self._metric = metric
+        self._run_id: str | None = None
+        self._last_epoch = -1
+        self._nonfinite: set[str] = set()
+
+    def deliver(self) -> None:
+        """Tell all that is untold; the file goes when the trial has ended. Raises what MLflow raises."""
+        if not self.spool.path.exists():
+            return
+        events, size = self.spool.untold()
+        epochs: list[Event] = []
+        for event in events:
+            if "epoch" in event:
+                epochs.append(event)
+                continue
+            self._tell_epochs(epochs)
+            epochs = []
+            self._tell(event)
+        self._tell_epochs(epochs)
+        self.spool.told(size)
+        if events and "end" in events[-1]:
+            self.spool.remove_if_told()
+
+    def _tell(self, event: Event) -> None:
+        if "start" in event:
+            self._start(event["time_ms"], **event["start"])
+        elif "text" in event:
+            self._client.log_text(self._ensure_run(), event["text"], event["name"])
+        elif "file" in event:
+            self._send_file(Path(event["file"]), event["folder"])
+        elif "end" in event:
+            self._end(event["time_ms"], **event["end"])
+
+    def _start(self, time_ms: int, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+        """Create the run, or go on with it: then its parameters stand already, and MLflow lets no one change them."""
+        from mlflow.entities import Param, RunTag
+
+        run = self._find_run() or self._create_run(time_ms)
+        self._run_id = run.info.run_id
+        missing = [Param(key, value) for key, value in params.items() if key not in run.data.params]
+        new_tags = {**tags, "hpo.state": "running"}
+        self._client.log_batch(self._run_id, params=missing, tags=[RunTag(*tag) for tag in new_tags.items()])
+        self._client.update_run(self._run_id, status="RUNNING")
+        if "hpo.reason" in run.data.tags:
+            self._client.delete_tag(self._run_id, "hpo.reason")
+
+    def _ensure_run(self) -> str:
+        """The run id; a spool whose first line was damaged still finds or makes its run."""
+        if self._run_id is None:
+            self._run_id = (self._find_run() or self._create_run(time.time_ns() // 1_000_000)).info.run_id
+        return self._run_id
+
+    def _find_run(self) -> Run | None:
+        runs = search_runs(self._client, self._experiment_id, f"tags.`hpo.trial` = '{self.number}'")
+        if not runs:
+            return None
+        run = runs[0]
+        self._last_epoch = self._last_recorded_epoch(run)
+        self._nonfinite = set(run.data.tags.get("hpo.nonfinite", "").split(", ")) - {""}
+        return run
+
+    def _last_recorded_epoch(self, run: Run) -> int:
+        """Epochs up to this one are not told again: a resumed trial repeats the epoch that its checkpoint missed."""
+        keys = [key for key in run.data.metrics if key != f"best/{self._metric}"]
+        return max(
+            (row.step for key in keys for row in self._client.get_metric_history(run.info.run_id, key)), default=-1
+        )
+
+    def _create_run(self, time_ms: int) -> Run:
+        tags = {"hpo.kind": "trial", "hpo.trial": str(self.number)}
+        return self._client.create_run(self._experiment_id, time_ms, tags, run_name=f"trial-{self.number:04d}")
+
+    def _tell_epochs(self, events: Iterable[Event]) -> None:
+        fresh: list[Event] = []
+        last_epoch = self._last_epoch
+        for event in events:
+            if event["epoch"] > last_epoch:
+                fresh.append(event)
+                last_epoch = event["epoch"]
+        if not fresh:
+            return
+        size = max(1, _MAX_METRICS // max(1, *(len(event["metrics"]) for event in fresh)))
+        for begin in range(0, len(fresh), size):
+            self._log_metrics(fresh[begin : begin + size])
+
+    def _log_metrics(self, events: list[Event]) -> None:
+        """One log_batch, which MLflow stores as a whole or not at all."""
+        from mlflow.entities import Metric, RunTag
+
+        rows = [
+            # MLflow stores inf as 1.8e308, which would top every descending sort.
+            Metric(key, value if math.isfinite(value) else math.nan, event["time_ms"], event["epoch"])
+            for event in events
+            for key, value in event["metrics"].items()
+        ]
+        nonfinite = self._nonfinite | {row.key for row in rows if math.isnan(row.value)}
+        tags = [RunTag("hpo.nonfinite", ", ".join(sorted(nonfinite)))] if nonfinite != self._nonfinite else []
+        self._client.log_batch(self._ensure_run(), rows, tags=tags)
+        self._nonfinite = nonfinite
+        self._last_epoch = events[-1]["epoch"]
+
+    def _send_file(self, path: Path, folder: str | None) -> None:
+        if not path.exists():
+            _logger.warning("trial %d: %s is gone and was not recorded in MLflow", self.number, path)
+            return
+        self._client.log_artifact(self._ensure_run(), str(path), folder)
+
+    def _end(self, time_ms: int, state: EndState, value: float | None, reason: str | None) -> None:
+        from mlflow.entities import Metric, RunTag
+
+        best = [Metric(f"best/{self._metric}", value, time_ms, 0)] if value is not None and math.isfinite(value) else []
+        tags = [RunTag("hpo.state", state)] + ([RunTag("hpo.reason", reason[:_MAX_TAG])] if reason else [])
+        run_id = self._ensure_run()
+        self._client.log_batch(run_id, best, tags=tags)
+        self._client.set_terminated(run_id, RUN_STATUS[state], time_ms)
+
+
+class Sender:
+    """A thread that tells MLflow what is new, every `interval_s` and when asked to.
+
+    What fails stays in its spool and is tried again; the foreground never waits, except in `flush` and `close`.
+    """
+
+    def __init__(self, interval_s: float = 10.0) -> None:
+        self._interval_s = interval_s
+        self._changed = threading.Condition()
+        self._waiting: dict[Delivery, None] = {}  # an ordered set: first in, first told
+        self._rounds_asked = 0
+        self._rounds_done = 0
+        self._arrived = True
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="hpo-tracking", daemon=True)
+        self._thread.start()
+
+    def put(self, delivery: Delivery, *, now: bool = False) -> None:
+        """Tell this delivery's new events in the next round, or at once. Returns immediately."""
+        with self._changed:
+            self._waiting[delivery] = None
+            if now:
+                self._rounds_asked += 1
+                self._changed.notify_all()
+
+    def flush(self, timeout_s: float) -> bool:
+        """Tell everything now; whether all of it arrived in this time. One attempt, with MLflow's own retries."""
+        with self._changed:
+            self._rounds_asked += 1
+            asked = self._rounds_asked
+            self._changed.notify_all()
+            return self._changed.wait_for(lambda: self._rounds_done >= asked, timeout_s) and self._arrived
+
+    def close(self, timeout_s: float) -> bool:
+        """Flush and end the thread; a second call does nothing."""
+        if self._closing:
+            return self._arrived
+        self._closing = True
+        return self.flush(timeout_s)
+
+    def _run(self) -> None:
+        closing = False
+        while not closing:
+            with self._changed:
+                self._changed.wait_for(lambda: self._rounds_asked > self._rounds_done, self._interval_s)
+                asked, closing = self._rounds_asked, self._closing
+            arrived = self._tell_waiting()
+            with self._changed:
+                self._rounds_done, self._arrived = asked, arrived
+                self._changed.notify_all()
+
+    def _tell_waiting(self) -> bool:
+        while delivery := self._next():
+            try:
+                delivery.deliver()
+            except Exception as error:  # the thread must outlive whatever a network, a disk or a server comes up with
+                self.put(delivery)  # behind the others, so that one bad run does not hold them up
+                self._log_failure(delivery, error)
+                return False
+        return True
+
+    def _next(self) -> Delivery | None:
+        with self._changed:
+            delivery = next(iter(self._waiting), None)
+            if delivery:
+                del self._waiting[delivery]
+            return delivery
+
+    def _log_failure(self, delivery: Delivery, error: Exception) -> None:
+        level = logging.WARNING if self._arrived else logging.DEBUG  # once an outage
+        reason = str(error).partition("\n")[0]
+        _logger.log(
+            level, "trial %d waits in %s until MLflow takes it: %s", delivery.number, delivery.spool.path, reason
+        )

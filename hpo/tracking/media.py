@@ -1,0 +1,334 @@
+"""Plots of a study, from plain records: history, learning curves, parameter slices, importances.
+
+Colours are those of Okabe and Ito (2008), which stay apart for colour-blind readers; states differ in shape as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, cycle
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullFormatter
+
+from hpo.objective import Direction
+from hpo.space import Choice, Parameter, Space, format_value
+from hpo.trial import TrialRecord, TrialState
+
+_BLACK, _GREY = "#000000", "#7f7f7f"
+_ORANGE, _SKY, _GREEN, _YELLOW, _BLUE, _RED, _PURPLE = (
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#F0E442",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
+_LOOKS: dict[TrialState, tuple[str, str]] = {  # colour, marker
+    "complete": (_BLUE, "o"),
+    "pruned": (_ORANGE, "v"),
+    "diverged": (_PURPLE, "D"),
+    "failed": (_RED, "X"),
+    "interrupted": (_GREY, "s"),
+    "running": (_SKY, "P"),
+}
+_CURVE_COLOURS = (_BLUE, _RED, _GREEN, _PURPLE, _BLACK)
+_GROUP_COLOURS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _RED, _SKY, _YELLOW, _GREY)
+_SLICE_COLUMNS = 4
+_NO_VALUES = "no trial has finished an epoch yet"
+_DPI = 110
+
+
+def plot_history(records: Sequence[TrialRecord], *, metric: str, direction: Direction) -> Figure:
+    """The value of each trial and the best so far.
+
+    Only complete trials count as the best. A trial without a value, such as a failed one, is a mark below the plot.
+    """
+    figure, axes = _figure("Value by trial", width=9, height=5)
+    valued = [record for record in records if _has_value(record)]
+    limits = _shown_range([_value(record) for record in valued], direction)
+    _scatter(axes, [(record.number, record) for record in valued], limits)
+    for record in records:
+        if not _has_value(record):
+            colour, marker = _LOOKS[record.state]
+            at_the_foot = axes.get_xaxis_transform()
+            axes.plot(record.number, 0.0, marker, color=colour, markersize=7, clip_on=False, transform=at_the_foot)
+    complete = sorted((r for r in valued if r.state == "complete"), key=lambda record: record.number)
+    better = max if direction == "maximize" else min
+    best_so_far = [_clip(value, limits) for value in accumulate(map(_value, complete), better)]
+    axes.step([r.number for r in complete], best_so_far, where="post", color=_GREEN, linewidth=2, zorder=1)
+    _mark_default(axes, valued, limits)
+    axes.set_xlabel("trial")
+    axes.set_xlim(-0.5, max([1, *(record.number for record in records)]) + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _finish_value_axis(axes, metric, direction, limits, empty=not valued)
+    _legend(figure, records, best_so_far=bool(complete), default=any(r.number == 0 for r in valued))
+    return figure
+
+
+def plot_curves(
+    records: Sequence[TrialRecord], *, metric: str, direction: Direction, num_best: int = len(_CURVE_COLOURS)
+) -> Figure:
+    """Learning curves: the best complete trials by name, the pruned and diverged ones in the background."""
+    figure, axes = _figure("Learning curves", width=9, height=5)
+    stopped = [record for record in records if record.state in ("pruned", "diverged") and record.curve]
+    best = _best(records, direction)[:num_best]
+    shown = [value for record in stopped + best for value in record.curve.values() if math.isfinite(value)]
+    limits = _shown_range(shown, direction)
+    handles = []
+    for record in stopped:
+        _draw_curve(axes, record, limits, color=_LOOKS[record.state][0], alpha=0.45, linewidth=1, markersize=3)
+    for rank, (colour, record) in enumerate(zip(cycle(_CURVE_COLOURS), best, strict=False)):
+        _draw_curve(axes, record, limits, color=colour, linewidth=2, markersize=4, zorder=4 - rank / len(best))
+        handles.append(Line2D([], [], color=colour, label=f"trial {record.number}: {record.value:.4g}"))
+        if record.best_epoch in record.curve:
+            best_value = _clip(record.curve[record.best_epoch], limits)
+            axes.plot(
+                record.best_epoch, best_value, "*", color=colour, markersize=13, markeredgecolor="white", zorder=5
+            )
+    for state in ("pruned", "diverged"):
+        count = sum(record.state == state for record in stopped)
+        if count:
+            handles.append(Line2D([], [], color=_LOOKS[state][0], alpha=0.6, label=f"{count} {state}"))
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _finish_value_axis(axes, metric, direction, limits, empty=not shown)
+    if best:
+        handles.append(Line2D([], [], color=_GREY, marker="*", linestyle="", markersize=11, label="best epoch"))
+    if handles:
+        figure.legend(handles=handles, loc="outside right upper", frameon=False)
+    return figure
+
+
+def plot_slices(records: Sequence[TrialRecord], space: Space, *, metric: str, direction: Direction) -> Figure:
+    """The value against each parameter that is searched, in the order of the space.
+
+    A trial is left out of the plots of its inactive parameters. Choices are spread sideways, so that points that fall
+    together can be told apart.
+    """
+    searched = {name: parameter for name, parameter in space.parameters.items() if not _is_fixed(parameter)}
+    valued = [record for record in records if _has_value(record)]
+    if not (searched and valued):
+        figure, axes = _figure("Value by parameter", width=9, height=3)
+        _say_nothing_to_show(axes, _NO_VALUES if searched else "every parameter is fixed")
+        return figure
+    limits = _shown_range([_value(record) for record in valued], direction)
+    columns = min(_SLICE_COLUMNS, len(searched))
+    rows = math.ceil(len(searched) / columns)
+    figure = Figure(figsize=(max(7.0, 3.2 * columns), 1.2 + 2.7 * rows), dpi=_DPI, layout="constrained")
+    figure.suptitle("Value by parameter", fontweight="bold")
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    cells = grid.flatten()
+    best = next(iter(_best(valued, direction)), None)
+    for axes, (name, parameter) in zip(cells, searched.items(), strict=False):
+        active = [record for record in valued if name in record.values and name not in record.inactive]
+        points = [(_position(parameter, record, name), record) for record in active]
+        _scatter(axes, points, limits, size=26)
+        for x, record in points:
+            if record is best:
+                axes.plot(x, _clip(_value(record), limits), "*", color=_GREEN, markersize=15, markeredgecolor="white")
+        axes.set_xlabel(name)
+        _scale_parameter_axis(axes, parameter)
+        _style(axes)
+        _limit_value_axis(axes, limits)
+    for axes in cells[len(searched) :]:
+        axes.set_visible(False)
+    for row in grid:
+        row[0].set_ylabel(f"validation {metric}")
+    _legend(figure, valued, best_trial=best)
+    return figure
+
+
+def plot_importances(importances: Mapping[str, Mapping[str, float]]) -> Figure:
+    """How much each parameter matters, by group: the groups in order of priority, the parameters by importance.
+
+    Importances are shares in [0, 1], such as `{"step size": {"lr": 0.6}, "regularization": {"dropout": 0.4}}`.
+    """
+    count = sum(map(len, importances.values()))
+    figure, axes = _figure("Importance of the parameters", width=9, height=max(3.0, 1.6 + 0.34 * count), grid="x")
+    if not count:
+        _say_nothing_to_show(axes, "too few complete trials to say")
+        return figure
+    names: list[str] = []
+    handles = []
+    for colour, (group, shares) in zip(cycle(_GROUP_COLOURS), importances.items(), strict=False):
+        for name, share in sorted(shares.items(), key=lambda item: -item[1]):
+            axes.barh(len(names), share, color=colour, height=0.72)
+            axes.annotate(
+                f"{share:.2f}", (share, len(names)), (4, 0), textcoords="offset points", va="center", fontsize=9
+            )
+            names.append(name)
+        handles.append(Line2D([], [], color=colour, linewidth=8, label=f"{group} ({sum(shares.values()):.2f})"))
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set_xlabel("share of the variation between trials")
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, title="group", alignment="left")
+    return figure
+
+
+def _figure(title: str, *, width: float, height: float, grid: str = "y") -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    figure.suptitle(title, fontweight="bold")
+    axes = figure.subplots()
+    _style(axes, grid)
+    return figure, axes
+
+
+def _style(axes: Axes, grid: str = "y") -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(visible=True, axis=grid, color="#e5e5e5", linewidth=0.8)  # type: ignore[arg-type]
+    axes.set_axisbelow(True)
+
+
+def _say_nothing_to_show(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=_GREY)
+    axes.set_yticks([])
+
+
+def _has_value(record: TrialRecord) -> bool:
+    return record.value is not None and math.isfinite(record.value)
+
+
+def _value(record: TrialRecord) -> float:
+    assert record.value is not None, "only asked of records that have a value"
+    return record.value
+
+
+def _best(records: Sequence[TrialRecord], direction: Direction) -> list[TrialRecord]:
+    complete = [record for record in records if record.state == "complete" and _has_value(record)]
+    return sorted(complete, key=_value, reverse=direction == "maximize")
+
+
+Limits = tuple[float, float]
+
+
+def _shown_range(values: Sequence[float], direction: Direction) -> Limits:
+    """The part of the value axis worth showing: everything but what is far worse than most.
+
+    The worst value shown is three interquartile ranges beyond the worse quartile, so that one trial that went astray
+    does not flatten all the others; values beyond it are drawn on the edge.
+    """
+    if not values:
+        return 0.0, 1.0
+    ordered = sorted(values)
+    low_quartile, high_quartile = ordered[len(ordered) // 4], ordered[3 * len(ordered) // 4]
+    spread = 3 * (high_quartile - low_quartile)
+    if direction == "maximize":
+        low, high = max(ordered[0], low_quartile - spread), ordered[-1]
+    else:
+        low, high = ordered[0], min(ordered[-1], high_quartile + spread)
+    return (low, high) if low < high else (low - abs(low) * 0.05 - 1e-9, high + abs(high) * 0.05 + 1e-9)
+
+
+def _clip(value: float, limits: Limits) -> float:
+    return min(max(value, limits[0]), limits[1])
+
+
+def _limit_value_axis(axes: Axes, limits: Limits) -> None:
+    margin = 0.06 * (limits[1] - limits[0])
+    axes.set_ylim(limits[0] - margin, limits[1] + margin)
+
+
+def _finish_value_axis(axes: Axes, metric: str, direction: Direction, limits: Limits, *, empty: bool) -> None:
+    axes.set_ylabel(f"validation {metric} ({'higher' if direction == 'maximize' else 'lower'} is better)")
+    _limit_value_axis(axes, limits)
+    if empty:
+        _say_nothing_to_show(axes, _NO_VALUES)
+
+
+def _scatter(axes: Axes, points: Sequence[tuple[float, TrialRecord]], limits: Limits, size: float = 36) -> None:
+    for state, (colour, marker) in _LOOKS.items():
+        chosen = [(x, record) for x, record in points if record.state == state]
+        axes.scatter(
+            [x for x, _ in chosen],
+            [_clip(_value(record), limits) for _, record in chosen],
+            s=size,
+            c=colour,
+            marker=marker,
+            edgecolors="white",
+            linewidths=0.6,
+            zorder=2,
+        )
+
+
+def _mark_default(axes: Axes, valued: Sequence[TrialRecord], limits: Limits) -> None:
+    for record in valued:
+        if record.number == 0:
+            axes.scatter([0], [_clip(_value(record), limits)], s=150, facecolors="none", edgecolors=_BLACK, zorder=3)
+
+
+def _draw_curve(axes: Axes, record: TrialRecord, limits: Limits, **looks: float | str) -> None:
+    epochs = sorted(record.curve)
+    values = [_clip(v, limits) if math.isfinite(v) else math.nan for v in (record.curve[epoch] for epoch in epochs)]
+    axes.plot(epochs, values, marker="o", **looks)  # type: ignore[arg-type]
+
+
+def _legend(
+    figure: Figure,
+    records: Sequence[TrialRecord],
+    *,
+    best_so_far: bool = False,
+    default: bool = False,
+    best_trial: TrialRecord | None = None,
+) -> None:
+    handles = []
+    for state, (colour, marker) in _LOOKS.items():
+        count = sum(record.state == state for record in records)
+        if count:
+            handles.append(Line2D([], [], color=colour, marker=marker, linestyle="", label=f"{count} {state}"))
+    if best_so_far:
+        handles.append(Line2D([], [], color=_GREEN, linewidth=2, label="best so far"))
+    if default:
+        ring = Line2D([], [], color=_BLACK, marker="o", linestyle="", markersize=10, markerfacecolor="none")
+        ring.set_label("default configuration")
+        handles.append(ring)
+    if best_trial:
+        label = f"best: trial {best_trial.number}"
+        handles.append(Line2D([], [], color=_GREEN, marker="*", linestyle="", markersize=12, label=label))
+    if handles:
+        figure.legend(handles=handles, loc="outside right upper", frameon=False)
+
+
+def _is_fixed(parameter: Parameter) -> bool:
+    return len(parameter.choices) == 1 if isinstance(parameter, Choice) else parameter.low == parameter.high
+
+
+def _position(parameter: Parameter, record: TrialRecord, name: str) -> float:
+    value = record.values[name]
+    if not isinstance(parameter, Choice):
+        return float(value)
+    # Multiples of the golden ratio fill a range evenly, in whatever order the trials come.
+    jitter = (record.number * 0.6180339887) % 1 - 0.5
+    return [format_value(choice) for choice in parameter.choices].index(format_value(value)) + 0.5 * jitter
+
+
+def _scale_parameter_axis(axes: Axes, parameter: Parameter) -> None:
+    if isinstance(parameter, Choice):
+        labels = [format_value(choice) for choice in parameter.choices]
+        crowded = len(labels) * max(map(len, labels)) > 30
+        axes.set_xticks(range(len(labels)), labels, rotation=30 if crowded else 0, ha="right" if crowded else "center")
+        axes.set_xlim(-0.6, len(labels) - 0.4)
+        return
+    low, high = parameter.low, parameter.high
+    if parameter.log:
+        axes.set_xscale("log")
+        margin = (high / low) ** 0.04
+        axes.set_xlim(low / margin, high * margin)
+        axes.xaxis.set_major_locator(_log_ticks(high / low))
+        axes.xaxis.set_major_formatter(lambda value, _: format_value(value))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        return
+    axes.set_xlim(low - 0.04 * (high - low), high + 0.04 * (high - low))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=isinstance(low, int) and isinstance(high, int)))
+
+
+def _log_ticks(ratio: float) -> Locator:
+    """Ticks at powers of ten; in a range of less than three decades also at 2 and 5, in less than one even."""
+    if ratio < 10:
+        return MaxNLocator(nbins=4)
+    return LogLocator(subs=(1.0,) if ratio >= 1000 else (1.0, 2.0, 5.0), numticks=6 if ratio >= 1000 else 12)

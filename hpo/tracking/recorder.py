@@ -1,0 +1,253 @@
+"""A study in MLflow: one experiment, a flat run for each trial, and one summary run with the plots and the winner."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from hpo.errors import StoreError
+from hpo.tracking.delivery import RUN_STATUS, Delivery, Event, Sender, Spool
+from hpo.tracking.store import VIEW_NAME, explained, search_runs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from hpo.objective import Direction
+    from hpo.tracking.store import TrackingStore
+    from hpo.trial import EndState
+
+_logger = logging.getLogger(__name__)
+_FLUSH_TIMEOUT_S = 60.0
+
+
+class StudyRuns:
+    """The runs of a study, in the experiment `hpo/<study>`, which is created on first use.
+
+    Use it as a context manager: leaving it sends what is left. `metric` names the value that trials are compared by;
+    the runs table sorts by `best/<metric>` and shows the parameters in `columns`. `note` is Markdown, shown above it.
+    """
+
+    def __init__(
+        self,
+        store: TrackingStore,
+        study: str,
+        *,
+        metric: str,
+        direction: Direction,
+        columns: Sequence[str] = (),
+        tags: Mapping[str, str] | None = None,
+        note: str | None = None,
+    ) -> None:
+        from mlflow.tracking.context.registry import resolve_tags
+
+        described = {"hpo.study": study, "hpo.metric": metric, "hpo.direction": direction, **(tags or {})}
+        described[f"mlflow.sharedViewState.{VIEW_NAME}"] = _runs_table(metric, direction, columns)
+        if note:
+            described["mlflow.note.content"] = note
+        self.store = store
+        self.study = study
+        self.metric = metric
+        self.experiment_id = store.open_experiment(study, described)
+        self._source_tags: dict[str, str] = resolve_tags()  # user and source: a run made by a client has none
+        self._folder = _make_folder(store.home / "spool" / study)
+        self._deliveries: dict[int, Delivery] = {}
+        self._sender = Sender()
+        atexit.register(self.close)
+
+    def trial_run(
+        self, number: int, *, params: Mapping[str, Any], tags: Mapping[str, str] | None = None, note: str | None = None
+    ) -> TrialRun:
+        """The run of a trial: a new one, or after an interruption the one it had. Returns at once."""
+        run = TrialRun(self._delivery(number), self._sender)
+        all_tags = {**self._source_tags, **(tags or {})}
+        if note:
+            all_tags["mlflow.note.content"] = note
+        run.start({name: _as_text(value) for name, value in params.items()}, all_tags)
+        return run
+
+    def summary_run(self) -> SummaryRun:
+        """The study's summary, RUNNING until it is finished; found again when a study is resumed."""
+        client = self.store.client
+        with explained(self.store.uri):
+            found = search_runs(client, self.experiment_id, "tags.`hpo.kind` = 'study'")
+            if found:
+                client.update_run(found[0].info.run_id, status="RUNNING")
+                return SummaryRun(self.store, found[0].info.run_id)
+            tags = {**self._source_tags, "hpo.kind": "study", "hpo.study": self.study}
+            run = client.create_run(self.experiment_id, tags=tags, run_name="study summary")
+            return SummaryRun(self.store, run.info.run_id)
+
+    def recover(self, live: Collection[int] = ()) -> None:
+        """Clean up after processes that died: send what they left in spools, end as KILLED what they left RUNNING.
+
+        Trials in `live` are left alone. Call it before the first trial of a search, when no other search of this study
+        runs.
+        """
+        for path in sorted(self._folder.glob("trial-*.jsonl")):
+            number = int(path.stem.removeprefix("trial-"))
+            if number not in live:
+                self._recover_trial(number)
+        self.flush()
+        client = self.store.client
+        with explained(self.store.uri):
+            for run in search_runs(client, self.experiment_id, "attributes.status = 'RUNNING'"):
+                if int(run.data.tags.get("hpo.trial", -1)) not in live:
+                    client.set_tag(run.info.run_id, "hpo.state", "interrupted")
+                    client.set_terminated(run.info.run_id, "KILLED")
+
+    def _recover_trial(self, number: int) -> None:
+        delivery = self._delivery(number)
+        if not delivery.spool.has_ended():
+            TrialRun(delivery, self._sender).finish("interrupted", reason="the process ended before the trial did")
+        self._sender.put(delivery)
+
+    def _delivery(self, number: int) -> Delivery:
+        if number not in self._deliveries:
+            spool = Spool(self._folder / f"trial-{number:04d}.jsonl")
+            self._deliveries[number] = Delivery(self.store, self.experiment_id, number, self.metric, spool)
+        return self._deliveries[number]
+
+    def flush(self, timeout_s: float = _FLUSH_TIMEOUT_S) -> bool:
+        """Send all that is not sent yet; whether all of it arrived."""
+        return self._sender.flush(timeout_s)
+
+    def close(self, timeout_s: float = _FLUSH_TIMEOUT_S) -> None:
+        """Send what is left and stop; what does not arrive stays on disk for the next search."""
+        atexit.unregister(self.close)
+        if not self._sender.close(timeout_s):
+            _logger.warning(
+                "MLflow at %s did not take everything; the rest waits in %s and is sent by the next search of '%s'.",
+                self.store.uri,
+                self._folder,
+                self.study,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class TrialRun:
+    """The run of one trial. Every call writes to the spool on disk and returns; a thread sends it on."""
+
+    def __init__(self, delivery: Delivery, sender: Sender) -> None:
+        self._delivery = delivery
+        self._sender = sender
+
+    def start(self, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+        self._write({"start": {"params": params, "tags": tags}}, now=True)
+
+    def log_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """One row of every curve. An epoch that was logged before, by an earlier attempt, is not logged again."""
+        self._write({"epoch": epoch, "metrics": {key: float(value) for key, value in metrics.items()}})
+
+    def log_file(self, path: Path, folder: str | None = None) -> None:
+        """Copy a file to the run's artifacts, into `folder`; it must stay as it is until `flush` has said True."""
+        self._write({"file": str(path.absolute()), "folder": folder})
+
+    def log_dict(self, data: Mapping[str, Any], name: str) -> None:
+        """Add data to the run's artifacts, as JSON: `log_dict(config, "config.json")`."""
+        self.log_text(json.dumps(data, indent=2), name)
+
+    def log_text(self, text: str, name: str) -> None:
+        """Add a text to the run's artifacts: `log_text(traceback, "traceback.txt")`."""
+        self._write({"text": text, "name": name})
+
+    def flush(self, timeout_s: float = _FLUSH_TIMEOUT_S) -> bool:
+        """Send all that is not sent yet; whether all of it arrived."""
+        return self._sender.flush(timeout_s)
+
+    def finish(self, state: EndState, *, value: float | None = None, reason: str | None = None) -> None:
+        """How the trial ended, its best value and, in words for the user, why it ended like this."""
+        self._write({"end": {"state": state, "value": value, "reason": reason}}, now=True)
+
+    def _write(self, event: Event, *, now: bool = False) -> None:
+        self._delivery.spool.append(event)
+        self._sender.put(self._delivery, now=now)
+
+
+class SummaryRun:
+    """The run that stands for the whole study: its space, its settings, its plots and its winner.
+
+    Its calls go to MLflow directly and raise StoreError where it does not take them.
+    """
+
+    def __init__(self, store: TrackingStore, run_id: str) -> None:
+        self.run_id = run_id
+        self._store = store
+        self._client = store.client
+
+    def log_dict(self, data: Mapping[str, Any], name: str) -> None:
+        """Add data to the artifacts, as JSON or YAML by the ending of `name`."""
+        with explained(self._store.uri):
+            self._client.log_dict(self.run_id, dict(data), name)
+
+    def log_text(self, text: str, name: str) -> None:
+        with explained(self._store.uri):
+            self._client.log_text(self.run_id, text, name)
+
+    def log_figure(self, name: str, figure: Figure) -> None:
+        """Add a figure to the artifacts: `log_figure("plots/history.png", plot_history(...))`."""
+        with explained(self._store.uri):
+            self._client.log_figure(self.run_id, figure, name)
+
+    def log_file(self, path: Path, folder: str | None = None) -> None:
+        with explained(self._store.uri):
+            self._client.log_artifact(self.run_id, str(path), folder)
+
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Single values, such as `best/accuracy` and `test/accuracy`."""
+        with explained(self._store.uri):
+            for key, value in metrics.items():
+                self._client.log_metric(self.run_id, key, value)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        with explained(self._store.uri):
+            for key, value in tags.items():
+                self._client.set_tag(self.run_id, key, value)
+
+    def set_note(self, markdown: str) -> None:
+        """The description that the UI shows on the run's page."""
+        self.set_tags({"mlflow.note.content": markdown})
+
+    def finish(self, state: Literal["complete", "failed", "interrupted"]) -> None:
+        with explained(self._store.uri):
+            self._client.set_tag(self.run_id, "hpo.state", state)
+            self._client.set_terminated(self.run_id, RUN_STATUS[state])
+
+
+def _runs_table(metric: str, direction: Direction, columns: Sequence[str]) -> str:
+    """MLflow's saved view of the runs table: the best first, the value, the parameters and the state beside the name.
+
+    It is what the UI's "share" button stores, an experiment tag that no document describes (read in MLflow 3.17.2).
+    """
+    value = f"metrics.`best/{metric}`"
+    parameters = [f"params.`{name}`" for name in columns]
+    view = {
+        "orderByKey": value,
+        "orderByAsc": direction == "minimize",
+        "selectedColumns": ["attributes.`Duration`", value, *parameters, "tags.`hpo.state`"],
+    }
+    return json.dumps(view)
+
+
+def _make_folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot write to {path}: {error.strerror}; choose another folder with --home.") from error
+    return path
+
+
+def _as_text(value: Any) -> str:
+    """MLflow's parameters are strings that never change: `repr` writes a float the same way every time."""
+    return repr(value) if isinstance(value, float) else str(value)

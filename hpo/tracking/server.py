@@ -1,0 +1,185 @@
+"""MLflow's UI on a store: a server of two processes in a group of its own, which ends with the command."""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import IO
+
+from hpo.errors import StoreError, UsageError
+from hpo.tracking.store import TrackingStore, prepare_mlflow
+
+_START_TIMEOUT_S = 120.0  # 10 to 20 s on two quiet cores
+_STOP_TIMEOUT_S = 5.0
+
+
+def serve(
+    store: TrackingStore,
+    *,
+    study: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 5000,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Show MLflow's UI until Ctrl-C, SIGTERM or the server's own end; `say` gets the lines for the user.
+
+    Raises UsageError where the port is taken, UnknownNameError for an unknown study, StoreError where the server does
+    not start.
+    """
+    if store.is_server:
+        say(f"MLflow is at {store.study_url(study, store.uri) if study else store.uri}")
+        return
+    where = store.study_url(study, _base_url(host, port)) if study else _base_url(host, port)
+    if not _is_loopback(host):
+        say(f"Warning: whoever can reach {host}:{port} can read and change every run; MLflow asks for no password.")
+    say("Starting MLflow, which takes 10 to 20 seconds ...")
+    with running_server(store, host=host, port=port) as server:
+        say(f"MLflow is at {where}")
+        say("Stop it with Ctrl-C.")
+        server.wait()
+
+
+@contextmanager
+def running_server(store: TrackingStore, *, host: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """An MLflow server on the store that answers requests; its whole process group is gone afterwards."""
+    _require_free(host, port)
+    store.optimise()
+    prepare_mlflow()
+    with tempfile.TemporaryFile() as log, _sigterm_as_exit():
+        server = subprocess.Popen(
+            _command(store, host, port),
+            cwd=store.home,
+            # MLflow's job runner would add eight processes and a gigabyte.
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            _await_answer(server, host, port, log)
+            yield server
+        finally:
+            _end_group(server)
+
+
+def _command(store: TrackingStore, host: str, port: int) -> list[str]:
+    options = {
+        "--backend-store-uri": store.uri,
+        "--default-artifact-root": (store.home / "artifacts").as_uri(),
+        "--host": host,
+        "--port": str(port),
+        "--workers": "1",
+    }
+    given = [word for option in options.items() for word in option]
+    return [sys.executable, "-m", "mlflow", "server", "--no-serve-artifacts", *given]
+
+
+def _await_answer(server: subprocess.Popen[bytes], host: str, port: int, log: IO[bytes]) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while not _is_healthy(host, port):
+        if server.poll() is not None:
+            raise StoreError(f"MLflow's server ended with code {server.returncode} at its start: {_last_line(log)}")
+        if time.monotonic() > deadline:
+            raise StoreError(f"MLflow's server did not answer within {_START_TIMEOUT_S:.0f} s: {_last_line(log)}")
+        time.sleep(0.2)
+
+
+def _is_healthy(host: str, port: int) -> bool:
+    connection = http.client.HTTPConnection(_reachable(host), port, timeout=5)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == http.HTTPStatus.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _last_line(log: IO[bytes]) -> str:
+    log.seek(0)
+    lines = log.read().decode(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+
+
+def _end_group(server: subprocess.Popen[bytes]) -> None:
+    """End the server and its worker, politely and then not."""
+    for stop in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(server.pid, stop)
+        except ProcessLookupError:
+            break
+        _wait_for_end(server)
+    server.wait()
+
+
+def _wait_for_end(server: subprocess.Popen[bytes]) -> None:
+    """Wait until no process of the group is left, or for `_STOP_TIMEOUT_S`."""
+    deadline = time.monotonic() + _STOP_TIMEOUT_S
+    while time.monotonic() < deadline:
+        server.poll()  # collects the leader, which else stays as a zombie in its group
+        try:
+            os.killpg(server.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+
+
+@contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that the server is ended too. Only the main thread may set signal handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(signum: int, frame: FrameType | None) -> None:
+        sys.exit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _require_free(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was left a moment ago is free
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UsageError(
+                f"cannot listen on {host}:{port}: {error.strerror}; choose another port with --port, "
+                f"such as --port {port + 1}."
+            ) from error
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _reachable(host: str) -> str:
+    """The address to call: a server that listens everywhere is called on the loopback."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def _base_url(host: str, port: int) -> str:
+    address = _reachable(host)
+    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"

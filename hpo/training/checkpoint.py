@@ -1,0 +1,141 @@
+"""Checkpoints that are either whole or not there, and are known to be undamaged before they are read.
+
+The SHA-256 of the content is a part of the file's name, so that one atomic rename publishes both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from hpo.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_FILE_NAME = re.compile(r"epoch-(\d+)\.([0-9a-f]{64})\.pt")
+
+
+class _Checkpoint(NamedTuple):
+    epoch: int
+    sha256: str
+    path: Path
+
+
+class CheckpointFolder:
+    """The newest two checkpoints of a training run, `epoch-0007.<sha256>.pt`; one writer at a time owns the folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def save(self, state: Mapping[str, Any], epoch: int) -> None:
+        """Write the state after `epoch`, made of tensors and plain values, and delete what it supersedes.
+
+        Raises OSError where it cannot be written, a full disk for one; the earlier checkpoints stay as they are.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        content = _to_bytes(state)
+        written = self.path / f"epoch-{epoch:04d}.{_sha256(content)}.pt"
+        _write_atomically(written, content)
+        self._delete_all_but(written, epoch)
+
+    def load(self) -> tuple[int, dict[str, Any]] | None:
+        """The newest undamaged epoch and its state, tensors on the CPU; None where there is none.
+
+        A damaged file is reported through `logging` and passed over. Raises CheckpointError for a file that is whole
+        but was not written by `save`.
+        """
+        for checkpoint in self._newest_first():
+            content = checkpoint.path.read_bytes()
+            if _sha256(content) == checkpoint.sha256:
+                return checkpoint.epoch, _from_bytes(content, checkpoint.path)
+            logger.warning("%s is damaged and is not used; an earlier checkpoint is, if there is one.", checkpoint.path)
+        return None
+
+    def _newest_first(self) -> list[_Checkpoint]:
+        matches = ((_FILE_NAME.fullmatch(path.name), path) for path in self.path.glob("epoch-*.pt"))
+        found = [_Checkpoint(int(match[1]), match[2], path) for match, path in matches if match]
+        return sorted(found, reverse=True)
+
+    def _delete_all_but(self, written: Path, epoch: int) -> None:
+        """Keep what was written and the newest before it; a file of the same epoch or a later one was damaged."""
+        checkpoints = self._newest_first()
+        earlier = [checkpoint.path for checkpoint in checkpoints if checkpoint.epoch < epoch]
+        left_by_a_crash = self.path.glob("epoch-*.pt.tmp")
+        for path in {checkpoint.path for checkpoint in checkpoints}.union(left_by_a_crash) - {written, *earlier[:1]}:
+            path.unlink()
+
+
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> str:
+    """Write a model's weights, on the CPU, atomically; gives the file's SHA-256, which `load_weights` asks for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = _to_bytes({name: tensor.detach().cpu() for name, tensor in weights.items()})
+    _write_atomically(path, content)
+    return _sha256(content)
+
+
+def load_weights(path: Path, sha256: str) -> dict[str, Tensor]:
+    """The weights in a file that `save_weights` wrote, on the CPU.
+
+    Raises CheckpointError where the file is missing, differs from what was written, or holds more than tensors.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; the weights cannot be loaded.")
+    content = path.read_bytes()
+    if _sha256(content) != sha256:
+        raise CheckpointError(f"{path} is damaged: its SHA-256 is {_sha256(content)}, written was {sha256}.")
+    return _from_bytes(content, path)
+
+
+def _to_bytes(state: Mapping[str, Any]) -> bytes:
+    # In memory first: torch masks the cause of a failed write, and the digest is a part of the name.
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    return buffer.getvalue()
+
+
+def _from_bytes(content: bytes, path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as problem:  # torch raises whatever it stumbles over in foreign bytes
+        raise CheckpointError(f"{path} was not written by hpo: it is no file of tensors and plain values.") from problem
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} was not written by hpo: it holds a {type(state).__name__}, not a dictionary.")
+    return state
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _fsync_folder(path.parent)
+
+
+def _fsync_folder(folder: Path) -> None:
+    """Make the rename itself survive a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,250 @@
+"""The training of one trial: `fit` yields one result an epoch, and the caller decides whether to go on."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Generator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hpo.config import derive_seed
+from hpo.data.batches import TrainingBatches, evaluation_batches
+from hpo.errors import CheckpointError
+from hpo.objective import Split
+from hpo.training.losses import LossFunction, loss_function, target_scale
+from hpo.training.metrics import EpochMetrics, check_metric
+from hpo.training.optimizers import build_optimizer
+from hpo.training.schedules import build_schedule
+from hpo.training.step import evaluation_step, train_step
+from hpo.training.stopping import EarlyStopping
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from hpo.config import TrainConfig
+    from hpo.data.datasets import Splits
+    from hpo.training.checkpoint import CheckpointFolder
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """One epoch in plain values, so that it can cross processes and be logged as it is."""
+
+    epoch: int
+    """From 1."""
+
+    metrics: dict[str, float]
+    """`train/loss`, `val/loss` and every other metric of the task for both, `lr` at the epoch's end, `grad_norm` (mean
+    over the steps, before clipping) and `time/epoch_s`. The train values are means over the epoch as the weights
+    change, with dropout and augmentation."""
+
+    value: float
+    """The metric that decides, on the validation split; NaN where the epoch diverged."""
+
+    best_value: float | None
+    """Best value up to here; None where there was no finite one."""
+
+    best_epoch: int | None
+
+    is_best: bool
+    """Whether this epoch improved on all before it, however little."""
+
+    diverged: bool
+    """Whether a loss or the value was not finite. It is the last epoch then."""
+
+
+def fit(
+    model: nn.Module, splits: Splits, config: TrainConfig, *, checkpoint: CheckpointFolder | None = None
+) -> Generator[EpochResult, None, None]:
+    """Train `model` and yield the result of each epoch, until max_epochs, early stopping or divergence.
+
+    `model` takes raw batches and holds its own preprocessing; for a regression its outputs are in the target's units.
+    It is moved to `config.device`. When the generator ends, or is closed, the model has the weights of the best epoch
+    and is in evaluation mode; where no epoch was finite its weights stay as they are.
+
+    With `checkpoint` the state is saved before each result is yielded. A run that was interrupted goes on after the
+    last saved epoch and is bit-equal to one that was not; for that the caller passes the same model, splits and config.
+    Where the saved run was already over, its last result is yielded again.
+
+    The global random state is seeded anew for each epoch. Raises UsageError before any work where the config does not
+    fit the data, and CheckpointError where the folder holds a run with another config.
+    """
+    run = _Run(model, splits, config)
+    saved = run.resume(checkpoint) if checkpoint else None
+    try:
+        if saved and run.is_over(saved):
+            yield saved
+            return
+        for epoch in range(saved.epoch + 1 if saved else 1, config.max_epochs + 1):
+            result = run.next_epoch(epoch)
+            if checkpoint:
+                checkpoint.save(run.state_dict(result), epoch)
+            yield result
+            if run.is_over(result):
+                return
+    finally:
+        run.restore_best_weights()
+
+
+def evaluate(
+    model: nn.Module, split: Split, config: TrainConfig, num_classes: int, *, target_scale: float = 1.0
+) -> dict[str, float]:
+    """Loss and metrics of `model`, left in evaluation mode, on any split; `num_classes` is 0 for a regression.
+
+    A regression's loss is in units of `target_scale`, as in `fit` with `losses.target_scale(splits.train)`; all other
+    metrics are in the target's units.
+    """
+    on_device = Split(split.inputs.to(config.device), split.targets.to(config.device))
+    loss = loss_function(config, num_classes, target_scale)
+    return _read(_evaluate(model.to(config.device), on_device, loss, num_classes))
+
+
+class _Run:
+    """A training under way: all that changes from epoch to epoch."""
+
+    def __init__(self, model: nn.Module, splits: Splits, config: TrainConfig) -> None:
+        self.num_classes = len(splits.spec.classes)
+        check_metric(config.metric, self.num_classes)
+        self.config = config
+        self.loss_function = loss_function(config, self.num_classes, target_scale(splits.train))
+        self.splits = splits.to(config.device)
+        self.order, self.augmentation = torch.Generator(), torch.Generator()
+        self.batches = TrainingBatches(
+            self.splits.train,
+            config.batch_size,
+            order=self.order,
+            augmentation=self.augmentation,
+            augment=config.augment,
+        )
+        self.model = model.to(config.device)
+        self.optimizer = build_optimizer(self.model, config)
+        self.schedule = build_schedule(self.optimizer, config, config.max_epochs * len(self.batches))
+        self.stopping = EarlyStopping(
+            config.direction, patience=config.patience, min_delta=config.min_delta, stop_after=config.stop_after
+        )
+        self.best_weights: dict[str, Tensor] | None = None
+
+    def next_epoch(self, epoch: int) -> EpochResult:
+        started = time.perf_counter()
+        self._seed(epoch)
+        train, grad_norm = self._train()
+        validation = _evaluate(self.model, self.splits.validation, self.loss_function, self.num_classes)
+        metrics = _read({**_prefixed("train/", train), **_prefixed("val/", validation), "grad_norm": grad_norm})
+        metrics["lr"] = float(self.optimizer.param_groups[0]["lr"])
+        metrics["time/epoch_s"] = time.perf_counter() - started
+        return self._judge(epoch, metrics)
+
+    def _seed(self, epoch: int) -> None:
+        """Give each epoch its own streams: a checkpoint needs no random state, and no draw of the caller disturbs."""
+        torch.manual_seed(derive_seed(self.config.seed, "dropout", epoch))
+        self.order.manual_seed(derive_seed(self.config.seed, "order", epoch))
+        self.augmentation.manual_seed(derive_seed(self.config.seed, "augmentation", epoch))
+
+    def _train(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Metrics and the mean gradient norm of a pass over the training split, on the device."""
+        metrics = EpochMetrics(self.num_classes, self.config.device)
+        grad_norm_sum = torch.zeros((), device=self.config.device)
+        self.model.train()
+        for inputs, targets in self.batches:
+            step = train_step(
+                self.model,
+                self.loss_function,
+                self.optimizer,
+                self.schedule,
+                inputs,
+                targets,
+                clip_norm=self.config.clip_norm,
+            )
+            metrics.update(step.outputs, targets, step.loss)
+            grad_norm_sum += step.grad_norm
+        return metrics.compute(), grad_norm_sum / len(self.batches)
+
+    def _judge(self, epoch: int, metrics: dict[str, float]) -> EpochResult:
+        value = metrics[f"val/{self.config.metric}"]
+        # The mean of an epoch's losses is finite only where each of them was.
+        diverged = not all(math.isfinite(number) for number in (metrics["train/loss"], metrics["val/loss"], value))
+        value = math.nan if diverged else value
+        is_best = self.stopping.update(epoch, value)
+        if is_best:
+            self.best_weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        return EpochResult(
+            epoch=epoch,
+            metrics=metrics,
+            value=value,
+            best_value=self.stopping.best_value,
+            best_epoch=self.stopping.best_epoch,
+            is_best=is_best,
+            diverged=diverged,
+        )
+
+    def is_over(self, result: EpochResult) -> bool:
+        return result.diverged or result.epoch >= self.config.max_epochs or self.stopping.should_stop
+
+    def restore_best_weights(self) -> None:
+        self.model.eval()
+        if self.best_weights is not None:
+            self.model.load_state_dict(self.best_weights)
+
+    def state_dict(self, result: EpochResult) -> dict[str, Any]:
+        return {
+            "config": _comparable(self.config),
+            "result": asdict(result),
+            "model": self.model.state_dict(),
+            "best_weights": self.best_weights,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "stopping": self.stopping.state_dict(),
+        }
+
+    def resume(self, checkpoint: CheckpointFolder) -> EpochResult | None:
+        """Take over the saved state, if there is one; gives the result of its epoch."""
+        saved = checkpoint.load()
+        if saved is None:
+            return None
+        _, state = saved
+        self._check_config(state["config"], checkpoint)
+        self.model.load_state_dict(state["model"])
+        self.best_weights = state["best_weights"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.stopping.load_state_dict(state["stopping"])
+        return EpochResult(**state["result"])
+
+    def _check_config(self, saved: Mapping[str, Any], checkpoint: CheckpointFolder) -> None:
+        current = _comparable(self.config)
+        changed = [
+            f"{name} {saved.get(name)} -> {current[name]}" for name in current if saved.get(name) != current[name]
+        ]
+        if changed:
+            raise CheckpointError(
+                f"{checkpoint.path} holds a run with another config ({', '.join(changed)}); "
+                "use the config it was started with, or another folder."
+            )
+
+
+def _comparable(config: TrainConfig) -> dict[str, Any]:
+    """The settings that a run cannot change on the way; it may well go on on another device."""
+    return {name: value for name, value in asdict(config).items() if name != "device"}
+
+
+@torch.inference_mode()
+def _evaluate(model: nn.Module, split: Split, loss_function: LossFunction, num_classes: int) -> dict[str, Tensor]:
+    """Loss and metrics on a split, everything on one device; leaves the model in evaluation mode."""
+    model.eval()
+    metrics = EpochMetrics(num_classes, split.targets.device)
+    for inputs, targets in evaluation_batches(split):
+        outputs, loss = evaluation_step(model, loss_function, inputs, targets)
+        metrics.update(outputs, targets, loss)
+    return metrics.compute()
+
+
+def _prefixed(prefix: str, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in metrics.items()}
+
+
+def _read(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """Numbers from scalars on the device, all in one transfer: the only sync of an epoch."""
+    return dict(zip(metrics, torch.stack([value.double() for value in metrics.values()]).tolist(), strict=True))

@@ -1,0 +1,47 @@
+"""TrialRecord: what a study remembers of one trial, as plain data for tables, plots and decisions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+EndState = Literal["complete", "pruned", "diverged", "failed", "interrupted"]
+TrialState = Literal["complete", "pruned", "diverged", "failed", "interrupted", "running"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRecord:
+    """One trial of a study; trial 0 is the default configuration."""
+
+    number: int
+    """Position in the study, from 0."""
+
+    state: TrialState
+    """How the trial ended, or `running`."""
+
+    value: float | None
+    """The monitored metric at the best epoch; None where no epoch was finished."""
+
+    values: dict[str, Any]
+    """Every parameter, the inactive ones too."""
+
+    inactive: tuple[str, ...]
+    """Names of parameters whose `when` does not hold in this trial."""
+
+    curve: dict[int, float]
+    """The monitored metric by epoch; NaN where it was not finite."""
+
+    best_epoch: int | None
+    """Epoch that `value` was reached in."""
+
+    stage: str
+    """Group of parameters, or step of the strategy, that this trial searched."""
+
+    reason: str | None
+    """Why the trial was pruned, failed or interrupted, in words for the user."""
+
+    attempts: int = 1
+    """How often the trial was started."""
+
+    duration_s: float | None = None
+    """Seconds from the first start to the end; None while it runs."""

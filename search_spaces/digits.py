@@ -1,0 +1,27 @@
+"""Search space of the digits' MLP."""
+
+from hpo.space import Choice, Float, Group, Int, Space
+
+space = Space(
+    Group(
+        "step size",
+        lr=Float(1e-4, 0.3, log=True, default=3e-2),
+        batch_size=Choice(32, 64, 128, 256, default=64),
+    ),
+    Group(
+        "architecture and optimizer",
+        depth=Int(1, 4, default=2),
+        width=Int(16, 256, log=True, default=64),
+        activation=Choice("relu", "silu", "gelu", "tanh", default="relu"),
+        norm=Choice("none", "batch", "layer", default="none"),
+        optimizer=Choice("sgd", "adam", "adamw", default="sgd"),
+        momentum=Float(0.5, 0.99, default=0.9, when={"optimizer": "sgd"}),
+        schedule=Choice("constant", "cosine", "one_cycle", default="cosine"),
+    ),
+    Group(
+        "regularization",
+        dropout=Float(0.0, 0.5, default=0.0),
+        weight_decay=Float(1e-6, 1e-2, log=True, default=1e-4),
+        label_smoothing=Float(0.0, 0.2, default=0.0),
+    ),
+)

@@ -1,0 +1,796 @@
+"""Data sets in their real formats, made here; batches and augmentation; the real data where HPO_DATA_DIR has them."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import http.server
+import logging
+import pickle
+import resource
+import shutil
+import socket
+import struct
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+from torchvision.datasets import CIFAR10, FashionMNIST
+
+from hpo import config
+from hpo.data import vision
+from hpo.data.augment import AUGMENTATIONS, Crop, Cutout, Flip
+from hpo.data.batches import TrainingBatches, evaluation_batches
+from hpo.data.cache import cached_split
+from hpo.data.datasets import hold_out, split_dataset
+from hpo.data.vision import CIFAR10_CLASSES, load_cifar10, load_fashion_mnist
+from hpo.errors import DataError, UnknownNameError, UsageError
+from hpo.objective import Dataset, SealedSplit, Split
+
+# --- Splits
+
+
+def classified(counts: list[int]) -> Dataset:
+    """A data set with that many examples of each class; the only feature of an example is its position."""
+    targets = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
+    train = Split(torch.arange(len(targets), dtype=torch.float32)[:, None], targets)
+    classes = tuple(f"class {label}" for label in range(len(counts)))
+    return Dataset(train, SealedSplit(lambda: pytest.fail("the test split was opened"), 5), classes)
+
+
+def positions(split: Split) -> list[int]:
+    return split.inputs[:, 0].int().tolist()
+
+
+@given(
+    counts=st.lists(st.integers(10, 60), min_size=2, max_size=5),
+    fraction=st.floats(0.2, 0.6),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_a_split_shares_out_every_example_once_and_each_class_in_proportion(
+    counts: list[int], fraction: float, seed: int
+) -> None:
+    dataset = classified(counts)
+    splits = split_dataset(dataset, validation_fraction=fraction, seed=seed)
+    assert sorted(positions(splits.train) + positions(splits.validation)) == list(range(sum(counts)))
+    assert len(splits.validation) == int(np.ceil(sum(counts) * fraction))
+    share = len(splits.validation) / sum(counts)
+    for label, count in enumerate(counts):
+        assert abs((splits.validation.targets == label).sum().item() - count * share) <= 0.5 + len(counts) / 2
+
+
+@given(limit=st.integers(40, 200), seed=st.integers(0, 2**63 - 1))
+def test_balanced_classes_stay_balanced_to_within_one_example(limit: int, seed: int) -> None:
+    splits = split_dataset(classified([20] * 10), validation_fraction=0.25, seed=seed, limit=limit)
+    assert len(splits.train) + len(splits.validation) == limit
+    validation, train = splits.validation.targets.bincount(), splits.train.targets.bincount()
+    assert validation.max() - validation.min() <= 1
+    assert (validation + train).max() - (validation + train).min() <= 1
+
+
+def test_a_split_follows_from_its_seed_alone() -> None:
+    dataset = classified([50, 50])
+    first, again, other = (split_dataset(dataset, validation_fraction=0.2, seed=seed) for seed in (1, 1, 2))
+    assert positions(first.train) == positions(again.train)
+    assert positions(first.validation) == positions(again.validation)
+    assert set(positions(first.validation)) != set(positions(other.validation))
+
+
+def test_inputs_keep_their_targets_in_a_split() -> None:
+    dataset = classified([30, 50, 20])
+    splits = split_dataset(dataset, validation_fraction=0.3, seed=0)
+    for split in (splits.train, splits.validation):
+        assert torch.equal(split.targets, dataset.train.targets[positions(split)])
+
+
+def test_a_larger_limit_keeps_the_examples_of_a_smaller_one() -> None:
+    dataset = classified([50, 50])
+    small, large = (split_dataset(dataset, validation_fraction=0.2, seed=3, limit=limit) for limit in (20, 60))
+    kept = set(positions(large.train) + positions(large.validation))
+    assert set(positions(small.train) + positions(small.validation)) < kept
+
+
+def test_a_regression_is_split_at_random() -> None:
+    values = torch.linspace(0, 1, 100)
+    dataset = Dataset(Split(values[:, None] * 100, values), SealedSplit(lambda: pytest.fail("opened"), 1))
+    splits = split_dataset(dataset, validation_fraction=0.2, seed=0)
+    assert (len(splits.train), len(splits.validation)) == (80, 20)
+    assert splits.validation.targets.diff().sign().unique().numel() > 1, "in order: it was not shuffled"
+
+
+def test_splitting_does_not_open_the_test_split() -> None:
+    dataset = classified([20, 20])
+    split_dataset(dataset, validation_fraction=0.2, seed=0, limit=20)
+    assert dataset.test.times_opened == 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "fraction", "numbers"),
+    [
+        (0, 0.2, ("limit=0", "40")),
+        (-3, 0.2, ("limit=-3", "40")),
+        (41, 0.2, ("limit=41", "40")),
+        (6, 0.2, ("6 examples", "4 classes", "validation")),
+        (4, 0.5, ("4 examples", "4 classes")),
+        (1, 0.2, ("1 examples", "none for training")),
+        (None, 0.0, ("validation_fraction=0.0",)),
+        (None, 1.0, ("validation_fraction=1.0",)),
+        (None, float("nan"), ("validation_fraction=nan",)),
+        (None, 0.99, ("40 examples", "training")),
+    ],
+)
+def test_a_split_that_cannot_be_made_is_refused_with_its_numbers(
+    limit: int | None, fraction: float, numbers: tuple[str, ...]
+) -> None:
+    with pytest.raises(UsageError) as error:
+        split_dataset(classified([10] * 4), validation_fraction=fraction, seed=0, limit=limit)
+    for number in numbers:
+        assert number in str(error.value)
+
+
+def test_splits_move_to_a_device_as_a_whole() -> None:
+    splits = split_dataset(classified([10, 10]), validation_fraction=0.5, seed=0)
+    moved = splits.to("meta")
+    devices = {t.device.type for s in (moved.train, moved.validation) for t in (s.inputs, s.targets)}
+    assert devices == {"meta"}
+    assert moved.spec == splits.spec
+
+
+def test_what_is_held_out_is_stratified_and_sealed() -> None:
+    whole = classified([40, 60])
+    dataset = hold_out(whole.train.inputs, whole.train.targets, ["a", "b"], test_fraction=0.1)
+    assert (len(dataset.train), len(dataset.test), dataset.classes) == (90, 10, ("a", "b"))
+    assert dataset.test.times_opened == 0
+    test = dataset.test.open()
+    assert test.targets.bincount().tolist() == [4, 6]
+    assert sorted(positions(dataset.train) + positions(test)) == list(range(100))
+    assert dataset.test.times_opened == 1
+
+
+def test_the_same_examples_are_held_out_for_ever() -> None:
+    """Another choice would put test examples of earlier studies into the training of later ones."""
+    whole = classified([8, 12])
+    assert sorted(positions(hold_out(whole.train.inputs, whole.train.targets, "ab").test.open())) == HELD_OUT
+
+
+HELD_OUT: list[int] = []
+
+# --- Batches
+
+
+def batches_of(
+    split: Split, batch_size: int = 4, *, augment: str = "none", seeds: tuple[int, int] = (0, 0)
+) -> TrainingBatches:
+    order, augmentation = (torch.Generator().manual_seed(seed) for seed in seeds)
+    return TrainingBatches(split, batch_size, order=order, augmentation=augmentation, augment=augment)
+
+
+def numbered(count: int) -> Split:
+    return Split(torch.arange(count, dtype=torch.float32)[:, None], torch.arange(count))
+
+
+def epoch(batches: TrainingBatches) -> list[int]:
+    return torch.cat([targets for _, targets in batches]).tolist()
+
+
+@given(count=st.integers(1, 60), data=st.data())
+def test_an_epoch_gives_full_batches_of_different_examples(count: int, data: st.DataObject) -> None:
+    batch_size = data.draw(st.integers(1, count))
+    batches = batches_of(numbered(count), batch_size)
+    given_out = list(batches)
+    assert len(given_out) == len(batches) == count // batch_size
+    assert all(len(inputs) == len(targets) == batch_size for inputs, targets in given_out)
+    assert all(torch.equal(inputs[:, 0].long(), targets) for inputs, targets in given_out)
+    used = torch.cat([targets for _, targets in given_out])
+    assert len(used.unique()) == len(used)
+
+
+def test_each_epoch_has_an_order_of_its_own_that_follows_from_the_seed() -> None:
+    batches, again = batches_of(numbered(40)), batches_of(numbered(40))
+    first, second = epoch(batches), epoch(batches)
+    assert sorted(first) == sorted(second) == list(range(40))
+    assert first != second
+    assert first != list(range(40))
+    assert [epoch(again), epoch(again)] == [first, second]
+    assert epoch(batches_of(numbered(40), seeds=(1, 0))) != first
+
+
+def test_generators_restored_between_epochs_repeat_what_follows() -> None:
+    split = Split(torch.randint(256, (12, 3, 16, 16), dtype=torch.uint8), torch.arange(12))
+    order, augmentation = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
+    batches = TrainingBatches(split, 5, order=order, augmentation=augmentation, augment="crop_flip_cutout")
+    list(batches)
+    states = order.get_state(), augmentation.get_state()
+    expected = list(batches)
+    order.set_state(states[0])
+    augmentation.set_state(states[1])
+    for (inputs, targets), (same_inputs, same_targets) in zip(expected, batches, strict=True):
+        assert torch.equal(inputs, same_inputs)
+        assert torch.equal(targets, same_targets)
+
+
+def test_order_and_augmentation_have_separate_seeds_and_leave_the_global_one_alone() -> None:
+    split = Split(torch.randint(256, (40, 1, 8, 8), dtype=torch.uint8), torch.arange(40))
+    before = torch.get_rng_state()
+    plain, flipped = (epoch(batches_of(split, augment=augment)) for augment in ("none", "flip"))
+    assert plain == flipped, "the augmentation changed the order"
+    first, other = (next(iter(batches_of(split, augment="flip", seeds=(0, seed))))[0] for seed in (1, 2))
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_batch_that_is_larger_than_the_training_split_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"batch_size=11 .* 10 examples"):
+        batches_of(numbered(10), 11)
+    assert len(epoch(batches_of(numbered(10), 10))) == 10
+
+
+def test_augmentation_is_for_images() -> None:
+    with pytest.raises(UsageError, match="augment='flip' is for images"):
+        batches_of(numbered(10), augment="flip")
+    with pytest.raises(UnknownNameError, match="did you mean 'flip'"):
+        batches_of(numbered(10), augment="flipp")
+
+
+@given(count=st.integers(1, 30), batch_size=st.integers(1, 40))
+def test_evaluation_sees_every_example_once_in_order(count: int, batch_size: int) -> None:
+    batches = list(evaluation_batches(numbered(count), batch_size))
+    assert torch.cat([targets for _, targets in batches]).tolist() == list(range(count))
+    assert all(torch.equal(inputs[:, 0].long(), targets) for inputs, targets in batches)
+    assert all(len(targets) == batch_size for _, targets in batches[:-1])
+
+
+# --- Augmentation
+
+
+def random_images(count: int, channels: int, height: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(height * width)
+    return torch.randint(256, (count, channels, height, width), dtype=torch.uint8, generator=generator)
+
+
+def augmented(name: str, images: Tensor, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    for augmentation in AUGMENTATIONS[name]:
+        images = augmentation.apply(images, augmentation.draw(len(images), images.shape[-2:], generator))
+    return images
+
+
+def test_every_augmentation_of_the_settings_is_there() -> None:
+    assert tuple(AUGMENTATIONS) == config.AUGMENTATIONS
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+@pytest.mark.parametrize("size", [(1, 1), (5, 9), (8, 8), (28, 28), (33, 40)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_an_augmentation_keeps_shape_and_type_and_leaves_its_input_alone(
+    name: str, size: tuple[int, int], dtype: torch.dtype
+) -> None:
+    images = random_images(6, 3, *size).to(dtype)
+    before = images.clone()
+    changed = augmented(name, images)
+    assert (changed.shape, changed.dtype) == (images.shape, images.dtype)
+    assert torch.equal(images, before)
+    assert name in ("none", "flip") or size == (1, 1) or torch.isin(changed, torch.arange(256)).all()
+
+
+@given(height=st.integers(1, 40), width=st.integers(1, 40), channels=st.integers(1, 3), seed=st.integers(0, 2**32 - 1))
+def test_a_crop_is_a_window_of_the_reflected_image(height: int, width: int, channels: int, seed: int) -> None:
+    images = random_images(4, channels, height, width)
+    draws = Crop().draw(4, (height, width), torch.Generator().manual_seed(seed))
+    vertical, horizontal = height // 8, width // 8
+    padded = functional.pad(images.float(), (horizontal, horizontal, vertical, vertical), mode="reflect")
+    for image, window, (top, left) in zip(padded, Crop().apply(images, draws), draws.tolist(), strict=True):
+        assert torch.equal(window.float(), image[:, top : top + height, left : left + width])
+
+
+def test_a_crop_reaches_every_position_and_one_of_them_is_the_image_itself() -> None:
+    draws = Crop().draw(4000, (32, 32), torch.Generator().manual_seed(0))
+    assert len(draws.unique(dim=0)) == 9 * 9
+    assert draws.min() == 0
+    assert draws.max() == 8
+    images = random_images(1, 3, 32, 32)
+    assert torch.equal(Crop().apply(images, torch.tensor([[4, 4]])), images)
+
+
+@given(height=st.integers(1, 12), width=st.integers(1, 12), seed=st.integers(0, 2**32 - 1))
+def test_a_flip_mirrors_an_image_or_leaves_it_and_never_changes_its_counts(height: int, width: int, seed: int) -> None:
+    images = random_images(8, 2, height, width)
+    draws = Flip().draw(8, (height, width), torch.Generator().manual_seed(seed))
+    for image, flipped, drawn in zip(images, Flip().apply(images, draws), draws.flatten().tolist(), strict=True):
+        assert torch.equal(flipped, image.flip(-1) if drawn else image)
+        assert torch.equal(flipped.flatten().bincount(), image.flatten().bincount())
+
+
+def test_half_of_the_images_are_flipped() -> None:
+    assert Flip().draw(10_000, (8, 8), torch.Generator().manual_seed(0)).float().mean() == pytest.approx(0.5, abs=0.02)
+
+
+@given(side=st.integers(4, 40), seed=st.integers(0, 2**32 - 1))
+def test_a_cutout_covers_one_square_with_the_mean_colour_and_nothing_else(side: int, seed: int) -> None:
+    images = random_images(4, 3, side, side)
+    draws = Cutout().draw(4, (side, side), torch.Generator().manual_seed(seed))
+    for image, cut, centre in zip(images, Cutout().apply(images, draws), draws.tolist(), strict=True):
+        (top, bottom), (left, right) = ((max(0, c - side // 4), c - side // 4 + side // 2) for c in centre)
+        colour = image.float().mean((1, 2)).to(torch.uint8)
+        assert torch.equal(
+            cut[:, top:bottom, left:right], colour[:, None, None].expand_as(cut[:, top:bottom, left:right])
+        )
+        cut[:, top:bottom, left:right] = image[:, top:bottom, left:right]
+        assert torch.equal(cut, image)
+
+
+@pytest.mark.parametrize("name", [name for name in AUGMENTATIONS if name != "none"])
+def test_each_image_of_a_batch_is_drawn_by_itself(name: str) -> None:
+    images = random_images(1, 3, 32, 32).expand(64, -1, -1, -1)
+    distinct = {augmented_image.numpy().tobytes() for augmented_image in augmented(name, images)}
+    assert len(distinct) == 2 if name == "flip" else len(distinct) > 30
+
+
+@pytest.mark.parametrize("name", [name for name in AUGMENTATIONS if name != "none"])
+def test_an_augmentation_follows_from_its_seed(name: str) -> None:
+    images = random_images(16, 3, 32, 32)
+    assert torch.equal(augmented(name, images, seed=1), augmented(name, images, seed=1))
+    assert not torch.equal(augmented(name, images, seed=1), augmented(name, images, seed=2))
+
+
+# --- The cache
+
+
+@pytest.fixture
+def originals(tmp_path: Path) -> list[Path]:
+    paths = [tmp_path / "originals" / name for name in ("a", "b")]
+    paths[0].parent.mkdir()
+    for path in paths:
+        path.write_text(path.name)
+    return paths
+
+
+class Conversion:
+    """Converts to a constant split, and counts how often."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self) -> Split:
+        self.count += 1
+        return Split(torch.arange(60, dtype=torch.uint8).view(5, 3, 2, 2), torch.arange(5))
+
+
+def assert_same(split: Split, other: Split) -> None:
+    for one, two in ((split.inputs, other.inputs), (split.targets, other.targets)):
+        assert one.dtype == two.dtype
+        assert torch.equal(one, two)
+
+
+def test_originals_are_converted_once(tmp_path: Path, originals: list[Path]) -> None:
+    convert = Conversion()
+    first, second = (cached_split(tmp_path / "cache", "pets-train", originals, convert) for _ in range(2))
+    assert convert.count == 1
+    assert_same(first, second)
+    (file,) = (tmp_path / "cache").iterdir()
+    assert hashlib.sha256(file.read_bytes()).hexdigest() in file.name
+
+
+@pytest.mark.parametrize("change", ["written to", "renamed", "added", "removed"])
+def test_changed_originals_are_converted_again_and_the_outdated_file_goes(
+    tmp_path: Path, originals: list[Path], change: str
+) -> None:
+    convert = Conversion()
+    cached_split(tmp_path / "cache", "pets-train", originals, convert)
+    cached_split(tmp_path / "cache", "pets-test", originals, convert)
+    match change:
+        case "written to":
+            originals[0].write_text("something else")
+        case "renamed":
+            originals[0] = originals[0].rename(originals[0].with_name("c"))
+        case "added":
+            shutil.copy2(originals[0], originals[0].with_name("c"))
+            originals.append(originals[0].with_name("c"))
+        case "removed":
+            originals.pop()
+    cached_split(tmp_path / "cache", "pets-train", originals, convert)
+    assert convert.count == 3
+    assert sorted(path.name.split(".")[0] for path in (tmp_path / "cache").iterdir()) == ["pets-test", "pets-train"]
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "cut off", "empty"])
+def test_a_damaged_cache_is_noticed_and_rebuilt(
+    tmp_path: Path, originals: list[Path], damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    convert = Conversion()
+    expected = cached_split(tmp_path, "pets", originals, convert)
+    (file,) = tmp_path.glob("pets.*.pt")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes({"a flipped bit": content, "cut off": content[:-1], "empty": b""}[damage])
+    with caplog.at_level(logging.WARNING):
+        assert_same(cached_split(tmp_path, "pets", originals, convert), expected)
+    assert f"{file} is damaged" in caplog.text
+    assert_same(cached_split(tmp_path, "pets", originals, convert), expected)
+    assert convert.count == 2, "the rebuilt file was not used"
+
+
+def test_a_folder_that_cannot_be_written_costs_a_conversion_each_time(
+    tmp_path: Path, originals: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    convert = Conversion()
+    (tmp_path / "cache").write_text("not a folder")
+    for _ in range(2):
+        assert len(cached_split(tmp_path / "cache", "pets", originals, convert)) == 5
+    assert convert.count == 2
+    assert "pets cannot be kept" in caplog.text
+
+
+def test_a_full_disk_leaves_no_half_file(
+    tmp_path: Path, originals: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    try:
+        split = cached_split(tmp_path / "cache", "pets", originals, Conversion())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert_same(split, Conversion()())
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert "pets cannot be kept" in caplog.text
+
+
+def test_conversions_at_the_same_time_do_not_harm_each_other(tmp_path: Path, originals: list[Path]) -> None:
+    start = threading.Barrier(8)
+
+    def convert() -> Split:
+        start.wait()
+        return Conversion()()
+
+    with ThreadPoolExecutor(8) as pool:
+        splits = list(pool.map(lambda _: cached_split(tmp_path / "cache", "pets", originals, convert), range(8)))
+    for split in splits:
+        assert_same(split, Conversion()())
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    unused = Conversion()
+    assert_same(cached_split(tmp_path / "cache", "pets", originals, unused), splits[0])
+    assert unused.count == 0
+
+
+# --- Fashion-MNIST, as IDX files
+
+
+def write_idx(path: Path, values: np.ndarray, magic: bytes = b"\0\0\x08") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(magic + struct.pack(f">B{values.ndim}I", values.ndim, *values.shape) + values.tobytes())
+
+
+FASHION = {"train": 40, "t10k": 20}
+
+
+def fashion_arrays(prefix: str) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(FASHION[prefix])
+    count = FASHION[prefix]
+    return random.integers(256, size=(count, 28, 28), dtype=np.uint8), (np.arange(count) % 10).astype(np.uint8)
+
+
+@pytest.fixture
+def fashion_dir(tmp_path: Path) -> Path:
+    for prefix in FASHION:
+        images, labels = fashion_arrays(prefix)
+        write_idx(tmp_path / f"FashionMNIST/raw/{prefix}-images-idx3-ubyte", images)
+        write_idx(tmp_path / f"FashionMNIST/raw/{prefix}-labels-idx1-ubyte", labels)
+    return tmp_path
+
+
+def test_fashion_mnist_is_read_from_its_raw_files(fashion_dir: Path) -> None:
+    for _ in ("from the originals", "from the cache"):
+        dataset = load_fashion_mnist(fashion_dir)
+        assert (dataset.spec.input_shape, dataset.classes[0], len(dataset.classes)) == ((1, 28, 28), "T-shirt/top", 10)
+        for prefix, split in (("train", dataset.train), ("t10k", dataset.test.open())):
+            images, labels = fashion_arrays(prefix)
+            assert_same(split, Split(torch.from_numpy(images)[:, None], torch.from_numpy(labels).long()))
+    assert sorted(path.name.split(".")[0] for path in (fashion_dir / "hpo-cache").iterdir()) == [
+        "fashion-mnist-test",
+        "fashion-mnist-train",
+    ]
+
+
+def test_the_test_images_of_fashion_mnist_are_not_converted_before_they_are_opened(fashion_dir: Path) -> None:
+    dataset = load_fashion_mnist(fashion_dir)
+    assert (len(dataset.test), dataset.test.times_opened) == (20, 0)
+    assert [path.name.split(".")[0] for path in (fashion_dir / "hpo-cache").iterdir()] == ["fashion-mnist-train"]
+
+
+FASHION_FILES = [f"{prefix}-{part}-ubyte" for prefix in FASHION for part in ("images-idx3", "labels-idx1")]
+
+
+@pytest.mark.parametrize("name", FASHION_FILES)
+@pytest.mark.parametrize("keep", [0, 3, 7, 12, -1])
+def test_a_raw_file_that_is_cut_off_is_named_before_anything_is_trained(
+    fashion_dir: Path, name: str, keep: int
+) -> None:
+    path = fashion_dir / "FashionMNIST/raw" / name
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DataError) as error:
+        load_fashion_mnist(fashion_dir)
+    assert str(path) in str(error.value)
+    assert "delete it and run again to download it" in str(error.value)
+
+
+@pytest.mark.parametrize("name", FASHION_FILES)
+def test_a_raw_file_with_another_magic_number_is_named(fashion_dir: Path, name: str) -> None:
+    path = fashion_dir / "FashionMNIST/raw" / name
+    path.write_bytes(b"\x1f\x8b" + path.read_bytes()[2:])
+    with pytest.raises(DataError, match=f"{name} is not an IDX file"):
+        load_fashion_mnist(fashion_dir)
+
+
+def test_raw_files_that_do_not_belong_together_are_named(fashion_dir: Path) -> None:
+    raw = fashion_dir / "FashionMNIST/raw"
+    write_idx(raw / "train-labels-idx1-ubyte", np.zeros(41, dtype=np.uint8))
+    with pytest.raises(DataError, match="train-labels-idx1-ubyte has 41 labels for 40 images"):
+        load_fashion_mnist(fashion_dir)
+    write_idx(raw / "train-images-idx3-ubyte", np.zeros((41, 28, 30), dtype=np.uint8))
+    with pytest.raises(DataError, match="train-images-idx3-ubyte has images of 30x28 pixels, not 28x28"):
+        load_fashion_mnist(fashion_dir)
+
+
+# --- CIFAR-10, as a folder of images
+
+
+def write_image_folder(folder: Path, images_per_class: int) -> None:
+    random = np.random.default_rng(images_per_class)
+    for index, name in enumerate(CIFAR10_CLASSES):
+        (folder / name).mkdir(parents=True)
+        for number in range(images_per_class):
+            pixels = random.integers(256, size=(32, 32, 3), dtype=np.uint8)
+            suffix = "png" if index == 0 else "jpg"
+            Image.fromarray(pixels).save(folder / name / f"{number:04}.{suffix}")
+
+
+@pytest.fixture
+def image_dir(tmp_path: Path) -> Path:
+    write_image_folder(tmp_path / "cifar10/train", 3)
+    write_image_folder(tmp_path / "cifar10/test", 2)
+    return tmp_path
+
+
+def test_cifar10_is_read_from_a_folder_of_images(image_dir: Path) -> None:
+    (image_dir / "cifar10/train/.DS_Store").write_text("not a class")
+    (image_dir / "cifar10/train/cat/Thumbs.db").write_text("not an image")
+    for _ in ("from the originals", "from the cache"):
+        dataset = load_cifar10(image_dir)
+        assert (dataset.spec.input_shape, dataset.classes, len(dataset.test)) == ((3, 32, 32), CIFAR10_CLASSES, 20)
+        for name, split in (("train", dataset.train), ("test", dataset.test.open())):
+            paths = sorted((image_dir / "cifar10" / name).glob("*/*.[jp][pn]g"))
+            assert split.inputs.dtype == torch.uint8
+            assert split.targets.tolist() == [CIFAR10_CLASSES.index(path.parent.name) for path in paths]
+            for image, path in zip(split.inputs, paths, strict=True):
+                assert np.array_equal(image.permute(1, 2, 0), np.asarray(Image.open(path)))
+
+
+def test_grey_images_are_read_as_colour(image_dir: Path) -> None:
+    pixels = np.arange(1024, dtype=np.uint8).reshape(32, 32)
+    Image.fromarray(pixels).save(image_dir / "cifar10/train/airplane/0000.png")
+    image = load_cifar10(image_dir).train.inputs[0]
+    assert torch.equal(image, torch.from_numpy(pixels).expand(3, 32, 32))
+
+
+def test_the_test_images_are_not_read_before_they_are_opened(image_dir: Path) -> None:
+    for path in (image_dir / "cifar10/test").glob("*/*"):
+        path.write_text("nothing that could be read")
+    dataset = load_cifar10(image_dir)
+    assert (len(dataset.train), len(dataset.test), dataset.test.times_opened) == (30, 20, 0)
+    with pytest.raises(DataError, match="is damaged"):
+        dataset.test.open()
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+@pytest.mark.parametrize("damage", ["cut off", "empty", "not an image"])
+def test_a_damaged_image_is_named(image_dir: Path, suffix: str, damage: str) -> None:
+    path = image_dir / "cifar10/train" / ("airplane/0001.png" if suffix == "png" else "ship/0002.jpg")
+    content = path.read_bytes()
+    path.write_bytes({"cut off": content[: len(content) // 2], "empty": b"", "not an image": b"hello"}[damage])
+    with pytest.raises(DataError) as error:
+        load_cifar10(image_dir)
+    assert str(error.value).startswith(f"{path} is damaged")
+    assert "\n" not in str(error.value)
+
+
+def test_an_image_of_another_size_is_named_with_its_size(image_dir: Path) -> None:
+    Image.new("RGB", (40, 30)).save(image_dir / "cifar10/train/dog/0001.jpg")
+    with pytest.raises(DataError, match=r"dog/0001\.jpg has 40x30 pixels, not 32x32"):
+        load_cifar10(image_dir)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_class_folders_must_be_those_of_cifar10(image_dir: Path, split: str) -> None:
+    folder = image_dir / "cifar10" / split
+    (folder / "zebra").mkdir()
+    with pytest.raises(DataError, match=f"{folder / 'zebra'} is not a class"):
+        load_cifar10(image_dir)
+    (folder / "zebra").rmdir()
+    shutil.rmtree(folder / "frog")
+    with pytest.raises(DataError, match=f"{folder / 'frog'} is missing"):
+        load_cifar10(image_dir)
+    (folder / "frog").mkdir()
+    with pytest.raises(DataError, match=f"{folder / 'frog'} holds no images"):
+        load_cifar10(image_dir)
+    shutil.rmtree(folder)
+    with pytest.raises(DataError, match=f"{folder} is missing"):
+        load_cifar10(image_dir)
+
+
+# --- CIFAR-10 and Fashion-MNIST, as torchvision downloads them
+
+
+def md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """Keep the test's output free of requests."""
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder and the address that it is served from."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    handler = functools.partial(QuietHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield folder, f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def cifar_site(site: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Small batches in CIFAR-10's own archive, which torchvision is made to take for the real one."""
+    folder, address = site
+    batches = folder / CIFAR10.base_folder
+    batches.mkdir()
+    random = np.random.default_rng(0)
+    for number, name in enumerate(["data_batch_1", "data_batch_2", "test_batch"]):
+        entry = {"data": random.integers(256, size=(20, 3072), dtype=np.uint8), "labels": [number, *range(10)] * 2}
+        entry["labels"] = entry["labels"][:20]
+        (batches / name).write_bytes(pickle.dumps(entry, protocol=2))
+    (batches / "batches.meta").write_bytes(pickle.dumps({"label_names": list(CIFAR10_CLASSES)}, protocol=2))
+    with tarfile.open(folder / CIFAR10.filename, "w:gz") as archive:
+        archive.add(batches, arcname=batches.name)
+    monkeypatch.setattr(CIFAR10, "url", address + CIFAR10.filename)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", md5(folder / CIFAR10.filename))
+    monkeypatch.setattr(
+        CIFAR10, "train_list", [[name, md5(batches / name)] for name in ("data_batch_1", "data_batch_2")]
+    )
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5(batches / "test_batch")]])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": md5(batches / "batches.meta")})
+    monkeypatch.setattr(vision, "CIFAR10_TEST_SIZE", 20)
+    return batches
+
+
+def unpickled(path: Path) -> Split:
+    entry = pickle.loads(path.read_bytes())
+    return Split(torch.from_numpy(entry["data"]).view(-1, 3, 32, 32), torch.tensor(entry["labels"]))
+
+
+def test_cifar10_is_downloaded_once_and_then_read_from_its_batches(cifar_site: Path, tmp_path: Path) -> None:
+    data_dir = tmp_path / "new" / "data"
+    dataset = load_cifar10(data_dir)
+    assert [path.name.split(".")[0] for path in (data_dir / "hpo-cache").iterdir()] == ["cifar10-train"]
+    parts = [unpickled(cifar_site / name) for name in ("data_batch_1", "data_batch_2")]
+    inputs, targets = (torch.cat([getattr(part, name) for part in parts]) for name in ("inputs", "targets"))
+    assert_same(dataset.train, Split(inputs, targets))
+    assert_same(dataset.test.open(), unpickled(cifar_site / "test_batch"))
+    (cifar_site.parent / CIFAR10.filename).unlink()
+    shutil.rmtree(data_dir / "hpo-cache")
+    assert_same(load_cifar10(data_dir).train, dataset.train)
+
+
+def test_damaged_batches_are_named(cifar_site: Path, tmp_path: Path) -> None:
+    load_cifar10(tmp_path)
+    path = tmp_path / CIFAR10.base_folder / "data_batch_2"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(DataError, match=f"{path.parent} is damaged .* delete it and run again"):
+        load_cifar10(tmp_path)
+    shutil.rmtree(path.parent)
+    assert len(load_cifar10(tmp_path).train) == 40
+
+
+def test_a_folder_of_images_goes_before_the_batches(cifar_site: Path, image_dir: Path) -> None:
+    assert len(load_cifar10(image_dir).train) == 30
+    assert not (image_dir / CIFAR10.base_folder).exists()
+
+
+@pytest.fixture
+def fashion_site(
+    site: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder, address = site
+    resources = []
+    for prefix in FASHION:
+        for part, values in zip(("images-idx3", "labels-idx1"), fashion_arrays(prefix), strict=True):
+            path = folder / f"{prefix}-{part}-ubyte"
+            write_idx(path, values)
+            packed = folder / f"{path.name}.gz"
+            packed.write_bytes(gzip.compress(path.read_bytes()))
+            resources.append((packed.name, md5(packed)))
+    monkeypatch.setattr(FashionMNIST, "mirrors", [address])
+    monkeypatch.setattr(FashionMNIST, "resources", resources)
+    return folder
+
+
+def test_fashion_mnist_is_downloaded_where_a_file_of_it_is_missing(fashion_site: Path, tmp_path: Path) -> None:
+    for _ in ("nothing there", "one deleted"):
+        dataset = load_fashion_mnist(tmp_path)
+        assert torch.equal(dataset.train.inputs[:, 0], torch.from_numpy(fashion_arrays("train")[0]))
+        (tmp_path / "FashionMNIST/raw/train-images-idx3-ubyte").unlink()
+
+
+@pytest.mark.parametrize("load", [load_cifar10, load_fashion_mnist])
+def test_without_a_network_the_error_says_where_the_files_belong(
+    load: Callable[[Path], Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
+        point_downloads_at(f"http://127.0.0.1:{unused.getsockname()[1]}/", monkeypatch)
+        with pytest.raises(DataError) as error:
+            load(tmp_path)
+    for part in (str(tmp_path), "could not be downloaded", "refused", "--data-dir", "HPO_DATA_DIR"):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("load", [load_cifar10, load_fashion_mnist])
+def test_a_network_that_says_nothing_is_given_up_on(
+    load: Callable[[Path], Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vision, "NETWORK_TIMEOUT_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        point_downloads_at(f"http://127.0.0.1:{silent.getsockname()[1]}/", monkeypatch)
+        with pytest.raises(DataError, match="timed out"):
+            load(tmp_path)
+    assert socket.getdefaulttimeout() is None
+
+
+def point_downloads_at(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CIFAR10, "url", f"{address}cifar.tar.gz")
+    monkeypatch.setattr(FashionMNIST, "mirrors", [address])
+
+
+def test_a_data_folder_that_cannot_be_made_is_an_error_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("not a folder")
+    with pytest.raises(DataError, match="could not be downloaded"):
+        load_cifar10(tmp_path / "data")
+
+
+# --- The real data
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("load", "num_train", "shape", "mean"),
+    [
+        (load_fashion_mnist, 60_000, (1, 28, 28), [72.94]),
+        (load_cifar10, 50_000, (3, 32, 32), [125.3, 123.0, 113.9]),
+    ],
+)
+def test_the_real_data_are_what_they_should_be(
+    load: Callable[[Path], Dataset], num_train: int, shape: tuple[int, ...], mean: list[float], real_data_dir: Path
+) -> None:
+    dataset = load(real_data_dir)
+    assert (len(dataset.train), len(dataset.test), dataset.spec.input_shape) == (num_train, 10_000, shape)
+    assert dataset.train.targets.bincount().tolist() == [num_train // 10] * 10
+    assert dataset.train.inputs[::10].float().mean((0, 2, 3)).tolist() == pytest.approx(mean, abs=1.0)
+    test = dataset.test.open()
+    assert test.targets.bincount().tolist() == [1_000] * 10

@@ -1,0 +1,220 @@
+"""Search spaces: declaration, conditions, overrides and the errors that help."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpo.errors import SpaceError, UnknownNameError
+from hpo.space import Choice, Float, Group, Int, Space, format_value
+
+
+@pytest.fixture
+def space() -> Space:
+    return Space(
+        Group(
+            "step size",
+            lr=Float(1e-4, 1.0, log=True, default=1e-2),
+            batch_size=Choice(64, 128, 256, default=128),
+        ),
+        Group(
+            "architecture and optimizer",
+            depth=Int(2, 20, default=8),
+            optimizer=Choice("sgd", "adam", "rmsprop", default="sgd"),
+            momentum=Float(0.5, 0.99, default=0.9, when={"optimizer": ("sgd", "rmsprop")}),
+            nesterov=Choice(True, False, default=True, when={"optimizer": "sgd"}),
+        ),
+    )
+
+
+def test_groups_keep_the_order_of_their_priority(space: Space) -> None:
+    assert [group.name for group in space.groups] == ["step size", "architecture and optimizer"]
+    assert list(space.parameters) == ["lr", "batch_size", "depth", "optimizer", "momentum", "nesterov"]
+    assert space.group_of("depth") == "architecture and optimizer"
+
+
+def test_every_parameter_has_a_default(space: Space) -> None:
+    defaults = {"lr": 0.01, "batch_size": 128, "depth": 8, "optimizer": "sgd", "momentum": 0.9, "nesterov": True}
+    assert space.defaults() == defaults
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "active"),
+    [("sgd", {"momentum", "nesterov"}), ("rmsprop", {"momentum"}), ("adam", set())],
+)
+def test_a_parameter_is_active_only_where_its_condition_holds(space: Space, optimizer: str, active: set[str]) -> None:
+    values = space.defaults() | {"optimizer": optimizer}
+    assert space.active(values).keys() == {"lr", "batch_size", "depth", "optimizer"} | active
+
+
+def test_a_condition_on_an_inactive_choice_does_not_hold() -> None:
+    space = Space(
+        Group(
+            "g",
+            norm=Choice("none", "group", default="none"),
+            grouping=Choice("few", "many", default="few", when={"norm": "group"}),
+            groups=Int(1, 8, default=2, when={"grouping": "few"}),
+        )
+    )
+    assert space.active(space.defaults()) == {"norm": "none"}
+
+
+@pytest.mark.parametrize(
+    ("override", "name", "description", "default"),
+    [
+        ("lr=1e-3:1e-1", "lr", "0.001:0.1 (log)", 0.01),
+        ("lr=0.02:0.1", "lr", "0.02:0.1 (log)", 0.02),
+        ("lr=0.1", "lr", "0.1 (fixed)", 0.1),
+        ("lr=0.1,0.2", "lr", "0.1, 0.2", 0.1),
+        ("depth=3:5", "depth", "3:5", 5),
+        ("optimizer=adam, sgd", "optimizer", "adam, sgd", "sgd"),
+        ("optimizer=adam", "optimizer", "adam (fixed)", "adam"),
+        ("batch_size=256", "batch_size", "256 (fixed)", 256),
+        ("nesterov=false", "nesterov", "false (fixed)", False),
+    ],
+)
+def test_an_override_narrows_lists_or_fixes(
+    space: Space, override: str, name: str, description: str, default: object
+) -> None:
+    parameter = space.narrow([override]).parameters[name]
+    assert parameter.describe() == description
+    assert parameter.default == default
+    assert type(parameter.default) is type(default)
+
+
+def test_narrowing_leaves_the_original_space_alone(space: Space) -> None:
+    before = space.to_dict()
+    space.narrow(["lr=0.1", "optimizer=adam"])
+    assert space.to_dict() == before
+
+
+def test_a_parameter_that_can_never_be_active_is_dropped(space: Space) -> None:
+    assert space.narrow(["optimizer=rmsprop"]).parameters.keys() == space.parameters.keys() - {"nesterov"}
+    assert space.narrow(["optimizer=adam"]).parameters.keys() == {"lr", "batch_size", "depth", "optimizer"}
+
+
+def test_a_group_without_parameters_is_dropped() -> None:
+    space = Space(
+        Group("choice", optimizer=Choice("sgd", "adam", default="sgd")),
+        Group("detail", momentum=Float(0.5, 0.99, default=0.9, when={"optimizer": "sgd"})),
+    )
+    assert [group.name for group in space.narrow(["optimizer=adam"]).groups] == ["choice"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["learning_rate=1"], "no parameter 'learning_rate'; did you mean 'lr'?"),
+        (["detph=3"], "no parameter 'detph'; did you mean 'depth'?"),
+        (["lr"], "-p 'lr' is not NAME=VALUE, NAME=LOW:HIGH or NAME=A,B,C."),
+        (["lr="], "-p 'lr=' is not NAME=VALUE, NAME=LOW:HIGH or NAME=A,B,C."),
+        (["=1"], "-p '=1' is not NAME=VALUE, NAME=LOW:HIGH or NAME=A,B,C."),
+        (["lr=5"], "lr (in 'step size'): 5 is outside 0.0001:1 (-p lr=5)"),
+        (["lr=nan"], "lr (in 'step size'): nan is outside 0.0001:1 (-p lr=nan)"),
+        (["lr=fast"], "lr (in 'step size'): 'fast' is not a number; allowed is 0.0001:1 (-p lr=fast)"),
+        (["lr=0.1:0.01"], "lr (in 'step size'): low 0.1 is above high 0.01 (-p lr=0.1:0.01)"),
+        (["depth=2.5"], "depth (in 'architecture and optimizer'): '2.5' is not a whole number; allowed is 2:20"),
+        (["depth=1:30"], "depth (in 'architecture and optimizer'): 1 is outside 2:20 (-p depth=1:30)"),
+        (["batch_size=100"], "batch_size (in 'step size'): '100' is not one of 64, 128, 256 (-p batch_size=100)"),
+        (["optimizer=sgd,lion"], "'lion' is not one of sgd, adam, rmsprop (-p optimizer=sgd,lion)"),
+        (["lr=1", "lr=0.5"], "lr is given twice: -p lr=1 and -p lr=0.5."),
+        (
+            ["optimizer=adam", "momentum=0.9"],
+            "momentum (in 'architecture and optimizer'): is active only when optimizer",
+        ),
+    ],
+)
+def test_a_wrong_override_says_what_is_allowed(space: Space, overrides: list[str], message: str) -> None:
+    with pytest.raises((SpaceError, UnknownNameError)) as caught:
+        space.narrow(overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "message"),
+    [
+        (Float(1.0, 0.0, default=0.5), "low 1 is above high 0"),
+        (Float(0.0001, 0.1, default=0.5), "default 0.5 is outside 0.0001:0.1"),
+        (Float(0.0, 1.0), "has no default; give it one with default="),
+        (Float(0.0, 1.0, log=True, default=0.5), "low 0 must be above 0 for log=True"),
+        (Float(0.0, math.inf, default=0.5), "high inf is not a number"),
+        (Float(0.0, "1", default=0.5), "high '1' is not a number"),  # type: ignore[arg-type]
+        (Int(1, 3, default=1.5), "default 1.5 is not a whole number"),
+        (Int(True, 3, default=2), "low True is not a whole number"),
+        (Choice(default="a"), "has no choices; give at least one"),
+        (Choice("a", "b"), "has no default; give it one with default="),
+        (Choice("a", "b", default="c"), "default c is not one of a, b"),
+        (Choice("a", "a", default="a"), "has a choice twice: a, a"),
+        (Choice(1, 2, default=True), "default true is not one of 1, 2"),
+        (Choice(("a",), default="a"), "choice ('a',) is not a string, number or boolean"),  # type: ignore[arg-type]
+        (Choice("a", default="a", when={"lr": 1}), "when={'lr': ...} must name a Choice declared before it: other"),
+        (
+            Choice("a", default="a", when={"later": 1}),
+            "when={'later': ...} must name a Choice declared before it: other",
+        ),
+        (Choice("a", default="a", when={"other": 3}), "when={'other': 3} can never hold; other is one of 1, 2"),
+        ("0:1", "'0:1' is not a Float, Int or Choice"),
+    ],
+)
+def test_a_wrong_declaration_names_the_parameter_and_its_group(parameter: Choice, message: str) -> None:
+    with pytest.raises(SpaceError) as caught:
+        Space(
+            Group("first", lr=Float(0, 1, default=0.5), other=Choice(1, 2, default=1)),
+            Group("step size", x=parameter),
+            Group("last", later=Choice(1, default=1)),
+        )
+    assert str(caught.value) == f"x (in 'step size'): {message}"
+
+
+def test_a_parameter_belongs_to_one_group() -> None:
+    with pytest.raises(SpaceError, match=r"lr \(in 'a'\): is already in 'a'"):
+        Space(Group("a", lr=Float(0, 1, default=0.5)), Group("b", lr=Float(0, 1, default=0.5)))
+
+
+@given(
+    st.floats(1e-300, 1e300),
+    st.floats(1e-300, 1e300),
+    st.floats(0, 1),
+    st.floats(0, 1),
+)
+def test_every_narrowed_range_lies_within_and_holds_its_default(a: float, b: float, u: float, v: float) -> None:
+    low, high = sorted((a, b))
+    inner = sorted(min(max(low + t * (high - low), low), high) for t in (u, v))
+    space = Space(Group("g", x=Float(low, high, default=low)))
+    narrowed = space.narrow([f"x={inner[0]!r}:{inner[1]!r}"]).parameters["x"]
+    assert isinstance(narrowed, Float)
+    assert (narrowed.low, narrowed.high) == tuple(inner)
+    assert narrowed.contains(narrowed.default)
+
+
+@given(st.lists(st.integers(2, 20), min_size=1, max_size=10))
+def test_a_list_of_whole_numbers_becomes_exactly_those_choices(values: list[int]) -> None:
+    space = Space(Group("g", depth=Int(2, 20, default=8)))
+    narrowed = space.narrow([f"depth={','.join(map(str, values))}"]).parameters["depth"]
+    chosen = narrowed.choices if isinstance(narrowed, Choice) else (narrowed.low,)
+    assert set(chosen) == set(values)
+    assert narrowed.contains(narrowed.default)
+
+
+@given(st.text(max_size=30))
+def test_any_override_text_is_understood_or_refused_in_one_line(text: str) -> None:
+    space = Space(
+        Group("g", x=Float(0, 1, default=0.5), kind=Choice("a", "b", default="a"), on=Choice(True, default=True))
+    )
+    for override in (text, f"x={text}", f"kind={text}", f"on={text}"):
+        try:
+            narrowed = space.narrow([override])
+        except (SpaceError, UnknownNameError):
+            continue
+        assert narrowed.active(narrowed.defaults())
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.001, "0.001"), (1e-5, "1e-05"), (256, "256"), (True, "true"), ("sgd", "sgd"), (1.0, "1")]
+)
+def test_a_value_is_written_as_a_person_would(value: object, text: str) -> None:
+    assert format_value(value) == text

@@ -1,0 +1,988 @@
+"""The shared trainer: what it promises, and the defects of the tutorial loop that must not come back."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hpo.config import AUGMENTATIONS, OPTIMIZERS, SCHEDULES, TrainConfig
+from hpo.data.datasets import Splits, split_dataset
+from hpo.errors import CheckpointError, UnknownNameError, UsageError
+from hpo.objective import Dataset, DataSpec, SealedSplit, Split
+from hpo.training.checkpoint import CheckpointFolder
+from hpo.training.losses import loss_function, target_scale
+from hpo.training.metrics import ConfusionMetrics, EpochMetrics, RegressionMetrics
+from hpo.training.optimizers import build_optimizer
+from hpo.training.schedules import build_schedule
+from hpo.training.step import train_step
+from hpo.training.stopping import EarlyStopping
+from hpo.training.trainer import EpochResult, evaluate, fit
+
+NUM_CLASSES = 4
+IMAGE_SHAPE = (1, 8, 8)
+
+
+class ImageNet(nn.Module):
+    """A small net for raw uint8 images with everything that has a state: a norm, dropout, biases."""
+
+    def __init__(self, *, dropout: float = 0.0, num_classes: int = NUM_CLASSES, width: int = 16, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.hidden = nn.Linear(math.prod(IMAGE_SHAPE), width)
+            self.output = nn.Linear(width, num_classes)
+        self.norm = nn.BatchNorm1d(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = functional.relu(self.norm(self.hidden(images.flatten(1) / 255.0)))
+        return self.output(self.dropout(hidden))
+
+
+class Line(nn.Module):
+    """A linear model of float features whose outputs are in the target's units."""
+
+    def __init__(self, num_features: int, mean: float = 0.0, deviation: float = 1.0) -> None:
+        super().__init__()
+        self.linear = nn.Linear(num_features, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.mean, self.deviation = mean, deviation
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear(features) * self.deviation + self.mean
+
+
+class Recorder(nn.Module):
+    """Wraps a model and keeps a copy of every batch that it was trained on."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.batches: list[Tensor] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            self.batches.append(inputs.clone())
+        return self.model(inputs)
+
+
+class Scripted(nn.Module):
+    """Answers so that the accuracy on `targets` of the n-th evaluation is the n-th of `accuracies`."""
+
+    def __init__(self, accuracies: list[float], targets: Tensor) -> None:
+        super().__init__()
+        self.accuracies, self.targets = accuracies, targets
+        self.weight = nn.Parameter(torch.zeros(NUM_CLASSES, 1))
+        self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
+
+    def train(self, mode: bool = True) -> Scripted:
+        if mode:
+            self.epoch += 1
+        return super().train(mode)
+
+    def forward(self, images: Tensor) -> Tensor:
+        zeros = self.weight.sum() * torch.ones(len(images), NUM_CLASSES)
+        if self.training:
+            return zeros
+        accuracy = self.accuracies[int(self.epoch) - 1]
+        if math.isnan(accuracy):
+            return zeros * math.nan
+        num_right = round(accuracy * len(images))
+        answers = torch.where(torch.arange(len(images)) < num_right, self.targets, (self.targets + 1) % NUM_CLASSES)
+        return zeros + functional.one_hot(answers, NUM_CLASSES)
+
+
+def image_splits(num_train: int = 96, num_validation: int = 40) -> Splits:
+    """Four classes that differ in which quarter of the image is bright, under noise."""
+    generator = torch.Generator().manual_seed(0)
+    number = num_train + num_validation
+    targets = torch.randint(NUM_CLASSES, (number,), generator=generator)
+    images = torch.randint(0, 180, (number, *IMAGE_SHAPE), generator=generator, dtype=torch.uint8)
+    for index, target in enumerate(targets.tolist()):
+        images[index, :, 2 * target : 2 * target + 2] += 60
+    spec = DataSpec(IMAGE_SHAPE, classes=("a", "b", "c", "d"))
+    train, validation = (Split(images[part], targets[part]) for part in (slice(num_train), slice(num_train, None)))
+    return Splits(train, validation, spec)
+
+
+def line_splits(num_examples: int = 200, mean: float = 0.0, deviation: float = 1.0) -> Splits:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(num_examples, 3, generator=generator)
+    noise = 0.1 * torch.randn(num_examples, generator=generator)
+    targets = mean + deviation * (features @ torch.tensor([0.8, -0.5, 0.2]) + noise)
+    half = num_examples // 2
+    return Splits(Split(features[:half], targets[:half]), Split(features[half:], targets[half:]), DataSpec((3,)))
+
+
+def regression_config(**changes: Any) -> TrainConfig:
+    settings = {"loss": "mse", "metric": "r2", "batch_size": 10, "lr": 0.05, "optimizer": "adam"}
+    return TrainConfig(**(settings | changes))
+
+
+def quick_config(**changes: Any) -> TrainConfig:
+    return TrainConfig(**({"max_epochs": 3, "batch_size": 32, "lr": 0.01} | changes))
+
+
+def without_time(result: EpochResult) -> dict[str, Any]:
+    """All that must be equal when a training is repeated; the text form makes NaN equal to NaN."""
+    metrics = {name: repr(value) for name, value in result.metrics.items() if name != "time/epoch_s"}
+    return vars(result) | {"metrics": metrics, "value": repr(result.value)}
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_equal_weights(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+# The defects of the tutorial loop.
+
+
+def test_the_training_data_are_shuffled_anew_in_each_epoch() -> None:
+    splits = image_splits()
+    model = Recorder(ImageNet())
+    list(fit(model, splits, quick_config(max_epochs=2)))
+    first, second = torch.cat(model.batches[:3]), torch.cat(model.batches[3:])
+
+    def as_set(images: Tensor) -> set[bytes]:
+        return {image.numpy().tobytes() for image in images}
+
+    assert as_set(first) == as_set(second) == as_set(splits.train.inputs)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, splits.train.inputs)
+
+
+def test_the_test_split_is_never_opened_by_a_training() -> None:
+    whole = image_splits().train
+    sealed = SealedSplit(lambda: whole, len(whole))
+    dataset = Dataset(whole, sealed, classes=("a", "b", "c", "d"))
+    list(fit(ImageNet(), split_dataset(dataset, validation_fraction=0.25, seed=0), quick_config()))
+    assert sealed.times_opened == 0
+
+
+@pytest.mark.parametrize("max_epochs", [1, 4])
+@pytest.mark.parametrize("batch_size", [16, 96])
+def test_a_one_cycle_spans_exactly_the_steps_of_the_training_and_reaches_its_end(
+    max_epochs: int, batch_size: int
+) -> None:
+    config = quick_config(schedule="one_cycle", max_epochs=max_epochs, batch_size=batch_size, lr=0.1)
+    rates = [result.metrics["lr"] for result in fit(ImageNet(), image_splits(), config)]
+    end = 0.1 / 25 / 1e4
+    assert rates[-1] == pytest.approx(end)
+    assert all(rate > 100 * end for rate in rates[:-1])
+
+
+def test_a_schedule_is_stepped_once_a_step() -> None:
+    config = quick_config(schedule="cosine", warmup_fraction=0.0, max_epochs=2, lr=0.1)
+    rates = [result.metrics["lr"] for result in fit(ImageNet(), image_splits(), config)]
+    assert rates == pytest.approx([0.05, 0.0])
+
+
+def test_the_checkpoints_of_two_trials_do_not_collide(tmp_path: Path) -> None:
+    configs = [quick_config(max_epochs=2, lr=lr) for lr in (0.001, 0.1)]
+    alone, interleaved = [ImageNet() for _ in configs], [ImageNet() for _ in configs]
+    for model, config in zip(alone, configs, strict=True):
+        list(fit(model, image_splits(), config))
+
+    folders = [CheckpointFolder(tmp_path / "checkpoints" / str(trial)) for trial in range(2)]
+    for trials in ([0, 1], [1, 0]):  # one epoch of each, then the rest of each, from the folders
+        for trial in trials:
+            next(iter(fit(interleaved[trial], image_splits(), configs[trial], checkpoint=folders[trial])))
+    for trial, folder in enumerate(folders):
+        assert len(list(folder.path.iterdir())) == 2
+        list(fit(interleaved[trial], image_splits(), configs[trial], checkpoint=folder))
+        assert_equal_weights(weights_of(interleaved[trial]), weights_of(alone[trial]))
+
+
+def test_a_run_without_a_finite_epoch_has_no_best_and_loads_nothing_stale(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "run")
+    model = ImageNet()
+    with torch.no_grad():
+        model.output.bias.fill_(math.nan)
+    results = list(fit(model, image_splits(), quick_config(), checkpoint=folder))
+    (result,) = results
+    assert result.diverged
+    assert math.isnan(result.value)
+    assert (result.best_value, result.best_epoch, result.is_best) == (None, None, False)
+    assert model.output.bias.isnan().all()
+
+
+def test_a_metric_to_be_minimised_has_its_best_at_the_minimum() -> None:
+    config = quick_config(metric="loss", direction="minimize", max_epochs=12, lr=0.3, optimizer="sgd", patience=12)
+    model = ImageNet()
+    results = list(fit(model, image_splits(), config))
+    values = [result.value for result in results]
+    assert values[0] > min(values) < values[-1], "the minimum must lie inside, or the test shows nothing"
+    assert results[-1].best_value == min(values)
+    assert results[-1].best_epoch == values.index(min(values)) + 1
+    assert evaluate(model, image_splits().validation, config, NUM_CLASSES)["loss"] == pytest.approx(min(values))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 96])
+def test_the_batch_size_is_honoured(batch_size: int) -> None:
+    model = Recorder(nn.Sequential(nn.Flatten(), Float(), nn.Linear(64, NUM_CLASSES)))
+    list(fit(model, image_splits(), quick_config(batch_size=batch_size, max_epochs=2)))
+    assert {len(batch) for batch in model.batches} == {batch_size}
+    assert len(model.batches) == 2 * (96 // batch_size)
+
+
+def test_the_epoch_loss_weighs_every_example_alike() -> None:
+    splits = image_splits()
+    inputs = splits.validation.inputs.repeat(52, 1, 1, 1)[:2049]  # one more than an evaluation batch holds
+    targets = splits.validation.targets.repeat(52)[:2049]
+    model = ImageNet().eval()
+    targets[-1] = model(inputs[-1:]).argmin()  # a last batch of one, with a loss unlike the others'
+
+    measured = evaluate(model, Split(inputs, targets), quick_config(), NUM_CLASSES)["loss"]
+    with torch.no_grad():
+        assert measured == pytest.approx(functional.cross_entropy(model(inputs), targets).item(), rel=1e-5)
+
+
+def test_the_mean_of_batches_of_different_size_is_the_mean_of_their_examples() -> None:
+    metrics = EpochMetrics(2, "cpu")
+    for size, loss in ((3, 1.0), (1, 5.0)):
+        metrics.update(torch.zeros(size, 2), torch.zeros(size, dtype=torch.int64), torch.tensor(loss))
+    assert metrics.compute()["loss"].item() == 2.0
+
+
+# What fit promises.
+
+
+class Float(nn.Module):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs.float() / 255
+
+
+def test_the_digits_are_learnt() -> None:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    whole = Split(
+        torch.tensor(digits.images * 15, dtype=torch.uint8).unsqueeze(1), torch.tensor(digits.target, dtype=torch.int64)
+    )
+    dataset = Dataset(whole, SealedSplit(lambda: whole, 0), classes=tuple("0123456789"))
+    splits = split_dataset(dataset, validation_fraction=0.2, seed=0)
+    results = list(fit(ImageNet(num_classes=10, width=64), splits, TrainConfig(max_epochs=8, lr=0.01)))
+    assert results[-1].best_value is not None
+    assert results[-1].best_value >= 0.95
+    assert results[-1].metrics["train/accuracy"] > results[0].metrics["train/accuracy"]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_optimizer_learns_under_every_schedule(optimizer: str, schedule: str) -> None:
+    momentum = 0.5 if optimizer == "rmsprop" else 0.9
+    lr = 0.05 if optimizer == "sgd" else 0.01
+    config = quick_config(optimizer=optimizer, schedule=schedule, momentum=momentum, lr=lr, max_epochs=8, batch_size=16)
+    results = list(fit(ImageNet(), image_splits(), config))
+    assert results[-1].metrics["train/loss"] < 0.5 * results[0].metrics["train/loss"]
+    assert results[-1].best_value is not None
+    assert results[-1].best_value > 0.5
+
+
+def test_a_regression_does_not_depend_on_the_units_of_its_target() -> None:
+    curves = []
+    for mean, deviation in ((0.0, 1.0), (5e3, 1e4)):
+        splits = line_splits(mean=mean, deviation=deviation)
+        scale = target_scale(splits.train)
+        results = list(fit(Line(3, mean, scale), splits, regression_config()))
+        curves.append([(result.value, result.metrics["val/loss"]) for result in results])
+        assert results[-1].metrics["val/rmse"] == pytest.approx(0.1 * deviation, rel=0.2)
+    for (r2, loss), (r2_scaled, loss_scaled) in zip(*curves, strict=True):
+        assert r2 == pytest.approx(r2_scaled, abs=5e-3)
+        assert loss == pytest.approx(loss_scaled, abs=5e-3)
+    assert curves[0][-1][0] > 0.95
+
+
+def test_outputs_of_shape_b_and_b_1_train_alike() -> None:
+    class Flat(Line):
+        def forward(self, features: Tensor) -> Tensor:
+            return super().forward(features).squeeze(1)
+
+    curves = [[without_time(r) for r in fit(kind(3), line_splits(), regression_config())] for kind in (Line, Flat)]
+    assert curves[0] == curves[1]
+
+
+def test_a_result_holds_exactly_the_documented_metrics_as_plain_values_that_pickle() -> None:
+    def names_for(*metrics: str) -> set[str]:
+        measured = {f"{split}/{metric}" for split in ("train", "val") for metric in ("loss", *metrics)}
+        return measured | {"lr", "grad_norm", "time/epoch_s"}
+
+    result = next(iter(fit(ImageNet(), image_splits(), quick_config())))
+    assert result.metrics.keys() == names_for("accuracy", "precision", "recall", "f1")
+    assert result.value == result.metrics["val/accuracy"]
+    assert {type(value) for value in result.metrics.values()} == {float}
+    assert {type(value) for value in vars(result).values()} <= {int, float, bool, dict, type(None)}
+    assert pickle.loads(pickle.dumps(result)) == result
+
+    result = next(iter(fit(Line(3), line_splits(), regression_config())))
+    assert result.metrics.keys() == names_for("mse", "rmse", "mae", "r2")
+
+
+def test_two_trainings_with_one_seed_are_bit_equal_whatever_the_caller_draws_in_between() -> None:
+    config = quick_config(augment="crop_flip_cutout", seed=5)
+    quiet, disturbed = ImageNet(dropout=0.3), ImageNet(dropout=0.3)
+    expected = [without_time(result) for result in fit(quiet, image_splits(), config)]
+    actual = []
+    for result in fit(disturbed, image_splits(), config):
+        torch.rand(7)
+        actual.append(without_time(result))
+    assert actual == expected
+    assert_equal_weights(weights_of(disturbed), weights_of(quiet))
+
+
+def test_another_seed_gives_another_training() -> None:
+    first, second = (next(iter(fit(ImageNet(), image_splits(), quick_config(seed=seed)))) for seed in (0, 1))
+    assert first.metrics["train/loss"] != second.metrics["train/loss"]
+
+
+def test_dropout_differs_from_epoch_to_epoch() -> None:
+    class Masks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dropout, self.linear, self.masks = nn.Dropout(0.5), nn.Linear(64, NUM_CLASSES), list[Tensor]()
+
+        def forward(self, images: Tensor) -> Tensor:
+            mask = self.dropout(torch.ones(len(images), 64))
+            self.masks.append(mask)
+            return self.linear(mask)
+
+    model = Masks()
+    list(fit(model, image_splits(), quick_config(max_epochs=2, batch_size=96)))
+    first, _, second, _ = model.masks
+    assert not torch.equal(first, second)
+
+
+class Syncs(TorchDispatchMode):
+    """Counts the operations that make the host wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        waits = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "is_nonzero", "unique")
+        self.count += operator._schema.name.removeprefix("aten::").startswith(waits)
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+def test_the_number_of_syncs_does_not_grow_with_the_number_of_steps(augment: str) -> None:
+    counts = []
+    for batch_size in (96, 4):
+        config = quick_config(batch_size=batch_size, max_epochs=1, augment=augment, clip_norm=1.0)
+        with Syncs() as syncs:
+            list(fit(ImageNet(), image_splits(), config))
+        counts.append(syncs.count)
+    assert counts[0] == counts[1]
+
+
+def test_a_regression_does_not_sync_in_its_steps() -> None:
+    counts = []
+    for batch_size in (100, 5):
+        with Syncs() as syncs:
+            list(fit(Line(3), line_splits(), regression_config(batch_size=batch_size, max_epochs=1)))
+        counts.append(syncs.count)
+    assert counts[0] == counts[1]
+
+
+def scripted(accuracies: list[float], **changes: Any) -> tuple[Scripted, Iterator[EpochResult]]:
+    splits = image_splits()
+    model = Scripted(accuracies, splits.validation.targets)
+    return model, fit(model, splits, quick_config(max_epochs=len(accuracies), **changes))
+
+
+def test_a_training_without_a_reason_to_stop_has_max_epochs_epochs() -> None:
+    _, results = scripted([0.1, 0.2, 0.3, 0.4])
+    assert [result.epoch for result in results] == [1, 2, 3, 4]
+
+
+def test_training_stops_early_and_the_model_has_the_best_weights() -> None:
+    model, results = scripted([0.2, 0.6, 0.5, 0.6, 0.9], patience=2)
+    results = list(results)
+    assert [result.value for result in results] == pytest.approx([0.2, 0.6, 0.5, 0.6])
+    assert [result.is_best for result in results] == [True, True, False, False]
+    assert [result.best_epoch for result in results] == [1, 2, 2, 2]
+    assert model.epoch == 2
+    assert not model.training
+
+
+def test_closing_the_generator_early_leaves_the_best_weights() -> None:
+    model, results = scripted([0.2, 0.6, 0.5, 0.4])
+    for result in results:
+        if result.epoch == 3:
+            break
+    del results
+    assert model.epoch == 2
+
+
+def test_an_exception_in_the_loop_of_the_caller_leaves_the_best_weights() -> None:
+    model, results = scripted([0.6, 0.5, 0.4])
+
+    def interrupted() -> None:
+        for result in results:
+            if result.epoch == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    results.close()  # type: ignore[attr-defined]
+    assert model.epoch == 1
+
+
+def test_the_best_weights_are_those_that_were_measured() -> None:
+    model = ImageNet(dropout=0.2)
+    config = quick_config(max_epochs=6, lr=0.3, metric="loss", direction="minimize")
+    results = list(fit(model, image_splits(), config))
+    assert not results[-1].is_best, "or the test shows nothing"
+    measured = evaluate(model, image_splits().validation, config, NUM_CLASSES)
+    assert results[-1].best_epoch is not None
+    best = results[results[-1].best_epoch - 1]
+    assert measured == {name: best.metrics[f"val/{name}"] for name in measured}
+
+
+def test_a_diverged_epoch_is_yielded_and_is_the_last() -> None:
+    model, results = scripted([0.6, math.nan, 0.9])
+    first, second = results
+    assert (first.diverged, second.diverged) == (False, True)
+    assert math.isnan(second.value)
+    assert (second.best_value, second.best_epoch) == (first.value, 1)
+    assert model.epoch == 1
+
+
+def test_a_loss_that_is_infinite_for_one_batch_only_is_a_divergence() -> None:
+    class Spike(ImageNet):
+        steps = 0
+
+        def forward(self, images: Tensor) -> Tensor:
+            outputs = super().forward(images)
+            self.steps += self.training
+            return torch.where(torch.tensor(self.training and self.steps == 2), outputs.detach() * math.inf, outputs)
+
+    (result,) = fit(Spike(), image_splits(), quick_config())
+    assert result.diverged
+
+
+def test_a_learning_rate_that_is_far_too_high_diverges() -> None:
+    results = list(fit(Line(3), line_splits(), regression_config(lr=1e20, optimizer="sgd", schedule="constant")))
+    assert results[-1].diverged
+    assert len(results) == 1
+
+
+def test_the_gradient_norm_is_measured_before_clipping_and_averaged_over_the_steps() -> None:
+    splits = image_splits()
+    norms = []
+    for clip_norm in (0.0, 1e-3):
+        config = quick_config(batch_size=96, max_epochs=1, clip_norm=clip_norm, schedule="constant", lr=1e-12)
+        (result,) = fit(ImageNet(), splits, config)
+        norms.append(result.metrics["grad_norm"])
+    model = ImageNet()
+    functional.cross_entropy(model(splits.train.inputs), splits.train.targets).backward()
+    expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()
+    assert norms == pytest.approx([expected, expected], rel=1e-4)
+
+
+def test_evaluation_of_any_split_gives_the_metrics_without_prefix() -> None:
+    splits = image_splits()
+    measured = evaluate(ImageNet(), splits.validation, quick_config(), NUM_CLASSES)
+    assert measured.keys() == {"loss", "accuracy", "precision", "recall", "f1"}
+    splits = line_splits()
+    measured = evaluate(Line(3), splits.validation, regression_config(), 0, target_scale=2.0)
+    assert measured["loss"] == pytest.approx(measured["mse"] / 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"batch_size": 97}, UsageError, r"97.*96"),
+        ({"metric": "acuracy"}, UnknownNameError, "no classification metric 'acuracy'; did you mean 'accuracy'"),
+        ({"metric": "r2"}, UnknownNameError, "Available: loss, accuracy, precision, recall, f1"),
+        ({"loss": "mse"}, UsageError, "loss 'mse' does not fit data with 4 classes; use cross_entropy"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_data_is_refused_before_any_work(
+    changes: dict[str, Any], error: type[UsageError], message: str
+) -> None:
+    model = ImageNet()
+    before = weights_of(model)
+    with pytest.raises(error, match=message):
+        next(iter(fit(model, image_splits(), quick_config(**changes))))
+    assert_equal_weights(weights_of(model), before)
+
+
+@pytest.mark.parametrize("changes", [{"metric": "accuracy"}, {"loss": "cross_entropy"}])
+def test_a_regression_refuses_what_is_for_classes(changes: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"no regression metric 'accuracy'|no classes \(a regression\); use mse"):
+        next(iter(fit(Line(3), line_splits(), regression_config(**changes))))
+
+
+# Exact resume.
+
+resumable_configs = st.builds(
+    quick_config,
+    max_epochs=st.just(4),
+    batch_size=st.sampled_from([20, 48]),
+    optimizer=st.sampled_from(OPTIMIZERS),
+    schedule=st.sampled_from(SCHEDULES),
+    augment=st.sampled_from(AUGMENTATIONS),
+    weight_decay=st.sampled_from([0.0, 0.01]),
+    clip_norm=st.sampled_from([0.0, 0.5]),
+    patience=st.sampled_from([1, 4]),
+    seed=st.integers(0, 3),
+)
+
+
+@settings(max_examples=25, deadline=None, phases=[Phase.generate])  # shrinking would train for minutes
+@given(config=resumable_configs, dropout=st.sampled_from([0.0, 0.4]), stops=st.sets(st.integers(1, 4), min_size=1))
+def test_a_training_stopped_after_any_epoch_and_resumed_is_bit_equal(
+    tmp_path_factory: pytest.TempPathFactory, config: TrainConfig, dropout: float, stops: set[int]
+) -> None:
+    expected_model = ImageNet(dropout=dropout)
+    expected = [without_time(result) for result in fit(expected_model, image_splits(), config)]
+
+    folder = CheckpointFolder(tmp_path_factory.mktemp("run"))
+    results: list[dict[str, Any]] = []
+    for stop in [*sorted(stops), math.inf]:
+        # Whatever a resumed run starts with is replaced by what was saved.
+        model = ImageNet(dropout=dropout, seed=len(results))
+        torch.rand(3)
+        for result in fit(model, image_splits(), config, checkpoint=folder):
+            if not results or result.epoch > results[-1]["epoch"]:
+                results.append(without_time(result))
+            if result.epoch >= stop:
+                break
+    assert results == expected
+    assert_equal_weights(weights_of(model), weights_of(expected_model))
+
+
+def test_a_resumed_training_does_not_repeat_finished_epochs(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    next(iter(fit(ImageNet(), image_splits(), quick_config(), checkpoint=folder)))
+    assert [r.epoch for r in fit(ImageNet(), image_splits(), quick_config(), checkpoint=folder)] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "patience"), [([0.2, 0.6, 0.5], 9), ([0.2, 0.6, 0.5, 0.9], 1), ([0.2, 0.6, math.nan, 0.9], 9)]
+)
+def test_a_run_that_was_over_yields_its_last_result_again_and_restores_the_best_weights(
+    tmp_path: Path, accuracies: list[float], patience: int
+) -> None:
+    splits, folder = image_splits(), CheckpointFolder(tmp_path)
+    config = quick_config(max_epochs=len(accuracies), patience=patience)
+    *_, last = fit(Scripted(accuracies, splits.validation.targets), splits, config, checkpoint=folder)
+    assert last.epoch == 3
+
+    model = Scripted(accuracies, splits.validation.targets)
+    (again,) = fit(model, splits, config, checkpoint=folder)
+    assert without_time(again) == without_time(last)
+    assert model.epoch == 2
+    assert not model.training
+
+
+def test_a_damaged_checkpoint_costs_one_epoch_and_nothing_else(tmp_path: Path) -> None:
+    expected_model = ImageNet(dropout=0.2)
+    expected = [without_time(result) for result in fit(expected_model, image_splits(), quick_config())]
+
+    folder = CheckpointFolder(tmp_path)
+    for result in fit(ImageNet(dropout=0.2), image_splits(), quick_config(), checkpoint=folder):
+        if result.epoch == 2:
+            break
+    newest = max(tmp_path.iterdir())
+    newest.write_bytes(newest.read_bytes()[:-100])
+    model = ImageNet(dropout=0.2)
+    resumed = [without_time(result) for result in fit(model, image_splits(), quick_config(), checkpoint=folder)]
+    assert resumed == expected[1:]
+    assert_equal_weights(weights_of(model), weights_of(expected_model))
+
+
+def test_a_folder_with_a_run_of_another_config_is_refused(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    next(iter(fit(ImageNet(), image_splits(), quick_config(), checkpoint=folder)))
+    other = replace(quick_config(), lr=0.5, seed=3)
+    with pytest.raises(CheckpointError, match=r"lr 0\.01 -> 0\.5, seed 0 -> 3"):
+        next(iter(fit(ImageNet(), image_splits(), other, checkpoint=folder)))
+
+
+# This module is imported by the process to be killed, so imports that take as long as torch's stay in their tests.
+KILLED_IN_ITS_THIRD_EPOCH = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_training import *
+
+class Killed(ImageNet):
+    def train(self, mode=True):
+        if mode and folder.load() and folder.load()[0] == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().train(mode)
+
+folder = CheckpointFolder(Path(sys.argv[2]))
+list(fit(Killed(dropout=0.3), image_splits(), quick_config(max_epochs=5), checkpoint=folder))
+"""
+
+
+def test_a_killed_process_is_continued_bit_equal_by_another(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED_IN_ITS_THIRD_EPOCH, str(Path(__file__).parent), str(tmp_path)]
+    killed = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+    config, model, expected_model = quick_config(max_epochs=5), ImageNet(dropout=0.3), ImageNet(dropout=0.3)
+    resumed = [without_time(r) for r in fit(model, image_splits(), config, checkpoint=CheckpointFolder(tmp_path))]
+    expected = [without_time(result) for result in fit(expected_model, image_splits(), config)]
+    assert resumed == expected[2:]
+    assert_equal_weights(weights_of(model), weights_of(expected_model))
+
+
+# Early stopping.
+
+
+def stopped_at(values: list[float], **changes: Any) -> int | None:
+    stopping = EarlyStopping("maximize", **({"patience": 2} | changes))
+    for epoch, value in enumerate(values, start=1):
+        stopping.update(epoch, value)
+        if stopping.should_stop:
+            return epoch
+    return None
+
+
+@pytest.mark.parametrize(
+    ("values", "changes", "stop"),
+    [
+        ([1, 2, 3, 4], {}, None),
+        ([1, 1, 1], {}, 3),
+        ([3, 2, 1], {"patience": 1}, 2),
+        ([3, 2, 3, 4, 3, 3], {}, 3),
+        ([3, 1, 1, 1, 1], {"stop_after": 4}, 5),
+        ([3, 1, 1, 4, 1, 1, 1], {"stop_after": 4}, 6),
+        ([1, 1.25, 1.5, 1.75, 2], {"min_delta": 0.5}, None),
+        ([1, 1.125, 1.25, 1.375, 1.5], {"min_delta": 0.5}, 3),
+        ([1, 1.5, 2], {"min_delta": 0.5, "patience": 1}, None),
+        ([math.nan, math.nan, 1], {}, 2),
+        ([math.inf, 1, 2, 3], {}, None),
+        ([1, math.inf, math.inf], {}, 3),
+    ],
+)
+def test_patience_counts_epochs_without_improvement(
+    values: list[float], changes: dict[str, Any], stop: int | None
+) -> None:
+    assert stopped_at(values, **changes) == stop
+
+
+def test_the_best_epoch_is_any_strict_improvement_even_below_min_delta() -> None:
+    stopping = EarlyStopping("maximize", patience=9, min_delta=1.0)
+    assert [stopping.update(epoch, value) for epoch, value in enumerate([1.0, 1.1, 1.1, 0.9], 1)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert (stopping.best_value, stopping.best_epoch) == (1.1, 2)
+
+
+any_values = st.lists(st.floats(width=16), max_size=12)
+
+
+@given(values=any_values, direction=st.sampled_from(["maximize", "minimize"]))
+def test_the_best_is_the_first_of_the_best_finite_values(values: list[float], direction: Any) -> None:
+    stopping = EarlyStopping(direction, patience=1)
+    for epoch, value in enumerate(values, start=1):
+        stopping.update(epoch, value)
+    finite = [value for value in values if math.isfinite(value)]
+    best = (max if direction == "maximize" else min)(finite, default=None)
+    assert stopping.best_value == best
+    assert stopping.best_epoch == (None if best is None else values.index(best) + 1)
+
+
+@given(values=any_values, at=st.integers(0, 12), stop_after=st.integers(0, 5), min_delta=st.sampled_from([0.0, 0.5]))
+def test_early_stopping_goes_on_from_its_saved_state(
+    values: list[float], at: int, stop_after: int, min_delta: float
+) -> None:
+    def new() -> EarlyStopping:
+        return EarlyStopping("minimize", patience=2, min_delta=min_delta, stop_after=stop_after)
+
+    whole, first, second = new(), new(), new()
+    for epoch, value in enumerate(values, start=1):
+        if epoch == at + 1:
+            second.load_state_dict(first.state_dict())
+        resumed = second if epoch > at else first
+        assert resumed.update(epoch, value) == whole.update(epoch, value)
+        assert resumed.should_stop == whole.should_stop
+
+
+# Optimizers.
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_weight_decay_shrinks_matrices_and_leaves_biases_and_norms_alone(optimizer: str) -> None:
+    model = ImageNet()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+        parameter.data.fill_(1.0)
+    build_optimizer(model, quick_config(optimizer=optimizer, weight_decay=0.5, lr=0.1)).step()
+    for name, parameter in model.named_parameters():
+        assert torch.all(parameter < 1) if parameter.ndim > 1 else torch.all(parameter == 1), name
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_model_without_biases_can_be_optimised(optimizer: str) -> None:
+    model = nn.Linear(2, 2, bias=False)
+    model.weight.grad = torch.ones(2, 2)
+    before = model.weight.clone()
+    build_optimizer(model, quick_config(optimizer=optimizer)).step()
+    assert not torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "expected"),
+    [
+        ("sgd", lambda p, c: torch.optim.SGD(p, c.lr, momentum=c.momentum, nesterov=True)),
+        ("adam", lambda p, c: torch.optim.Adam(p, c.lr)),
+        ("adamw", lambda p, c: torch.optim.AdamW(p, c.lr, weight_decay=0)),
+        ("nadam", lambda p, c: torch.optim.NAdam(p, c.lr)),
+        ("rmsprop", lambda p, c: torch.optim.RMSprop(p, c.lr, momentum=c.momentum)),
+    ],
+)
+def test_each_name_is_the_optimizer_of_torch_with_the_given_momentum(optimizer: str, expected: Any) -> None:
+    config = quick_config(optimizer=optimizer, momentum=0.7, lr=0.1)
+    ours, theirs = nn.Parameter(torch.ones(3, 1)), nn.Parameter(torch.ones(3, 1))
+    model = nn.Module()
+    model.register_parameter("weight", ours)
+    for optimizer_, parameter in ((build_optimizer(model, config), ours), (expected([theirs], config), theirs)):
+        for step in range(1, 4):
+            parameter.grad = torch.full((3, 1), 1.0 / step)
+            optimizer_.step()
+    assert torch.allclose(ours, theirs)
+
+
+def test_nesterov_changes_the_step_and_does_not_matter_without_momentum() -> None:
+    def after(**changes: Any) -> Tensor:
+        model = nn.Linear(2, 1, bias=False)
+        nn.init.ones_(model.weight)
+        optimizer = build_optimizer(model, quick_config(optimizer="sgd", **changes))
+        for _ in range(2):
+            model.weight.grad = torch.ones(1, 2)
+            optimizer.step()
+        return model.weight.detach()
+
+    assert not torch.equal(after(nesterov=True), after(nesterov=False))
+    assert torch.equal(after(nesterov=True, momentum=0.0), after(nesterov=False, momentum=0.0))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_the_fused_kernel_is_used_where_torch_has_one(optimizer: str) -> None:
+    assert build_optimizer(ImageNet(), quick_config(optimizer=optimizer)).defaults["fused"]
+
+
+# Schedules.
+
+
+def rates(config: TrainConfig, num_steps: int) -> tuple[list[float], list[float]]:
+    """Rate and momentum (or beta1) of each step, and, last, what they would be after it."""
+    optimizer = build_optimizer(nn.Linear(2, 2), config)
+    schedule = build_schedule(optimizer, config, num_steps)
+    lrs, momenta = [], []
+    for step in range(num_steps + 1):
+        group = optimizer.param_groups[0]
+        lrs.append(group["lr"])
+        momenta.append(group["momentum"] if "momentum" in group else group["betas"][0])
+        if step < num_steps:
+            optimizer.step()
+            schedule.step()
+    return lrs, momenta
+
+
+@given(
+    schedule=st.sampled_from(SCHEDULES),
+    optimizer=st.sampled_from(OPTIMIZERS),
+    num_steps=st.integers(1, 60),
+    warmup_fraction=st.floats(0, 1, exclude_max=True),
+    momentum=st.floats(0, 0.99),
+)
+@settings(deadline=None)
+def test_every_step_is_taken_at_a_rate_above_0_and_at_most_the_peak(
+    schedule: str, optimizer: str, num_steps: int, warmup_fraction: float, momentum: float
+) -> None:
+    config = quick_config(
+        schedule=schedule, optimizer=optimizer, warmup_fraction=warmup_fraction, momentum=momentum, lr=0.1
+    )
+    lrs, momenta = rates(config, num_steps)
+    assert all(0 < lr <= 0.1 * (1 + 1e-9) for lr in lrs[:-1])
+    assert all(0 <= value <= max(momentum, 0.95) for value in momenta)
+    peak = lrs.index(max(lrs))
+    assert lrs[: peak + 1] == sorted(lrs[: peak + 1])
+    assert lrs[peak:] == sorted(lrs[peak:], reverse=True)
+
+
+@pytest.mark.parametrize(("schedule", "end"), [("constant", 0.1), ("cosine", 0.0), ("one_cycle", 0.1 / 25 / 1e4)])
+def test_a_schedule_rises_to_the_peak_and_ends_where_it_should(schedule: str, end: float) -> None:
+    lrs, _ = rates(quick_config(schedule=schedule, warmup_fraction=0.1, lr=0.1), 100)
+    assert lrs[0] < 0.02
+    assert max(lrs) == pytest.approx(0.1, rel=1e-3)
+    assert lrs[-1] == pytest.approx(end)
+
+
+def test_the_warm_up_is_linear_over_its_share_of_the_steps() -> None:
+    lrs, _ = rates(quick_config(schedule="constant", warmup_fraction=0.1, lr=0.1), 40)
+    assert lrs == pytest.approx([0.02, 0.04, 0.06, 0.08] + [0.1] * 37)
+
+
+def test_a_cosine_falls_to_half_in_the_middle() -> None:
+    lrs, _ = rates(quick_config(schedule="cosine", warmup_fraction=0.2, lr=0.1), 50)
+    assert lrs[10] == pytest.approx(0.1)
+    assert lrs[30] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop"])
+def test_one_cycle_cycles_the_momentum_below_the_chosen_one(optimizer: str) -> None:
+    config = quick_config(schedule="one_cycle", optimizer=optimizer, momentum=0.8)
+    lrs, momenta = rates(config, 100)
+    assert momenta[0] == momenta[-1] == pytest.approx(0.8)
+    assert min(momenta) == pytest.approx(0.8 * 0.85 / 0.95, rel=1e-3)
+    assert momenta.index(min(momenta)) == lrs.index(max(lrs))
+
+
+# Losses.
+
+
+@given(smoothing=st.floats(0, 0.9), seed=st.integers(0, 100))
+def test_cross_entropy_is_torchs_with_the_label_smoothing_of_the_config(smoothing: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    outputs, targets = torch.randn(8, 3), torch.randint(3, (8,))
+    loss = loss_function(quick_config(label_smoothing=smoothing), 3, 1.0)(outputs, targets)
+    assert torch.equal(loss, functional.cross_entropy(outputs, targets, label_smoothing=smoothing))
+
+
+@given(scale=st.floats(1e-3, 1e6), seed=st.integers(0, 100))
+def test_the_mse_is_one_for_predicting_the_mean_in_any_units(scale: float, seed: int) -> None:
+    targets = scale * torch.randn(50, generator=torch.Generator().manual_seed(seed))
+    split = Split(torch.zeros(50, 1), targets)
+    loss = loss_function(regression_config(), 0, target_scale(split))
+    assert loss(targets.mean().expand(50, 1), targets).item() == pytest.approx(1.0, rel=1e-3)
+    assert loss(targets.unsqueeze(1), targets).item() == 0.0
+
+
+def test_the_scale_of_equal_targets_and_of_class_indices_is_one() -> None:
+    assert target_scale(Split(torch.zeros(3, 1), torch.full((3,), 7.0))) == 1.0
+    assert target_scale(Split(torch.zeros(3, 1), torch.tensor([0, 5, 9]))) == 1.0
+
+
+# Metrics equal torchmetrics.
+
+
+def measured(metrics: Any, outputs: Tensor, targets: Tensor, batch_size: int) -> dict[str, float]:
+    for batch in zip(outputs.split(batch_size), targets.split(batch_size), strict=True):
+        metrics.update(*batch)
+    return {name: value.item() for name, value in metrics.compute().items()}
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    num_classes=st.integers(2, 12),
+    num_examples=st.integers(1, 60),
+    batch_size=st.integers(1, 60),
+)
+@settings(deadline=None)
+def test_classification_metrics_equal_torchmetrics(
+    seed: int, num_classes: int, num_examples: int, batch_size: int
+) -> None:
+    from torchmetrics import functional as reference
+
+    generator = torch.Generator().manual_seed(seed)
+    outputs = torch.randn(num_examples, num_classes, generator=generator)
+    # Classes that are missing in targets, predictions or both are frequent with so few examples.
+    num_targets = int(torch.randint(1, num_classes + 1, (), generator=generator))
+    targets = torch.randint(num_targets, (num_examples,), generator=generator)
+    ours = measured(ConfusionMetrics(num_classes, "cpu"), outputs, targets, batch_size)
+    theirs = {
+        "accuracy": reference.accuracy(outputs, targets, "multiclass", num_classes=num_classes, average="micro"),
+        "precision": reference.precision(outputs, targets, "multiclass", num_classes=num_classes, average="macro"),
+        "recall": reference.recall(outputs, targets, "multiclass", num_classes=num_classes, average="macro"),
+        "f1": reference.f1_score(outputs, targets, "multiclass", num_classes=num_classes, average="macro"),
+    }
+    assert ours == pytest.approx({name: value.item() for name, value in theirs.items()}, abs=1e-6)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    num_examples=st.integers(2, 60),
+    batch_size=st.integers(1, 60),
+    mean=st.sampled_from([0.0, -5.0, 1e4]),
+    column=st.booleans(),
+)
+@settings(deadline=None)
+def test_regression_metrics_equal_torchmetrics(
+    seed: int, num_examples: int, batch_size: int, mean: float, column: bool
+) -> None:
+    from torchmetrics import functional as reference
+
+    generator = torch.Generator().manual_seed(seed)
+    targets = mean + torch.randn(num_examples, generator=generator)
+    outputs = targets + torch.randn(num_examples, generator=generator)
+    ours = measured(RegressionMetrics("cpu"), outputs.unsqueeze(1) if column else outputs, targets, batch_size)
+    exact = outputs.double(), targets.double()
+    theirs = {
+        "mse": reference.mean_squared_error(*exact),
+        "rmse": reference.mean_squared_error(*exact, squared=False),
+        "mae": reference.mean_absolute_error(*exact),
+        "r2": reference.r2_score(*exact),
+    }
+    assert ours == pytest.approx({name: value.item() for name, value in theirs.items()}, rel=1e-6, abs=1e-6)
+
+
+def test_r2_keeps_its_digits_far_from_zero() -> None:
+    """Sums of squares of targets around 1e6 would leave no digit of a deviation of 0.1 even in float64."""
+    targets = 1e6 + torch.tensor([0.0, 0.125, 0.25, 0.375]) * 1.0
+    ours = measured(RegressionMetrics("cpu"), targets + 0.0625, targets, 2)
+    assert ours["r2"] == pytest.approx(1 - 4 * 0.0625**2 / (0.125**2 * 5), rel=1e-9)
+
+
+def test_r2_of_equal_targets_is_one_for_exact_predictions_and_zero_otherwise() -> None:
+    targets = torch.full((5,), 0.1)
+    assert measured(RegressionMetrics("cpu"), targets.clone(), targets, 2)["r2"] == 1.0
+    assert measured(RegressionMetrics("cpu"), targets + 1, targets, 2)["r2"] == 0.0
+
+
+# The step.
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.01, 1e9])
+def test_a_step_scales_gradients_down_to_the_global_norm(clip_norm: float) -> None:
+    splits, model = image_splits(), ImageNet()
+    optimizer = build_optimizer(model, quick_config(optimizer="sgd", momentum=0.0, lr=1.0))
+    schedule = build_schedule(optimizer, quick_config(schedule="constant", warmup_fraction=0.0), 10)
+    before = weights_of(model)
+    step = train_step(
+        model,
+        functional.cross_entropy,
+        optimizer,
+        schedule,
+        splits.train.inputs,
+        splits.train.targets,
+        clip_norm=clip_norm,
+    )
+    moved = torch.cat([(before[name] - p.detach()).flatten() for name, p in model.named_parameters()]).norm().item()
+    grad_norm = step.grad_norm.item()
+    assert grad_norm > 0.01
+    assert moved == pytest.approx(0.01 if clip_norm == 0.01 else grad_norm, rel=1e-3)
+    assert not step.loss.requires_grad
+    assert not step.outputs.requires_grad
