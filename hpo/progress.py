@@ -16,6 +16,7 @@ from rich.text import Text
 
 from hpo.execution.observer import Observer, SearchStart
 from hpo.report import format_configuration, format_duration
+from hpo.trial import CROWNABLE
 
 if TYPE_CHECKING:
     from hpo.search.study import Suggestion
@@ -56,7 +57,7 @@ class Tally:
         self.counts[state] += 1
         self._ended_here += 1
         value = result.best_value if result else None
-        if state != "complete" or value is None:
+        if state not in CROWNABLE or value is None:
             return False
         if self.best is not None and self._sign * value <= self._sign * self.best[1]:
             return False
@@ -82,7 +83,7 @@ class Tally:
 
     def describe_best(self) -> str:
         if self.best is None:
-            return "no complete trial yet"
+            return "no result yet"
         return f"best {self.metric} {self.best[1]:.4f} (trial {self.best[0]})"
 
     def describe_time_left(self) -> str:

@@ -17,6 +17,7 @@ from hpo.plugins import OBJECTIVES, load_task, registered
 from hpo.search.storage import read_storage
 from hpo.search.study import Study, list_studies
 from hpo.space import Space, describe_conditions, format_value
+from hpo.trial import CROWNABLE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +36,7 @@ def print_outcome(console: Console, outcome: SearchOutcome) -> None:
     if outcome.interrupted:
         console.print("Go on with the same command.")
     elif outcome.winner is None:
-        console.print(f"No trial is complete, so there is no winner; the reasons: hpo show {outcome.study}{home}")
+        console.print(f"No trial has a result, so there is no winner; the reasons: hpo show {outcome.study}{home}")
     else:
         console.print(f"Next: hpo ui {outcome.study}{home}", soft_wrap=True)
 
@@ -174,7 +175,7 @@ def best_facts(name: str, home: Path | None) -> dict[str, Any]:
 
 def print_best(console: Console, facts: dict[str, Any]) -> None:
     if facts["winner"] is None:
-        console.print(f"Study '{facts['study']}' has no complete trial yet; go on with `hpo search`.")
+        console.print(f"Study '{facts['study']}' has no finished trial yet; go on with `hpo search`.")
         return
     _print_winner(console, Winner(**facts["winner"]))
     home = "" if facts["home"] == str(find_home()) else f", home={facts['home']!r}"
@@ -230,9 +231,9 @@ def to_plain(value: Any) -> Any:
 
 
 def _ranked(trials: list[TrialRecord], direction: str) -> list[TrialRecord]:
-    """Complete trials by value, the best first."""
-    complete = [trial for trial in trials if trial.state == "complete" and trial.value is not None]
-    return sorted(complete, key=lambda trial: trial.value or 0.0, reverse=direction == "maximize")
+    """Trials that can win, by value, the best first."""
+    candidates = [trial for trial in trials if trial.state in CROWNABLE and trial.value is not None]
+    return sorted(candidates, key=lambda trial: trial.value or 0.0, reverse=direction == "maximize")
 
 
 def _configuration(trial: dict[str, Any]) -> str:

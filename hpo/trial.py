@@ -8,6 +8,9 @@ from typing import Any, Literal
 EndState = Literal["complete", "pruned", "diverged", "failed", "interrupted"]
 TrialState = Literal["complete", "pruned", "diverged", "failed", "interrupted", "running"]
 
+CROWNABLE: tuple[TrialState, ...] = ("complete", "pruned")
+"""How a trial may end to be the winner: the best epoch of one that was stopped later is as good a model as any."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord:

@@ -489,17 +489,17 @@ def test_a_learning_rate_that_is_far_too_high_diverges() -> None:
     assert len(results) == 1
 
 
-def test_the_gradient_norm_is_measured_before_clipping_and_averaged_over_the_steps() -> None:
+@pytest.mark.parametrize("clip_norm", [0.0, 1e-3])
+def test_the_gradient_norm_is_measured_before_clipping_and_averaged_over_the_steps(clip_norm: float) -> None:
     splits = image_splits()
-    norms = []
-    for clip_norm in (0.0, 1e-3):
-        config = quick_config(batch_size=96, max_epochs=1, clip_norm=clip_norm, schedule="constant", lr=1e-12)
-        (result,) = fit(ImageNet(), splits, config)
-        norms.append(result.metrics["grad_norm"])
-    model = ImageNet()
-    functional.cross_entropy(model(splits.train.inputs), splits.train.targets).backward()
+    alike = Split(splits.train.inputs[:1].repeat(96, 1, 1, 1), splits.train.targets[:1].repeat(96))
+    model = nn.Sequential(Float(), nn.Flatten(), nn.Linear(64, NUM_CLASSES))
+    functional.cross_entropy(model(alike.inputs), alike.targets).backward()
     expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()
-    assert norms == pytest.approx([expected, expected], rel=1e-4)
+
+    config = quick_config(max_epochs=1, clip_norm=clip_norm, optimizer="sgd", lr=1e-12)
+    (result,) = fit(model, replace(splits, train=alike), config)
+    assert result.metrics["grad_norm"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_evaluation_of_any_split_gives_the_metrics_without_prefix() -> None:
@@ -926,7 +926,7 @@ def test_classification_metrics_equal_torchmetrics(
     seed=st.integers(0, 10**6),
     num_examples=st.integers(2, 60),
     batch_size=st.integers(1, 60),
-    mean=st.sampled_from([0.0, -5.0, 1e4]),
+    mean=st.sampled_from([0.0, -5.0, 1e3]),
     column=st.booleans(),
 )
 @settings(deadline=None)
@@ -937,6 +937,7 @@ def test_regression_metrics_equal_torchmetrics(
 
     generator = torch.Generator().manual_seed(seed)
     targets = mean + torch.randn(num_examples, generator=generator)
+    targets[:2] = torch.tensor([mean - 1, mean + 1])  # torchmetrics takes a variance near 0 for 0, and loses digits
     outputs = targets + torch.randn(num_examples, generator=generator)
     ours = measured(RegressionMetrics("cpu"), outputs.unsqueeze(1) if column else outputs, targets, batch_size)
     exact = outputs.double(), targets.double()

@@ -100,6 +100,8 @@ def load_fashion_mnist(data_dir: Path) -> Dataset:
 
     def convert(train: bool) -> Split:
         original = FashionMNIST(data_dir, train=train)
+        if original.targets.max() >= len(FashionMNIST.classes):
+            raise DataError(f"{folder} is damaged: it has the label {original.targets.max()}; {_DELETE_IT}")
         return Split(original.data.unsqueeze(1), original.targets)
 
     train, test = originals("train"), originals("t10k")
@@ -164,10 +166,10 @@ def list_images(folder: Path, classes: Sequence[str]) -> list[Path]:
 
 
 def _images_of_class(folder: Path) -> list[Path]:
-    images = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    images = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         raise DataError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}); put those of the class there.")
-    return images
+    return sorted(images, key=lambda path: path.name)
 
 
 def read_images(paths: Sequence[Path], classes: Sequence[str], size: tuple[int, int]) -> Split:

@@ -34,12 +34,12 @@ class Winner:
 
 
 def find_winner(study: Study) -> Winner | None:
-    """The winner as far as it is known; None while no trial is complete. Reads no data."""
+    """The winner as far as it is known; None while no trial has finished. Reads no data."""
     best = study.best()
     if best is None:
         return None
-    assert best.value is not None, "a complete trial has a value"
-    assert best.best_epoch is not None, "a complete trial has a best epoch"
+    assert best.value is not None, "the best trial has a value"
+    assert best.best_epoch is not None, "the best trial has a best epoch"
     readings: dict[str, dict[str, float]] = study.recorded(TEST_READINGS) or {}
     return Winner(
         trial=best.number,
@@ -78,7 +78,7 @@ def write_summary(study: Study, summary: SummaryRun, winner: Winner | None) -> N
     for name, figure in figures.items():
         summary.log_figure(f"plots/{name}.png", figure)
     if winner is None:
-        summary.set_note("No trial is complete yet.")
+        summary.set_note("No trial has a result yet.")
         return
     summary.log_dict(asdict(winner), "winner.json")
     summary.set_tags({"hpo.winner": str(winner.trial)})

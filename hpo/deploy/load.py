@@ -32,12 +32,12 @@ def load_best(
     (N, classes), or values in the target's units. `.classes` names the classes. Only tensors are unpickled
     (weights_only), after their SHA-256 has been checked. The task's code must be importable where it is loaded.
 
-    Raises UnknownNameError for an unknown study, UsageError while no trial is complete, CheckpointError for damage.
+    Raises UnknownNameError for an unknown study, UsageError while no trial has finished, CheckpointError for damage.
     """
     home = find_home(home)
     best = Study.load(open_storage(home), study).best()
     if best is None:
-        raise UsageError(f"study '{study}' has no complete trial yet; let `hpo search` run on.")
+        raise UsageError(f"study '{study}' has no finished trial yet; let `hpo search` run on.")
     return load_trial(open_store(home, tracking_uri), study, best.number, device).model
 
 

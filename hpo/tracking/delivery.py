@@ -77,8 +77,12 @@ class Spool:
     def _parse(self, lines: Iterable[bytes]) -> Iterator[Event]:
         for line in lines:
             try:
-                yield json.loads(line)
+                event = json.loads(line)
             except ValueError:
+                event = None
+            if isinstance(event, dict):
+                yield event
+            else:
                 _logger.warning("%s: skipped a damaged line of %d bytes", self.path, len(line))
 
     def has_ended(self) -> bool:

@@ -154,12 +154,8 @@ class TrialRun:
         """Copy a file to the run's artifacts, into `folder`; it must stay as it is until `flush` has said True."""
         self._write({"file": str(path.absolute()), "folder": folder})
 
-    def log_dict(self, data: Mapping[str, Any], name: str) -> None:
-        """Add data to the run's artifacts, as JSON: `log_dict(config, "config.json")`."""
-        self.log_text(json.dumps(data, indent=2), name)
-
     def log_text(self, text: str, name: str) -> None:
-        """Add a text to the run's artifacts: `log_text(traceback, "traceback.txt")`."""
+        """Add a text to the run's artifacts, as the file `name`."""
         self._write({"text": text, "name": name})
 
     def flush(self, timeout_s: float = _FLUSH_TIMEOUT_S) -> bool:

@@ -49,12 +49,15 @@ def open_store(home: Path, tracking_uri: str | None = None) -> TrackingStore:
     home cannot be written, the database is damaged or from another MLflow, or the server does not answer.
     """
     home = home.absolute()
+    if "?" in str(home):
+        raise StoreError(f"the home {home} holds a '?', which no database address can; choose another with --home.")
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
     _require_known_scheme(uri)
+    database = _sqlite_path(uri)
     if _is_server(uri):
         _require_answer(uri)
     create_home(home)
-    client = _open_sqlite(uri) if _sqlite_path(uri) else _connect(uri)
+    client = _open_sqlite(database, uri) if database else _connect(uri)
     return TrackingStore(home=home, uri=uri, client=client)
 
 
@@ -96,20 +99,24 @@ class TrackingStore:
             raise StoreError(f"MLflow at {self.uri} has no {what} in study '{study}'; run the search again.")
         return str(runs[0].info.run_id)
 
-    def download(self, run_id: str, artifact_path: str, destination: Path | None = None) -> Path:
-        """A local path of one of a run's files or folders; with a local store, the file itself.
+    def download(self, run_id: str, artifact_path: str) -> Path:
+        """A local path of one of a run's files or folders: the file itself where the artifacts are local.
 
         Raises StoreError where the run has no such file.
         """
         import mlflow.exceptions
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-        folder = str(destination) if destination else None
         try:
-            return Path(self.client.download_artifacts(run_id, artifact_path, folder))
+            artifacts = self.client.get_run(run_id).info.artifact_uri
+            # MlflowClient.download_artifacts would copy a local file to a temporary folder that nobody removes.
+            repository = get_artifact_repository(artifacts, tracking_uri=self.uri)
+            path = repository.download_artifacts(artifact_path)  # type: ignore[no-untyped-call]
         except (mlflow.exceptions.MlflowException, OSError) as error:
             raise StoreError(
                 f"run {run_id} in {self.uri} has no file '{artifact_path}': {_first_line(error)}"
             ) from error
+        return Path(path)
 
     def study_url(self, study: str, base_url: str) -> str:
         """Where the UI shows a study: its trials, the best first. Raises UnknownNameError for an unknown study."""
@@ -223,10 +230,8 @@ def _sqlite_path(uri: str) -> Path | None:
     return Path(path)
 
 
-def _open_sqlite(uri: str) -> MlflowClient:
+def _open_sqlite(path: Path, uri: str) -> MlflowClient:
     """Creates the schema under a lock: without one, 3 of 4 processes that start at once crash."""
-    path = _sqlite_path(uri)
-    assert path is not None, "only called for sqlite"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock", timeout=_LOCK_TIMEOUT_S):
@@ -253,8 +258,8 @@ def _create(path: Path) -> None:
     aside = path.with_name(f"{path.name}.new")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    engine = create_sqlalchemy_engine(f"sqlite:///{aside / path.name}")
-    _initialize_tables(engine)
+    engine = create_sqlalchemy_engine(f"sqlite:///{aside / path.name}")  # type: ignore[no-untyped-call]
+    _initialize_tables(engine)  # type: ignore[no-untyped-call]
     engine.dispose()
     (aside / path.name).replace(path)
     aside.rmdir()

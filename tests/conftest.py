@@ -1,0 +1,39 @@
+"""Fixtures that several rooms' tests share."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from hpo.tracking.store import open_store
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # MLflow 3.17 uses a loader strategy that SQLAlchemy 2.1 deprecates: a warning when its tables are imported.
+    config.addinivalue_line("filterwarnings", "ignore:The ``noload`` loader strategy:DeprecationWarning")
+
+
+@pytest.fixture(scope="session")
+def mlflow_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty mlflow.db: creating its schema costs seconds, copying it costs none. One for all xdist workers."""
+    base = tmp_path_factory.getbasetemp()
+    home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "mlflow-template"
+    open_store(home, tracking_uri=f"sqlite:///{home / 'mlflow.db'}")
+    return home / "mlflow.db"
+
+
+@pytest.fixture
+def home(tmp_path: Path, mlflow_template: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home with an empty MLflow store, and no environment that points elsewhere."""
+    for name in ("MLFLOW_TRACKING_URI", "HPO_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    home = tmp_path / "home"
+    home.mkdir()
+    # A backup, not a copy of the file: what lies in the write-ahead log comes along.
+    with closing(sqlite3.connect(mlflow_template)) as source, closing(sqlite3.connect(home / "mlflow.db")) as target:
+        source.backup(target)
+    return home

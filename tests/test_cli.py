@@ -1,0 +1,165 @@
+"""The command line: what bad input is told, what the commands print, and that help is quick."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from hpo.cli import cli, main
+from hpo.search.pruners import PRUNERS
+from hpo.search.samplers import STRATEGIES
+
+BROKEN_FILES = {
+    "syntax.py": "objective = (",
+    "raises.py": "raise RuntimeError('no licence')",
+    "empty.py": "",
+    "wrong_type.py": "objective = 3",
+    "no_space.py": """
+from objectives.digits import load, model
+from hpo.objective import Objective
+objective = Objective(name="mine", description="", load=load, model=model)
+""",
+    "dead_parameter.py": """
+from objectives.digits import load, model
+from hpo.objective import Objective
+from hpo.space import Float, Group, Space
+space = Space(Group("g", learning_rate=Float(0.1, 1, default=0.1)))
+objective = Objective(name="mine", description="", load=load, model=model, space=space)
+""",
+    "bad_range.py": """
+from objectives.digits import load, model
+from hpo.objective import Objective
+from hpo.space import Float, Group, Space
+space = Space(Group("g", lr=Float(0, 1, default=0.1)))
+objective = Objective(name="mine", description="", load=load, model=model, space=space)
+""",
+    "bad_model.py": """
+from objectives.digits import load
+from hpo.objective import Objective
+from hpo.space import Float, Group, Space
+def model(spec):
+    import torch
+    return torch.nn.Linear(3, 4)
+space = Space(Group("g", lr=Float(0.1, 1, default=0.1)))
+objective = Objective(name="mine", description="", load=load, model=model, space=space)
+""",
+    "bad_metric.py": """
+from objectives.digits import load, model
+from hpo.objective import Objective
+from hpo.space import Float, Group, Space
+space = Space(Group("g", lr=Float(0.1, 1, default=0.1)))
+objective = Objective(name="mine", description="", load=load, model=model, space=space, metric="acuracy")
+""",
+    "epochs_searched.py": """
+from objectives.digits import load, model
+from hpo.objective import Objective
+from hpo.space import Int, Group, Space
+space = Space(Group("budget", max_epochs=Int(1, 9, default=3)))
+objective = Objective(name="mine", description="", load=load, model=model, space=space)
+""",
+}
+
+# Arguments after `hpo`, and what the one line of the answer must say.
+BAD_INPUT = [
+    ("sarch digits", "No such command 'sarch'.*'search'"),
+    ("search", "Missing argument 'TASK'"),
+    ("search digits --trails 3", "No such option '--trails'.*--trials"),
+    ("search digts", "no task 'digts'; did you mean 'digits'\\? Available: .*digits"),
+    ("search digits --space digts", "no search space 'digts'; did you mean 'digits'\\?"),
+    ("search digits --strategy priorty", "no strategy 'priorty'; did you mean 'priority'\\? Available: priority, tpe"),
+    ("search digits --pruner sah", "no pruner 'sah'; did you mean 'sha'\\? Available: sha, median"),
+    ("search digits --device gpu", "no device 'gpu'.* Available: auto, cpu"),
+    ("search digits --device cuda:99", "no device 'cuda:99'.* Available: auto, cpu"),
+    ("search digits -p learning_rate=0.1", "no parameter 'learning_rate'; did you mean 'lr'\\?"),
+    ("search digits -p wd=0.1", "no parameter 'wd'; did you mean 'weight_decay'\\?"),
+    ("search digits -p lr", "-p 'lr' is not NAME=VALUE, NAME=LOW:HIGH or NAME=A,B,C"),
+    ("search digits -p lr=0.1:0.01", "lr \\(in 'step size'\\): low 0.1 is above high 0.01"),
+    ("search digits -p lr=fast", "lr \\(in 'step size'\\): 'fast' is not a number; allowed is 0.0001:0.3"),
+    ("search digits -p lr=7", "lr \\(in 'step size'\\): 7 is outside 0.0001:0.3"),
+    ("search digits -p lr=0.1 -p lr=0.2", "lr is given twice"),
+    ("search digits -p depth=1.5", "depth \\(in 'architecture and optimizer'\\): '1.5' is not a whole number"),
+    ("search digits -p optimizer=lion", "'lion' is not one of sgd, adam, adamw"),
+    ("search digits -p optimizer=adam -p momentum=0.9", "momentum .* is active only when optimizer is sgd"),
+    ("search digits --trials 0", "--trials 0 is not allowed: it must be at least 1"),
+    ("search digits --trials -5", "--trials -5 is not allowed: it must be at least 1"),
+    ("search digits --trials many", "Invalid value for '--trials': 'many' is not a valid integer"),
+    ("search digits --epochs 0", "--epochs 0 is not allowed: it must be at least 1"),
+    ("search digits --limit 0", "--limit 0 is not allowed: it must be at least 1"),
+    ("search digits --limit 100000", "limit=100000 is not allowed: it must be from 1 to the 1437 examples"),
+    ("search digits --limit 12", "12 examples of 10 classes leave none of .* for training"),
+    ("search digits --limit 100", "batch_size 128 is larger than the 80 training examples"),
+    ("search digits --seed -1", "--seed -1 is not allowed: it must be at least 0"),
+    ("search digits --seed one", "Invalid value for '--seed'"),
+    ("search digits --timeout 0", "'0' is not a duration above 0, such as 90, 90s, 30m or 2h"),
+    ("search digits --timeout soon", "'soon' is not a duration above 0"),
+    ("search digits --study ../escape", "'../escape' cannot name a study: use 1 to 64 letters"),
+    ("search digits --study ..", "'..' cannot name a study"),
+    ("search digits --study a/b", "'a/b' cannot name a study"),
+    ("search digits --study " + "x" * 65, "cannot name a study: use 1 to 64 letters"),
+    ("search digits --tracking-uri ftp://x", "the tracking URI 'ftp://x' is not one of http://"),
+    ("search missing.py", "there is no file .*missing.py"),
+    ("search syntax.py", "syntax.py cannot be imported: SyntaxError"),
+    ("search raises.py", "raises.py cannot be imported: RuntimeError: no licence"),
+    ("search empty.py", "empty.py must define `objective = Objective\\(...\\)`, but has nothing of that name"),
+    ("search wrong_type.py", "wrong_type.py must define `objective = Objective\\(...\\)`, but has a int"),
+    ("search no_such_module:objective", "no_such_module cannot be imported: ModuleNotFoundError"),
+    ("search objectives.digits:nothing", "must define `nothing = Objective\\(...\\)`"),
+    ("search no_space.py", "task 'mine' has no search space; give its Objective a space=, or name one with --space"),
+    ("search dead_parameter.py", "no setting of the trainer or keyword of the model 'learning_rate'; did you mean 'lr'"),
+    ("search bad_range.py", "lr \\(in 'g'\\): lr=0 is not allowed: it must be above 0 and finite"),
+    ("search bad_model.py", "the model of task 'mine' fails with the default configuration: RuntimeError: mat1"),
+    ("search bad_metric.py", "no classification metric 'acuracy'; did you mean 'accuracy'\\?"),
+    ("search epochs_searched.py", "max_epochs \\(in 'budget'\\) cannot be searched; use its command-line option"),
+    ("search fashion_mnist --data-dir nowhere", "nowhere"),
+    ("space digts", "no task 'digts'; did you mean 'digits'\\?"),
+    ("space digits -p lr=9", "lr \\(in 'step size'\\): 9 is outside 0.0001:0.3"),
+    ("show nothing", "no study 'nothing'"),
+    ("show nothing --top 0", "Invalid value for '--top'"),
+    ("best nothing", "no study 'nothing'"),
+    ("ui nothing --port 99999", "Invalid value for '--port'"),
+]
+
+
+@dataclass(frozen=True)
+class Answer:
+    exit_code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def hpo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str], Answer]:
+    """Run a command line in an empty folder, with the home in it."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(line: str) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["hpo", *line.split()])
+        with pytest.raises(SystemExit) as exited:
+            main()
+        captured = capsys.readouterr()
+        return Answer(int(exited.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_INPUT, ids=[line[:60] for line, _ in BAD_INPUT])
+def test_bad_input_is_told_in_one_line_and_nothing_is_written(
+    hpo: Callable[[str], Answer], tmp_path: Path, line: str, message: str
+) -> None:
+    for name, text in BROKEN_FILES.items():
+        (tmp_path / name).write_text(text)
+    answer = hpo(line)
+    assert re.search(message, answer.err), answer.err
+    assert answer.err.startswith("Error: ")
+    assert answer.err.count("\n") == 1
+    assert answer.exit_code == 2
+    assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == set(BROKEN_FILES)

@@ -1,0 +1,303 @@
+"""Networks and the preprocessing around them."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from hpo.errors import UnknownNameError, UsageError
+from hpo.models.convnet import ConvNet
+from hpo.models.layers import ACTIVATIONS, IMAGE_NORMS, VECTOR_NORMS
+from hpo.models.mlp import MLP
+from hpo.models.preprocessed import PreprocessedModel, build_model
+from hpo.objective import DataSpec, Objective, Split
+
+CLASSES = tuple(f"class {label}" for label in range(10))
+IMAGES = DataSpec((3, 32, 32), CLASSES)
+DIGITS = DataSpec((1, 8, 8), CLASSES)
+FEATURES = DataSpec((6,))
+
+
+def num_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def modules_of(model: nn.Module, kind: type[nn.Module]) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+def task(model: Any, **fields: Any) -> Objective:
+    return Objective(
+        name="test", description="", load=lambda data_dir: pytest.fail("data were loaded"), model=model, **fields
+    )
+
+
+# --- MLP
+
+
+@given(
+    depth=st.integers(1, 4),
+    width=st.integers(1, 20),
+    activation=st.sampled_from(sorted(ACTIVATIONS)),
+    norm=st.sampled_from(sorted(VECTOR_NORMS)),
+    spec=st.sampled_from([IMAGES, DIGITS, FEATURES]),
+)
+def test_an_mlp_gives_one_output_a_class_and_every_parameter_a_gradient(
+    depth: int, width: int, activation: str, norm: str, spec: DataSpec
+) -> None:
+    model = MLP(spec, depth=depth, width=width, activation=activation, norm=norm)
+    outputs = model(torch.randn(5, *spec.input_shape))
+    assert outputs.shape == (5, spec.num_outputs)
+    outputs.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_depth_is_the_number_of_hidden_layers() -> None:
+    model = MLP(IMAGES, depth=20, width=100, activation="silu")
+    assert [layer.out_features for layer in modules_of(model, nn.Linear)] == [100] * 20 + [10]
+    assert len(modules_of(model, nn.SiLU)) == 20
+    assert num_parameters(model) == (3072 + 1) * 100 + 19 * 101 * 100 + 101 * 10
+
+
+def test_a_hidden_layer_is_linear_norm_activation_dropout() -> None:
+    model = MLP(DIGITS, depth=3, width=8, activation="gelu", norm="batch", dropout=0.3)
+    for layer in model.hidden:
+        assert [type(module) for module in layer] == [nn.Linear, nn.BatchNorm1d, nn.GELU, nn.Dropout]
+        assert layer[3].p == 0.3
+
+
+@pytest.mark.parametrize("norm", VECTOR_NORMS)
+def test_a_bias_is_dropped_where_a_norm_follows(norm: str) -> None:
+    *hidden, output = modules_of(MLP(DIGITS, depth=2, norm=norm), nn.Linear)
+    assert all((layer.bias is None) == (norm != "none") for layer in hidden)
+    assert output.bias is not None
+    *hidden, output = [m for m in ConvNet(DIGITS, norm=norm).modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert all((layer.bias is None) == (norm != "none") for layer in hidden)
+    assert output.bias is not None
+
+
+def test_dropout_acts_in_training_only() -> None:
+    for model in (MLP(DIGITS, dropout=0.5), ConvNet(DIGITS, dropout=0.5)):
+        inputs = torch.randn(4, 1, 8, 8)
+        model.train()
+        assert not torch.equal(model(inputs), model(inputs))
+        model.eval()
+        assert torch.equal(model(inputs), model(inputs))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_weights_are_initialised_to_suit_the_activation(activation: str) -> None:
+    """He: variance 2 / inputs; Glorot: gain^2 * 2 / (inputs + outputs), with the gain 5/3 of tanh."""
+    linear = modules_of(MLP(IMAGES, depth=2, width=512, activation=activation), nn.Linear)[0]
+    expected = 5 / 3 * math.sqrt(2 / (3072 + 512)) if activation == "tanh" else math.sqrt(2 / 3072)
+    assert linear.weight.std().item() == pytest.approx(expected, rel=0.01)
+    assert linear.bias.abs().max() == 0
+
+
+def test_a_deep_relu_net_keeps_the_size_of_its_signal() -> None:
+    torch.manual_seed(0)
+    hidden = MLP(IMAGES, depth=20, width=256).hidden
+    assert 0.2 < hidden(torch.randn(256, 3072)).square().mean() < 5
+
+
+@pytest.mark.parametrize("network", [MLP, ConvNet])
+def test_a_network_begins_by_giving_every_class_the_same_chance(network: type[nn.Module]) -> None:
+    logits = network(IMAGES)(torch.randn(64, 3, 32, 32))
+    loss = nn.functional.cross_entropy(logits, torch.arange(64) % 10)
+    assert loss.item() == pytest.approx(math.log(10), abs=0.1)
+
+
+# --- ConvNet
+
+
+@given(
+    width=st.integers(1, 24),
+    blocks=st.integers(1, 3),
+    activation=st.sampled_from(sorted(ACTIVATIONS)),
+    norm=st.sampled_from(sorted(IMAGE_NORMS)),
+    shape=st.tuples(st.sampled_from([1, 3]), st.integers(4, 40), st.integers(4, 40)),
+)
+def test_a_convnet_takes_images_of_any_size(
+    width: int, blocks: int, activation: str, norm: str, shape: tuple[int, int, int]
+) -> None:
+    model = ConvNet(DataSpec(shape, CLASSES), width=width, blocks=blocks, activation=activation, norm=norm)
+    outputs = model(torch.randn(3, *shape))
+    assert outputs.shape == (3, 10)
+    outputs.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_the_default_convnet_is_small() -> None:
+    assert num_parameters(ConvNet(IMAGES)) == 126_810
+
+
+def test_a_stage_halves_the_resolution_once_and_adds_residual_blocks() -> None:
+    for blocks in (1, 2, 3):
+        model = ConvNet(IMAGES, blocks=blocks)
+        features = model.features(torch.randn(1, 3, 32, 32))
+        assert features.shape == (1, 64, 8, 8)
+        convolutions = [m for m in modules_of(model, nn.Conv2d) if m.kernel_size == (3, 3)]
+        assert len(convolutions) == 1 + 2 * 2 * blocks
+        shortcuts = [m for m in modules_of(model, nn.Conv2d) if m.kernel_size == (1, 1)]
+        assert len(shortcuts) == 2, "only where the shape changes"
+
+
+def test_a_convnet_is_for_images() -> None:
+    with pytest.raises(UsageError, match=r"images \(C, H, W\).* \(6,\)"):
+        ConvNet(FEATURES)
+
+
+@pytest.mark.parametrize("network", [MLP, ConvNet])
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"width": 0}, "width=0 is not allowed"),
+        ({"width": -4}, "width=-4 is not allowed"),
+        ({"dropout": 1.0}, "dropout=1.0 is not allowed"),
+        ({"dropout": -0.1}, "dropout=-0.1 is not allowed"),
+        ({"dropout": float("nan")}, "dropout=nan is not allowed"),
+        ({"activation": "rleu"}, "no activation 'rleu'; did you mean 'relu'"),
+        ({"norm": "batchnorm"}, "no norm 'batchnorm'; did you mean 'batch'"),
+    ],
+)
+def test_an_impossible_argument_is_named(network: type[nn.Module], arguments: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        network(DIGITS, **arguments)
+
+
+def test_counts_below_one_are_named() -> None:
+    with pytest.raises(UsageError, match="depth=0 is not allowed: it must be at least 1"):
+        MLP(DIGITS, depth=0)
+    with pytest.raises(UsageError, match="blocks=0 is not allowed: it must be at least 1"):
+        ConvNet(DIGITS, blocks=0)
+    with pytest.raises(UnknownNameError):
+        MLP(DIGITS, activation="")
+
+
+# --- Preprocessing
+
+
+class Echo(nn.Module):
+    """Gives back the normalised inputs, to be looked at."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs
+
+
+def fitted(network: nn.Module, spec: DataSpec, train: Split) -> PreprocessedModel:
+    model = PreprocessedModel(network, spec)
+    model.fit_statistics(train)
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_images_are_normalised_by_channel(dtype: torch.dtype) -> None:
+    images = (torch.rand(50, 3, 7, 9) * torch.tensor([10.0, 100.0, 250.0])[:, None, None]).to(dtype)
+    outputs = fitted(Echo(), DataSpec((3, 7, 9), CLASSES), Split(images, torch.zeros(50, dtype=torch.long)))(images)
+    assert outputs.dtype == torch.float32
+    assert outputs.mean((0, 2, 3)).tolist() == pytest.approx([0] * 3, abs=1e-5)
+    assert outputs.std((0, 2, 3), correction=0).tolist() == pytest.approx([1] * 3, abs=1e-5)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_statistics_of_bytes_equal_those_of_the_same_numbers(seed: int) -> None:
+    images = torch.randint(256, (5, 2, 3, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    spec, labels = DataSpec((2, 3, 4), CLASSES), torch.zeros(5, dtype=torch.long)
+    as_bytes, as_floats = (fitted(Echo(), spec, Split(inputs, labels)) for inputs in (images, images.float()))
+    assert torch.allclose(as_bytes.input_mean, as_floats.input_mean)
+    assert torch.allclose(as_bytes.input_std, as_floats.input_std)
+
+
+def test_features_are_normalised_one_by_one_however_far_from_zero() -> None:
+    features = torch.randn(200, 6) * torch.tensor([1e-3, 1, 10, 1e4, 1, 1]) + torch.tensor([0, 1e4, 5, -1e6, 0, 0])
+    outputs = fitted(Echo(), DataSpec((6,), CLASSES), Split(features, torch.zeros(200, dtype=torch.long)))(features)
+    assert outputs.mean(0).abs().max() < 1e-2
+    assert outputs.std(0, correction=0).tolist() == pytest.approx([1] * 6, rel=1e-2)
+
+
+@pytest.mark.parametrize("inputs", [torch.full((9, 1, 4, 4), 7, dtype=torch.uint8), torch.full((9, 3), 0.1)])
+def test_what_does_not_vary_is_only_centred(inputs: Tensor) -> None:
+    model = fitted(Echo(), DataSpec(tuple(inputs.shape[1:]), CLASSES), Split(inputs, torch.zeros(9, dtype=torch.long)))
+    assert model(inputs).abs().max() < 1e-6
+    assert torch.isfinite(model(inputs + 1)).all()
+
+
+def test_a_regression_gives_values_in_the_units_of_its_target() -> None:
+    targets = torch.tensor([100.0, 200.0, 600.0])
+    model = fitted(nn.Flatten(), DataSpec((1,)), Split(torch.tensor([[1.0], [2.0], [6.0]]), targets))
+    assert model(torch.tensor([[1.0], [2.0], [6.0]])).tolist() == pytest.approx(targets.tolist(), rel=1e-5)
+    assert model.predict(torch.tensor([[3.0]])) == pytest.approx([300.0], rel=1e-5)
+
+
+def test_a_target_that_does_not_vary_is_predicted_as_it_is() -> None:
+    model = fitted(nn.Linear(2, 1), DataSpec((2,)), Split(torch.randn(4, 2), torch.full((4,), 5.0)))
+    assert torch.isfinite(model(torch.randn(4, 2))).all()
+
+
+def test_a_classification_leaves_its_logits_alone() -> None:
+    inputs = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 9.0]])
+    model = fitted(Echo(), DataSpec((2,), ("ham", "eggs")), Split(inputs, torch.tensor([1, 0, 1])))
+    assert (model.target_mean, model.target_std) == (0, 1)
+    assert model.predict(inputs) == ["eggs", "ham", "eggs"]
+    assert model.classes == ("ham", "eggs")
+
+
+@pytest.mark.parametrize("inputs", [torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8), torch.randn(4, 6)])
+def test_a_model_takes_raw_examples_in_any_float_type(inputs: Tensor) -> None:
+    spec = DataSpec(tuple(inputs.shape[1:]), CLASSES)
+    model = fitted(MLP(spec), spec, Split(inputs, torch.arange(4)))
+    expected = model(inputs)
+    for dtype in (torch.float64, torch.bfloat16):
+        outputs = model.to(dtype)(inputs)
+        assert outputs.dtype == dtype
+        assert torch.allclose(outputs.float(), expected, atol=0.05)
+
+
+# --- Building and loading
+
+
+def test_weights_follow_from_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    first = build_model(task(MLP), DIGITS, {"width": 16}, seed=5)
+    torch.manual_seed(2)
+    same = build_model(task(MLP), DIGITS, {"width": 16}, seed=5)
+    other = build_model(task(MLP), DIGITS, {"width": 16}, seed=2**63 - 1)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(first.network.output.weight, other.network.output.weight)
+
+
+def test_building_a_model_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    build_model(task(MLP), DIGITS, {}, seed=5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_parameters_reach_the_network() -> None:
+    model = build_model(task(MLP), DIGITS, {"depth": 3, "width": 17, "norm": "layer"}, seed=0)
+    assert [layer.out_features for layer in modules_of(model, nn.Linear)] == [17, 17, 17, 10]
+    assert model.spec == DIGITS
+
+
+@pytest.mark.parametrize(("network", "spec"), [(MLP, DIGITS), (ConvNet, IMAGES), (MLP, FEATURES)])
+def test_a_loaded_model_predicts_what_the_trained_one_did(network: type[nn.Module], spec: DataSpec) -> None:
+    """The statistics travel with the weights, through a file that holds nothing but tensors."""
+    raw = torch.randint(256, (20, *spec.input_shape), dtype=torch.uint8)
+    inputs = raw if len(spec.input_shape) == 3 else raw.float()
+    targets = torch.arange(20) % 10 if spec.classes else torch.randn(20) * 50 + 1000
+    trained = build_model(task(network), spec, {"norm": "batch", "width": 8}, seed=0)
+    trained.fit_statistics(Split(inputs, targets))
+    trained.train()(inputs)
+    file = io.BytesIO()
+    torch.save(trained.state_dict(), file)
+    file.seek(0)
+    loaded = build_model(task(network), spec, {"norm": "batch", "width": 8}, seed=1)
+    loaded.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(loaded.eval()(inputs), trained.eval()(inputs))
+    assert loaded.predict(inputs) == trained.predict(inputs)

@@ -1,0 +1,384 @@
+"""Searches from beginning to end, in real processes that are really interrupted and killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+import hpo
+from hpo.errors import CheckpointError, SearchError, StudyMismatchError, UsageError
+from hpo.pipeline import SearchOutcome, run_search
+from hpo.search.storage import open_storage
+from hpo.search.study import Study
+from hpo.tracking.store import open_store
+
+# The digits with one more thing that a test needs: it can take its time, raise, or give NaN.
+TASK = """
+import time
+import torch
+from hpo.models.mlp import MLP
+from hpo.objective import Objective
+from hpo.space import Choice, Float, Group, Space
+from objectives.digits import load
+
+
+class Moody(torch.nn.Module):
+    def __init__(self, net, mood):
+        super().__init__()
+        self.net, self.mood = net, mood
+
+    def forward(self, inputs):
+        if self.training and self.mood == "slow":
+            time.sleep(0.05)
+        if self.training and self.mood == "raises":
+            raise RuntimeError("the cat is on the keyboard")
+        outputs = self.net(inputs)
+        return outputs * float("nan") if self.training and self.mood == "nan" else outputs
+
+
+def model(spec, *, width=32, mood="calm"):
+    return Moody(MLP(spec, depth=1, width=width, activation="relu", norm="none", dropout=0.1), mood)
+
+
+objective = Objective(
+    name="moody", description="digits with moods", load=load, model=model,
+    settings={"max_epochs": 3, "batch_size": 256, "optimizer": "sgd", "lr": 0.1},
+    space=Space(
+        Group("step size", lr=Float(1e-3, 1.0, log=True, default=0.1)),
+        Group("architecture", width=Choice(16, 32, default=32), mood=Choice("calm", "slow", "raises", "nan", default="calm")),
+    ),
+)
+"""
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> str:
+    path = tmp_path / "moody.py"
+    path.write_text(TASK)
+    return str(path)
+
+
+@pytest.fixture
+def search(task: str, home: Path) -> Callable[..., SearchOutcome]:
+    """A short search in this process."""
+
+    def run(**options: Any) -> SearchOutcome:
+        return run_search(task, home=home, **{"trials": 3, "overrides": ("mood=calm",), "pruner": "none", **options})
+
+    return run
+
+
+@pytest.fixture
+def start(task: str, home: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """A search in a process of its own; none outlives the test."""
+    processes = []
+
+    def run(*arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "hpo", "search", task, "--home", str(home), "--pruner", "none", *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        processes.append(subprocess.Popen(command, text=True, env={**os.environ, "COLUMNS": "200"}, **pipes))
+        return processes[-1]
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def study(home: Path, name: str = "moody") -> Study:
+    return Study.load(open_storage(home), name)
+
+
+def runs(home: Path, filter_string: str = "tags.`hpo.kind` = 'trial'", name: str = "moody") -> list[Run]:
+    client = open_store(home).client
+    experiment = client.get_experiment_by_name(f"hpo/{name}")
+    assert experiment is not None
+    return sorted(
+        client.search_runs([experiment.experiment_id], filter_string), key=lambda run: int(run.data.tags.get("hpo.trial", -1))
+    )
+
+
+def assert_nothing_is_left_running(home: Path) -> None:
+    assert study(home).counts()["running"] == 0
+    assert runs(home, "attributes.status = 'RUNNING'") == []
+
+
+def wait_for_checkpoint(home: Path, epoch: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not list(home.glob(f"checkpoints/moody/trial-*/epoch-{epoch:04d}.*.pt")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def curve(home: Path, run: Run, key: str = "val/accuracy") -> list[int]:
+    return sorted(metric.step for metric in open_store(home).client.get_metric_history(run.info.run_id, key))
+
+
+def test_a_search_leaves_runs_curves_checkpoints_and_a_summary(search: Callable[..., SearchOutcome], home: Path) -> None:
+    outcome = search()
+    assert not outcome.interrupted
+    assert outcome.counts["complete"] == 3
+    client: MlflowClient = open_store(home).client
+    for number, run in enumerate(runs(home)):
+        assert run.info.status == "FINISHED"
+        assert run.info.run_name == f"trial-{number:04d}"
+        assert run.data.params.keys() == {"lr", "width", "mood"}
+        assert curve(home, run) == curve(home, run, "train/loss") == [1, 2, 3]
+        assert run.data.metrics["best/accuracy"] == study(home).trials()[number].value
+        artifacts = {file.path for file in client.list_artifacts(run.info.run_id, "checkpoint")}
+        assert artifacts == {"checkpoint/best.pt", "checkpoint/trial.json"}
+    (summary,) = runs(home, "tags.`hpo.kind` = 'study'")
+    assert summary.info.status == "FINISHED"
+    plots = {file.path for file in client.list_artifacts(summary.info.run_id, "plots")}
+    assert {f"plots/{name}.png" for name in ("history", "importances", "learning_curves", "slices")} == plots
+    assert outcome.winner is not None
+    assert summary.data.tags["hpo.winner"] == str(outcome.winner.trial)
+    assert outcome.winner.test is not None
+    assert summary.data.metrics["test/accuracy"] == outcome.winner.test["accuracy"]
+    assert_nothing_is_left_running(home)
+    assert list(home.glob("checkpoints/moody/*")) == []
+
+
+def test_the_winner_is_the_best_on_validation_and_its_model_scores_what_was_said(
+    search: Callable[..., SearchOutcome], home: Path
+) -> None:
+    from objectives.digits import load
+
+    outcome = search(trials=4)
+    assert outcome.winner is not None
+    assert outcome.winner.validation == max(trial.value or 0 for trial in study(home).trials())
+    test = load(Path()).test.open()
+    model = hpo.load_best("moody", home=home)
+    assert not model.training
+    assert model.classes == tuple("0123456789")
+    with torch.inference_mode():
+        accuracy = (model(test.inputs).argmax(1) == test.targets).double().mean().item()
+    assert outcome.winner.test is not None
+    assert accuracy == pytest.approx(outcome.winner.test["accuracy"])
+
+
+def test_the_test_split_is_opened_once_for_each_winner(
+    search: Callable[..., SearchOutcome], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hpo.objective import SealedSplit
+
+    opened = []
+    original = SealedSplit.open
+    monkeypatch.setattr(SealedSplit, "open", lambda split: (opened.append(study(home).counts()), original(split))[1])
+    first = search(trials=2)
+    assert [counts["complete"] for counts in opened] == [2]
+    again = search(trials=2)
+    assert len(opened) == 1
+    assert again.winner == first.winner
+    later = search(trials=6)
+    assert later.winner is not None
+    assert first.winner is not None
+    changed = later.winner.trial != first.winner.trial
+    assert later.winner.num_test_readings == len(opened) == 1 + changed
+
+
+def test_the_same_seed_finds_the_same_and_another_seed_something_else(task: str, home: Path) -> None:
+    found = {}
+    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
+        run_search(task, home=home, study=name, seed=seed, trials=3, overrides=("mood=calm",), pruner="none")
+        found[name] = [(trial.values, trial.curve) for trial in study(home, name).trials()]
+    assert found["a"] == found["b"] != found["c"]
+
+
+def test_more_trials_are_added_to_what_is_there(search: Callable[..., SearchOutcome], home: Path) -> None:
+    search(trials=2)
+    before = study(home).trials()
+    outcome = search(trials=4)
+    assert outcome.counts["complete"] == 4
+    assert study(home).trials()[:2] == before
+    assert len(runs(home)) == 4
+
+
+def test_settings_that_are_not_given_again_stay_as_the_study_has_them(task: str, home: Path) -> None:
+    run_search(task, home=home, trials=2, seed=5, strategy="random", pruner="none", epochs=2, overrides=("mood=calm",))
+    outcome = run_search(task, home=home, trials=3)
+    settings = study(home).settings
+    assert outcome.counts["complete"] == 3
+    assert (settings.seed, settings.strategy, settings.max_epochs, settings.overrides) == (5, "random", 2, ("mood=calm",))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"seed": 1}, "--seed 0, not 1"),
+        ({"overrides": ("mood=calm", "lr=0.01:0.1")}, r"lr \(in 'step size'\) 0.001:1 \(log\), not 0.01:0.1 \(log\)"),
+        ({"strategy": "random"}, "--strategy priority, not random"),
+        ({"epochs": 9}, "--epochs 3, not 9"),
+    ],
+)
+def test_another_space_or_seed_under_the_same_name_is_refused_and_nothing_changes(
+    search: Callable[..., SearchOutcome], home: Path, option: dict[str, Any], message: str
+) -> None:
+    search(trials=1)
+    before = study(home).trials(), [run.to_dictionary() for run in runs(home)]
+    with pytest.raises(StudyMismatchError, match=f"study 'moody' was made with {message}.*--study"):
+        search(trials=2, **option)
+    assert (study(home).trials(), [run.to_dictionary() for run in runs(home)]) == before
+
+
+def test_a_diverged_trial_counts_and_the_search_goes_on(search: Callable[..., SearchOutcome], home: Path) -> None:
+    outcome = search(trials=4, overrides=("mood=calm,nan",), strategy="random", seed=1)
+    assert outcome.counts["diverged"] > 0
+    assert outcome.counts["complete"] + outcome.counts["diverged"] == 4
+    assert outcome.winner is not None
+    diverged = [run for run in runs(home) if run.data.tags["hpo.state"] == "diverged"]
+    assert len(diverged) == outcome.counts["diverged"]
+    assert {run.info.status for run in diverged} == {"FINISHED"}
+    assert "not finite in epoch 1" in diverged[0].data.tags["hpo.reason"]
+
+
+def test_a_failed_trial_keeps_its_reason_does_not_count_and_the_search_goes_on(
+    search: Callable[..., SearchOutcome], home: Path
+) -> None:
+    outcome = search(trials=4, overrides=("mood=calm,raises",), strategy="random", seed=1)
+    assert outcome.counts["complete"] == 4
+    assert outcome.counts["failed"] > 0
+    failed = [run for run in runs(home) if run.info.status == "FAILED"]
+    assert {run.data.tags["hpo.reason"] for run in failed} == {"RuntimeError: the cat is on the keyboard"}
+    client = open_store(home).client
+    trace = Path(client.download_artifacts(failed[0].info.run_id, "traceback.txt")).read_text()
+    assert "line" in trace
+    assert "the cat is on the keyboard" in trace
+
+
+def test_five_failures_in_a_row_end_the_search_with_the_first_reason(
+    search: Callable[..., SearchOutcome], home: Path
+) -> None:
+    with pytest.raises(SearchError, match="5 trials failed in a row; the first one with: RuntimeError: the cat"):
+        search(overrides=("mood=raises",))
+    assert study(home).counts()["failed"] == 5
+    assert [run.info.status for run in runs(home, "tags.`hpo.kind` = 'study'")] == ["FAILED"]
+    assert_nothing_is_left_running(home)
+
+
+def test_a_trial_that_is_out_of_time_is_kept_and_goes_on_later(search: Callable[..., SearchOutcome], home: Path) -> None:
+    outcome = search(trials=2, timeout=0.001, overrides=("mood=slow",))
+    assert outcome.counts["complete"] == 0
+    assert not outcome.interrupted
+    assert outcome.winner is None
+    assert search(trials=2, overrides=("mood=slow",)).counts["complete"] == 2
+    assert_nothing_is_left_running(home)
+
+
+def test_after_kill_9_the_same_command_resumes_the_trial_and_does_what_is_missing(
+    start: Callable[..., subprocess.Popen[str]], home: Path
+) -> None:
+    options = ("--trials", "3", "--epochs", "8", "-p", "mood=slow")
+    killed = start(*options)
+    wait_for_checkpoint(home, 4, killed)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert study(home).counts()["running"] == 1
+    victim = next(trial for trial in study(home).trials() if trial.state == "running")
+
+    again = start(*options)
+    out, err = again.communicate(timeout=240)
+    assert again.returncode == 0, err
+    resumed = study(home).trials()[victim.number]
+    assert (resumed.attempts, resumed.values) == (2, victim.values)
+    assert study(home).counts()["complete"] == 3
+    assert len(study(home).trials()) == 3
+    assert [curve(home, run) for run in runs(home)] == [list(range(1, 9))] * 3
+    assert sorted(resumed.curve) == list(range(1, 9))
+    # What was done before the kill was not done again.
+    times = open_store(home).client.get_metric_history(runs(home)[victim.number].info.run_id, "val/accuracy")
+    gaps = [after.timestamp - before.timestamp for before, after in zip(times, times[1:], strict=False)]
+    assert max(gaps[:3]) < max(gaps), "the first epochs were logged before the kill, the gap of the restart comes later"
+    assert_nothing_is_left_running(home)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_epoch_keeps_the_trial_and_leaves_nothing_running(
+    start: Callable[..., subprocess.Popen[str]], home: Path, number: signal.Signals
+) -> None:
+    options = ("--trials", "2", "--epochs", "6", "-p", "mood=slow")
+    process = start(*options)
+    wait_for_checkpoint(home, 2, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Interrupted" in out
+    assert "Go on with the same command" in out
+    assert "Traceback" not in err
+    assert study(home).counts()["interrupted"] == 1
+    assert [run.info.status for run in runs(home)][-1] == "KILLED"
+    assert [run.info.status for run in runs(home, "tags.`hpo.kind` = 'study'")] == ["KILLED"]
+    assert_nothing_is_left_running(home)
+
+    again = start(*options)
+    assert again.wait(timeout=240) == 0, again.communicate()
+    assert study(home).counts()["complete"] == 2
+    assert [curve(home, run) for run in runs(home)] == [list(range(1, 7))] * 2
+
+
+def test_two_signals_leave_at_once_and_nothing_is_left_running(
+    start: Callable[..., subprocess.Popen[str]], home: Path
+) -> None:
+    process = start("--trials", "2", "--epochs", "500", "-p", "mood=slow")
+    wait_for_checkpoint(home, 2, process)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert_nothing_is_left_running(home)
+    assert study(home).counts()["interrupted"] == 1
+
+
+def test_a_study_is_searched_by_one_process_at_a_time(
+    start: Callable[..., subprocess.Popen[str]], search: Callable[..., SearchOutcome], home: Path
+) -> None:
+    process = start("--trials", "2", "--epochs", "500", "-p", "mood=slow")
+    wait_for_checkpoint(home, 1, process)
+    with pytest.raises(UsageError, match="study 'moody' is being searched by another process.*--study"):
+        search(trials=2, epochs=500, overrides=("mood=slow",))
+    assert process.poll() is None
+
+
+def test_a_damaged_checkpoint_of_the_winner_is_refused(search: Callable[..., SearchOutcome], home: Path) -> None:
+    outcome = search(trials=1)
+    assert outcome.winner is not None
+    (weights,) = home.glob("artifacts/moody/*/artifacts/checkpoint/best.pt")
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match="best.pt is damaged"):
+        hpo.load_best("moody", home=home)
+
+
+def test_loading_from_a_study_without_a_result_says_so(search: Callable[..., SearchOutcome], home: Path) -> None:
+    with pytest.raises(SearchError):
+        search(overrides=("mood=raises",))
+    with pytest.raises(UsageError, match="study 'moody' has no finished trial yet"):
+        hpo.load_best("moody", home=home)
+
+
+def test_the_description_beside_the_weights_holds_all_that_was_set(
+    search: Callable[..., SearchOutcome], home: Path, task: str
+) -> None:
+    search(trials=1, seed=3)
+    (described,) = home.glob("artifacts/moody/*/artifacts/checkpoint/trial.json")
+    description = json.loads(described.read_text())
+    assert description["task"] == task
+    assert description["spec"] == {"input_shape": [1, 8, 8], "classes": list("0123456789")}
+    assert description["model_parameters"] == {"width": 32, "mood": "calm"}
+    assert description["config"]["lr"] == 0.1
+    assert description["config"]["max_epochs"] == 3
+    assert description["config"]["device"] in ("cpu", "cuda")
