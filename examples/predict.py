@@ -7,5 +7,4 @@ from objectives.digits import load
 
 model = hpo.load_best("digits")
 images = load(Path()).train.inputs[:8]  # (8, 1, 8, 8) uint8, as they come: the model holds its preprocessing
-names = [model.classes[index] for index in model(images).argmax(1)]
-print("predicted:", " ".join(names))
+print("predicted:", " ".join(model.predict(images)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from pathlib import Path
@@ -204,15 +205,17 @@ def ui(study: str | None, port: int, host: str, home: Path | None, tracking_uri:
     \b
     hpo ui digits
     """
-    from hpo.home import find_home
+    from hpo.home import find_home, require_home
     from hpo.tracking.server import serve
     from hpo.tracking.store import open_store
 
-    serve(open_store(find_home(home), tracking_uri), study=study, host=host, port=port, say=click.echo)
+    serve(open_store(require_home(find_home(home)), tracking_uri), study=study, host=host, port=port, say=click.echo)
 
 
 def main() -> None:
     """Run the command line: every expected failure is one line on stderr and an exit code, without a traceback."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("hpo").setLevel(logging.INFO)
     try:
         sys.exit(cli.main(standalone_mode=False))
     except click.exceptions.NoArgsIsHelpError as error:

@@ -55,6 +55,13 @@ def create_home(home: Path) -> None:
         ) from error
 
 
+def require_home(home: Path) -> Path:
+    """The home, if there is one: a command that only looks must not make it."""
+    if not home.is_dir():
+        raise UsageError(f"there is no home {home} yet; begin with `hpo search`, or name another with --home.")
+    return home
+
+
 @contextmanager
 def study_lock(home: Path, study: str) -> Iterator[None]:
     """Hold the study for this process; the operating system lets go of it when the process dies."""

@@ -14,7 +14,7 @@ from hpo.deploy.finish import Winner, crown_winner, find_winner, write_summary
 from hpo.errors import SearchError, SpaceError, UnknownNameError, UsageError
 from hpo.execution.coordinator import Coordinator
 from hpo.execution.observer import Observer
-from hpo.home import check_study_name, create_home, find_data_dir, find_home, study_lock
+from hpo.home import check_study_name, find_data_dir, find_home, study_lock
 from hpo.models.preprocessed import build_model
 from hpo.objective import Dataset
 from hpo.plugins import Task, load_task
@@ -101,11 +101,10 @@ def run_search(
     _check_batch_sizes(found, splits)
     _check_model(found, splits)
 
-    create_home(home)
+    observer.note("opening the MLflow store")
+    store = open_store(home, tracking_uri)
     with study_lock(home, name):
         opened = Study.open(open_storage(home), name, settings)
-        observer.note("opening the MLflow store")
-        store = open_store(home, tracking_uri)
         with _open_runs(store, opened, found) as runs:
             runs.recover()
             coordinator = Coordinator(
@@ -221,10 +220,10 @@ def _check_model(task: Task, splits: Splits) -> None:
             f"the model of task '{task.objective.name}' fails with the default configuration: "
             f"{type(error).__name__}: {error}"
         ) from error
-    if shape != (2, splits.spec.num_outputs):
+    wanted = (2, splits.spec.num_outputs) if splits.spec.classes else (2,)
+    if shape != wanted:
         raise UsageError(
-            f"the model of task '{task.objective.name}' gives outputs of shape {shape} for 2 examples; "
-            f"it must give (2, {splits.spec.num_outputs})."
+            f"the model of task '{task.objective.name}' gives outputs of shape {shape} for 2 examples, not {wanted}."
         )
 
 

@@ -13,6 +13,7 @@ import pkgutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -83,12 +84,17 @@ def registered(group: str) -> dict[str, str]:
         try:
             package = importlib.import_module(entry_point.value)
         except Exception as error:  # a stranger's code may raise anything, and must not stop the others
-            _logger.warning("plugin '%s' (%s) is broken: %s", entry_point.name, entry_point.value, _in_one_line(error))
+            _warn_once(f"plugin '{entry_point.name}' ({entry_point.value}) is broken: {_in_one_line(error)}")
             continue
         for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
             if not module.name.startswith("_"):
                 modules.setdefault(module.name, f"{entry_point.value}.{module.name}")
     return dict(sorted(modules.items()))
+
+
+@cache
+def _warn_once(message: str) -> None:
+    _logger.warning(message)
 
 
 @dataclass(frozen=True)

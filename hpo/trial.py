@@ -47,4 +47,4 @@ class TrialRecord:
     """How often the trial was started."""
 
     duration_s: float | None = None
-    """Seconds from the first start to the end; None while it runs."""
+    """Seconds of the last attempt; None while it runs."""

@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 
 from hpo.tracking.store import open_store
 
@@ -37,3 +38,32 @@ def home(tmp_path: Path, mlflow_template: Path, monkeypatch: pytest.MonkeyPatch)
     with closing(sqlite3.connect(mlflow_template)) as source, closing(sqlite3.connect(home / "mlflow.db")) as target:
         source.backup(target)
     return home
+
+
+# What a test needs from the machine, by its marker.
+NEEDS = {
+    "real_data": (bool(os.environ.get("HPO_DATA_DIR")), "HPO_DATA_DIR with the real data sets"),
+    "gpu": (torch.cuda.is_available(), "a CUDA device"),
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what the machine cannot run; the summary says so."""
+    left_out = [item for item in items if any(item.get_closest_marker(name) for name in _missing())]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for name in _missing():
+        terminalreporter.write_line(f"Left out: the tests marked '{name}', which need {NEEDS[name][1]}.", yellow=True)
+
+
+def _missing() -> list[str]:
+    return [name for name, (is_there, _) in NEEDS.items() if not is_there]
+
+
+@pytest.fixture
+def real_data_dir() -> Path:
+    """Where the real data sets lie."""
+    return Path(os.environ["HPO_DATA_DIR"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -57,7 +58,11 @@ objective = Objective(
     settings={"max_epochs": 3, "batch_size": 256, "optimizer": "sgd", "lr": 0.1},
     space=Space(
         Group("step size", lr=Float(1e-3, 1.0, log=True, default=0.1)),
-        Group("architecture", width=Choice(16, 32, default=32), mood=Choice("calm", "slow", "raises", "nan", default="calm")),
+        Group(
+            "architecture",
+            width=Choice(16, 32, default=32),
+            mood=Choice("calm", "slow", "raises", "nan", default="calm"),
+        ),
     ),
 )
 """
@@ -106,7 +111,8 @@ def runs(home: Path, filter_string: str = "tags.`hpo.kind` = 'trial'", name: str
     experiment = client.get_experiment_by_name(f"hpo/{name}")
     assert experiment is not None
     return sorted(
-        client.search_runs([experiment.experiment_id], filter_string), key=lambda run: int(run.data.tags.get("hpo.trial", -1))
+        client.search_runs([experiment.experiment_id], filter_string),
+        key=lambda run: int(run.data.tags.get("hpo.trial", -1)),
     )
 
 
@@ -127,7 +133,9 @@ def curve(home: Path, run: Run, key: str = "val/accuracy") -> list[int]:
     return sorted(metric.step for metric in open_store(home).client.get_metric_history(run.info.run_id, key))
 
 
-def test_a_search_leaves_runs_curves_checkpoints_and_a_summary(search: Callable[..., SearchOutcome], home: Path) -> None:
+def test_a_search_leaves_runs_curves_checkpoints_and_a_summary(
+    search: Callable[..., SearchOutcome], home: Path
+) -> None:
     outcome = search()
     assert not outcome.interrupted
     assert outcome.counts["complete"] == 3
@@ -212,7 +220,12 @@ def test_settings_that_are_not_given_again_stay_as_the_study_has_them(task: str,
     outcome = run_search(task, home=home, trials=3)
     settings = study(home).settings
     assert outcome.counts["complete"] == 3
-    assert (settings.seed, settings.strategy, settings.max_epochs, settings.overrides) == (5, "random", 2, ("mood=calm",))
+    assert (settings.seed, settings.strategy, settings.max_epochs, settings.overrides) == (
+        5,
+        "random",
+        2,
+        ("mood=calm",),
+    )
 
 
 @pytest.mark.parametrize(
@@ -269,7 +282,9 @@ def test_five_failures_in_a_row_end_the_search_with_the_first_reason(
     assert_nothing_is_left_running(home)
 
 
-def test_a_trial_that_is_out_of_time_is_kept_and_goes_on_later(search: Callable[..., SearchOutcome], home: Path) -> None:
+def test_a_trial_that_is_out_of_time_is_kept_and_goes_on_later(
+    search: Callable[..., SearchOutcome], home: Path
+) -> None:
     outcome = search(trials=2, timeout=0.001, overrides=("mood=slow",))
     assert outcome.counts["complete"] == 0
     assert not outcome.interrupted
@@ -290,7 +305,7 @@ def test_after_kill_9_the_same_command_resumes_the_trial_and_does_what_is_missin
     victim = next(trial for trial in study(home).trials() if trial.state == "running")
 
     again = start(*options)
-    out, err = again.communicate(timeout=240)
+    _, err = again.communicate(timeout=240)
     assert again.returncode == 0, err
     resumed = study(home).trials()[victim.number]
     assert (resumed.attempts, resumed.values) == (2, victim.values)
@@ -300,7 +315,7 @@ def test_after_kill_9_the_same_command_resumes_the_trial_and_does_what_is_missin
     assert sorted(resumed.curve) == list(range(1, 9))
     # What was done before the kill was not done again.
     times = open_store(home).client.get_metric_history(runs(home)[victim.number].info.run_id, "val/accuracy")
-    gaps = [after.timestamp - before.timestamp for before, after in zip(times, times[1:], strict=False)]
+    gaps = [after.timestamp - before.timestamp for before, after in itertools.pairwise(times)]
     assert max(gaps[:3]) < max(gaps), "the first epochs were logged before the kill, the gap of the restart comes later"
     assert_nothing_is_left_running(home)
 
@@ -336,7 +351,7 @@ def test_two_signals_leave_at_once_and_nothing_is_left_running(
     wait_for_checkpoint(home, 2, process)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert_nothing_is_left_running(home)
     assert study(home).counts()["interrupted"] == 1
@@ -347,7 +362,7 @@ def test_a_study_is_searched_by_one_process_at_a_time(
 ) -> None:
     process = start("--trials", "2", "--epochs", "500", "-p", "mood=slow")
     wait_for_checkpoint(home, 1, process)
-    with pytest.raises(UsageError, match="study 'moody' is being searched by another process.*--study"):
+    with pytest.raises(UsageError, match=r"study 'moody' is being searched by another process.*--study"):
         search(trials=2, epochs=500, overrides=("mood=slow",))
     assert process.poll() is None
 
@@ -359,7 +374,7 @@ def test_a_damaged_checkpoint_of_the_winner_is_refused(search: Callable[..., Sea
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(CheckpointError, match="best.pt is damaged"):
+    with pytest.raises(CheckpointError, match=r"best\.pt is damaged"):
         hpo.load_best("moody", home=home)
 
 

@@ -52,6 +52,19 @@ def open_runs(store: TrackingStore) -> StudyRuns:
     return StudyRuns(store, "digits", metric="accuracy", direction="maximize")
 
 
+class BrokenClient:
+    """The store's client, which refuses all writing while `broken`, as when a server is away."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self.broken = False
+
+    def __getattr__(self, name: str) -> Any:
+        if self.broken:
+            raise ConnectionError("connection refused")
+        return getattr(self._client, name)
+
+
 def find_trial(store: TrackingStore, number: int) -> Any:
     return store.client.get_run(store.find_trial_run("digits", number))
 
@@ -147,6 +160,7 @@ sys.exit(3)
     for study in ("one", "two"):
         run_id = store.find_trial_run(study, 0)
         assert len(store.client.get_metric_history(run_id, "val/accuracy")) == 20
+        assert store.client.get_run(run_id).info.status == "KILLED"
 
 
 def damage_header(path: Path) -> None:
@@ -219,8 +233,6 @@ def test_optimise_gives_the_planner_statistics(store: TrackingStore) -> None:
 def test_asking_for_what_is_not_there_writes_nothing_and_says_so(store: TrackingStore) -> None:
     with pytest.raises(StoreError, match="no run of trial 3 in study 'digits'"):
         store.find_trial_run("digits", 3)
-    with pytest.raises(StoreError, match="no summary in study 'digits'"):
-        store.find_summary_run("digits")
     assert store.studies() == []
 
 
@@ -311,12 +323,25 @@ def test_every_number_arrives_as_it_was_and_what_is_not_finite_as_nan(runs: Stud
     assert tag == (None if all(map(math.isfinite, values)) else "train/loss")
 
 
-def test_a_long_story_goes_in_batches_that_mlflow_takes(runs: StudyRuns) -> None:
-    run = runs.trial_run(0, params={})
-    for epoch in range(600):
-        run.log_epoch(epoch, {"val/accuracy": epoch / 600, "train/loss": 1.0})
-    assert run.flush()
-    assert [step for step, _ in curve(runs.store, 0)] == list(range(600))
+def test_a_long_story_goes_in_batches_of_whole_epochs(store: TrackingStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    log_batch = store.client.log_batch
+
+    def noted(run_id: str, metrics: Any = (), **others: Any) -> None:
+        sizes.append(len(metrics))
+        log_batch(run_id, metrics, **others)
+
+    monkeypatch.setattr(store.client, "log_batch", noted)
+    client = BrokenClient(store.client)
+    with open_runs(replace(store, client=client)) as runs:  # type: ignore[arg-type]
+        client.broken = True
+        run = runs.trial_run(0, params={})
+        for epoch in range(600):
+            run.log_epoch(epoch, {"val/accuracy": epoch / 600, "lr": 0.1, "train/loss": math.nan})
+        client.broken = False
+    assert [step for step, _ in curve(store, 0)] == list(range(600))
+    assert sum(sizes) == 1800
+    assert all(size % 3 == 0 and size < 1000 for size in sizes)
 
 
 def test_files_and_texts_become_artifacts(runs: StudyRuns, tmp_path: Path) -> None:
@@ -368,19 +393,6 @@ def test_a_resumed_trial_goes_on_in_its_run_and_repeats_no_epoch(runs: StudyRuns
 # What happens when something dies
 
 
-class BrokenClient:
-    """The store's client, which refuses all writing while `broken`, as when a server is away."""
-
-    def __init__(self, client: Any) -> None:
-        self._client = client
-        self.broken = False
-
-    def __getattr__(self, name: str) -> Any:
-        if self.broken:
-            raise ConnectionError("connection refused")
-        return getattr(self._client, name)
-
-
 def test_kill_9_loses_no_row_and_leaves_nothing_running(home: Path) -> None:
     code = """
 runs = StudyRuns(open_store(home), "digits", metric="accuracy", direction="maximize")
@@ -415,6 +427,20 @@ time.sleep(60)
         "2": ("KILLED", "interrupted"),
     }
     assert spooled(home) == []
+
+
+def test_an_error_in_the_search_leaves_no_trial_running(store: TrackingStore) -> None:
+    def search() -> None:
+        with open_runs(store) as runs:
+            runs.trial_run(0, params={}).finish("complete", value=0.5)
+            runs.trial_run(1, params={}).log_epoch(1, {"val/accuracy": 0.5})
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        search()
+    assert [find_trial(store, number).data.tags["hpo.state"] for number in (0, 1)] == ["complete", "interrupted"]
+    assert find_trial(store, 1).info.status == "KILLED"
+    assert spooled(store.home) == []
 
 
 def test_recovering_leaves_live_trials_alone(runs: StudyRuns) -> None:
@@ -592,7 +618,7 @@ def test_the_summary_is_one_run_that_is_found_again(runs: StudyRuns) -> None:
     summary.set_note("The winner is **trial 3**.")
     summary.finish("complete")
     again = runs.summary_run()
-    assert again.run_id == summary.run_id == runs.store.find_summary_run("digits")
+    assert again.run_id == summary.run_id
     assert runs.store.client.get_run(summary.run_id).info.status == "RUNNING"
     again.finish("interrupted")
     found = runs.store.client.get_run(summary.run_id)
@@ -864,7 +890,9 @@ def test_stopping_the_command_stops_the_server_and_its_children(
     home: Path, free_port: int, stop: signal.Signals, code: int
 ) -> None:
     script = f"""
+import signal
 from hpo.tracking import server
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born ignoring it
 from hpo.tracking.store import TrackingStore
 server._command = lambda store, host, port: [sys.executable, "-c", {HEALTHY_WITH_A_CHILD!r}, str(port)]
 store = TrackingStore(home=home, uri=f"sqlite:///{{home / 'mlflow.db'}}", client=None)

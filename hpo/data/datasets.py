@@ -85,15 +85,13 @@ def _stratified_order(split: Split, classes: Sequence[str], seed: int) -> Indice
 
 def _require_all_classes(name: str, split: Split, classes: Sequence[str], num_examples: int) -> None:
     if len(split) == 0:
-        raise UsageError(
-            f"{num_examples} examples leave none for {name}; raise the limit or change validation_fraction."
-        )
+        raise UsageError(f"{num_examples} examples leave none for {name}; there must be more, or a larger --limit.")
     counts = torch.bincount(split.targets, minlength=len(classes)).tolist() if classes else ()
     missing = [class_name for class_name, count in zip(classes, counts, strict=True) if count == 0]
     if missing:
         raise UsageError(
             f"{num_examples} examples of {len(classes)} classes leave none of '{missing[0]}' for {name}; "
-            f"raise the limit, add examples or change validation_fraction."
+            f"there must be more, or a larger --limit."
         )
 
 

@@ -14,7 +14,7 @@ from hpo.home import find_home
 from hpo.models.preprocessed import PreprocessedModel, build_model
 from hpo.objective import DataSpec
 from hpo.plugins import load_objective
-from hpo.search.storage import open_storage
+from hpo.search.storage import read_storage
 from hpo.search.study import Study
 from hpo.tracking.store import open_store
 from hpo.training.checkpoint import load_weights
@@ -35,7 +35,7 @@ def load_best(
     Raises UnknownNameError for an unknown study, UsageError while no trial has finished, CheckpointError for damage.
     """
     home = find_home(home)
-    best = Study.load(open_storage(home), study).best()
+    best = Study.load(read_storage(home), study).best()
     if best is None:
         raise UsageError(f"study '{study}' has no finished trial yet; let `hpo search` run on.")
     return load_trial(open_store(home, tracking_uri), study, best.number, device).model

@@ -128,6 +128,7 @@ class Coordinator:
 
     def _decide(self, attempt: _Attempt, result: EpochResult) -> Decision:
         """Write an epoch's result down, and answer the worker."""
+        # The first result of a resumed trial is known already, unless the process died before it was written down.
         attempt.last = result
         attempt.run.log_epoch(result.epoch, result.metrics)
         self._observer.epoch_done(attempt.suggestion, result)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Event = dict[str, Any]
 
 _logger = logging.getLogger(__name__)
-_MAX_METRICS = 1000  # MLflow takes no more in one log_batch
+_MAX_METRICS = 900  # of 1000 rows MLflow makes two batches, and a crash in between would cut an epoch in half
 _MAX_TAG = 5000  # characters; MLflow refuses longer values
 
 RUN_STATUS: dict[EndState, str] = {
@@ -86,9 +86,12 @@ class Spool:
                 _logger.warning("%s: skipped a damaged line of %d bytes", self.path, len(line))
 
     def has_ended(self) -> bool:
-        """Whether the last event is the run's end."""
-        events = list(self._parse(self.path.read_bytes().splitlines()[-1:]))
-        return bool(events) and "end" in events[0]
+        """Whether the last event is the run's end; a run without a file has ended, and all of it was told."""
+        with self._lock:
+            if not self.path.exists():
+                return True
+            last_line = self.path.read_bytes().splitlines()[-1:]
+        return any("end" in event for event in self._parse(last_line))
 
     def told(self, size: int) -> None:
         """Remember that everything in the first `size` bytes was told."""

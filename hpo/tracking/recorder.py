@@ -59,15 +59,11 @@ class StudyRuns:
         self._sender = Sender()
         atexit.register(self.close)
 
-    def trial_run(
-        self, number: int, *, params: Mapping[str, Any], tags: Mapping[str, str] | None = None, note: str | None = None
-    ) -> TrialRun:
+    def trial_run(self, number: int, *, params: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> TrialRun:
         """The run of a trial: a new one, or after an interruption the one it had. Returns at once."""
         run = TrialRun(self._delivery(number), self._sender)
-        all_tags = {**self._source_tags, **(tags or {})}
-        if note:
-            all_tags["mlflow.note.content"] = note
-        run.start({name: _as_text(value) for name, value in params.items()}, all_tags)
+        texts = {name: _as_text(value) for name, value in params.items()}
+        run.start(texts, {**self._source_tags, **(tags or {})})
         return run
 
     def summary_run(self) -> SummaryRun:
@@ -91,7 +87,8 @@ class StudyRuns:
         for path in sorted(self._folder.glob("trial-*.jsonl")):
             number = int(path.stem.removeprefix("trial-"))
             if number not in live:
-                self._recover_trial(number)
+                self._interrupt_if_open(number)
+                self._sender.put(self._delivery(number))
         self.flush()
         client = self.store.client
         with explained(self.store.uri):
@@ -100,11 +97,10 @@ class StudyRuns:
                     client.set_tag(run.info.run_id, "hpo.state", "interrupted")
                     client.set_terminated(run.info.run_id, "KILLED")
 
-    def _recover_trial(self, number: int) -> None:
+    def _interrupt_if_open(self, number: int) -> None:
         delivery = self._delivery(number)
         if not delivery.spool.has_ended():
-            TrialRun(delivery, self._sender).finish("interrupted", reason="the process ended before the trial did")
-        self._sender.put(delivery)
+            TrialRun(delivery, self._sender).finish("interrupted", reason="the search ended before the trial did")
 
     def _delivery(self, number: int) -> Delivery:
         if number not in self._deliveries:
@@ -117,8 +113,10 @@ class StudyRuns:
         return self._sender.flush(timeout_s)
 
     def close(self, timeout_s: float = _FLUSH_TIMEOUT_S) -> None:
-        """Send what is left and stop; what does not arrive stays on disk for the next search."""
+        """End open trials as interrupted and send what is left; what does not arrive stays for the next search."""
         atexit.unregister(self.close)
+        for number in self._deliveries:
+            self._interrupt_if_open(number)
         if not self._sender.close(timeout_s):
             _logger.warning(
                 "MLflow at %s did not take everything; the rest waits in %s and is sent by the next search of '%s'.",
@@ -195,10 +193,6 @@ class SummaryRun:
         """Add a figure to the artifacts: `log_figure("plots/history.png", plot_history(...))`."""
         with explained(self._store.uri):
             self._client.log_figure(self.run_id, figure, name)
-
-    def log_file(self, path: Path, folder: str | None = None) -> None:
-        with explained(self._store.uri):
-            self._client.log_artifact(self.run_id, str(path), folder)
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Single values, such as `best/accuracy` and `test/accuracy`."""

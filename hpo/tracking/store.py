@@ -85,18 +85,14 @@ class TrackingStore:
 
     def find_trial_run(self, study: str, number: int) -> str:
         """The run id of a trial. Raises StoreError where MLflow has no such run."""
-        return self._find_run(study, f"run of trial {number}", f"tags.`hpo.trial` = '{number}'")
-
-    def find_summary_run(self, study: str) -> str:
-        """The run id of a study's summary. Raises StoreError where MLflow has none."""
-        return self._find_run(study, "summary", "tags.`hpo.kind` = 'study'")
-
-    def _find_run(self, study: str, what: str, filter_string: str) -> str:
         experiment = self._find_experiment(study)
         with explained(self.uri):
-            runs = search_runs(self.client, experiment.experiment_id, filter_string) if experiment else []
+            of_trial = f"tags.`hpo.trial` = '{number}'"
+            runs = search_runs(self.client, experiment.experiment_id, of_trial) if experiment else []
         if not runs:
-            raise StoreError(f"MLflow at {self.uri} has no {what} in study '{study}'; run the search again.")
+            raise StoreError(
+                f"MLflow at {self.uri} has no run of trial {number} in study '{study}'; run the search again."
+            )
         return str(runs[0].info.run_id)
 
     def download(self, run_id: str, artifact_path: str) -> Path:

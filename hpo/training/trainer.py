@@ -67,7 +67,7 @@ def fit(
 
     With `checkpoint` the state is saved before each result is yielded. A run that was interrupted goes on after the
     last saved epoch and is bit-equal to one that was not; for that the caller passes the same model, splits and config.
-    Where the saved run was already over, its last result is yielded again.
+    Its first result is then the saved one once more: whoever was killed may not have got it.
 
     The global random state is seeded anew for each epoch. Raises UsageError before any work where the config does not
     fit the data, and CheckpointError where the folder holds a run with another config.
@@ -75,16 +75,14 @@ def fit(
     run = _Run(model, splits, config)
     saved = run.resume(checkpoint) if checkpoint else None
     try:
-        if saved and run.is_over(saved):
-            yield saved
-            return
-        for epoch in range(saved.epoch + 1 if saved else 1, config.max_epochs + 1):
-            result = run.next_epoch(epoch)
-            if checkpoint:
-                checkpoint.save(run.state_dict(result), epoch)
+        result = saved
+        if result:
             yield result
-            if run.is_over(result):
-                return
+        while result is None or not run.is_over(result):
+            result = run.next_epoch(result.epoch + 1 if result else 1)
+            if checkpoint:
+                checkpoint.save(run.state_dict(result), result.epoch)
+            yield result
     finally:
         run.restore_best_weights()
 

@@ -1,0 +1,63 @@
+"""The checks that every change must pass, and what the distributions hold."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command: str) -> str:
+    finished = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=600
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("ruff", "check", "."),
+        ("ruff", "format", "--check", "."),
+        ("mypy",),
+        ("importlinter.cli", "lint", "--no-cache"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_the_code_passes(command: tuple[str, ...]) -> None:
+    run(*command)
+
+
+def test_the_distributions_hold_what_they_should_and_nothing_else(tmp_path: Path) -> None:
+    run("hatchling", "build", "-d", str(tmp_path))
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        top = {name.split("/")[0] for name in archive.namelist()}
+        names = set(archive.namelist())
+    assert {name for name in top if not name.endswith(".dist-info")} == {"hpo", "objectives", "search_spaces"}
+    assert {"hpo/py.typed", "hpo/cli.py", "objectives/digits.py", "search_spaces/digits.py"} <= names
+    assert all(name.endswith((".py", "py.typed")) or ".dist-info/" in name for name in names)
+
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        entries = {name.split("/", 1)[1] for name in archive.getnames()}
+    assert {"README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "tests/test_checks.py"} <= entries
+    allowed = {"hpo", "objectives", "search_spaces", "tests", "examples", "docs"}
+    files = {"README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "pyproject.toml", "PKG-INFO", ".gitignore"}
+    assert {entry.split("/")[0] for entry in entries} <= allowed | files
+    assert not [entry for entry in entries if "__pycache__" in entry or entry.endswith((".db", ".pt"))]
+
+
+def test_no_file_names_a_package_index() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    hosts = ("pypi" + ".org", "files.python" + "hosted.org", "download.py" + "torch.org")
+    for name in tracked:
+        text = (ROOT / name).read_text(errors="replace")
+        assert not any(host in text for host in hosts), name
