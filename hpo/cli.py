@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 INTERRUPTED = 130
+PIPED_WIDTH = 200  # columns of a table in a file or a pipe, which has no width of its own
 
 
 class Duration(click.ParamType[float]):
@@ -238,7 +239,10 @@ def _console(stderr: bool = False) -> Console:
     from rich.console import Console
 
     # Names and messages may hold brackets, which are no markup.
-    return Console(stderr=stderr, highlight=False, markup=False)
+    console = Console(stderr=stderr, highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = PIPED_WIDTH
+    return console
 
 
 def _print_json(data: Any) -> None:

@@ -30,6 +30,7 @@ from hpo.trial import TrialState
 
 VALIDATION_FRACTION = 0.2
 DEFAULT_TRIALS = 100
+NUM_COLUMNS = 5  # parameters in MLflow's table of runs, the first in tuning priority
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +241,7 @@ def _open_runs(store: TrackingStore, study: Study, task: Task) -> StudyRuns:
         study.name,
         metric=settings.metric,
         direction=settings.direction,
+        columns=list(settings.space.parameters)[:NUM_COLUMNS],
         tags={"hpo.task": settings.task},
         note=note,
     )

@@ -17,13 +17,13 @@ from hpo.plugins import OBJECTIVES, load_task, registered
 from hpo.search.storage import read_storage
 from hpo.search.study import Study, list_studies
 from hpo.space import Space, describe_conditions, format_value
-from hpo.trial import CROWNABLE
+from hpo.trial import ranked
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from hpo.pipeline import SearchOutcome
-    from hpo.trial import TrialRecord, TrialState
+    from hpo.trial import TrialState
 
 
 def print_outcome(console: Console, outcome: SearchOutcome) -> None:
@@ -117,7 +117,7 @@ def study_facts(name: str, home: Path | None, top: int | None = None) -> dict[st
     study = Study.load(read_storage(find_home(home)), name)
     trials = study.trials()
     if top is not None:
-        trials = _ranked(trials, study.settings.direction)[:top]
+        trials = ranked(trials, study.settings.direction)[:top]
     facts: dict[str, Any] = to_plain(
         {
             "study": name,
@@ -228,12 +228,6 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _ranked(trials: list[TrialRecord], direction: str) -> list[TrialRecord]:
-    """Trials that can win, by value, the best first."""
-    candidates = [trial for trial in trials if trial.state in CROWNABLE and trial.value is not None]
-    return sorted(candidates, key=lambda trial: trial.value or 0.0, reverse=direction == "maximize")
 
 
 def _configuration(trial: dict[str, Any]) -> str:

@@ -70,6 +70,11 @@ class _Range(ABC):
         default = self._default if self._default in values else values[0]
         return Choice(*values, default=default, when=self.when)
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether there is one value only."""
+        return self.low == self.high
+
     def extremes(self) -> tuple[float, ...]:
         """The values that a check must try: the lowest and the highest."""
         return self.low, self.high
@@ -79,7 +84,7 @@ class _Range(ABC):
 
     def describe(self) -> str:
         """The range in words: `0.0001:1 (log)`."""
-        if self.low == self.high:
+        if self.is_fixed:
             return f"{format_value(self.low)} (fixed)"
         return f"{self._bounds}{' (log)' if self.log else ''}"
 
@@ -161,6 +166,11 @@ class Choice:
         default = self.default if self.default in chosen else next(iter(chosen))
         return Choice(*chosen, default=default, when=self.when)
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether there is one value only."""
+        return len(self.choices) == 1
+
     def extremes(self) -> tuple[Value, ...]:
         """The values that a check must try: all of them."""
         return self.choices
@@ -170,7 +180,7 @@ class Choice:
 
     def describe(self) -> str:
         """The choices in words: `sgd, adamw`."""
-        return f"{self._listing} (fixed)" if len(self.choices) == 1 else self._listing
+        return f"{self._listing} (fixed)" if self.is_fixed else self._listing
 
     def to_dict(self) -> dict[str, Any]:
         return {"type": "choice", "choices": list(self.choices), "default": self.default}

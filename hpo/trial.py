@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from hpo.objective import Direction
 
 EndState = Literal["complete", "pruned", "diverged", "failed", "interrupted"]
 TrialState = Literal["complete", "pruned", "diverged", "failed", "interrupted", "running"]
@@ -48,3 +52,10 @@ class TrialRecord:
 
     duration_s: float | None = None
     """Seconds of the last attempt; None while it runs."""
+
+
+def ranked(records: Iterable[TrialRecord], direction: Direction) -> list[TrialRecord]:
+    """The trials that can be the winner, the best first, the earlier of equals first."""
+    candidates = [record for record in records if record.state in CROWNABLE and record.value is not None]
+    sign = -1 if direction == "maximize" else 1
+    return sorted(candidates, key=lambda record: (sign * (record.value or 0.0), record.number))

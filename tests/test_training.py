@@ -205,9 +205,11 @@ def test_the_checkpoints_of_two_trials_do_not_collide(tmp_path: Path) -> None:
         list(fit(model, image_splits(), config))
 
     folders = [CheckpointFolder(tmp_path / "checkpoints" / str(trial)) for trial in range(2)]
-    for trials in ([0, 1], [1, 0]):  # one epoch of each, then the rest of each, from the folders
+    for last_epoch, trials in ((1, [0, 1]), (2, [1, 0])):  # one epoch of each, then the other, from the folders
         for trial in trials:
-            next(iter(fit(interleaved[trial], image_splits(), configs[trial], checkpoint=folders[trial])))
+            for result in fit(interleaved[trial], image_splits(), configs[trial], checkpoint=folders[trial]):
+                if result.epoch == last_epoch:
+                    break
     for trial, folder in enumerate(folders):
         assert len(list(folder.path.iterdir())) == 2
         list(fit(interleaved[trial], image_splits(), configs[trial], checkpoint=folder))
@@ -613,7 +615,7 @@ def test_a_damaged_checkpoint_costs_one_epoch_and_nothing_else(tmp_path: Path) -
     newest.write_bytes(newest.read_bytes()[:-100])
     model = ImageNet(dropout=0.2)
     resumed = [without_time(result) for result in fit(model, image_splits(), quick_config(), checkpoint=folder)]
-    assert resumed == expected[1:]
+    assert resumed == expected, "what is left is the first epoch"
     assert_equal_weights(weights_of(model), weights_of(expected_model))
 
 

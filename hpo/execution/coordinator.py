@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from hpo.errors import SearchError
 from hpo.execution.observer import Observer, SearchStart
 from hpo.execution.worker import BEST_WEIGHTS, CHECKPOINT, DESCRIPTION, Assignment, Decision, run_trial
+from hpo.trial import CROWNABLE
 
 if TYPE_CHECKING:
     from hpo.data.datasets import Splits
@@ -148,12 +149,14 @@ class Coordinator:
             for name in (BEST_WEIGHTS, DESCRIPTION):
                 if (folder / name).exists():
                     attempt.run.log_file(folder / name, CHECKPOINT)
-        attempt.run.finish(attempt.state, value=attempt.best_value, reason=attempt.reason)
+        # A trial that cannot win has no value in the table of runs, which is sorted by it.
+        value = attempt.best_value if attempt.state in CROWNABLE else None
+        attempt.run.finish(attempt.state, value=value, reason=attempt.reason)
         delivered = attempt.run.flush(DELIVERY_TIMEOUT_S)
         self._study.tell(
             attempt.suggestion.number,
             attempt.state,
-            value=attempt.best_value,
+            value=value,
             best_epoch=attempt.last.best_epoch if attempt.last else None,
             reason=attempt.reason,
         )

@@ -17,13 +17,12 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from hpo.search.wrappers import PinningSampler, TrialSeededSampler
-from hpo.space import Choice
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial
 
-    from hpo.space import Parameter, Space, Value
+    from hpo.space import Space, Value
 
 DEFAULT_CONFIGURATION = "default configuration"
 EVERYTHING = "everything"
@@ -71,15 +70,10 @@ def _groups_of_stage(number: int, num_groups: int, num_trials: int) -> int:
 def tunable_groups(space: Space) -> dict[str, tuple[str, ...]]:
     """The parameters that can vary, by group; without the groups in which everything is fixed."""
     varying = {
-        group.name: tuple(name for name, parameter in group.parameters.items() if not is_fixed(parameter))
+        group.name: tuple(name for name, parameter in group.parameters.items() if not parameter.is_fixed)
         for group in space.groups
     }
     return {group: names for group, names in varying.items() if names}
-
-
-def is_fixed(parameter: Parameter) -> bool:
-    """Whether the parameter has one value only."""
-    return len(parameter.choices) == 1 if isinstance(parameter, Choice) else parameter.low == parameter.high
 
 
 class PrioritySampler(PinningSampler):

@@ -19,7 +19,7 @@ from hpo.search.pruners import build_pruner
 from hpo.search.samplers import build_sampler, distribution, grid_size
 from hpo.search.strategy import DEFAULT_CONFIGURATION, EVERYTHING, stage_name, tunable_groups
 from hpo.space import Space, format_value
-from hpo.trial import CROWNABLE, EndState, TrialRecord, TrialState
+from hpo.trial import EndState, TrialRecord, TrialState, ranked
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -280,8 +280,7 @@ class Study:
 
     def best(self) -> TrialRecord | None:
         """The trial with the best epoch, complete or pruned, the earliest of equals; None while there is none."""
-        candidates = [trial for trial in self.trials() if trial.state in CROWNABLE and trial.value is not None]
-        return min(candidates, key=lambda trial: self._loss(trial.value), default=None)
+        return next(iter(ranked(self.trials(), self.settings.direction)), None)
 
     def importances(self) -> dict[str, dict[str, float]]:
         """Importance of each parameter that varies, by group; they sum to 1.

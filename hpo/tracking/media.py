@@ -16,7 +16,7 @@ from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullFormatter
 
 from hpo.objective import Direction
 from hpo.space import Choice, Parameter, Space, format_value
-from hpo.trial import TrialRecord, TrialState
+from hpo.trial import TrialRecord, TrialState, ranked
 
 _BLACK, _GREY = "#000000", "#7f7f7f"
 _ORANGE, _SKY, _GREEN, _YELLOW, _BLUE, _RED, _PURPLE = (
@@ -46,7 +46,8 @@ _DPI = 110
 def plot_history(records: Sequence[TrialRecord], *, metric: str, direction: Direction) -> Figure:
     """The value of each trial and the best so far.
 
-    Only complete trials count as the best. A trial without a value, such as a failed one, is a mark below the plot.
+    A diverged or interrupted trial never counts as the best. A trial without a value, such as a failed one, is a mark
+    below the plot.
     """
     figure, axes = _figure("Value by trial", width=9, height=5)
     valued = [record for record in records if _has_value(record)]
@@ -57,26 +58,26 @@ def plot_history(records: Sequence[TrialRecord], *, metric: str, direction: Dire
             colour, marker = _LOOKS[record.state]
             at_the_foot = axes.get_xaxis_transform()
             axes.plot(record.number, 0.0, marker, color=colour, markersize=7, clip_on=False, transform=at_the_foot)
-    complete = sorted((r for r in valued if r.state == "complete"), key=lambda record: record.number)
+    candidates = sorted(ranked(valued, direction), key=lambda record: record.number)
     better = max if direction == "maximize" else min
-    best_so_far = [_clip(value, limits) for value in accumulate(map(_value, complete), better)]
-    axes.step([r.number for r in complete], best_so_far, where="post", color=_GREEN, linewidth=2, zorder=1)
+    best_so_far = [_clip(value, limits) for value in accumulate(map(_value, candidates), better)]
+    axes.step([r.number for r in candidates], best_so_far, where="post", color=_GREEN, linewidth=2, zorder=1)
     _mark_default(axes, valued, limits)
     axes.set_xlabel("trial")
     axes.set_xlim(-0.5, max([1, *(record.number for record in records)]) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _finish_value_axis(axes, metric, direction, limits, empty=not valued)
-    _legend(figure, records, best_so_far=bool(complete), default=any(r.number == 0 for r in valued))
+    _legend(figure, records, best_so_far=bool(candidates), default=any(r.number == 0 for r in valued))
     return figure
 
 
 def plot_curves(
     records: Sequence[TrialRecord], *, metric: str, direction: Direction, num_best: int = len(_CURVE_COLOURS)
 ) -> Figure:
-    """Learning curves: the best complete trials by name, the pruned and diverged ones in the background."""
+    """Learning curves: the best trials by name, the other pruned and diverged ones in the background."""
     figure, axes = _figure("Learning curves", width=9, height=5)
-    stopped = [record for record in records if record.state in ("pruned", "diverged") and record.curve]
-    best = _best(records, direction)[:num_best]
+    best = ranked(records, direction)[:num_best]
+    stopped = [r for r in records if r.state in ("pruned", "diverged") and r.curve and r not in best]
     shown = [value for record in stopped + best for value in record.curve.values() if math.isfinite(value)]
     limits = _shown_range(shown, direction)
     handles = []
@@ -110,7 +111,7 @@ def plot_slices(records: Sequence[TrialRecord], space: Space, *, metric: str, di
     A trial is left out of the plots of its inactive parameters. Choices are spread sideways, so that points that fall
     together can be told apart.
     """
-    searched = {name: parameter for name, parameter in space.parameters.items() if not _is_fixed(parameter)}
+    searched = {name: parameter for name, parameter in space.parameters.items() if not parameter.is_fixed}
     valued = [record for record in records if _has_value(record)]
     if not (searched and valued):
         figure, axes = _figure("Value by parameter", width=9, height=3)
@@ -123,7 +124,7 @@ def plot_slices(records: Sequence[TrialRecord], space: Space, *, metric: str, di
     figure.suptitle("Value by parameter", fontweight="bold")
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     cells = grid.flatten()
-    best = next(iter(_best(valued, direction)), None)
+    best = next(iter(ranked(valued, direction)), None)
     for axes, (name, parameter) in zip(cells, searched.items(), strict=False):
         active = [record for record in valued if name in record.values and name not in record.inactive]
         points = [(_position(parameter, record, name), record) for record in active]
@@ -197,11 +198,6 @@ def _has_value(record: TrialRecord) -> bool:
 def _value(record: TrialRecord) -> float:
     assert record.value is not None, "only asked of records that have a value"
     return record.value
-
-
-def _best(records: Sequence[TrialRecord], direction: Direction) -> list[TrialRecord]:
-    complete = [record for record in records if record.state == "complete" and _has_value(record)]
-    return sorted(complete, key=_value, reverse=direction == "maximize")
 
 
 Limits = tuple[float, float]
@@ -292,10 +288,6 @@ def _legend(
         handles.append(Line2D([], [], color=_GREEN, marker="*", linestyle="", markersize=12, label=label))
     if handles:
         figure.legend(handles=handles, loc="outside right upper", frameon=False)
-
-
-def _is_fixed(parameter: Parameter) -> bool:
-    return len(parameter.choices) == 1 if isinstance(parameter, Choice) else parameter.low == parameter.high
 
 
 def _position(parameter: Parameter, record: TrialRecord, name: str) -> float:
