@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -215,6 +216,7 @@ def ui(study: str | None, port: int, host: str, home: Path | None, tracking_uri:
 
 def main() -> None:
     """Run the command line: every expected failure is one line on stderr and an exit code, without a traceback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: whatever is open is ended
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hpo").setLevel(logging.INFO)
     try:

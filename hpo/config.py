@@ -14,6 +14,20 @@ SCHEDULES = ("constant", "cosine", "one_cycle")
 AUGMENTATIONS = ("none", "flip", "crop", "crop_flip", "crop_flip_cutout")
 LOSSES = ("cross_entropy", "mse")
 
+Direction = Literal["maximize", "minimize"]
+METRICS: dict[str, Direction] = {
+    "loss": "minimize",
+    "accuracy": "maximize",
+    "precision": "maximize",
+    "recall": "maximize",
+    "f1": "maximize",
+    "mse": "minimize",
+    "rmse": "minimize",
+    "mae": "minimize",
+    "r2": "maximize",
+}
+"""What can be optimised on the validation split, and whether more of it is better."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -59,10 +73,7 @@ class TrainConfig:
     """One of LOSSES."""
 
     metric: str = "accuracy"
-    """What decides about stopping and the best epoch, measured on the validation split."""
-
-    direction: Literal["maximize", "minimize"] = "maximize"
-    """Whether a larger or a smaller metric is better."""
+    """One of METRICS: it decides about stopping and the best epoch, measured on the validation split."""
 
     patience: int = 10
     """Epochs without improvement after which training stops, at least 1."""
@@ -85,7 +96,7 @@ class TrainConfig:
             ("schedule", SCHEDULES),
             ("augment", AUGMENTATIONS),
             ("loss", LOSSES),
-            ("direction", ("maximize", "minimize")),
+            ("metric", METRICS),
         ):
             if getattr(self, name) not in allowed:
                 raise UnknownNameError(name, str(getattr(self, name)), allowed)
@@ -96,6 +107,11 @@ class TrainConfig:
         for name in ("momentum", "warmup_fraction", "label_smoothing"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._require("lr", 0 < self.lr < math.inf, "above 0 and finite")
+
+    @property
+    def direction(self) -> Direction:
+        """Whether a larger or a smaller metric is better."""
+        return METRICS[self.metric]
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:

@@ -6,14 +6,15 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+from hpo.config import METRICS, Direction
+from hpo.errors import UnknownNameError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from hpo.space import Space
-
-Direction = Literal["maximize", "minimize"]
 
 
 @dataclass(frozen=True)
@@ -94,19 +95,25 @@ class Objective:
     """`model(spec, **parameters)`: a network from normalised inputs (B, *input_shape) to outputs (B, num_outputs)."""
 
     loss: str = "cross_entropy"
-    """A name of `hpo.training.losses`."""
+    """One of `hpo.config.LOSSES`."""
 
     metric: str = "accuracy"
-    """What is optimised on the validation split: a name of `hpo.training.metrics`."""
-
-    direction: Direction = "maximize"
-    """Whether a larger or a smaller metric is better."""
+    """What is optimised on the validation split: one of `hpo.config.METRICS`."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `TrainConfig` that differ from their defaults for this task, such as max_epochs."""
 
     space: Space | None = None
     """The search space; without it the registered space of the same name is used."""
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise UnknownNameError("metric", self.metric, METRICS)
+
+    @property
+    def direction(self) -> Direction:
+        """Whether a larger or a smaller metric is better."""
+        return METRICS[self.metric]
 
     def model_parameters(self) -> set[str]:
         """Names that `model` accepts as keywords."""

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-
-from hpo.data.datasets import Splits, split_dataset
+from hpo.data.datasets import split_dataset
 from hpo.deploy.finish import Winner, crown_winner, find_winner, write_summary
-from hpo.errors import SearchError, SpaceError, UnknownNameError, UsageError
+from hpo.errors import SearchError, StoreError, UnknownNameError, UsageError
 from hpo.execution.coordinator import Coordinator
 from hpo.execution.observer import Observer
 from hpo.home import check_study_name, find_data_dir, find_home, study_lock
-from hpo.models.preprocessed import build_model
 from hpo.objective import Dataset
 from hpo.plugins import Task, load_task
+from hpo.preflight import check_task, choose_device, load_dataset
 from hpo.report import to_plain
 from hpo.search.pruners import PRUNERS
 from hpo.search.samplers import STRATEGIES
@@ -25,7 +24,6 @@ from hpo.search.storage import open_storage, read_storage
 from hpo.search.study import Study, StudySettings, read_settings
 from hpo.tracking.recorder import StudyRuns
 from hpo.tracking.store import TrackingStore, open_store
-from hpo.training.metrics import check_metric
 from hpo.trial import TrialState
 
 VALIDATION_FRACTION = 0.2
@@ -43,7 +41,10 @@ class SearchOutcome:
     """Trials of the study by how they ended."""
     num_trials: int
     """Complete and pruned trials that were asked for."""
+    is_done: bool
+    """Whether all of them have run; only then is the winner tested."""
     interrupted: bool
+    """Whether someone stopped the search."""
     winner: Winner | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,10 +81,14 @@ def run_search(
     home = find_home(home)
     found = load_task(task, space)
     name = check_study_name(study or found.objective.name)
+    stored = read_settings(read_storage(home), name)
+    if stored and stored.space_reference and space is None:
+        found = load_task(task, stored.space_reference)
     settings = _settle(
         found,
-        read_settings(read_storage(home), name),
+        stored,
         {
+            "space_reference": space,
             "overrides": tuple(overrides) or None,
             "planned_trials": trials,
             "max_epochs": epochs,
@@ -97,10 +102,9 @@ def run_search(
     chosen_device = choose_device(device)
 
     observer.note(f"loading the data of {found.objective.name}")
-    dataset = found.objective.load(find_data_dir(data_dir))
+    dataset = load_dataset(found, find_data_dir(data_dir))
     splits = split_dataset(dataset, validation_fraction=VALIDATION_FRACTION, seed=settings.seed, limit=settings.limit)
-    _check_batch_sizes(found, splits)
-    _check_model(found, splits)
+    check_task(found, splits)
 
     observer.note("opening the MLflow store")
     store = open_store(home, tracking_uri)
@@ -126,6 +130,7 @@ def run_search(
         home=home,
         counts=opened.counts(),
         num_trials=coordinator.num_trials,
+        is_done=coordinator.is_done,
         interrupted=coordinator.interrupted,
         winner=winner,
     )
@@ -136,28 +141,29 @@ def _run_and_crown(
 ) -> Winner | None:
     """Run the trials and write the summary, whose run ends as the search does."""
     summary = runs.summary_run()
-    state: Literal["complete", "failed", "interrupted"] = "interrupted"
     try:
         coordinator.run()
-        observer.note("drawing the plots and testing the winner")
-        if coordinator.interrupted:
-            winner = find_winner(study)
-        else:
-            winner = crown_winner(study, runs.store, dataset.test, device)
-            state = "complete"
+        observer.note("drawing the plots" + (" and testing the winner" if coordinator.is_done else ""))
+        runs.flush()
+        coordinator.remove_old_checkpoints()
+        winner = crown_winner(study, runs.store, dataset.test, device) if coordinator.is_done else find_winner(study)
         write_summary(study, summary, winner)
+        summary.finish("complete" if coordinator.is_done else "interrupted")
         return winner
-    except SearchError:
-        state = "failed"
+    except StoreError as error:
+        raise SearchError(f"{error} The trials are kept: the same command again finishes the study.") from error
+    except BaseException as error:
+        with suppress(StoreError):  # it must not hide why we are here
+            summary.finish("failed" if isinstance(error, Exception) else "interrupted")
         raise
     finally:
-        summary.finish(state)
         observer.search_ended()
 
 
 def _settle(task: Task, stored: StudySettings | None, given: Mapping[str, Any]) -> StudySettings:
     """What is given, else what the study was made with, else the defaults; each of it checked."""
     defaults: dict[str, Any] = {
+        "space_reference": None,
         "overrides": (),
         "planned_trials": DEFAULT_TRIALS,
         "max_epochs": task.train_config({}).max_epochs,
@@ -183,49 +189,6 @@ def _settle(task: Task, stored: StudySettings | None, given: Mapping[str, Any]) 
         direction=task.objective.direction,
         **chosen,
     )
-
-
-def choose_device(given: str) -> str:
-    """The device as torch names it; `auto` is a GPU where there is one. Raises UnknownNameError for one that is not."""
-    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if given == "auto":
-        return "cuda" if gpus else "cpu"
-    available = ["auto", "cpu", *(["cuda", *gpus] if gpus else [])]
-    if given not in available:
-        raise UnknownNameError("device", given, available)
-    return given
-
-
-def _check_batch_sizes(task: Task, splits: Splits) -> None:
-    """Every batch size that may be drawn must fit, or trials would fail one by one."""
-    values = task.space.parameters["batch_size"].extremes() if "batch_size" in task.space.parameters else ()
-    for batch_size in values or (task.train_config({}).batch_size,):
-        if int(batch_size) > len(splits.train):
-            raise SpaceError(
-                f"batch_size {batch_size} is larger than the {len(splits.train)} training examples; "
-                "allow smaller ones only, as -p batch_size=32,64, or raise --limit."
-            )
-
-
-def _check_model(task: Task, splits: Splits) -> None:
-    """Build the default configuration and let it see two examples, so that a mistake in a task is found at once."""
-    config = task.train_config(task.space.active(task.space.defaults()))
-    check_metric(config.metric, len(splits.spec.classes))
-    parameters = task.model_parameters(task.space.active(task.space.defaults()))
-    try:
-        model = build_model(task.objective, splits.spec, parameters, seed=0).eval()
-        model.fit_statistics(splits.train)
-        shape = tuple(model(splits.train.inputs[:2]).shape)
-    except Exception as error:  # the model is a stranger's code and may raise anything
-        raise UsageError(
-            f"the model of task '{task.objective.name}' fails with the default configuration: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    wanted = (2, splits.spec.num_outputs) if splits.spec.classes else (2,)
-    if shape != wanted:
-        raise UsageError(
-            f"the model of task '{task.objective.name}' gives outputs of shape {shape} for 2 examples, not {wanted}."
-        )
 
 
 def _open_runs(store: TrackingStore, study: Study, task: Task) -> StudyRuns:

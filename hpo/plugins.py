@@ -28,7 +28,7 @@ OBJECTIVES = "hpo.objectives"
 SEARCH_SPACES = "hpo.search_spaces"
 
 # A study has one budget, one metric and one device: a search may not choose between them.
-NOT_TUNABLE = frozenset({"max_epochs", "metric", "direction", "seed", "device"})
+NOT_TUNABLE = frozenset({"max_epochs", "metric", "seed", "device"})
 
 _logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Task:
     def train_config(self, values: Mapping[str, Value], **settings: Any) -> TrainConfig:
         """Settings of the trainer for one configuration: the task's own, those given, then the searched ones."""
         searched = {name: value for name, value in values.items() if name in config_fields()}
-        judged_by = {name: getattr(self.objective, name) for name in ("loss", "metric", "direction")}
+        judged_by = {name: getattr(self.objective, name) for name in ("loss", "metric")}
         return TrainConfig(**{**judged_by, **self.objective.settings, **settings, **searched})
 
     def model_parameters(self, values: Mapping[str, Value]) -> dict[str, Value]:
@@ -110,6 +110,9 @@ def _load(group: str, reference: str, wanted: type) -> _Found:
         return _Found(_attribute(_import_file(path), attribute, wanted, reference), str(path))
     if ":" in reference:
         module_name, _, attribute = reference.partition(":")
+        # A console script does not look into the current folder, where people keep their own modules. Last, so that
+        # nothing there stands in for an installed package.
+        sys.path.append("")
         return _Found(_attribute(_import_module(module_name), attribute, wanted, reference), reference)
     modules = registered(group)
     kind = "task" if wanted is Objective else "search space"
@@ -130,9 +133,6 @@ def _own_space(objective: Objective) -> Space:
 
 
 def _import_module(name: str) -> ModuleType:
-    # A console script does not look into the current folder, where people keep their own modules.
-    if "" not in sys.path:
-        sys.path.insert(0, "")
     try:
         return importlib.import_module(name)
     except Exception as error:  # a stranger's code may raise anything

@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 
 def print_outcome(console: Console, outcome: SearchOutcome) -> None:
     """The last words of `hpo search`: the winner, its scores, where everything is and what to type next."""
-    console.print(f"{'Interrupted' if outcome.interrupted else 'Done'}: {describe_counts(outcome.counts)}.")
+    ending = "Done" if outcome.is_done else "Interrupted" if outcome.interrupted else "Time is up"
+    console.print(f"{ending}: {describe_counts(outcome.counts)}.")
     if outcome.winner is not None:
         _print_winner(console, outcome.winner)
     console.print(f"Runs, curves and checkpoints are in {outcome.home}", soft_wrap=True)
     home = "" if outcome.home == find_home() else f" --home {outcome.home}"
-    if outcome.interrupted:
+    if not outcome.is_done:
         console.print("Go on with the same command.")
     elif outcome.winner is None:
         console.print(f"No trial has a result, so there is no winner; the reasons: hpo show {outcome.study}{home}")
@@ -158,7 +159,7 @@ def print_study(console: Console, facts: dict[str, Any]) -> None:
 
 def _print_importances(console: Console, importances: dict[str, dict[str, float]]) -> None:
     if not importances:
-        console.print("Importances need more complete trials.")
+        console.print("Importances need at least 10 trials that differ.")
         return
     table = _table("group", "importance", "by parameter")
     for group, shares in importances.items():
@@ -194,7 +195,7 @@ def _print_winner(console: Console, winner: Winner) -> None:
 def _describe_test(winner: Winner) -> str:
     if winner.test is None:
         return "not read yet: it is, once, when the search has reached its end"
-    scores = ", ".join(f"{name} {value:.4f}" for name, value in winner.test.items())
+    scores = ", ".join(f"{name} {_score(value)}" for name, value in winner.test.items())
     times = (
         "once" if winner.num_test_readings == 1 else f"{winner.num_test_readings} times, once for each winner so far"
     )
@@ -239,7 +240,7 @@ def _short(value: Any) -> str:
 
 
 def _score(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _table(*columns: str, title: str | None = None) -> Table:

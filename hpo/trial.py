@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from hpo.objective import Direction
+    from hpo.config import Direction
 
 EndState = Literal["complete", "pruned", "diverged", "failed", "interrupted"]
 TrialState = Literal["complete", "pruned", "diverged", "failed", "interrupted", "running"]

@@ -44,6 +44,5 @@ objective = Objective(
     model=model,
     loss="mse",
     metric="r2",
-    direction="maximize",
     settings={"max_epochs": 60, "patience": 15},
 )

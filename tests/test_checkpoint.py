@@ -98,7 +98,7 @@ def test_epochs_are_ordered_as_numbers_beyond_four_digits(folder: CheckpointFold
 
 def test_what_a_crash_left_behind_is_ignored_and_then_deleted(folder: CheckpointFolder) -> None:
     folder.save({"x": 1}, epoch=1)
-    stale = folder.path / f"epoch-0002.{'0' * 64}.pt.tmp"
+    stale = folder.path / f".epoch-0002.{'0' * 64}.pt.3f.tmp"
     stale.write_bytes(b"half a checkp")
     assert folder.load() == (1, {"x": 1})
 

@@ -230,7 +230,7 @@ def test_a_run_without_a_finite_epoch_has_no_best_and_loads_nothing_stale(tmp_pa
 
 
 def test_a_metric_to_be_minimised_has_its_best_at_the_minimum() -> None:
-    config = quick_config(metric="loss", direction="minimize", max_epochs=12, lr=0.3, optimizer="sgd", patience=12)
+    config = quick_config(metric="loss", max_epochs=12, lr=0.3, optimizer="sgd", patience=12)
     model = ImageNet()
     results = list(fit(model, image_splits(), config))
     values = [result.value for result in results]
@@ -454,7 +454,7 @@ def test_an_exception_in_the_loop_of_the_caller_leaves_the_best_weights() -> Non
 
 def test_the_best_weights_are_those_that_were_measured() -> None:
     model = ImageNet(dropout=0.2)
-    config = quick_config(max_epochs=6, lr=0.3, metric="loss", direction="minimize")
+    config = quick_config(max_epochs=6, lr=0.3, metric="loss")
     results = list(fit(model, image_splits(), config))
     assert not results[-1].is_best, "or the test shows nothing"
     measured = evaluate(model, image_splits().validation, config, NUM_CLASSES)

@@ -10,13 +10,12 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 
+from hpo.files import write_atomically
 from hpo.objective import Split
 
 logger = logging.getLogger(__name__)
@@ -64,19 +63,6 @@ def _save(split: Split, folder: Path, name: str, fingerprint: str) -> None:
     torch.save({"inputs": split.inputs, "targets": split.targets}, content)
     digest = hashlib.sha256(content.getbuffer()).hexdigest()
     path = folder / f"{name}.{fingerprint}.{digest}.pt"
-    _write_atomically(path, content.getbuffer())
+    write_atomically(path, content.getbuffer())
     for outdated in set(folder.glob(f"{name}.*.pt")) - {path}:
         outdated.unlink(missing_ok=True)
-
-
-def _write_atomically(path: Path, content: memoryview) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{uuid4().hex}.unfinished")
-    try:
-        with unfinished.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

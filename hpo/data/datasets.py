@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hpo.config import derive_seed
-from hpo.errors import UsageError
+from hpo.errors import DataError, UsageError
 from hpo.objective import Dataset, DataSpec, SealedSplit, Split
 
 Indices = NDArray[np.int64]
@@ -47,6 +47,7 @@ def split_dataset(dataset: Dataset, *, validation_fraction: float, seed: int, li
         raise UsageError(
             f"limit={limit} is not allowed: it must be from 1 to the {len(dataset.train)} examples there are."
         )
+    _require_sound(dataset.train, dataset.classes)
     kept = _stratified_order(dataset.train, dataset.classes, derive_seed(seed, "split"))[:limit]
     num_validation = math.ceil(len(kept) * validation_fraction)
     train, validation = _select(dataset.train, kept[num_validation:]), _select(dataset.train, kept[:num_validation])
@@ -64,6 +65,7 @@ def hold_out(
     ever: a study's seed has no part in it.
     """
     whole = Split(inputs, targets)
+    _require_sound(whole, classes)
     order = _stratified_order(whole, classes, seed)
     num_test = math.ceil(len(whole) * test_fraction)
     test = _select(whole, order[:num_test])
@@ -81,6 +83,30 @@ def _stratified_order(split: Split, classes: Sequence[str], seed: int) -> Indice
     for members in (np.flatnonzero(labels == label) for label in range(len(classes))):
         quantiles[members] = (np.arange(len(members)) + 0.5) / len(members)
     return order[np.argsort(quantiles, kind="stable")]
+
+
+def _require_sound(split: Split, classes: Sequence[str]) -> None:
+    """Raise DataError for what would end every trial, and on a GPU without a word about the cause."""
+    inputs, targets = split.inputs, split.targets
+    if not (isinstance(inputs, Tensor) and isinstance(targets, Tensor)):
+        given = f"{type(inputs).__name__} and {type(targets).__name__}"
+        raise DataError(f"inputs and targets must be torch tensors, not {given}.")
+    if len(inputs) != len(targets):
+        raise DataError(f"the data have {len(inputs)} inputs for {len(targets)} targets.")
+    if inputs.is_floating_point() and not inputs.isfinite().all():
+        raise DataError("the data's inputs hold NaN or infinite values; fill them in or leave those examples out.")
+    given = f"{targets.dtype} of shape {tuple(targets.shape)}"
+    if classes:
+        if targets.dtype != torch.int64 or targets.ndim != 1:
+            raise DataError(f"targets must be the classes' indices, int64 of shape (N,), not {given}.")
+        if targets.min() < 0 or targets.max() >= len(classes):
+            range_given = f"from {int(targets.min())} to {int(targets.max())}"
+            raise DataError(f"the targets are {range_given}; {len(classes)} classes have the indices from 0.")
+    else:
+        if not targets.is_floating_point() or targets.ndim != 1:
+            raise DataError(f"a regression's targets must be floats of shape (N,), not {given}; or name the classes.")
+        if not targets.isfinite().all():
+            raise DataError("the data's targets hold NaN or infinite values; leave those examples out.")
 
 
 def _require_all_classes(name: str, split: Split, classes: Sequence[str], num_examples: int) -> None:

@@ -57,7 +57,7 @@ def crown_winner(study: Study, store: TrackingStore, test: SealedSplit, device: 
     winner = find_winner(study)
     if winner is None or winner.test is not None:
         return winner
-    trained = load_trial(store, study.name, winner.trial, device)
+    trained = load_trial(store, study, winner.trial, device)
     scores = evaluate(trained.model, test.open(), trained.config, len(trained.model.classes))
     del scores["loss"]  # of use in training alone
     study.record(TEST_READINGS, {**(study.recorded(TEST_READINGS) or {}), str(winner.trial): scores})

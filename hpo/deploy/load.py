@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpo.config import TrainConfig
 from hpo.errors import UsageError
-from hpo.execution.worker import BEST_WEIGHTS, CHECKPOINT, DESCRIPTION
+from hpo.execution.worker import BEST_WEIGHTS, CHECKPOINT, TrialDescription
 from hpo.home import find_home
 from hpo.models.preprocessed import PreprocessedModel, build_model
-from hpo.objective import DataSpec
 from hpo.plugins import load_objective
 from hpo.search.storage import read_storage
 from hpo.search.study import Study
@@ -35,10 +33,11 @@ def load_best(
     Raises UnknownNameError for an unknown study, UsageError while no trial has finished, CheckpointError for damage.
     """
     home = find_home(home)
-    best = Study.load(read_storage(home), study).best()
+    opened = Study.load(read_storage(home), study)
+    best = opened.best()
     if best is None:
         raise UsageError(f"study '{study}' has no finished trial yet; let `hpo search` run on.")
-    return load_trial(open_store(home, tracking_uri), study, best.number, device).model
+    return load_trial(open_store(home, tracking_uri), opened, best.number, device).model
 
 
 @dataclass(frozen=True)
@@ -49,15 +48,13 @@ class LoadedTrial:
     config: TrainConfig
 
 
-def load_trial(store: TrackingStore, study: str, number: int, device: str = "cpu") -> LoadedTrial:
-    """The best checkpoint of one trial, rebuilt from what its MLflow run holds."""
-    folder = store.download(store.find_trial_run(study, number), CHECKPOINT)
-    description = json.loads((folder / DESCRIPTION).read_text())
-    spec = DataSpec(
-        input_shape=tuple(description["spec"]["input_shape"]), classes=tuple(description["spec"]["classes"])
-    )
-    objective = load_objective(description["task"])
-    model = build_model(objective, spec, description["model_parameters"], seed=0)
-    model.load_state_dict(load_weights(folder / BEST_WEIGHTS, description["weights_sha256"]))
-    config = TrainConfig(**{**description["config"], "device": device})
-    return LoadedTrial(model.eval().to(device), config)
+def load_trial(store: TrackingStore, study: Study, number: int, device: str = "cpu") -> LoadedTrial:
+    """The best checkpoint of one trial, rebuilt from what its MLflow run holds.
+
+    Which task's code is imported is told by the study, not by the run, which may come from a server of many people.
+    """
+    folder = store.download(store.find_trial_run(study.name, number), CHECKPOINT)
+    description = TrialDescription.read(folder)
+    model = build_model(load_objective(study.settings.task), description.spec, description.model_parameters, seed=0)
+    model.load_state_dict(load_weights(folder / BEST_WEIGHTS, description.weights_sha256))
+    return LoadedTrial(model.eval().to(device), replace(description.config, device=device))

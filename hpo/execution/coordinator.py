@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from hpo.errors import SearchError
+from hpo.errors import SearchError, StoreError
 from hpo.execution.observer import Observer, SearchStart
 from hpo.execution.worker import BEST_WEIGHTS, CHECKPOINT, DESCRIPTION, Assignment, Decision, run_trial
 from hpo.trial import CROWNABLE
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from hpo.trial import EndState
 
 MAX_FAILURES_IN_A_ROW = 5
-DELIVERY_TIMEOUT_S = 10.0
 
 
 class Coordinator:
@@ -71,10 +70,28 @@ class Coordinator:
     def run(self) -> None:
         """Run what is missing. Raises SearchError when trial after trial fails."""
         self._study.adopt_orphans()
+        self.remove_old_checkpoints()
         self._observer.search_started(self._start())
-        with self._signals_heard():
-            while self._wants_another_trial():
-                self._run_trial(self._study.ask())
+        try:
+            with self._signals_heard():
+                while self._wants_another_trial():
+                    self._run_trial(self._study.ask())
+        finally:
+            # Whatever was under way when something went wrong goes back to the queue.
+            self._study.adopt_orphans()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the study has all the trials that were asked for."""
+        return self._study.remaining(self.num_trials) == 0
+
+    def remove_old_checkpoints(self) -> None:
+        """Delete the checkpoints of trials that have ended, once MLflow has all of them."""
+        states = {trial.number: trial.state for trial in self._study.trials()}
+        for folder in self._checkpoints.glob("trial-*"):
+            number = int(folder.name.removeprefix("trial-"))
+            if states.get(number) not in ("running", "interrupted") and self._runs.has_arrived(number):
+                shutil.rmtree(folder)
 
     def _start(self) -> SearchStart:
         best = self._study.best()
@@ -94,7 +111,7 @@ class Coordinator:
             raise SearchError(
                 f"{MAX_FAILURES_IN_A_ROW} trials failed in a row; the first one with: {self._failures[0]}"
             )
-        return self._study.remaining(self.num_trials) > 0
+        return not self.is_done
 
     def _time_is_up(self) -> bool:
         return self._deadline is not None and time.monotonic() >= self._deadline
@@ -117,10 +134,13 @@ class Coordinator:
             run_trial(assignment, self._task, self._splits, partial(self._decide, attempt))
         except KeyboardInterrupt:
             attempt.end("interrupted", "stopped by hand")
+        except (SearchError, StoreError):  # ours, not the trial's: it goes back to the queue
+            raise
         except Exception as error:  # the model and the data are the user's: whatever they raise ends this trial only
             attempt.end("failed", f"{type(error).__name__}: {error}")
             attempt.run.log_text(traceback.format_exc(), "traceback.txt")
         self._write_down(attempt, assignment.folder)
+        self.remove_old_checkpoints()
         self._observer.trial_ended(suggestion, attempt.state, attempt.last, attempt.reason)
 
     def _open_run(self, suggestion: Suggestion) -> TrialRun:
@@ -144,7 +164,7 @@ class Coordinator:
         return Decision.GO_ON
 
     def _write_down(self, attempt: _Attempt, folder: Path) -> None:
-        """MLflow first, Optuna second, the checkpoints last: after a kill in between the trial simply ends again."""
+        """MLflow's spool first, Optuna second: after a kill in between the trial simply ends again."""
         if attempt.state not in ("interrupted", "failed"):
             for name in (BEST_WEIGHTS, DESCRIPTION):
                 if (folder / name).exists():
@@ -152,7 +172,6 @@ class Coordinator:
         # A trial that cannot win has no value in the table of runs, which is sorted by it.
         value = attempt.best_value if attempt.state in CROWNABLE else None
         attempt.run.finish(attempt.state, value=value, reason=attempt.reason)
-        delivered = attempt.run.flush(DELIVERY_TIMEOUT_S)
         self._study.tell(
             attempt.suggestion.number,
             attempt.state,
@@ -160,8 +179,6 @@ class Coordinator:
             best_epoch=attempt.last.best_epoch if attempt.last else None,
             reason=attempt.reason,
         )
-        if attempt.state != "interrupted" and delivered:
-            shutil.rmtree(folder, ignore_errors=True)
         if attempt.state == "failed":
             self._failures.append(attempt.reason or "")
         elif attempt.state != "interrupted":
@@ -184,6 +201,7 @@ class Coordinator:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
+        self._observer.note("stopping after this epoch; once more to stop at once")
 
 
 @dataclass

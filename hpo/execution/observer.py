@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from hpo.objective import Direction
+    from hpo.config import Direction
     from hpo.search.study import Suggestion
     from hpo.training.trainer import EpochResult
     from hpo.trial import EndState, TrialState

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self, get_args
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
@@ -19,12 +21,12 @@ from hpo.search.pruners import build_pruner
 from hpo.search.samplers import build_sampler, distribution, grid_size
 from hpo.search.strategy import DEFAULT_CONFIGURATION, EVERYTHING, stage_name, tunable_groups
 from hpo.space import Space, format_value
-from hpo.trial import EndState, TrialRecord, TrialState, ranked
+from hpo.trial import CROWNABLE, EndState, TrialRecord, TrialState, ranked
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
-    from hpo.objective import Direction
+    from hpo.config import Direction
     from hpo.space import Value
 
 FORMAT = 1
@@ -45,7 +47,7 @@ _DIVERGED = "diverged"
 
 @dataclass(frozen=True, kw_only=True)
 class StudySettings:
-    """What a study was made with. All of it but `planned_trials` and `overrides` says which study it is."""
+    """What a study was made with; all but `planned_trials`, `space_reference` and `overrides` tells studies apart."""
 
     task: str
     """Task, as it was named."""
@@ -76,6 +78,9 @@ class StudySettings:
 
     planned_trials: int
     """Trials that the study was first asked for. The stages follow from it, so more trials later do not move them."""
+
+    space_reference: str | None = None
+    """The space that was named in place of the task's own."""
 
     overrides: tuple[str, ...] = ()
     """The overrides that narrowed the space, as they were written."""
@@ -118,6 +123,16 @@ class _RunningTrial:
     handle: optuna.Trial
     reported: set[int]
     """Epochs that a result is stored for, those of earlier attempts too."""
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn what a database refuses, when it is full or locked for long, into a StoreError."""
+    try:
+        yield
+    except StorageInternalError as error:
+        cause = str(error.__cause__ or error).partition("\n")[0]
+        raise StoreError(f"the study's database refused: {cause}; free its disk or its locks.") from error
 
 
 class Study:
@@ -166,6 +181,7 @@ class Study:
             raise UnknownNameError("study", name, [study.name for study in list_studies(storage)])
         return cls(storage, name, settings)
 
+    @_explained()
     def ask(self) -> Suggestion:
         """The next trial: one that was interrupted, with its number and its values, or else a new one."""
         handle = self._optuna.ask(self._distributions)
@@ -185,6 +201,7 @@ class Study:
             seed=derive_seed(self.settings.seed, handle.number),
         )
 
+    @_explained()
     def report(self, number: int, epoch: int, value: float) -> bool:
         """Store the metric after an epoch, counted from 1; whether the trial is too weak to go on.
 
@@ -192,12 +209,12 @@ class Study:
         knows whether a trial has diverged. Nothing is gained by stopping a trial in its last epoch.
         """
         running = self._running[number]
-        if epoch in running.reported:
-            return False
-        running.handle.report(value, epoch)
-        running.reported.add(epoch)
+        if epoch not in running.reported:
+            running.handle.report(value, epoch)
+            running.reported.add(epoch)
         return not math.isnan(value) and epoch < self.settings.max_epochs and running.handle.should_prune()
 
+    @_explained()
     def tell(
         self,
         number: int,
@@ -311,7 +328,7 @@ class Study:
         measured = {
             trial.number: self._loss(trial.value)
             for trial in trials
-            if trial.state in ("complete", "pruned") and trial.value is not None
+            if trial.state in CROWNABLE and trial.value is not None
         }
         worst = max(measured.values(), default=0.0)
         return measured | {trial.number: worst for trial in trials if trial.state == "diverged"}

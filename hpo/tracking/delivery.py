@@ -265,10 +265,11 @@ class Sender:
 
     def close(self, timeout_s: float) -> bool:
         """Flush and end the thread; a second call does nothing."""
-        if self._closing:
-            return self._arrived
-        self._closing = True
-        return self.flush(timeout_s)
+        with self._changed:
+            if self._closing:
+                return self._arrived
+            self._closing = True
+            return self.flush(timeout_s)  # within the lock, so that the thread does not end before it is asked
 
     def _run(self) -> None:
         closing = False

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullFormatter
 
-from hpo.objective import Direction
+from hpo.config import Direction
 from hpo.space import Choice, Parameter, Space, format_value
 from hpo.trial import TrialRecord, TrialState, ranked
 
@@ -152,7 +152,7 @@ def plot_importances(importances: Mapping[str, Mapping[str, float]]) -> Figure:
     count = sum(map(len, importances.values()))
     figure, axes = _figure("Importance of the parameters", width=9, height=max(3.0, 1.6 + 0.34 * count), grid="x")
     if not count:
-        _say_nothing_to_show(axes, "too few complete trials to say")
+        _say_nothing_to_show(axes, "too few trials that differ to say")
         return figure
     names: list[str] = []
     handles = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -17,7 +17,7 @@ from hpo.tracking.store import VIEW_NAME, explained, search_runs
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from hpo.objective import Direction
+    from hpo.config import Direction
     from hpo.tracking.store import TrackingStore
     from hpo.trial import EndState
 
@@ -78,24 +78,25 @@ class StudyRuns:
             run = client.create_run(self.experiment_id, tags=tags, run_name="study summary")
             return SummaryRun(self.store, run.info.run_id)
 
-    def recover(self, live: Collection[int] = ()) -> None:
+    def recover(self) -> None:
         """Clean up after processes that died: send what they left in spools, end as KILLED what they left RUNNING.
 
-        Trials in `live` are left alone. Call it before the first trial of a search, when no other search of this study
-        runs.
+        Call it before the first trial of a search, when no other search of this study runs.
         """
         for path in sorted(self._folder.glob("trial-*.jsonl")):
             number = int(path.stem.removeprefix("trial-"))
-            if number not in live:
-                self._interrupt_if_open(number)
-                self._sender.put(self._delivery(number))
+            self._interrupt_if_open(number)
+            self._sender.put(self._delivery(number))
         self.flush()
         client = self.store.client
         with explained(self.store.uri):
             for run in search_runs(client, self.experiment_id, "attributes.status = 'RUNNING'"):
-                if int(run.data.tags.get("hpo.trial", -1)) not in live:
-                    client.set_tag(run.info.run_id, "hpo.state", "interrupted")
-                    client.set_terminated(run.info.run_id, "KILLED")
+                client.set_tag(run.info.run_id, "hpo.state", "interrupted")
+                client.set_terminated(run.info.run_id, "KILLED")
+
+    def has_arrived(self, number: int) -> bool:
+        """Whether MLflow has all that was written of a trial that has ended."""
+        return not self._delivery(number).spool.path.exists()
 
     def _interrupt_if_open(self, number: int) -> None:
         delivery = self._delivery(number)
@@ -115,9 +116,12 @@ class StudyRuns:
     def close(self, timeout_s: float = _FLUSH_TIMEOUT_S) -> None:
         """End open trials as interrupted and send what is left; what does not arrive stays for the next search."""
         atexit.unregister(self.close)
-        for number in self._deliveries:
-            self._interrupt_if_open(number)
-        if not self._sender.close(timeout_s):
+        try:
+            for number in self._deliveries:
+                self._interrupt_if_open(number)
+        finally:
+            arrived = self._sender.close(timeout_s)
+        if not arrived:
             _logger.warning(
                 "MLflow at %s did not take everything; the rest waits in %s and is sent by the next search of '%s'.",
                 self.store.uri,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from hpo.errors import CheckpointError
+from hpo.files import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,10 +43,9 @@ class CheckpointFolder:
 
         Raises OSError where it cannot be written, a full disk for one; the earlier checkpoints stay as they are.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         content = _to_bytes(state)
         written = self.path / f"epoch-{epoch:04d}.{_sha256(content)}.pt"
-        _write_atomically(written, content)
+        write_atomically(written, content)
         self._delete_all_but(written, epoch)
 
     def load(self) -> tuple[int, dict[str, Any]] | None:
@@ -71,16 +70,15 @@ class CheckpointFolder:
         """Keep what was written and the newest before it; a file of the same epoch or a later one was damaged."""
         checkpoints = self._newest_first()
         earlier = [checkpoint.path for checkpoint in checkpoints if checkpoint.epoch < epoch]
-        left_by_a_crash = self.path.glob("epoch-*.pt.tmp")
+        left_by_a_crash = self.path.glob(".epoch-*.tmp")
         for path in {checkpoint.path for checkpoint in checkpoints}.union(left_by_a_crash) - {written, *earlier[:1]}:
             path.unlink()
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> str:
     """Write a model's weights, on the CPU, atomically; gives the file's SHA-256, which `load_weights` asks for."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = _to_bytes({name: tensor.detach().cpu() for name, tensor in weights.items()})
-    _write_atomically(path, content)
+    write_atomically(path, content)
     return _sha256(content)
 
 
@@ -116,26 +114,3 @@ def _from_bytes(content: bytes, path: Path) -> dict[str, Any]:
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _fsync_folder(path.parent)
-
-
-def _fsync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,17 +15,9 @@ from hpo.errors import UnknownNameError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from hpo.objective import Direction
 
-CLASSIFICATION_METRICS: dict[str, Direction] = {
-    "accuracy": "maximize",
-    "precision": "maximize",
-    "recall": "maximize",
-    "f1": "maximize",
-}
-REGRESSION_METRICS: dict[str, Direction] = {"mse": "minimize", "rmse": "minimize", "mae": "minimize", "r2": "maximize"}
-METRICS: dict[str, Direction] = {"loss": "minimize", **CLASSIFICATION_METRICS, **REGRESSION_METRICS}
-"""Every metric that can be optimised, and its natural direction."""
+CLASSIFICATION_METRICS = ("accuracy", "precision", "recall", "f1")
+REGRESSION_METRICS = ("mse", "rmse", "mae", "r2")
 
 
 def check_metric(name: str, num_classes: int) -> None:

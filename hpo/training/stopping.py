@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hpo.objective import Direction
+    from hpo.config import Direction
 
 
 class EarlyStopping:

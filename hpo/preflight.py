@@ -1,0 +1,78 @@
+"""Checks before the first trial: what would make trial after trial fail is found here, in a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from hpo.data.datasets import Splits
+from hpo.errors import DataError, HpoError, SpaceError, UnknownNameError, UsageError
+from hpo.models.preprocessed import build_model
+from hpo.objective import Dataset, SealedSplit
+from hpo.plugins import Task
+from hpo.training.metrics import check_metric
+
+
+def choose_device(given: str) -> str:
+    """The device as torch names it; `auto` is a GPU where there is one. Raises UnknownNameError for one that is not."""
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if given == "auto":
+        return "cuda" if gpus else "cpu"
+    available = ["auto", "cpu", *(["cuda", *gpus] if gpus else [])]
+    if given not in available:
+        raise UnknownNameError("device", given, available)
+    return given
+
+
+def load_dataset(task: Task, data_dir: Path) -> Dataset:
+    """The task's data; whatever goes wrong while they are read is told as a DataError."""
+    name = task.objective.name
+    try:
+        dataset = task.objective.load(data_dir)
+    except HpoError:
+        raise
+    except Exception as error:  # reading is a stranger's code and may raise anything
+        raise DataError(f"the data of task '{name}' cannot be loaded: {type(error).__name__}: {error}") from error
+    if not isinstance(dataset, Dataset):
+        raise DataError(f"load of task '{name}' must give a Dataset, but gave a {type(dataset).__name__}.")
+    if not isinstance(dataset.test, SealedSplit) or len(dataset.test) == 0:
+        raise DataError(f"the data of task '{name}' have no test split; hpo.data.datasets.hold_out makes one.")
+    return dataset
+
+
+def check_task(task: Task, splits: Splits) -> None:
+    """Raise UsageError where a metric, a batch size or the model of the task does not fit its data."""
+    check_metric(task.objective.metric, len(splits.spec.classes))
+    _check_batch_sizes(task, splits)
+    _check_model(task, splits)
+
+
+def _check_batch_sizes(task: Task, splits: Splits) -> None:
+    """Every batch size that may be drawn must fit, or trials would fail one by one."""
+    values = task.space.parameters["batch_size"].extremes() if "batch_size" in task.space.parameters else ()
+    for batch_size in values or (task.train_config({}).batch_size,):
+        if int(batch_size) > len(splits.train):
+            raise SpaceError(
+                f"batch_size {batch_size} is larger than the {len(splits.train)} training examples; "
+                "allow smaller ones only, as -p batch_size=32,64, or raise --limit."
+            )
+
+
+def _check_model(task: Task, splits: Splits) -> None:
+    """Build the default configuration and let it see two examples, so that a mistake in a task is found at once."""
+    parameters = task.model_parameters(task.space.active(task.space.defaults()))
+    try:
+        model = build_model(task.objective, splits.spec, parameters, seed=0).eval()
+        model.fit_statistics(splits.train)
+        shape = tuple(model(splits.train.inputs[:2]).shape)
+    except Exception as error:  # the model is a stranger's code and may raise anything
+        raise UsageError(
+            f"the model of task '{task.objective.name}' fails with the default configuration: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    wanted = (2, splits.spec.num_outputs) if splits.spec.classes else (2,)
+    if shape != wanted:
+        raise UsageError(
+            f"the model of task '{task.objective.name}' gives outputs of shape {shape} for 2 examples, not {wanted}."
+        )
