@@ -91,6 +91,8 @@ class TrainConfig:
     """Device as torch names it: cpu, cuda, cuda:1, ..."""
 
     def __post_init__(self) -> None:
+        for setting in fields(self):
+            self._require_type(setting.name, type(setting.default))
         for name, allowed in (
             ("optimizer", OPTIMIZERS),
             ("schedule", SCHEDULES),
@@ -112,6 +114,12 @@ class TrainConfig:
     def direction(self) -> Direction:
         """Whether a larger or a smaller metric is better."""
         return METRICS[self.metric]
+
+    def _require_type(self, name: str, wanted: type) -> None:
+        value = getattr(self, name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (is_number if wanted is float else type(value) is wanted):
+            raise UsageError(f"{name}={value!r} is not allowed: it must be of type {wanted.__name__}.")
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:

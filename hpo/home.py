@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from hpo.errors import StoreError, UsageError
 
-STUDY_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def find_home(given: Path | None = None) -> Path:
@@ -35,9 +35,9 @@ def find_data_dir(given: Path | None = None) -> Path:
 
 def check_study_name(name: str) -> str:
     """The name, if it is safe as a part of a path."""
-    if STUDY_NAME.fullmatch(name) is None or not name.strip("."):
+    if STUDY_NAME.fullmatch(name) is None:
         raise UsageError(
-            f"'{name}' cannot name a study: use 1 to 64 letters, digits, '.', '_' or '-' (and not dots alone)."
+            f"'{name}' cannot name a study: use 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first."
         )
     return name
 

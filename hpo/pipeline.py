@@ -10,7 +10,7 @@ from typing import Any
 
 from hpo.data.datasets import split_dataset
 from hpo.deploy.finish import Winner, crown_winner, find_winner, write_summary
-from hpo.errors import SearchError, StoreError, UnknownNameError, UsageError
+from hpo.errors import SearchError, StoreError, StudyMismatchError, UnknownNameError, UsageError
 from hpo.execution.coordinator import Coordinator
 from hpo.execution.observer import Observer
 from hpo.home import check_study_name, find_data_dir, find_home, study_lock
@@ -80,7 +80,7 @@ def run_search(
     observer = observer or Observer()
     home = find_home(home)
     found = load_task(task, space)
-    name = check_study_name(study or found.objective.name)
+    name = check_study_name(found.objective.name if study is None else study)
     stored = read_settings(read_storage(home), name)
     if stored and stored.space_reference and space is None:
         found = load_task(task, stored.space_reference)
@@ -107,9 +107,14 @@ def run_search(
     check_task(found, splits)
 
     observer.note("opening the MLflow store")
-    store = open_store(home, tracking_uri)
+    store = open_store(home, _agreed_tracking_uri(home, name, tracking_uri))
     with study_lock(home, name):
         opened = Study.open(open_storage(home), name, settings)
+        opened.remember_session(
+            num_trials=trials or opened.num_trials,
+            task_reference=found.reference,
+            tracking_uri=None if store.is_in_home else store.uri,
+        )
         with _open_runs(store, opened, found) as runs:
             runs.recover()
             coordinator = Coordinator(
@@ -119,7 +124,7 @@ def run_search(
                 splits=splits,
                 device=chosen_device,
                 checkpoints=home / "checkpoints" / name,
-                num_trials=trials or opened.settings.planned_trials,
+                num_trials=opened.num_trials,
                 timeout_s=timeout,
                 observer=observer,
             )
@@ -134,6 +139,20 @@ def run_search(
         interrupted=coordinator.interrupted,
         winner=winner,
     )
+
+
+def _agreed_tracking_uri(home: Path, name: str, given: str | None) -> str | None:
+    """Where the study's runs go: where they went so far, so that they stay together."""
+    storage = read_storage(home)
+    if read_settings(storage, name) is None:
+        return given
+    so_far = Study.load(storage, name).tracking_uri
+    if given not in (None, so_far):
+        raise StudyMismatchError(
+            f"the runs of study '{name}' are in {so_far or 'the home'}, not in {given}; "
+            "leave --tracking-uri away, or use another name with --study."
+        )
+    return so_far
 
 
 def _run_and_crown(
@@ -183,7 +202,7 @@ def _settle(task: Task, stored: StudySettings | None, given: Mapping[str, Any]) 
         if chosen[kind] not in names:
             raise UnknownNameError(kind, chosen[kind], names)
     return StudySettings(
-        task=task.reference,
+        task=task.objective.name,
         space=task.narrow(chosen["overrides"]).space,
         metric=task.objective.metric,
         direction=task.objective.direction,

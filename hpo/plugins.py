@@ -110,6 +110,8 @@ def _load(group: str, reference: str, wanted: type) -> _Found:
         return _Found(_attribute(_import_file(path), attribute, wanted, reference), str(path))
     if ":" in reference:
         module_name, _, attribute = reference.partition(":")
+        if not module_name or not attribute:
+            raise UsageError(f"'{reference}' is not module:attribute, such as my_package.tasks:objective.")
         # A console script does not look into the current folder, where people keep their own modules. Last, so that
         # nothing there stands in for an installed package.
         sys.path.append("")
@@ -135,20 +137,22 @@ def _own_space(objective: Objective) -> Space:
 def _import_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except Exception as error:  # a stranger's code may raise anything
+    except (Exception, SystemExit) as error:  # a stranger's code may raise anything
         raise UsageError(f"{name} cannot be imported: {_in_one_line(error)}") from error
 
 
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise UsageError(f"there is no file {path}; name a registered task (see `hpo tasks`) or a FILE.py.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    sys.path.append(str(path.parent))  # its neighbours, as `python FILE.py` would find them
+    spec = importlib.util.spec_from_file_location(f"hpo_task_{path.stem}", path)
     assert spec is not None, "a .py file always has a loader"
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look themselves up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # a stranger's code may raise anything
+    except (Exception, SystemExit) as error:  # a stranger's code may raise anything
         raise UsageError(f"{path} cannot be imported: {_in_one_line(error)}") from error
     return module
 
@@ -197,5 +201,5 @@ def _check_ranges(task: Task) -> None:
         for value in parameter.extremes():
             try:
                 task.train_config({name: value})
-            except (UsageError, TypeError) as error:
+            except UsageError as error:
                 raise SpaceError(f"{name} (in '{task.space.group_of(name)}'): {error}") from None

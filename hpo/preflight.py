@@ -6,11 +6,14 @@ from pathlib import Path
 
 import torch
 
+from hpo.data.batches import TrainingBatches
 from hpo.data.datasets import Splits
 from hpo.errors import DataError, HpoError, SpaceError, UnknownNameError, UsageError
 from hpo.models.preprocessed import build_model
 from hpo.objective import Dataset, SealedSplit
 from hpo.plugins import Task
+from hpo.space import Value
+from hpo.training.losses import loss_function, target_scale
 from hpo.training.metrics import check_metric
 
 
@@ -46,6 +49,10 @@ def check_task(task: Task, splits: Splits) -> None:
     check_metric(task.objective.metric, len(splits.spec.classes))
     _check_batch_sizes(task, splits)
     _check_model(task, splits)
+    for name in ("loss", "augment"):
+        parameter = task.space.parameters.get(name)
+        for value in parameter.extremes() if parameter else (getattr(task.train_config({}), name),):
+            _check_setting(task, splits, name, value)
 
 
 def _check_batch_sizes(task: Task, splits: Splits) -> None:
@@ -57,6 +64,14 @@ def _check_batch_sizes(task: Task, splits: Splits) -> None:
                 f"batch_size {batch_size} is larger than the {len(splits.train)} training examples; "
                 "allow smaller ones only, as -p batch_size=32,64, or raise --limit."
             )
+
+
+def _check_setting(task: Task, splits: Splits, name: str, value: Value) -> None:
+    """Every loss and augmentation that may be drawn must fit the data."""
+    config = task.train_config({name: value}, batch_size=1)
+    generator = torch.Generator()
+    loss_function(config, len(splits.spec.classes), target_scale(splits.train))
+    TrainingBatches(splits.train, 1, order=generator, augmentation=generator, augment=config.augment)
 
 
 def _check_model(task: Task, splits: Splits) -> None:

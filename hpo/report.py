@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -33,7 +34,7 @@ def print_outcome(console: Console, outcome: SearchOutcome) -> None:
     if outcome.winner is not None:
         _print_winner(console, outcome.winner)
     console.print(f"Runs, curves and checkpoints are in {outcome.home}", soft_wrap=True)
-    home = "" if outcome.home == find_home() else f" --home {outcome.home}"
+    home = "" if outcome.home == find_home() else f" --home {shlex.quote(str(outcome.home))}"
     if not outcome.is_done:
         console.print("Go on with the same command.")
     elif outcome.winner is None:
@@ -94,7 +95,7 @@ def _study_row(study: Study) -> dict[str, Any]:
     return {
         "study": study.name,
         "task": study.settings.task,
-        "trials": f"{study.num_finished}/{study.settings.planned_trials}",
+        "trials": f"{study.num_finished}/{study.num_trials}",
         "metric": study.settings.metric,
         "best": best and best.value,
         "best trial": best and best.number,

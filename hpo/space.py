@@ -216,7 +216,10 @@ class Space:
     def __init__(self, *groups: Group) -> None:
         self.groups = groups
         self.parameters: dict[str, Parameter] = {}
+        names = [group.name for group in groups]
         for group in groups:
+            if names.count(group.name) > 1:
+                raise SpaceError(f"two groups are named '{group.name}'; a group's name belongs to one priority.")
             for name, parameter in group.parameters.items():
                 self._add(name, parameter)
 

@@ -64,6 +64,35 @@ objective = Objective(name="mine", description="", load=load, model=model, space
 """,
 }
 
+MINE = """
+import dataclasses
+from objectives.digits import load, model
+from hpo.objective import Objective
+from hpo.space import Float, Group, Space
+space = Space(Group("g", lr=Float(0.1, 1, default=0.1)))
+given = dict(name="mine", description="", load=load, model=model, space=space)
+"""
+BROKEN_FILES |= {
+    "wrong_loss.py": MINE + 'objective = Objective(**given, loss="mse")',
+    "flipped_vectors.py": MINE
+    + "from objectives.diabetes import load\n"
+    + 'objective = Objective(**given | {"load": load}, loss="mse", metric="r2", settings={"augment": "flip"})',
+    "no_data.py": MINE
+    + "def load(data_dir): raise FileNotFoundError('no data.csv')\nobjective = Objective(**given | {'load': load})",
+    "no_dataset.py": MINE + "objective = Objective(**given | {'load': lambda data_dir: None})",
+    "no_class.py": MINE
+    + "def nine(data_dir): return dataclasses.replace(load(data_dir), classes=tuple('123456789'))\n"
+    + "objective = Objective(**given | {'load': nine})",
+    "float_targets.py": MINE
+    + "from hpo.objective import Split\n"
+    + "def floats(data_dir):\n"
+    + "    data = load(data_dir)\n"
+    + "    return dataclasses.replace(data, train=Split(data.train.inputs, data.train.targets.float()))\n"
+    + "objective = Objective(**given | {'load': floats})",
+    "exits.py": "import sys\nsys.exit('no licence')",
+    "wrong_settings.py": MINE + "objective = Objective(**given, settings={'max_epochs': 'three'})",
+}
+
 # Arguments after `hpo`, and what the one line of the answer must say.
 BAD_INPUT = [
     ("sarch digits", "No such command 'sarch'.*'search'"),
@@ -117,7 +146,17 @@ BAD_INPUT = [
     ),
     ("search bad_range.py", "lr \\(in 'g'\\): lr=0 is not allowed: it must be above 0 and finite"),
     ("search bad_model.py", "the model of task 'mine' fails with the default configuration: RuntimeError: .*mat1"),
-    ("search bad_metric.py", "no classification metric 'acuracy'; did you mean 'accuracy'\\?"),
+    ("search bad_metric.py", "no metric 'acuracy'; did you mean 'accuracy'\\?"),
+    ("search wrong_loss.py", "loss 'mse' does not fit data with 10 classes; use cross_entropy"),
+    ("search flipped_vectors.py", "augment='flip' is for images"),
+    ("search no_data.py", "the data of task 'mine' cannot be loaded: FileNotFoundError: no data.csv"),
+    ("search no_dataset.py", "load of task 'mine' must give a Dataset, but gave a NoneType"),
+    ("search no_class.py", "the targets are from 0 to 9; 9 classes have the indices from 0"),
+    ("search float_targets.py", "targets must be the classes' indices, int64 of shape \\(N,\\), not torch.float32"),
+    ("search exits.py", "exits.py cannot be imported: SystemExit: no licence"),
+    ("search wrong_settings.py", "max_epochs='three' is not allowed: it must be of type int"),
+    ("search :", "':' is not module:attribute"),
+    ("search digits --tracking-uri http://127.0.0.1:99999", "Port out of range"),
     ("search epochs_searched.py", "max_epochs \\(in 'budget'\\) cannot be searched; use its command-line option"),
     ("search fashion_mnist --data-dir data", "no FashionMNIST in .*data: looked for .* could not be downloaded"),
     ("space digts", "no task 'digts'; did you mean 'digits'\\?"),

@@ -501,10 +501,9 @@ def test_fashion_mnist_is_read_from_its_raw_files(fashion_dir: Path) -> None:
     ]
 
 
-def test_the_test_images_of_fashion_mnist_are_not_converted_before_they_are_opened(fashion_dir: Path) -> None:
+def test_the_test_images_of_fashion_mnist_stay_sealed(fashion_dir: Path) -> None:
     dataset = load_fashion_mnist(fashion_dir)
     assert (len(dataset.test), dataset.test.times_opened) == (20, 0)
-    assert [path.name.split(".")[0] for path in (fashion_dir / "hpo-cache").iterdir()] == ["fashion-mnist-train"]
 
 
 FASHION_FILES = [f"{prefix}-{part}-ubyte" for prefix in FASHION for part in ("images-idx3", "labels-idx1")]
@@ -596,13 +595,21 @@ def test_grey_images_are_read_as_colour(image_dir: Path) -> None:
     assert torch.equal(image, torch.from_numpy(pixels).expand(3, 32, 32))
 
 
-def test_the_test_images_are_not_read_before_they_are_opened(image_dir: Path) -> None:
-    for path in (image_dir / "cifar10/test").glob("*/*"):
-        path.write_text("nothing that could be read")
+def test_the_test_images_stay_sealed_and_are_read_again_when_they_are_opened(image_dir: Path) -> None:
     dataset = load_cifar10(image_dir)
     assert (len(dataset.train), len(dataset.test), dataset.test.times_opened) == (30, 20, 0)
+    shutil.rmtree(image_dir / "hpo-cache")
+    for path in (image_dir / "cifar10/test").glob("*/*"):
+        path.write_text("nothing that could be read")
     with pytest.raises(DataError, match="is damaged"):
         dataset.test.open()
+
+
+def test_a_damaged_test_image_is_named_before_anything_is_trained(image_dir: Path) -> None:
+    path = sorted((image_dir / "cifar10/test").glob("*/*"))[-1]
+    path.write_text("nothing that could be read")
+    with pytest.raises(DataError, match=f"{path.name} is damaged"):
+        load_cifar10(image_dir)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
@@ -700,7 +707,8 @@ def unpickled(path: Path) -> Split:
 def test_cifar10_is_downloaded_once_and_then_read_from_its_batches(cifar_site: Path, tmp_path: Path) -> None:
     data_dir = tmp_path / "new" / "data"
     dataset = load_cifar10(data_dir)
-    assert [path.name.split(".")[0] for path in (data_dir / "hpo-cache").iterdir()] == ["cifar10-train"]
+    kept = {path.name.split(".")[0] for path in (data_dir / "hpo-cache").iterdir()}
+    assert kept == {"cifar10-train", "cifar10-test"}
     parts = [unpickled(cifar_site / name) for name in ("data_batch_1", "data_batch_2")]
     inputs, targets = (torch.cat([getattr(part, name) for part in parts]) for name in ("inputs", "targets"))
     assert_same(dataset.train, Split(inputs, targets))

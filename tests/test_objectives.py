@@ -63,7 +63,7 @@ def draw(space: Space, seed: int) -> dict[str, Any]:
 def settings_and_arguments(name: str, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     objective = objective_of(name)
     searched = {key: value for key, value in values.items() if key in config_fields()}
-    judged_by = {"loss": objective.loss, "metric": objective.metric, "direction": objective.direction}
+    judged_by = {"loss": objective.loss, "metric": objective.metric}
     arguments = {key: value for key, value in values.items() if key not in config_fields()}
     return {**objective.settings, **judged_by, **searched}, arguments
 

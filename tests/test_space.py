@@ -175,6 +175,11 @@ def test_a_parameter_belongs_to_one_group() -> None:
         Space(Group("a", lr=Float(0, 1, default=0.5)), Group("b", lr=Float(0, 1, default=0.5)))
 
 
+def test_groups_have_names_of_their_own() -> None:
+    with pytest.raises(SpaceError, match="two groups are named 'a'"):
+        Space(Group("a", lr=Float(0, 1, default=0.5)), Group("a", width=Int(1, 2, default=1)))
+
+
 @given(
     st.floats(1e-300, 1e300),
     st.floats(1e-300, 1e300),

@@ -24,7 +24,7 @@ from hpo.config import AUGMENTATIONS, OPTIMIZERS, SCHEDULES, TrainConfig
 from hpo.data.datasets import Splits, split_dataset
 from hpo.errors import CheckpointError, UnknownNameError, UsageError
 from hpo.objective import Dataset, DataSpec, SealedSplit, Split
-from hpo.training.checkpoint import CheckpointFolder
+from hpo.training.checkpoint import CheckpointFolder, load_weights, save_weights
 from hpo.training.losses import loss_function, target_scale
 from hpo.training.metrics import ConfusionMetrics, EpochMetrics, RegressionMetrics
 from hpo.training.optimizers import build_optimizer
@@ -991,3 +991,21 @@ def test_a_step_scales_gradients_down_to_the_global_norm(clip_norm: float) -> No
     assert moved == pytest.approx(0.01 if clip_norm == 0.01 else grad_norm, rel=1e-3)
     assert not step.loss.requires_grad
     assert not step.outputs.requires_grad
+
+
+# On a GPU.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("augment", ["none", "crop_flip_cutout"])
+def test_a_training_on_a_gpu_is_resumed_there_and_its_weights_load_on_a_cpu(tmp_path: Path, augment: str) -> None:
+    config = quick_config(device="cuda", augment=augment)
+    folder = CheckpointFolder(tmp_path / "run")
+    next(iter(fit(ImageNet(dropout=0.2), image_splits(), config, checkpoint=folder)))
+    model = ImageNet(dropout=0.2)
+    results = list(fit(model, image_splits(), config, checkpoint=folder))
+    assert [result.epoch for result in results] == [1, 2, 3]
+    assert all(math.isfinite(value) for result in results for value in result.metrics.values())
+    assert next(model.parameters()).is_cuda
+    digest = save_weights(model.state_dict(), tmp_path / "best.pt")
+    ImageNet(dropout=0.2).load_state_dict(load_weights(tmp_path / "best.pt", digest))

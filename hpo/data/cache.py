@@ -28,6 +28,17 @@ def cached_split(folder: Path, name: str, originals: Iterable[Path], convert: Ca
         split = _load(path)
         if split is not None:
             return split
+    return _convert(folder, name, fingerprint, convert)
+
+
+def ensure_converted(folder: Path, name: str, originals: Iterable[Path], convert: Callable[[], Split]) -> None:
+    """Convert a split that will be wanted later, if it has not been: damage in its files shows now."""
+    fingerprint = _fingerprint(originals)
+    if not any(folder.glob(f"{name}.{fingerprint}.*.pt")):
+        _convert(folder, name, fingerprint, convert)
+
+
+def _convert(folder: Path, name: str, fingerprint: str, convert: Callable[[], Split]) -> Split:
     split = convert()
     try:
         _save(split, folder, name, fingerprint)

@@ -29,7 +29,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, FashionMNIST  # type: ignore[import-untyped]
 from torchvision.datasets.folder import pil_loader  # type: ignore[import-untyped]
 
-from hpo.data.cache import cached_split
+from hpo.data.cache import cached_split, ensure_converted
 from hpo.errors import DataError
 from hpo.objective import Dataset, SealedSplit, Split
 
@@ -115,10 +115,13 @@ def load_fashion_mnist(data_dir: Path) -> Dataset:
 def _dataset(
     data_dir: Path, name: str, classes: Sequence[str], train: _Originals, test: _Originals, test_size: int
 ) -> Dataset:
-    def read(split_name: str, originals: _Originals) -> Split:
-        return cached_split(data_dir / "hpo-cache", f"{name}-{split_name}", originals.files, originals.convert)
+    def kept_as(split_name: str, originals: _Originals) -> tuple[Path, str, Sequence[Path], Callable[[], Split]]:
+        return data_dir / "hpo-cache", f"{name}-{split_name}", originals.files, originals.convert
 
-    return Dataset(read("train", train), SealedSplit(lambda: read("test", test), test_size), tuple(classes))
+    # The test split stays sealed, but a damaged file of it must not show after the search only.
+    ensure_converted(*kept_as("test", test))
+    sealed = SealedSplit(lambda: cached_split(*kept_as("test", test)), test_size)
+    return Dataset(cached_split(*kept_as("train", train)), sealed, tuple(classes))
 
 
 def _are_there(*splits: _Originals) -> bool:

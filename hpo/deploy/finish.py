@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hpo.deploy.load import load_trial
+from hpo.errors import HpoError, SearchError
 from hpo.tracking.media import plot_curves, plot_history, plot_importances, plot_slices
 from hpo.training.trainer import evaluate
 
 if TYPE_CHECKING:
-    from hpo.objective import SealedSplit
+    from hpo.objective import SealedSplit, Split
     from hpo.search.study import Study
     from hpo.tracking.recorder import SummaryRun
     from hpo.tracking.store import TrackingStore
@@ -58,10 +59,21 @@ def crown_winner(study: Study, store: TrackingStore, test: SealedSplit, device: 
     if winner is None or winner.test is not None:
         return winner
     trained = load_trial(store, study, winner.trial, device)
-    scores = evaluate(trained.model, test.open(), trained.config, len(trained.model.classes))
+    scores = evaluate(trained.model, _opened(test), trained.config, len(trained.model.classes))
     del scores["loss"]  # of use in training alone
     study.record(TEST_READINGS, {**(study.recorded(TEST_READINGS) or {}), str(winner.trial): scores})
     return find_winner(study)
+
+
+def _opened(test: SealedSplit) -> Split:
+    try:
+        return test.open()
+    except HpoError:
+        raise
+    except Exception as error:  # reading is a stranger's code and may raise anything
+        raise SearchError(
+            f"the test split cannot be read: {type(error).__name__}: {error}; the trials are kept."
+        ) from error
 
 
 def write_summary(study: Study, summary: SummaryRun, winner: Winner | None) -> None:

@@ -22,13 +22,19 @@ if TYPE_CHECKING:
 
 
 def load_best(
-    study: str, *, home: Path | None = None, tracking_uri: str | None = None, device: str = "cpu"
+    study: str,
+    *,
+    home: Path | None = None,
+    tracking_uri: str | None = None,
+    task: str | None = None,
+    device: str = "cpu",
 ) -> PreprocessedModel:
     """The best model of a study, in eval mode, on `device`.
 
     It contains its preprocessing: it takes raw inputs, such as (N, 3, 32, 32) uint8 images, and gives logits
     (N, classes), or values in the target's units. `.classes` names the classes. Only tensors are unpickled
-    (weights_only), after their SHA-256 has been checked. The task's code must be importable where it is loaded.
+    (weights_only), after their SHA-256 has been checked. The task's code must be importable where it is loaded; `task`
+    names it (as on the command line) where it is no longer where the search found it.
 
     Raises UnknownNameError for an unknown study, UsageError while no trial has finished, CheckpointError for damage.
     """
@@ -37,7 +43,8 @@ def load_best(
     best = opened.best()
     if best is None:
         raise UsageError(f"study '{study}' has no finished trial yet; let `hpo search` run on.")
-    return load_trial(open_store(home, tracking_uri), opened, best.number, device).model
+    store = open_store(home, tracking_uri or opened.tracking_uri)
+    return load_trial(store, opened, best.number, device, task).model
 
 
 @dataclass(frozen=True)
@@ -48,13 +55,16 @@ class LoadedTrial:
     config: TrainConfig
 
 
-def load_trial(store: TrackingStore, study: Study, number: int, device: str = "cpu") -> LoadedTrial:
+def load_trial(
+    store: TrackingStore, study: Study, number: int, device: str = "cpu", task: str | None = None
+) -> LoadedTrial:
     """The best checkpoint of one trial, rebuilt from what its MLflow run holds.
 
     Which task's code is imported is told by the study, not by the run, which may come from a server of many people.
     """
     folder = store.download(store.find_trial_run(study.name, number), CHECKPOINT)
     description = TrialDescription.read(folder)
-    model = build_model(load_objective(study.settings.task), description.spec, description.model_parameters, seed=0)
+    objective = load_objective(task or study.task_reference)
+    model = build_model(objective, description.spec, description.model_parameters, seed=0)
     model.load_state_dict(load_weights(folder / BEST_WEIGHTS, description.weights_sha256))
     return LoadedTrial(model.eval().to(device), replace(description.config, device=device))

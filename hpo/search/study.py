@@ -38,6 +38,9 @@ MIN_TRIALS_FOR_IMPORTANCES = 10
 # Names of what is stored beside Optuna's own columns.
 _SETTINGS = "hpo:settings"
 _RECORD = "hpo:record:"
+_NUM_TRIALS = "num_trials"
+_TASK_REFERENCE = "task_reference"
+_TRACKING_URI = "tracking_uri"
 _ATTEMPT = "attempt"
 _INACTIVE = "inactive"
 _BEST_EPOCH = "best_epoch"
@@ -50,7 +53,7 @@ class StudySettings:
     """What a study was made with; all but `planned_trials`, `space_reference` and `overrides` tells studies apart."""
 
     task: str
-    """Task, as it was named."""
+    """Name of the task."""
 
     space: Space
     """The space that is searched, after overrides."""
@@ -332,6 +335,28 @@ class Study:
         }
         worst = max(measured.values(), default=0.0)
         return measured | {trial.number: worst for trial in trials if trial.state == "diverged"}
+
+    @property
+    def num_trials(self) -> int:
+        """Trials that the study was last asked for."""
+        return int(self.recorded(_NUM_TRIALS) or self.settings.planned_trials)
+
+    def remember_session(self, *, num_trials: int, task_reference: str, tracking_uri: str | None) -> None:
+        """Keep what a session was given and the next one, or a reader, wants to know."""
+        self.record(_NUM_TRIALS, num_trials)
+        self.record(_TASK_REFERENCE, task_reference)
+        self.record(_TRACKING_URI, tracking_uri)
+
+    @property
+    def task_reference(self) -> str:
+        """What finds the task's code, as the last session found it."""
+        return str(self.recorded(_TASK_REFERENCE) or self.settings.task)
+
+    @property
+    def tracking_uri(self) -> str | None:
+        """MLflow store that was named for the runs; None for the one in the home."""
+        uri: str | None = self.recorded(_TRACKING_URI)
+        return uri
 
     def record(self, key: str, value: Any) -> None:
         """Keep a fact about the study under a key; `value` is anything that JSON can hold."""

@@ -51,13 +51,16 @@ def open_store(home: Path, tracking_uri: str | None = None) -> TrackingStore:
     home = home.absolute()
     if "?" in str(home):
         raise StoreError(f"the home {home} holds a '?', which no database address can; choose another with --home.")
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{home / 'mlflow.db'}"
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or _home_uri(home)
     _require_known_scheme(uri)
     database = _sqlite_path(uri)
     if _is_server(uri):
         _require_answer(uri)
+    if database:
+        create_home(home)
+        return TrackingStore(home=home, uri=uri, client=_open_sqlite(database, uri))
+    client = _connect(uri)  # before the home is made: a wrong address leaves nothing behind
     create_home(home)
-    client = _open_sqlite(database, uri) if database else _connect(uri)
     return TrackingStore(home=home, uri=uri, client=client)
 
 
@@ -68,6 +71,11 @@ class TrackingStore:
     home: Path
     uri: str
     client: MlflowClient
+
+    @property
+    def is_in_home(self) -> bool:
+        """Whether it is the home's own store, not one that was named."""
+        return self.uri == _home_uri(self.home)
 
     @property
     def is_server(self) -> bool:
@@ -91,7 +99,8 @@ class TrackingStore:
             runs = search_runs(self.client, experiment.experiment_id, of_trial) if experiment else []
         if not runs:
             raise StoreError(
-                f"MLflow at {self.uri} has no run of trial {number} in study '{study}'; run the search again."
+                f"MLflow at {self.uri} has no run of trial {number} in study '{study}': it was deleted, "
+                "or is in another store (--tracking-uri)."
             )
         return str(runs[0].info.run_id)
 
@@ -198,6 +207,10 @@ def _require_known_scheme(uri: str) -> None:
         raise StoreError(f"the tracking URI '{uri}' is not one of {'://, '.join(_SCHEMES)}://; plain folders are not.")
 
 
+def _home_uri(home: Path) -> str:
+    return f"sqlite:///{home / 'mlflow.db'}"
+
+
 def _is_server(uri: str) -> bool:
     return urlsplit(uri).scheme in ("http", "https", "databricks")
 
@@ -207,7 +220,10 @@ def _require_answer(uri: str) -> None:
     parts = urlsplit(uri)
     if parts.scheme == "databricks":
         return
-    port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    try:
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    except ValueError as error:
+        raise StoreError(f"the tracking URI '{uri}' is wrong: {error}.") from error
     try:
         socket.create_connection((parts.hostname or "", port), timeout=_CONNECT_TIMEOUT_S).close()
     except OSError as error:
