@@ -443,17 +443,6 @@ def test_an_error_in_the_search_leaves_no_trial_running(store: TrackingStore) ->
     assert spooled(store.home) == []
 
 
-def test_recovering_leaves_live_trials_alone(runs: StudyRuns) -> None:
-    runs.trial_run(0, params={})
-    runs.trial_run(1, params={})
-    assert runs.flush()
-    with open_runs(runs.store) as other:
-        other.recover()
-    assert find_trial(runs.store, 0).info.status == "KILLED"
-    assert find_trial(runs.store, 1).info.status == "RUNNING"
-    assert spooled(runs.store.home) == ["trial-0001.jsonl"]
-
-
 def test_a_spool_told_twice_changes_nothing(store: TrackingStore) -> None:
     client = BrokenClient(store.client)
     with open_runs(replace(store, client=client)) as runs:  # type: ignore[arg-type]

@@ -517,7 +517,7 @@ def test_evaluation_of_any_split_gives_the_metrics_without_prefix() -> None:
     ("changes", "error", "message"),
     [
         ({"batch_size": 97}, UsageError, r"97.*96"),
-        ({"metric": "acuracy"}, UnknownNameError, "no classification metric 'acuracy'; did you mean 'accuracy'"),
+        ({"metric": "acuracy"}, UnknownNameError, "no metric 'acuracy'; did you mean 'accuracy'"),
         ({"metric": "r2"}, UnknownNameError, "Available: loss, accuracy, precision, recall, f1"),
         ({"loss": "mse"}, UsageError, "loss 'mse' does not fit data with 4 classes; use cross_entropy"),
     ],
