@@ -89,7 +89,9 @@ def cli() -> None:
 )
 @json_option
 def search(as_json: bool, **request: Any) -> None:
-    """Search the hyperparameters of TASK: a name from `hpo tasks`, a FILE.py, or module:attribute.
+    """Search the hyperparameters of TASK.
+
+    TASK is a name from `hpo tasks`, a FILE.py, or module:attribute.
 
     \b
     hpo search digits --trials 20
@@ -133,7 +135,7 @@ def tasks(as_json: bool) -> None:
 @click.option("--space", metavar="NAME|FILE", help="Show another space than the task's own.")
 @json_option
 def space(task: str, overrides: tuple[str, ...], space: str | None, as_json: bool) -> None:
-    """Show the search space of TASK, group by group in tuning priority.
+    """Show the search space of TASK, in tuning priority.
 
     \b
     hpo space cifar10 -p optimizer=sgd
@@ -182,7 +184,7 @@ def show(study: str, top: int | None, home: Path | None, as_json: bool) -> None:
 @home_option
 @json_option
 def best(study: str, home: Path | None, as_json: bool) -> None:
-    """Show the winner of STUDY: its configuration, its scores and how to load it.
+    """Show the winner of STUDY and how to load it.
 
     \b
     hpo best digits
@@ -202,7 +204,9 @@ def best(study: str, home: Path | None, as_json: bool) -> None:
 @home_option
 @click.option("--tracking-uri", metavar="URI", help="MLflow store. [env: MLFLOW_TRACKING_URI; default: in the home]")
 def ui(study: str | None, port: int, host: str, home: Path | None, tracking_uri: str | None) -> None:
-    """Open the MLflow UI on the home's runs, at STUDY if one is named. Ctrl-C ends it.
+    """Open the MLflow UI, at STUDY if one is named.
+
+    Ctrl-C ends it.
 
     \b
     hpo ui digits

@@ -137,14 +137,15 @@ def test_the_prediction_example_runs_after_the_search_of_the_readme(home: Path) 
     assert re.fullmatch(r"predicted:( \d){8}\n", finished.stdout)
 
 
-def test_the_readme_python_example_runs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", ["README.md", "searching.md"])
+def test_the_loading_example_runs(page: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hpo.pipeline import run_search
 
     monkeypatch.setenv("HPO_HOME", str(home))
     run_search("digits", trials=1, epochs=1)
-    (code,) = [code for page, language, code in fenced_code() if page == "README.md" and language == "python"]
+    (code,) = [code for name, language, code in fenced_code() if name == page and language == "python"]
     names: dict[str, object] = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, page, "exec"), names)
     assert names["model"]
 
 
