@@ -21,6 +21,7 @@ from optuna.samplers._tpe.sampler import _split_trials
 from optuna.storages import BaseStorage, InMemoryStorage
 
 from hpo.errors import StoreError, StudyMismatchError, UnknownNameError
+from hpo.plugins import SEARCH_SPACES, load_task, registered
 from hpo.search.pruners import PRUNERS, build_pruner
 from hpo.search.samplers import STRATEGIES, GridSampler, build_sampler, distribution, grid_points, grid_size
 from hpo.search.storage import open_storage, read_storage
@@ -196,6 +197,23 @@ def test_every_trial_of_any_space_has_every_parameter_within_its_range(space: Sp
         assert list(suggestion.values) == list(space.parameters)
         for name, value in suggestion.values.items():
             assert space.parameters[name].contains(value), (name, value)
+
+
+@pytest.mark.parametrize("name", sorted(registered(SEARCH_SPACES)))
+def test_every_draw_from_a_shipped_space_has_every_parameter_and_suits_the_trainer(name: str) -> None:
+    task = load_task(name)
+    sampler = build_sampler("priority", task.space, seed=0, num_trials=100)
+    study = optuna.create_study(sampler=sampler, direction="maximize")
+    distributions = {parameter: distribution(declared) for parameter, declared in task.space.parameters.items()}
+    drawn: dict[str, set[object]] = {parameter: set() for parameter in distributions}
+    for number in range(100):
+        trial = study.ask(distributions)
+        assert list(trial.params) == list(task.space.parameters)
+        task.train_config(task.space.active(trial.params))
+        for parameter, value in trial.params.items():
+            drawn[parameter].add(value)
+        study.tell(trial, math.sin(number))
+    assert [parameter for parameter, values in drawn.items() if len(values) < 2] == []
 
 
 @pytest.mark.parametrize("strategy", ["priority", "random", "grid", "qmc"])
