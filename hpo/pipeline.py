@@ -23,7 +23,7 @@ from hpo.search.samplers import STRATEGIES
 from hpo.search.storage import open_storage, read_storage
 from hpo.search.study import Study, StudySettings, read_settings
 from hpo.tracking.recorder import StudyRuns
-from hpo.tracking.store import TrackingStore, open_store
+from hpo.tracking.store import TrackingStore, home_store_uri, open_store
 from hpo.trial import TrialState
 
 VALIDATION_FRACTION = 0.2
@@ -81,12 +81,12 @@ def run_search(
     home = find_home(home)
     found = load_task(task, space)
     name = check_study_name(found.objective.name if study is None else study)
-    stored = read_settings(read_storage(home), name)
-    if stored and stored.space_reference and space is None:
-        found = load_task(task, stored.space_reference)
+    earlier = _earlier_study(home, name)
+    if earlier and earlier.settings.space_reference and space is None:
+        found = load_task(task, earlier.settings.space_reference)
     settings = _settle(
         found,
-        stored,
+        earlier.settings if earlier else None,
         {
             "space_reference": space,
             "overrides": tuple(overrides) or None,
@@ -107,7 +107,7 @@ def run_search(
     check_task(found, splits)
 
     observer.note("opening the MLflow store")
-    store = open_store(home, _agreed_tracking_uri(home, name, tracking_uri))
+    store = open_store(home, _agreed_tracking_uri(earlier, home, tracking_uri))
     with study_lock(home, name):
         opened = Study.open(open_storage(home), name, settings)
         opened.remember_session(
@@ -141,15 +141,20 @@ def run_search(
     )
 
 
-def _agreed_tracking_uri(home: Path, name: str, given: str | None) -> str | None:
-    """Where the study's runs go: where they went so far, so that they stay together."""
+def _earlier_study(home: Path, name: str) -> Study | None:
     storage = read_storage(home)
-    if read_settings(storage, name) is None:
+    return Study.load(storage, name) if read_settings(storage, name) else None
+
+
+def _agreed_tracking_uri(earlier: Study | None, home: Path, given: str | None) -> str | None:
+    """Where the study's runs go: where they went so far, so that they stay together."""
+    if earlier is None:
         return given
-    so_far = Study.load(storage, name).tracking_uri
+    # Not None for the home's own store: MLFLOW_TRACKING_URI would then lead elsewhere.
+    so_far = earlier.tracking_uri or home_store_uri(home)
     if given not in (None, so_far):
         raise StudyMismatchError(
-            f"the runs of study '{name}' are in {so_far or 'the home'}, not in {given}; "
+            f"the runs of study '{earlier.name}' are in {so_far}, not in {given}; "
             "leave --tracking-uri away, or use another name with --study."
         )
     return so_far

@@ -50,15 +50,19 @@ def check_task(task: Task, splits: Splits) -> None:
     _check_batch_sizes(task, splits)
     _check_model(task, splits)
     for name in ("loss", "augment"):
-        parameter = task.space.parameters.get(name)
-        for value in parameter.extremes() if parameter else (getattr(task.train_config({}), name),):
+        for value in _possible_values(task, name):
             _check_setting(task, splits, name, value)
+
+
+def _possible_values(task: Task, name: str) -> tuple[Value, ...]:
+    """What a trial may have for a setting: the values or ends of its parameter, or the task's own value."""
+    parameter = task.space.parameters.get(name)
+    return parameter.extremes() if parameter else (getattr(task.train_config({}), name),)
 
 
 def _check_batch_sizes(task: Task, splits: Splits) -> None:
     """Every batch size that may be drawn must fit, or trials would fail one by one."""
-    values = task.space.parameters["batch_size"].extremes() if "batch_size" in task.space.parameters else ()
-    for batch_size in values or (task.train_config({}).batch_size,):
+    for batch_size in _possible_values(task, "batch_size"):
         if int(batch_size) > len(splits.train):
             raise SpaceError(
                 f"batch_size {batch_size} is larger than the {len(splits.train)} training examples; "

@@ -246,6 +246,21 @@ def test_another_space_or_seed_under_the_same_name_is_refused_and_nothing_change
     assert (study(home).trials(), [run.to_dictionary() for run in runs(home)]) == before
 
 
+def test_the_runs_of_a_study_stay_where_they_began(
+    search: Callable[..., SearchOutcome], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search(trials=1)
+    elsewhere = f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    with pytest.raises(StudyMismatchError, match=r"runs of study 'moody' are in sqlite:.*home/mlflow\.db, not"):
+        search(trials=2, tracking_uri=elsewhere)
+    with monkeypatch.context() as patched:
+        patched.setenv("MLFLOW_TRACKING_URI", elsewhere)
+        search(trials=2)
+        assert hpo.load_best("moody", home=home).classes
+    assert not (tmp_path / "elsewhere.db").exists()
+    assert len(runs(home)) == 2
+
+
 def test_a_diverged_trial_counts_and_the_search_goes_on(search: Callable[..., SearchOutcome], home: Path) -> None:
     outcome = search(trials=4, overrides=("mood=calm,nan",), strategy="random", seed=1)
     assert outcome.counts["diverged"] > 0

@@ -14,7 +14,7 @@ from hpo.models.preprocessed import PreprocessedModel, build_model
 from hpo.plugins import load_objective
 from hpo.search.storage import read_storage
 from hpo.search.study import Study
-from hpo.tracking.store import open_store
+from hpo.tracking.store import home_store_uri, open_store
 from hpo.training.checkpoint import load_weights
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def load_best(
     best = opened.best()
     if best is None:
         raise UsageError(f"study '{study}' has no finished trial yet; let `hpo search` run on.")
-    store = open_store(home, tracking_uri or opened.tracking_uri)
+    store = open_store(home, tracking_uri or opened.tracking_uri or home_store_uri(home))
     return load_trial(store, opened, best.number, device, task).model
 
 

@@ -51,7 +51,7 @@ def open_store(home: Path, tracking_uri: str | None = None) -> TrackingStore:
     home = home.absolute()
     if "?" in str(home):
         raise StoreError(f"the home {home} holds a '?', which no database address can; choose another with --home.")
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or _home_uri(home)
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or home_store_uri(home)
     _require_known_scheme(uri)
     database = _sqlite_path(uri)
     if _is_server(uri):
@@ -75,7 +75,7 @@ class TrackingStore:
     @property
     def is_in_home(self) -> bool:
         """Whether it is the home's own store, not one that was named."""
-        return self.uri == _home_uri(self.home)
+        return self.uri == home_store_uri(self.home)
 
     @property
     def is_server(self) -> bool:
@@ -207,7 +207,8 @@ def _require_known_scheme(uri: str) -> None:
         raise StoreError(f"the tracking URI '{uri}' is not one of {'://, '.join(_SCHEMES)}://; plain folders are not.")
 
 
-def _home_uri(home: Path) -> str:
+def home_store_uri(home: Path) -> str:
+    """The URI of the home's own store."""
     return f"sqlite:///{home / 'mlflow.db'}"
 
 
