@@ -7,6 +7,7 @@ import logging
 import re
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from hpo.errors import HpoError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from hpo.pipeline import SearchOutcome
 
 INTERRUPTED = 130
 PIPED_WIDTH = 200  # columns of a table in a file or a pipe, which has no width of its own
@@ -44,7 +47,63 @@ class InOrder(click.Group):
 home_option = click.option(
     "--home", type=click.Path(path_type=Path), help="Folder of everything written. [env: HPO_HOME; default: ./mlruns]"
 )
+storage_option = click.option(
+    "--storage",
+    metavar="URL",
+    help="Database of the studies, for several machines: postgresql+psycopg://USER@HOST/DATABASE. "
+    "[env: HPO_STORAGE; default: in the home]",
+)
+tracking_option = click.option(
+    "--tracking-uri", metavar="URI", help="MLflow store or server. [env: MLFLOW_TRACKING_URI; default: in the home]"
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the data as JSON.")
+
+Command = Callable[..., Any]
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in the order of the help."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+study_options = _options(
+    click.option("--trials", type=int, help="Complete and pruned trials of the study in total. [default: 100]"),
+    click.option("--epochs", type=int, help="Epochs of a trial at the most. [default: the task's]"),
+    click.option(
+        "-p",
+        "overrides",
+        multiple=True,
+        metavar="NAME=VALUES",
+        help="Narrow a parameter: lr=1e-3:1e-1, optimizer=sgd,adamw or batch_size=256. Repeatable.",
+    ),
+    click.option("--study", metavar="NAME", help="Name of the study. [default: the task's name]"),
+    click.option(
+        "--strategy", metavar="NAME", help="priority, tpe, gp, random, grid, qmc or cmaes. [default: priority]"
+    ),
+    click.option("--pruner", metavar="NAME", help="sha, median, hyperband or none. [default: sha]"),
+    click.option("--seed", type=int, help="Seed that everything random follows from. [default: 0]"),
+    click.option("--limit", type=int, metavar="N", help="Use N of the training examples only. [default: all]"),
+    click.option("--space", metavar="NAME|FILE", help="Search another space than the task's own."),
+)
+machine_options = _options(
+    click.option("--workers", type=int, metavar="N", help="Trials at a time. [default: one a GPU, else one a core]"),
+    click.option("--timeout", type=Duration(), metavar="TIME", help="Stop after this time: 90, 90s, 30m or 2h."),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    click.option(
+        "--keep", type=int, default=5, show_default=True, metavar="K", help="Keep the weights of the K best trials."
+    ),
+    click.option(
+        "--data-dir",
+        type=click.Path(path_type=Path),
+        help="Where data sets lie or are downloaded to. [env: HPO_DATA_DIR; default: ~/.cache/hpo/data]",
+    ),
+)
 
 
 @click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -61,32 +120,17 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("task")
-@click.option("--trials", type=int, help="Complete and pruned trials of the study in total. [default: 100]")
-@click.option("--epochs", type=int, help="Epochs of a trial at the most. [default: the task's]")
-@click.option(
-    "-p",
-    "overrides",
-    multiple=True,
-    metavar="NAME=VALUES",
-    help="Narrow a parameter: lr=1e-3:1e-1, optimizer=sgd,adamw or batch_size=256. Repeatable.",
-)
-@click.option("--timeout", type=Duration(), metavar="TIME", help="Stop after this time: 90, 90s, 30m or 2h.")
-@click.option("--study", metavar="NAME", help="Name of the study. [default: the task's name]")
-@click.option("--strategy", metavar="NAME", help="priority, tpe, gp, random, grid, qmc or cmaes. [default: priority]")
-@click.option("--pruner", metavar="NAME", help="sha, median, hyperband or none. [default: sha]")
-@click.option("--seed", type=int, help="Seed that everything random follows from. [default: 0]")
-@click.option("--limit", type=int, metavar="N", help="Use N of the training examples only. [default: all]")
-@click.option("--space", metavar="NAME|FILE", help="Search another space than the task's own.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option(
-    "--data-dir",
-    type=click.Path(path_type=Path),
-    help="Where data sets lie or are downloaded to. [env: HPO_DATA_DIR; default: ~/.cache/hpo/data]",
-)
+@study_options
+@machine_options
 @home_option
+@storage_option
+@click.option("--executor", default="local", show_default=True, help="Where trials run: local, or ray (a cluster).")
+@click.option("--address", default="auto", show_default=True, help="Address of the Ray cluster.")
 @click.option(
-    "--tracking-uri", metavar="URI", help="MLflow store or server. [env: MLFLOW_TRACKING_URI; default: in the home]"
+    "--gpus-per-trial", type=float, default=0.0, show_default=True, help="Share of a GPU for each Ray worker."
 )
+@click.option("--join", is_flag=True, help="Search beside others that search the study already.")
+@tracking_option
 @json_option
 def search(as_json: bool, **request: Any) -> None:
     """Search the hyperparameters of TASK.
@@ -101,12 +145,60 @@ def search(as_json: bool, **request: Any) -> None:
     Settings that are not given again stay as the study has them.
     """
     from hpo.pipeline import run_search
+
+    _run(run_search, as_json, **request)
+
+
+@cli.command()
+@click.argument("task")
+@study_options
+@home_option
+@storage_option
+@tracking_option
+@json_option
+def submit(as_json: bool, **request: Any) -> None:
+    """Queue a study of TASK for the workers of several machines.
+
+    TASK is a name from `hpo tasks`: only names and settings travel, never code.
+
+    \b
+    hpo submit cifar10 --trials 100 --storage postgresql+psycopg://hpo@db/hpo --tracking-uri http://mlflow:5000
+    """
+    from hpo.pipeline import submit_study
+    from hpo.report import print_submitted
+
+    study = submit_study(**request)
+    facts = {"study": study.name, "trials": study.num_trials, "missing": study.remaining(study.num_trials)}
+    _print_json(facts) if as_json else print_submitted(_console(), facts)
+
+
+@cli.command()
+@click.argument("study")
+@machine_options
+@home_option
+@storage_option
+@tracking_option
+@json_option
+def worker(as_json: bool, **request: Any) -> None:
+    """Run trials of STUDY on this machine, beside others.
+
+    It ends when the study has all its trials; Ctrl-C or SIGTERM leaves earlier, and others go on with its trials.
+
+    \b
+    hpo worker cifar10 --storage postgresql+psycopg://hpo@db/hpo
+    """
+    from hpo.pipeline import join_search
+
+    _run(join_search, as_json, **request)
+
+
+def _run(search: Callable[..., SearchOutcome], as_json: bool, **request: Any) -> None:
     from hpo.progress import search_progress
     from hpo.report import print_outcome
 
     console = _console(stderr=as_json)
     with search_progress(console) as progress:
-        outcome = run_search(observer=progress, **request)
+        outcome = search(observer=progress, **request)
     if as_json:
         _print_json(outcome.to_dict())
     else:
@@ -149,16 +241,17 @@ def space(task: str, overrides: tuple[str, ...], space: str | None, as_json: boo
 
 @cli.command()
 @home_option
+@storage_option
 @json_option
-def studies(home: Path | None, as_json: bool) -> None:
-    """List the studies in the home.
+def studies(home: Path | None, storage: str | None, as_json: bool) -> None:
+    """List the studies, and who searches them now.
 
     \b
     hpo studies
     """
     from hpo.report import print_studies, study_rows
 
-    rows = study_rows(home)
+    rows = study_rows(home, storage)
     _print_json(rows) if as_json else print_studies(_console(), rows)
 
 
@@ -166,8 +259,9 @@ def studies(home: Path | None, as_json: bool) -> None:
 @click.argument("study")
 @click.option("--top", type=click.IntRange(min=1), help="Only the best N trials. [default: all, in order]")
 @home_option
+@storage_option
 @json_option
-def show(study: str, top: int | None, home: Path | None, as_json: bool) -> None:
+def show(study: str, top: int | None, home: Path | None, storage: str | None, as_json: bool) -> None:
     """Show the trials of STUDY and what matters most in it.
 
     \b
@@ -175,15 +269,16 @@ def show(study: str, top: int | None, home: Path | None, as_json: bool) -> None:
     """
     from hpo.report import print_study, study_facts
 
-    facts = study_facts(study, home, top)
+    facts = study_facts(study, home, storage, top)
     _print_json(facts) if as_json else print_study(_console(), facts)
 
 
 @cli.command()
 @click.argument("study")
 @home_option
+@storage_option
 @json_option
-def best(study: str, home: Path | None, as_json: bool) -> None:
+def best(study: str, home: Path | None, storage: str | None, as_json: bool) -> None:
     """Show the winner of STUDY and how to load it.
 
     \b
@@ -191,8 +286,33 @@ def best(study: str, home: Path | None, as_json: bool) -> None:
     """
     from hpo.report import best_facts, print_best
 
-    facts = best_facts(study, home)
+    facts = best_facts(study, home, storage)
     _print_json(facts) if as_json else print_best(_console(), facts)
+
+
+@cli.command()
+@click.argument("study")
+@click.option(
+    "--keep", type=click.IntRange(min=1), default=5, show_default=True, metavar="K", help="Keep those of the K best."
+)
+@click.option("--dry-run", is_flag=True, help="Say what would go, and remove nothing.")
+@home_option
+@storage_option
+@tracking_option
+@json_option
+def gc(as_json: bool, **request: Any) -> None:
+    """Remove the weights of the weak trials of STUDY, and what dead searches have left.
+
+    Parameters, curves and plots stay, and so do the checkpoints of trials that can go on.
+
+    \b
+    hpo gc digits --keep 3 --dry-run
+    """
+    from hpo.deploy.clean import clean_study
+    from hpo.report import print_cleaned
+
+    facts = clean_study(**request)
+    _print_json(facts) if as_json else print_cleaned(_console(), facts)
 
 
 @cli.command()
@@ -202,7 +322,7 @@ def best(study: str, home: Path | None, as_json: bool) -> None:
     "--host", default="127.0.0.1", show_default=True, help="Address to listen on; this machine alone by default."
 )
 @home_option
-@click.option("--tracking-uri", metavar="URI", help="MLflow store. [env: MLFLOW_TRACKING_URI; default: in the home]")
+@tracking_option
 def ui(study: str | None, port: int, host: str, home: Path | None, tracking_uri: str | None) -> None:
     """Open the MLflow UI, at STUDY if one is named.
 

@@ -4,7 +4,9 @@ mlruns/
     mlflow.db, artifacts/    runs, curves, plots and checkpoints, as the MLflow UI shows them
     optuna.db                the studies
     checkpoints/<study>/     states of trials that are running or can be resumed
+    splits/                  training and validation data of running searches, as their workers map them
     spool/                   curves on their way to MLflow
+    logs/                    what the workers print
     locks/                   one lock a study: one search at a time
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from hpo.errors import StoreError, UsageError
 
+_LEAST_SPACE = 20_000_000  # bytes: two empty databases and a few small checkpoints
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -31,6 +35,11 @@ def find_home(given: Path | None = None) -> Path:
 def find_data_dir(given: Path | None = None) -> Path:
     """Where data sets lie: as given, else HPO_DATA_DIR, else ~/.cache/hpo/data. It need not exist yet."""
     return Path(given or os.environ.get("HPO_DATA_DIR") or Path.home() / ".cache" / "hpo" / "data").absolute()
+
+
+def find_storage(given: str | None = None) -> str | None:
+    """URL of the database of the studies: as given, else HPO_STORAGE, else None for the one in the home."""
+    return given or os.environ.get("HPO_STORAGE") or None
 
 
 def check_study_name(name: str) -> str:
@@ -53,6 +62,17 @@ def create_home(home: Path) -> None:
         raise StoreError(
             f"the home {home} cannot be written: {error.strerror}; choose another with --home or HPO_HOME."
         ) from error
+
+
+def require_space(home: Path, num_bytes: int) -> None:
+    """Raise StoreError where the disk has no room for this much and the least that a search writes."""
+    existing = next(folder for folder in (home, *home.parents) if folder.exists())
+    free, needed = shutil.disk_usage(existing).free, num_bytes + _LEAST_SPACE
+    if free < needed:
+        raise StoreError(
+            f"the home {home} has {free / 1e6:.0f} MB left, and a search needs {needed / 1e6:.0f} MB at least; "
+            "make room, or choose another with --home or HPO_HOME."
+        )
 
 
 def require_home(home: Path) -> Path:

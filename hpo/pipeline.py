@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hpo.data.datasets import split_dataset
+from hpo.data.datasets import save_splits, split_dataset
 from hpo.deploy.finish import Winner, crown_winner, find_winner, write_summary
-from hpo.errors import SearchError, StoreError, StudyMismatchError, UnknownNameError, UsageError
+from hpo.errors import SearchError, StoreError, UsageError
 from hpo.execution.coordinator import Coordinator
+from hpo.execution.local import LocalWorkers, warm_up
+from hpo.execution.messages import Setup
 from hpo.execution.observer import Observer
-from hpo.home import check_study_name, find_data_dir, find_home, study_lock
-from hpo.objective import Dataset
-from hpo.plugins import Task, load_task
-from hpo.preflight import check_task, choose_device, load_dataset
+from hpo.home import require_space, study_lock
+from hpo.plugins import OBJECTIVES, SEARCH_SPACES, require_registered
+from hpo.preflight import check_task, load_dataset, visible_gpus
 from hpo.report import to_plain
-from hpo.search.pruners import PRUNERS
-from hpo.search.samplers import STRATEGIES
+from hpo.request import DEFAULT_KEEP, Means, agree, agreed_tracking_uri, find_means, read_study
+from hpo.search.session import Session, living_sessions
 from hpo.search.storage import open_storage, read_storage
-from hpo.search.study import Study, StudySettings, read_settings
+from hpo.search.study import Study
 from hpo.tracking.recorder import StudyRuns
-from hpo.tracking.store import TrackingStore, home_store_uri, open_store
+from hpo.tracking.store import TrackingStore, open_store
 from hpo.trial import TrialState
 
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+
+    from hpo.data.datasets import Splits
+    from hpo.execution.pool import WorkerPool
+    from hpo.plugins import Task
+    from hpo.search.study import StudySettings
+
 VALIDATION_FRACTION = 0.2
-DEFAULT_TRIALS = 100
 NUM_COLUMNS = 5  # parameters in MLflow's table of runs, the first in tuning priority
+SILENCE_S = 30.0
+"""Seconds of silence after which a worker, or a whole session, counts as dead."""
+
+_POLL_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +75,7 @@ def run_search(
     epochs: int | None = None,
     overrides: Sequence[str] = (),
     timeout: float | None = None,
+    workers: int | None = None,
     study: str | None = None,
     strategy: str | None = None,
     pruner: str | None = None,
@@ -67,8 +83,14 @@ def run_search(
     limit: int | None = None,
     space: str | None = None,
     device: str = "auto",
+    keep: int = DEFAULT_KEEP,
+    executor: str = "local",
+    address: str = "auto",
+    gpus_per_trial: float = 0.0,
     data_dir: Path | None = None,
     home: Path | None = None,
+    storage: str | None = None,
+    join: bool = False,
     tracking_uri: str | None = None,
     observer: Observer | None = None,
 ) -> SearchOutcome:
@@ -77,102 +99,249 @@ def run_search(
     A study of that name goes on: what is left out (None) stays as the study has it, what is given must agree with it.
     Raises UsageError before anything is written when something given is wrong, SearchError when trials keep failing.
     """
-    observer = observer or Observer()
-    home = find_home(home)
-    found = load_task(task, space)
-    name = check_study_name(found.objective.name if study is None else study)
-    earlier = _earlier_study(home, name)
-    if earlier and earlier.settings.space_reference and space is None:
-        found = load_task(task, earlier.settings.space_reference)
-    settings = _settle(
-        found,
-        earlier.settings if earlier else None,
-        {
-            "space_reference": space,
-            "overrides": tuple(overrides) or None,
-            "planned_trials": trials,
-            "max_epochs": epochs,
-            "strategy": strategy,
-            "pruner": pruner,
-            "seed": seed,
-            "limit": limit,
-        },
+    means = find_means(
+        home=home,
+        storage=storage,
+        tracking_uri=tracking_uri,
+        data_dir=data_dir,
+        device=device,
+        workers=workers,
+        keep=keep,
+        timeout=timeout,
+        join=join,
+        executor=executor,
+        address=address,
+        gpus_per_trial=gpus_per_trial,
     )
-    found = found.narrow(settings.overrides)
-    chosen_device = choose_device(device)
+    given = _study_fields(trials, epochs, overrides, strategy, pruner, seed, limit, space)
+    found, name, settings = agree(means, task, study, given)
+    return _search(found, name, settings, trials, means, observer or Observer())
 
-    observer.note(f"loading the data of {found.objective.name}")
-    dataset = load_dataset(found, find_data_dir(data_dir))
+
+def submit_study(
+    task: str,
+    *,
+    trials: int | None = None,
+    epochs: int | None = None,
+    overrides: Sequence[str] = (),
+    study: str | None = None,
+    strategy: str | None = None,
+    pruner: str | None = None,
+    seed: int | None = None,
+    limit: int | None = None,
+    space: str | None = None,
+    home: Path | None = None,
+    storage: str | None = None,
+    tracking_uri: str | None = None,
+) -> Study:
+    """Queue a study in a shared database for `join_search`, or ask for more trials of one; nothing is trained here.
+
+    What is stored are names of registered tasks and spaces and checked settings, never code. Raises UsageError when
+    something given is wrong.
+    """
+    means = find_means(home=home, storage=storage, tracking_uri=tracking_uri, device="cpu", join=True)
+    require_registered(OBJECTIVES, task)
+    if space is not None:
+        require_registered(SEARCH_SPACES, space)
+    given = _study_fields(trials, epochs, overrides, strategy, pruner, seed, limit, space)
+    _, name, settings = agree(means, task, study, given)
+    agreed_tracking_uri(means, None)  # those who join will need one, too
+    database = open_storage(means.home, means.storage)
+
+    def open_study() -> Study:
+        study = Study.open(database, name, settings)
+        study.remember_session(num_trials=trials or study.num_trials, task_reference=task, tracking_uri=None)
+        return study
+
+    return Session(database, name).exclusively(open_study)
+
+
+def join_search(
+    study: str,
+    *,
+    timeout: float | None = None,
+    workers: int | None = None,
+    device: str = "auto",
+    keep: int = DEFAULT_KEEP,
+    data_dir: Path | None = None,
+    home: Path | None = None,
+    storage: str | None = None,
+    tracking_uri: str | None = None,
+    observer: Observer | None = None,
+) -> SearchOutcome:
+    """Run trials of a study in a shared database until it has all of them, beside any number of other machines.
+
+    The study names its task, which must be registered on this machine too. Raises UsageError before any trial when
+    something given is wrong.
+    """
+    means = find_means(
+        home=home,
+        storage=storage,
+        tracking_uri=tracking_uri,
+        data_dir=data_dir,
+        device=device,
+        workers=workers,
+        keep=keep,
+        timeout=timeout,
+        join=True,
+    )
+    task = Study.load(read_storage(means.home, means.storage), study).task_reference
+    # Whoever can write to the database must not choose what code runs here.
+    require_registered(OBJECTIVES, task)
+    found, name, settings = agree(means, task, study, {})
+    return _search(found, name, settings, None, means, observer or Observer())
+
+
+def _study_fields(
+    trials: int | None,
+    epochs: int | None,
+    overrides: Sequence[str],
+    strategy: str | None,
+    pruner: str | None,
+    seed: int | None,
+    limit: int | None,
+    space: str | None,
+) -> dict[str, Any]:
+    """The options of `hpo search` as fields of StudySettings."""
+    return {
+        "space_reference": space,
+        "overrides": tuple(overrides) or None,
+        "planned_trials": trials,
+        "max_epochs": epochs,
+        "strategy": strategy,
+        "pruner": pruner,
+        "seed": seed,
+        "limit": limit,
+    }
+
+
+def _search(
+    task: Task, name: str, settings: StudySettings, trials: int | None, means: Means, observer: Observer
+) -> SearchOutcome:
+    warm_up()  # the workers' server imports torch while the data are read
+    observer.note(f"loading the data of {task.objective.name}")
+    dataset = load_dataset(task, means.data_dir)
     splits = split_dataset(dataset, validation_fraction=VALIDATION_FRACTION, seed=settings.seed, limit=settings.limit)
-    check_task(found, splits)
+    check_task(task, splits)
+    require_space(means.home, splits.num_bytes)
 
     observer.note("opening the MLflow store")
-    store = open_store(home, _agreed_tracking_uri(earlier, home, tracking_uri))
-    with study_lock(home, name):
-        opened = Study.open(open_storage(home), name, settings)
-        opened.remember_session(
-            num_trials=trials or opened.num_trials,
-            task_reference=found.reference,
-            tracking_uri=None if store.is_in_home else store.uri,
-        )
-        with _open_runs(store, opened, found) as runs:
-            runs.recover()
+    store = open_store(means.home, agreed_tracking_uri(means, read_study(means, name)))
+    with nullcontext() if means.is_shared else study_lock(means.home, name), ExitStack() as presence:
+        database = open_storage(means.home, means.storage)
+        session = presence.enter_context(Session(database, name))
+
+        def open_study() -> Study:
+            _require_alone(session, database, means, name)
+            study = Study.open(database, name, settings)
+            study.remember_session(
+                num_trials=trials or study.num_trials,
+                task_reference=task.reference,
+                tracking_uri=None if store.is_in_home or means.is_shared else store.uri,
+            )
+            if not means.is_shared:
+                study.requeue(study.owners())  # of searches that died: we hold the home's lock
+            return study
+
+        study = session.exclusively(open_study)
+        with _open_runs(store, study, task, session) as runs, _splits_file(splits, means, name, session) as file:
             coordinator = Coordinator(
-                study=opened,
+                study=study,
+                session=session,
                 runs=runs,
-                task=found,
-                splits=splits,
-                device=chosen_device,
-                checkpoints=home / "checkpoints" / name,
-                num_trials=opened.num_trials,
-                timeout_s=timeout,
+                task=task,
+                workers=_find_workers(task, name, file, means),
+                checkpoints=means.home / "checkpoints" / name,
+                keep=means.keep,
+                timeout_s=means.timeout_s,
                 observer=observer,
             )
-            winner = _run_and_crown(coordinator, opened, runs, dataset, chosen_device, observer)
+            crown = partial(crown_winner, study, store, dataset.test, means.device, task.reference)
+            winner = _run_and_crown(coordinator, session, study, runs, crown, presence.close, observer)
         store.optimise()
     return SearchOutcome(
         study=name,
-        home=home,
-        counts=opened.counts(),
-        num_trials=coordinator.num_trials,
+        home=means.home,
+        counts=study.counts(),
+        num_trials=study.num_trials,
         is_done=coordinator.is_done,
         interrupted=coordinator.interrupted,
         winner=winner,
     )
 
 
-def _earlier_study(home: Path, name: str) -> Study | None:
-    storage = read_storage(home)
-    return Study.load(storage, name) if read_settings(storage, name) else None
-
-
-def _agreed_tracking_uri(earlier: Study | None, home: Path, given: str | None) -> str | None:
-    """Where the study's runs go: where they went so far, so that they stay together."""
-    if earlier is None:
-        return given
-    # Not None for the home's own store: MLFLOW_TRACKING_URI would then lead elsewhere.
-    so_far = earlier.tracking_uri or home_store_uri(home)
-    if given not in (None, so_far):
-        raise StudyMismatchError(
-            f"the runs of study '{earlier.name}' are in {so_far}, not in {given}; "
-            "leave --tracking-uri away, or use another name with --study."
+def _require_alone(session: Session, database: BaseStorage, means: Means, name: str) -> None:
+    """A study is searched once, unless this session was asked to join."""
+    if not means.is_shared:
+        session.forget_others()
+        return
+    others = [other.name for other in living_sessions(database, name) if other.id != session.id]
+    if others and not means.joins:
+        raise UsageError(
+            f"study '{name}' is being searched by {', '.join(others)}; join in with --join, "
+            "or choose another name with --study."
         )
-    return so_far
+
+
+@contextmanager
+def _splits_file(splits: Splits, means: Means, name: str, session: Session) -> Iterator[Path]:
+    """The splits in a file that the workers map into memory, for as long as the session runs."""
+    folder = means.home / "splits" / name
+    living = session.living()
+    for left in folder.glob("*.pt"):
+        if left.stem not in living:
+            left.unlink()
+    path = folder / f"{session.id}.pt"
+    try:
+        save_splits(splits, path)
+        yield path
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror}; choose another home with --home.") from error
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _find_workers(task: Task, name: str, splits: Path, means: Means) -> WorkerPool:
+    setup = Setup(task_reference=task.reference, splits=splits, num_threads=1, silence_s=SILENCE_S)
+    if means.executor == "ray":
+        from hpo.execution.ray import RayWorkers
+
+        return RayWorkers(
+            setup, num_workers=means.workers, address=means.ray_address, gpus_per_trial=means.gpus_per_trial
+        )
+    gpus = visible_gpus(means.device)
+    num_cores = len(os.sched_getaffinity(0))
+    num_workers = means.workers or len(gpus) or num_cores
+    setup = replace(setup, num_threads=max(1, num_cores // num_workers), log=means.home / "logs" / name)
+    return LocalWorkers(setup, num_workers=num_workers, gpus=gpus)
 
 
 def _run_and_crown(
-    coordinator: Coordinator, study: Study, runs: StudyRuns, dataset: Dataset, device: str, observer: Observer
+    coordinator: Coordinator,
+    session: Session,
+    study: Study,
+    runs: StudyRuns,
+    crown: Callable[[], Winner | None],
+    leave: Callable[[], None],
+    observer: Observer,
 ) -> Winner | None:
-    """Run the trials and write the summary, whose run ends as the search does."""
-    summary = runs.summary_run()
+    """Run the trials and write the summary, whose run ends as the search does.
+
+    Others see us in the study until `leave` is called: then MLflow has the weights of all our trials.
+    """
+    summary = session.exclusively(runs.summary_run)
     try:
         coordinator.run()
         observer.note("drawing the plots" + (" and testing the winner" if coordinator.is_done else ""))
         runs.flush()
         coordinator.remove_old_checkpoints()
-        winner = crown_winner(study, runs.store, dataset.test, device) if coordinator.is_done else find_winner(study)
+        leave()
+        if coordinator.is_done:
+            _await_others(session)
+        winner = session.exclusively(crown) if coordinator.is_done else find_winner(study)
         write_summary(study, summary, winner)
-        summary.finish("complete" if coordinator.is_done else "interrupted")
+        if not _others(session):
+            summary.finish("complete" if coordinator.is_done else "interrupted")
         return winner
     except StoreError as error:
         raise SearchError(f"{error} The trials are kept: the same command again finishes the study.") from error
@@ -184,38 +353,17 @@ def _run_and_crown(
         observer.search_ended()
 
 
-def _settle(task: Task, stored: StudySettings | None, given: Mapping[str, Any]) -> StudySettings:
-    """What is given, else what the study was made with, else the defaults; each of it checked."""
-    defaults: dict[str, Any] = {
-        "space_reference": None,
-        "overrides": (),
-        "planned_trials": DEFAULT_TRIALS,
-        "max_epochs": task.train_config({}).max_epochs,
-        "strategy": "priority",
-        "pruner": "sha",
-        "seed": 0,
-        "limit": None,
-    }
-    known = {name: getattr(stored, name) for name in defaults} if stored else defaults
-    chosen = known | {name: value for name, value in given.items() if value is not None}
-    for option, name in (("--trials", "planned_trials"), ("--epochs", "max_epochs"), ("--limit", "limit")):
-        if chosen[name] is not None and chosen[name] < 1:
-            raise UsageError(f"{option} {chosen[name]} is not allowed: it must be at least 1.")
-    if chosen["seed"] < 0:
-        raise UsageError(f"--seed {chosen['seed']} is not allowed: it must be at least 0.")
-    for kind, names in (("strategy", STRATEGIES), ("pruner", PRUNERS)):
-        if chosen[kind] not in names:
-            raise UnknownNameError(kind, chosen[kind], names)
-    return StudySettings(
-        task=task.objective.name,
-        space=task.narrow(chosen["overrides"]).space,
-        metric=task.objective.metric,
-        direction=task.objective.direction,
-        **chosen,
-    )
+def _others(session: Session) -> set[str]:
+    return session.living() - {session.id}
 
 
-def _open_runs(store: TrackingStore, study: Study, task: Task) -> StudyRuns:
+def _await_others(session: Session) -> None:
+    """Wait until MLflow has the weights of other machines' trials too."""
+    while _others(session):
+        time.sleep(_POLL_S)
+
+
+def _open_runs(store: TrackingStore, study: Study, task: Task, session: Session) -> StudyRuns:
     settings = study.settings
     best_first = "descending" if settings.direction == "maximize" else "ascending"
     note = (
@@ -228,6 +376,7 @@ def _open_runs(store: TrackingStore, study: Study, task: Task) -> StudyRuns:
         study.name,
         metric=settings.metric,
         direction=settings.direction,
+        session=session.id,
         columns=list(settings.space.parameters)[:NUM_COLUMNS],
         tags={"hpo.task": settings.task},
         note=note,

@@ -92,6 +92,14 @@ def registered(group: str) -> dict[str, str]:
     return dict(sorted(modules.items()))
 
 
+def require_registered(group: str, name: str) -> None:
+    """Raise UnknownNameError unless the name is that of a registered task, or space, on this machine."""
+    modules = registered(group)
+    if name not in modules:
+        kind = "registered task" if group == OBJECTIVES else "registered search space"
+        raise UnknownNameError(kind, name, modules, "Studies for several machines know names, not files.")
+
+
 @cache
 def _warn_once(message: str) -> None:
     _logger.warning(message)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -26,6 +27,16 @@ def choose_device(given: str) -> str:
     if given not in available:
         raise UnknownNameError("device", given, available)
     return given
+
+
+def visible_gpus(device: str) -> list[str]:
+    """A value of CUDA_VISIBLE_DEVICES for each GPU that a device stands for; none for the CPU."""
+    if device == "cpu":
+        return []
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = given.split(",") if given else [str(index) for index in range(torch.cuda.device_count())]
+    index = torch.device(device).index
+    return names if index is None else [names[index]]
 
 
 def load_dataset(task: Task, data_dir: Path) -> Dataset:

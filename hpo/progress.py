@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hpo.trial import EndState
 
 REFRESHES_PER_SECOND = 4
+MAX_TRIALS_SHOWN = 8
 
 
 @contextmanager
@@ -111,8 +112,9 @@ class ProgressLines(Observer):
     ) -> None:
         assert self._tally is not None, "a search starts before its trials end"
         self._tally.add(suggestion.number, state, result)
+        score = (reason or "") if state == "interrupted" else _score(self._tally.metric, result, reason)
         self._print(
-            f"trial {suggestion.number:<4} {state:<11} {_score(self._tally.metric, result, reason):<28}"
+            f"trial {suggestion.number:<4} {state:<11} {score:<28}"
             f" {self._tally.describe_best()}, {self._tally.describe_counts()}, {self._tally.describe_time_left()}"
         )
 
@@ -121,39 +123,46 @@ class ProgressLines(Observer):
 
 
 class ProgressStatus(Observer):
-    """Two status lines at the foot of a terminal; above them a line for each new best trial and each failure."""
+    """Status lines at the foot of a terminal; above them a line for each new best trial and each failure."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._tally: Tally | None = None
-        self._now = ""
+        self._note = ""
+        self._running: dict[int, str] = {}
         self._live = Live(
             get_renderable=self._render, console=console, refresh_per_second=REFRESHES_PER_SECOND, transient=True
         )
         self._live.start()
 
     def note(self, text: str) -> None:
-        self._now = text
+        self._note = text
 
     def search_started(self, start: SearchStart) -> None:
         self._tally = Tally(start)
+        self._note = ""
 
     def trial_started(self, suggestion: Suggestion) -> None:
-        self._now = f"trial {suggestion.number}: {suggestion.stage}"
+        self._running[suggestion.number] = f"trial {suggestion.number}: {suggestion.stage}"
 
     def epoch_done(self, suggestion: Suggestion, result: EpochResult) -> None:
-        self._now = f"trial {suggestion.number}: {suggestion.stage}, epoch {result.epoch}, {result.value:.4f}"
+        self._running[suggestion.number] = (
+            f"trial {suggestion.number}: {suggestion.stage}, epoch {result.epoch}, {result.value:.4f}"
+        )
 
     def trial_ended(
         self, suggestion: Suggestion, state: EndState, result: EpochResult | None, reason: str | None
     ) -> None:
         assert self._tally is not None, "a search starts before its trials end"
+        self._running.pop(suggestion.number, None)
         if self._tally.add(suggestion.number, state, result):
             score = _score(self._tally.metric, result, reason)
             self._say(f"trial {suggestion.number}: {score}, the best so far", "green")
             self._say(f"  {format_configuration(suggestion.active_values)}", "dim")
         if state == "failed":
             self._say(f"trial {suggestion.number} failed: {reason}", "red")
+        if state == "interrupted":
+            self._say(f"trial {suggestion.number} interrupted: {reason}", "yellow")
 
     def search_ended(self) -> None:
         self._live.stop()
@@ -162,12 +171,17 @@ class ProgressStatus(Observer):
         self._live.console.print(line, style=style)
 
     def _render(self) -> RenderableType:
-        if self._tally is None:
-            return Text(self._now, style="dim")
-        head = Table.grid(padding=(0, 2))
-        bar = ProgressBar(total=self._tally.num_trials, completed=self._tally.num_finished, width=30)
-        head.add_row(self._tally.study, bar, self._tally.describe_counts(), self._tally.describe_time_left())
-        return Group(head, Text(f"{self._tally.describe_best()} · {self._now}", style="dim", overflow="ellipsis"))
+        lines = []
+        if self._tally is not None:
+            head = Table.grid(padding=(0, 2))
+            bar = ProgressBar(total=self._tally.num_trials, completed=self._tally.num_finished, width=30)
+            head.add_row(self._tally.study, bar, self._tally.describe_counts(), self._tally.describe_time_left())
+            lines = [self._tally.describe_best(), *list(self._running.values())[:MAX_TRIALS_SHOWN]]
+            if len(self._running) > MAX_TRIALS_SHOWN:
+                lines.append(f"and {len(self._running) - MAX_TRIALS_SHOWN} more")
+        lines += [self._note] if self._note else []
+        status = [Text(line, style="dim", overflow="ellipsis", no_wrap=True) for line in lines]
+        return Group(head, *status) if self._tally is not None else Group(*status)
 
 
 def _score(metric: str, result: EpochResult | None, reason: str | None) -> str:

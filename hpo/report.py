@@ -13,8 +13,9 @@ from rich.table import Table
 
 from hpo.deploy.finish import Winner, find_winner
 from hpo.errors import HpoError
-from hpo.home import find_home
+from hpo.home import find_home, find_storage
 from hpo.plugins import OBJECTIVES, load_task, registered
+from hpo.search.session import living_sessions
 from hpo.search.storage import read_storage
 from hpo.search.study import Study, list_studies
 from hpo.space import Space, describe_conditions, format_value
@@ -85,17 +86,23 @@ def print_space(console: Console, space: Space) -> None:
         console.print(table)
 
 
-def study_rows(home: Path | None) -> list[dict[str, Any]]:
-    """The studies of a home, the oldest first."""
-    return [_study_row(study) for study in list_studies(read_storage(find_home(home)))]
+def study_rows(home: Path | None, storage: str | None = None) -> list[dict[str, Any]]:
+    """The studies of a home, or of a shared database, the oldest first, and who searches them now."""
+    database = read_storage(find_home(home), find_storage(storage))
+    return [
+        _study_row(study, [session.name for session in living_sessions(database, study.name)])
+        for study in list_studies(database)
+    ]
 
 
-def _study_row(study: Study) -> dict[str, Any]:
+def _study_row(study: Study, searchers: list[str]) -> dict[str, Any]:
     best = study.best()
+    is_done = study.remaining(study.num_trials) == 0 and study.counts()["running"] == 0
     return {
         "study": study.name,
         "task": study.settings.task,
         "trials": f"{study.num_finished}/{study.num_trials}",
+        "now": f"searched by {', '.join(searchers)}" if searchers else "done" if is_done else "stopped",
         "metric": study.settings.metric,
         "best": best and best.value,
         "best trial": best and best.number,
@@ -114,9 +121,9 @@ def print_studies(console: Console, rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def study_facts(name: str, home: Path | None, top: int | None = None) -> dict[str, Any]:
+def study_facts(name: str, home: Path | None, storage: str | None = None, top: int | None = None) -> dict[str, Any]:
     """Settings, trials and importances of a study; the best `top` trials, or all in order."""
-    study = Study.load(read_storage(find_home(home)), name)
+    study = Study.load(read_storage(find_home(home), find_storage(storage)), name)
     trials = study.trials()
     if top is not None:
         trials = ranked(trials, study.settings.direction)[:top]
@@ -158,6 +165,24 @@ def print_study(console: Console, facts: dict[str, Any]) -> None:
     _print_importances(console, facts["importances"])
 
 
+def print_submitted(console: Console, facts: dict[str, Any]) -> None:
+    console.print(f"Study '{facts['study']}' waits for {facts['missing']} of {facts['trials']} trials.")
+    console.print(f"On each machine: hpo worker {facts['study']} --storage ...", soft_wrap=True)
+
+
+def print_cleaned(console: Console, facts: dict[str, Any]) -> None:
+    """What `hpo gc` has removed, or would remove."""
+    if not facts["removed"]:
+        console.print(f"Nothing to remove: study '{facts['study']}' keeps the weights of its best {facts['keep']}.")
+        return
+    table = _table("what", "size")
+    for removed in facts["removed"]:
+        table.add_row(removed["what"], format_bytes(removed["bytes"]))
+    console.print(table)
+    verb = "Would remove" if facts["dry_run"] else "Removed"
+    console.print(f"{verb} {format_bytes(sum(removed['bytes'] for removed in facts['removed']))}.")
+
+
 def _print_importances(console: Console, importances: dict[str, dict[str, float]]) -> None:
     if not importances:
         console.print("Importances need at least 10 trials that differ.")
@@ -169,9 +194,9 @@ def _print_importances(console: Console, importances: dict[str, dict[str, float]
     console.print(table)
 
 
-def best_facts(name: str, home: Path | None) -> dict[str, Any]:
+def best_facts(name: str, home: Path | None, storage: str | None = None) -> dict[str, Any]:
     """The winner of a study, as far as it is known."""
-    winner = find_winner(Study.load(read_storage(find_home(home)), name))
+    winner = find_winner(Study.load(read_storage(find_home(home), find_storage(storage)), name))
     return {"study": name, "home": str(find_home(home)), "winner": winner and to_plain(asdict(winner))}
 
 
@@ -214,6 +239,14 @@ def format_duration(seconds: float) -> str:
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def format_bytes(num_bytes: int) -> str:
+    """`512 B`, `3.4 kB`, `1.2 GB`."""
+    size, units = float(num_bytes), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.0f} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
 
 
 def describe_counts(counts: Mapping[TrialState, int]) -> str:

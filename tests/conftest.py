@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
+from postgres import Postgres, running_postgres
 
 from hpo.tracking.store import open_store
 
@@ -38,6 +40,13 @@ def home(tmp_path: Path, mlflow_template: Path, monkeypatch: pytest.MonkeyPatch)
     with closing(sqlite3.connect(mlflow_template)) as source, closing(sqlite3.connect(home / "mlflow.db")) as target:
         source.backup(target)
     return home
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A real PostgreSQL, one for each process that runs tests; whoever kills it starts it again."""
+    with running_postgres("fsync=off") as server:
+        yield server
 
 
 # What a test needs from the machine, by its marker.

@@ -67,6 +67,10 @@ objective = Objective(
 """
 
 
+# One trial after the other, so that a test can say which one is under way.
+ALONE: dict[str, Any] = {"trials": 3, "pruner": "none", "workers": 1}
+
+
 @pytest.fixture
 def task(tmp_path: Path) -> str:
     path = tmp_path / "moody.py"
@@ -79,7 +83,7 @@ def search(task: str, home: Path) -> Callable[..., SearchOutcome]:
     """A short search in this process."""
 
     def run(**options: Any) -> SearchOutcome:
-        return run_search(task, home=home, **{"trials": 3, "overrides": ("mood=calm",), "pruner": "none", **options})
+        return run_search(task, home=home, **{**ALONE, "overrides": ("mood=calm",), **options})
 
     return run
 
@@ -90,7 +94,8 @@ def start(task: str, home: Path) -> Iterator[Callable[..., subprocess.Popen[str]
     processes = []
 
     def run(*arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "hpo", "search", task, "--home", str(home), "--pruner", "none", *arguments]
+        options = ["--home", str(home), "--pruner", "none", "--workers", "1", *arguments]
+        command = [sys.executable, "-m", "hpo", "search", task, *options]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         processes.append(subprocess.Popen(command, text=True, env={**os.environ, "COLUMNS": "200"}, **pipes))
         return processes[-1]
@@ -200,7 +205,7 @@ def test_the_test_split_is_opened_once_for_each_winner(
 def test_the_same_seed_finds_the_same_and_another_seed_something_else(task: str, home: Path) -> None:
     found = {}
     for name, seed in (("a", 7), ("b", 7), ("c", 8)):
-        run_search(task, home=home, study=name, seed=seed, trials=3, overrides=("mood=calm",), pruner="none")
+        run_search(task, home=home, study=name, seed=seed, overrides=("mood=calm",), **ALONE)
         found[name] = [(trial.values, trial.curve) for trial in study(home, name).trials()]
     assert found["a"] == found["b"] != found["c"]
 
@@ -356,7 +361,7 @@ def test_after_kill_9_the_same_command_resumes_the_trial_and_does_what_is_missin
     killed.wait()
     assert study(home).counts()["running"] == 1
     victim = next(trial for trial in study(home).trials() if trial.state == "running")
-    spool = home / "spool" / "moody" / f"trial-{victim.number:04d}.jsonl"
+    (spool,) = home.glob(f"spool/moody/*/trial-{victim.number:04d}.jsonl")
     events = [json.loads(line) for line in spool.read_text().splitlines()]
     logged_before = {event["epoch"]: event["time_ms"] for event in events if "epoch" in event}
 

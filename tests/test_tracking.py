@@ -21,6 +21,7 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -44,12 +45,12 @@ def store(home: Path) -> TrackingStore:
 
 @pytest.fixture
 def runs(store: TrackingStore) -> Iterator[StudyRuns]:
-    with StudyRuns(store, "digits", metric="accuracy", direction="maximize") as runs:
+    with open_runs(store) as runs:
         yield runs
 
 
 def open_runs(store: TrackingStore) -> StudyRuns:
-    return StudyRuns(store, "digits", metric="accuracy", direction="maximize")
+    return StudyRuns(store, "digits", metric="accuracy", direction="maximize", session=uuid4().hex)
 
 
 class BrokenClient:
@@ -75,7 +76,7 @@ def curve(store: TrackingStore, number: int, key: str = "val/accuracy") -> list[
 
 
 def spooled(home: Path) -> list[str]:
-    return sorted(path.name for path in (home / "spool" / "digits").iterdir())
+    return sorted(path.name for path in (home / "spool" / "digits").glob("*/*"))
 
 
 def run_python(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
@@ -144,7 +145,8 @@ def test_processes_may_start_at_once_and_just_end_and_every_row_arrives(tmp_path
     (aside / "mlflow.db").write_bytes(b"half a schema")
     (aside / "mlflow.db-journal").write_bytes(b"half a journal")
     code = """
-run = StudyRuns(open_store(home), sys.argv[2], metric="accuracy", direction="maximize").trial_run(0, params={})
+runs = StudyRuns(open_store(home), sys.argv[2], metric="accuracy", direction="maximize", session="one")
+run = runs.trial_run(0, params={})
 for epoch in range(20):
     run.log_epoch(epoch, {"val/accuracy": epoch / 20})
 sys.exit(3)
@@ -367,7 +369,7 @@ def test_a_file_that_is_gone_is_told_and_holds_nothing_up(
 
 
 def test_a_resumed_trial_goes_on_in_its_run_and_repeats_no_epoch(runs: StudyRuns) -> None:
-    first = runs.trial_run(0, params={"lr": 0.1}, tags={"hpo.attempt": "1"})
+    first = runs.trial_run(0, params={"lr": 0.1}, attempt=1)
     for epoch in (1, 2):
         first.log_epoch(epoch, {"val/accuracy": epoch / 10})
     first.finish("interrupted", value=0.2, reason="stopped by hand")
@@ -375,7 +377,7 @@ def test_a_resumed_trial_goes_on_in_its_run_and_repeats_no_epoch(runs: StudyRuns
     run_id = runs.store.find_trial_run("digits", 0)
 
     with open_runs(runs.store) as later:
-        second = later.trial_run(0, params={"lr": 0.1, "depth": 2}, tags={"hpo.attempt": "2"})
+        second = later.trial_run(0, params={"lr": 0.1, "depth": 2}, attempt=2)
         assert later.flush()
         running = find_trial(runs.store, 0)
         assert (running.info.status, running.data.tags["hpo.state"]) == ("RUNNING", "running")
@@ -395,7 +397,7 @@ def test_a_resumed_trial_goes_on_in_its_run_and_repeats_no_epoch(runs: StudyRuns
 
 def test_kill_9_loses_no_row_and_leaves_nothing_running(home: Path) -> None:
     code = """
-runs = StudyRuns(open_store(home), "digits", metric="accuracy", direction="maximize")
+runs = StudyRuns(open_store(home), "digits", metric="accuracy", direction="maximize", session="dead")
 runs.summary_run()
 runs.trial_run(0, params={"lr": 0.1}).finish("complete", value=0.5)
 run = runs.trial_run(1, params={"lr": 0.2})
@@ -451,10 +453,11 @@ def test_a_spool_told_twice_changes_nothing(store: TrackingStore) -> None:
         for epoch in range(3):
             run.log_epoch(epoch, {"val/accuracy": epoch / 3, "train/loss": math.nan})
         run.finish("pruned", value=0.5, reason="weak")
-    path = store.home / "spool" / "digits" / "trial-0000.jsonl"
+    (path,) = store.home.glob("spool/digits/*/trial-0000.jsonl")
     story = path.read_bytes()
     told = []
     for _ in range(2):
+        path.parent.mkdir(exist_ok=True)
         path.write_bytes(story)
         with open_runs(store) as later:
             later.recover()
@@ -622,7 +625,9 @@ def test_the_summary_is_one_run_that_is_found_again(runs: StudyRuns) -> None:
 def test_the_saved_view_of_the_runs_table_puts_the_best_on_top(
     store: TrackingStore, direction: Any, ascending: bool
 ) -> None:
-    with StudyRuns(store, "digits", metric="rmse", direction=direction, columns=["lr"], note="What this is.") as runs:
+    with StudyRuns(
+        store, "digits", metric="rmse", direction=direction, session="one", columns=["lr"], note="What this is."
+    ) as runs:
         tags = store.client.get_experiment(runs.experiment_id).tags
     view = json.loads(tags["mlflow.sharedViewState.hpo"])
     assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`best/rmse`", ascending)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,8 +27,37 @@ class Splits:
     validation: Split
     spec: DataSpec
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of all tensors."""
+        splits = (self.train, self.validation)
+        return sum(tensor.nbytes for split in splits for tensor in (split.inputs, split.targets))
+
     def to(self, device: torch.device | str) -> Splits:
         return replace(self, train=_moved(self.train, device), validation=_moved(self.validation, device))
+
+
+def save_splits(splits: Splits, path: Path) -> None:
+    """Write the splits to a file for `load_splits`; folders are made. Raises OSError where it cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.tmp")
+    try:
+        with unfinished.open("wb") as file:
+            tensors = {name: vars(getattr(splits, name)) for name in ("train", "validation")}
+            torch.save({**tensors, "spec": asdict(splits.spec)}, file)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def load_splits(path: Path) -> Splits:
+    """The splits in a file, mapped into memory: any number of processes share one copy, and opening it costs nothing.
+
+    Raises OSError where there is no such file.
+    """
+    saved = torch.load(path, mmap=True, weights_only=True)
+    spec = DataSpec(**{name: tuple(values) for name, values in saved["spec"].items()})
+    return Splits(Split(**saved["train"]), Split(**saved["validation"]), spec)
 
 
 def _moved(split: Split, device: torch.device | str) -> Split:

@@ -53,12 +53,15 @@ def find_winner(study: Study) -> Winner | None:
     )
 
 
-def crown_winner(study: Study, store: TrackingStore, test: SealedSplit, device: str) -> Winner | None:
-    """The winner with its test scores. The test split is opened only if this winner has not been tested before."""
+def crown_winner(study: Study, store: TrackingStore, test: SealedSplit, device: str, task: str) -> Winner | None:
+    """The winner with its test scores. The test split is opened only if this winner has not been tested before.
+
+    `task` finds the code of its model. The caller holds the study's lock, so that no two crown it.
+    """
     winner = find_winner(study)
     if winner is None or winner.test is not None:
         return winner
-    trained = load_trial(store, study, winner.trial, device)
+    trained = load_trial(store, study, winner.trial, device, task)
     scores = evaluate(trained.model, _opened(test), trained.config, len(trained.model.classes))
     del scores["loss"]  # of use in training alone
     study.record(TEST_READINGS, {**(study.recorded(TEST_READINGS) or {}), str(winner.trial): scores})

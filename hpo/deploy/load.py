@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from hpo.config import TrainConfig
 from hpo.errors import UsageError
 from hpo.execution.worker import BEST_WEIGHTS, CHECKPOINT, TrialDescription
-from hpo.home import find_home
+from hpo.home import find_home, find_storage
 from hpo.models.preprocessed import PreprocessedModel, build_model
-from hpo.plugins import load_objective
+from hpo.plugins import OBJECTIVES, load_objective, require_registered
 from hpo.search.storage import read_storage
 from hpo.search.study import Study
 from hpo.tracking.store import home_store_uri, open_store
@@ -26,6 +26,7 @@ def load_best(
     *,
     home: Path | None = None,
     tracking_uri: str | None = None,
+    storage: str | None = None,
     task: str | None = None,
     device: str = "cpu",
 ) -> PreprocessedModel:
@@ -34,17 +35,29 @@ def load_best(
     It contains its preprocessing: it takes raw inputs, such as (N, 3, 32, 32) uint8 images, and gives logits
     (N, classes), or values in the target's units. `.classes` names the classes. Only tensors are unpickled
     (weights_only), after their SHA-256 has been checked. The task's code must be importable where it is loaded; `task`
-    names it (as on the command line) where it is no longer where the search found it.
+    names it (as on the command line) where it is no longer where the search found it. `storage` is the URL of a shared
+    database; a task that is named there alone must be a registered one.
 
     Raises UnknownNameError for an unknown study, UsageError while no trial has finished, CheckpointError for damage.
     """
     home = find_home(home)
-    opened = Study.load(read_storage(home), study)
+    storage = find_storage(storage)
+    opened = Study.load(read_storage(home, storage), study)
+    if storage is not None and task is None:
+        require_registered(OBJECTIVES, opened.task_reference)
     best = opened.best()
     if best is None:
         raise UsageError(f"study '{study}' has no finished trial yet; let `hpo search` run on.")
-    store = open_store(home, tracking_uri or opened.tracking_uri or home_store_uri(home))
+    store = open_store(home, find_runs(opened, home, tracking_uri, is_shared=storage is not None))
     return load_trial(store, opened, best.number, device, task).model
+
+
+def find_runs(study: Study, home: Path, given: str | None, *, is_shared: bool) -> str | None:
+    """URI of the MLflow store that has the runs of a study; None leaves it to the environment.
+
+    A shared database does not say: whoever can write to it must not choose who gets the password of an MLflow account.
+    """
+    return given if is_shared else given or study.tracking_uri or home_store_uri(home)
 
 
 @dataclass(frozen=True)

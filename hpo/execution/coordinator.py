@@ -1,7 +1,9 @@
-"""The coordinator: the only one that asks and tells, the only writer of a study.
+"""The coordinator: the only one that asks and tells, the only writer of its trials.
 
 It owns the budget (the study's total of complete and pruned trials), hands each trial to a worker, decides after every
-epoch whether to go on, and writes down how the trial ended, in Optuna and in MLflow.
+epoch whether to go on, writes down how the trial ended, in Optuna and in MLflow, and begins anew what a dead worker
+has left. Where several machines search one study each has a coordinator; what one of them runs is its own until its
+lease expires.
 """
 
 from __future__ import annotations
@@ -10,8 +12,7 @@ import shutil
 import signal
 import threading
 import time
-import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,78 +20,98 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from hpo.errors import SearchError, StoreError
+from hpo.errors import SearchError
+from hpo.execution.messages import Assignment, Decision, EpochDone, TrialDone, TrialRaised
 from hpo.execution.observer import Observer, SearchStart
-from hpo.execution.worker import BEST_WEIGHTS, CHECKPOINT, DESCRIPTION, Assignment, Decision, run_trial
-from hpo.trial import CROWNABLE
+from hpo.execution.pool import WorkerDied
+from hpo.execution.worker import BEST_WEIGHTS, CHECKPOINT, DESCRIPTION
+from hpo.trial import CROWNABLE, ranked
 
 if TYPE_CHECKING:
-    from hpo.data.datasets import Splits
+    from hpo.config import Direction
+    from hpo.execution.pool import Event, WorkerPool
     from hpo.plugins import Task
+    from hpo.search.session import Session
     from hpo.search.study import Study, Suggestion
     from hpo.tracking.recorder import StudyRuns, TrialRun
     from hpo.training.trainer import EpochResult
-    from hpo.trial import EndState
+    from hpo.trial import EndState, TrialRecord
 
 MAX_FAILURES_IN_A_ROW = 5
+MAX_RETRIES = 3
+"""New attempts after a worker died and its trial had come no further than the time before."""
+
+_LOOK_AROUND_S = 1.0
+"""Seconds between looks at what is not an event: the clock, the lease, other coordinators."""
+
+_ADOPTION_S = 5.0
+"""Seconds between searches for trials of dead coordinators."""
 
 
 class Coordinator:
-    """Runs the trials of one study, one after the other, until its total is reached, time is up or someone stops it.
+    """Runs the trials of one study until its total is reached, time is up or someone stops it.
 
-    After a first Ctrl-C or SIGTERM the running trial ends its epoch and is kept for the next start; a second one leaves
-    at once, and the trial goes on from the epoch before. `interrupted` tells either from a search that is done.
+    After a first Ctrl-C or SIGTERM the running trials end their epoch and are kept for the next start; a second one
+    leaves at once, and they go on from the epoch before. `interrupted` tells either from a search that is done.
     """
 
     def __init__(
         self,
         *,
         study: Study,
+        session: Session,
         runs: StudyRuns,
         task: Task,
-        splits: Splits,
-        device: str,
+        workers: WorkerPool,
         checkpoints: Path,
-        num_trials: int,
+        keep: int,
         timeout_s: float | None,
         observer: Observer,
     ) -> None:
+        """`checkpoints` is the study's folder of states; the best weights of `keep` trials stay in MLflow."""
         self._study = study
+        self._session = session
         self._runs = runs
         self._task = task
-        self._splits = splits
-        self._device = device
+        self._workers = workers
         self._checkpoints = checkpoints
-        self.num_trials = num_trials
+        self._best = _BestTrials(keep, study.settings.direction, study.trials())
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._observer = observer
+        self._attempts: dict[int, _Attempt] = {}
+        self._deaths: dict[int, _Deaths] = {}
+        self._next_adoption = 0.0
         self._failures: list[str] = []
         self.interrupted = False
 
     def run(self) -> None:
         """Run what is missing. Raises SearchError when trial after trial fails."""
-        self._study.adopt_orphans()
+        self._runs.recover(self._session.living(), self._study.owners())
         self.remove_old_checkpoints()
         self._observer.search_started(self._start())
         try:
-            with self._signals_heard():
-                while self._wants_another_trial():
-                    self._run_trial(self._study.ask())
+            with self._signals_heard(), self._workers:
+                while self._goes_on():
+                    for number, event in self._workers.events(_LOOK_AROUND_S):
+                        self._let_go_of_lost_trials()
+                        if number in self._attempts:
+                            self._handle(self._attempts[number], event)
+                    self._let_go_of_lost_trials()
+                    self._adopt_orphans()
         finally:
             # Whatever was under way when something went wrong goes back to the queue.
-            self._study.adopt_orphans()
+            self._session.exclusively(partial(self._study.release, self._session.id))
 
     @property
     def is_done(self) -> bool:
-        """Whether the study has all the trials that were asked for."""
-        return self._study.remaining(self.num_trials) == 0
+        """Whether the study has all the trials that were asked for, and none of them runs on."""
+        return self._num_remaining() == 0 and self._study.counts()["running"] == 0
 
     def remove_old_checkpoints(self) -> None:
         """Delete the checkpoints of trials that have ended, once MLflow has all of them."""
-        states = {trial.number: trial.state for trial in self._study.trials()}
-        for folder in self._checkpoints.glob("trial-*"):
-            number = int(folder.name.removeprefix("trial-"))
-            if states.get(number) not in ("running", "interrupted") and self._runs.has_arrived(number):
+        for folder in self._checkpoints.glob("trial-[0-9]*"):
+            number = int(folder.name.removeprefix("trial-").partition(".")[0])
+            if self._study.has_ended(number) and self._runs.has_arrived(number):
                 shutil.rmtree(folder)
 
     def _start(self) -> SearchStart:
@@ -99,53 +120,96 @@ class Coordinator:
             study=self._study.name,
             metric=self._study.settings.metric,
             direction=self._study.settings.direction,
-            num_trials=self.num_trials,
+            num_trials=self._study.num_trials,
             counts=self._study.counts(),
             best=None if best is None or best.value is None else (best.number, best.value),
         )
 
-    def _wants_another_trial(self) -> bool:
-        if self.interrupted or self._time_is_up():
-            return False
-        if len(self._failures) == MAX_FAILURES_IN_A_ROW:
+    def _goes_on(self) -> bool:
+        """Hand out what is missing; whether there is anything to wait for."""
+        self._hand_out_trials()
+        if self._attempts:
+            return True
+        # Workers may have yet to arrive, and another coordinator that dies leaves its trials to us.
+        return not self._is_stopping() and not self.is_done
+
+    def _hand_out_trials(self) -> None:
+        while not self._is_stopping() and self._workers.has_room():
+            suggestion = self._session.exclusively(self._ask)
+            if suggestion is None:
+                return
+            self._begin(suggestion)
+
+    def _ask(self) -> Suggestion | None:
+        """The next trial, if one is missing. Done again from the beginning when the database went away meanwhile."""
+        begun = [number for number, owner in self._study.owners().items() if owner in ("", self._session.id)]
+        self._study.requeue(number for number in begun if number not in self._attempts)
+        return self._study.ask(self._session.id) if self._num_remaining() else None
+
+    def _num_remaining(self) -> int:
+        return self._study.remaining(self._study.num_trials)
+
+    def _is_stopping(self) -> bool:
+        if len(self._failures) >= MAX_FAILURES_IN_A_ROW:
             raise SearchError(
                 f"{MAX_FAILURES_IN_A_ROW} trials failed in a row; the first one with: {self._failures[0]}"
             )
-        return not self.is_done
+        return self.interrupted or self._time_is_up()
 
     def _time_is_up(self) -> bool:
         return self._deadline is not None and time.monotonic() >= self._deadline
 
-    def _run_trial(self, suggestion: Suggestion) -> None:
+    def _begin(self, suggestion: Suggestion) -> None:
+        """Hand a trial to a worker; one that was begun before goes on from its newest checkpoint."""
         self._observer.trial_started(suggestion)
-        attempt = _Attempt(suggestion, self._open_run(suggestion))
-        assignment = Assignment(
-            number=suggestion.number,
-            model_parameters=self._task.model_parameters(suggestion.active_values),
-            config=self._task.train_config(
-                suggestion.active_values,
-                max_epochs=self._study.settings.max_epochs,
-                seed=suggestion.seed,
-                device=self._device,
-            ),
-            folder=self._checkpoints / f"trial-{suggestion.number:04d}",
+        attempt = _Attempt(suggestion, self._open_run(suggestion), self._claim_folder(suggestion))
+        self._attempts[suggestion.number] = attempt
+        self._workers.run(
+            Assignment(
+                number=suggestion.number,
+                model_parameters=self._task.model_parameters(suggestion.active_values),
+                config=self._task.train_config(
+                    suggestion.active_values,
+                    max_epochs=self._study.settings.max_epochs,
+                    seed=suggestion.seed,
+                    device=self._workers.device,
+                ),
+                folder=attempt.folder,
+            )
         )
-        try:
-            run_trial(assignment, self._task, self._splits, partial(self._decide, attempt))
-        except KeyboardInterrupt:
-            attempt.end("interrupted", "stopped by hand")
-        except (SearchError, StoreError):  # ours, not the trial's: it goes back to the queue
-            raise
-        except Exception as error:  # the model and the data are the user's: whatever they raise ends this trial only
-            attempt.end("failed", f"{type(error).__name__}: {error}")
-            attempt.run.log_text(traceback.format_exc(), "traceback.txt")
-        self._write_down(attempt, assignment.folder)
-        self.remove_old_checkpoints()
-        self._observer.trial_ended(suggestion, attempt.state, attempt.last, attempt.reason)
 
     def _open_run(self, suggestion: Suggestion) -> TrialRun:
-        tags = {"hpo.stage": suggestion.stage, "hpo.attempt": str(suggestion.attempt)}
-        return self._runs.trial_run(suggestion.number, params=suggestion.active_values, tags=tags)
+        tags = {"hpo.stage": suggestion.stage}
+        return self._runs.trial_run(
+            suggestion.number, attempt=suggestion.attempt, params=suggestion.active_values, tags=tags
+        )
+
+    def _claim_folder(self, suggestion: Suggestion) -> Path:
+        """The folder of this attempt, with the checkpoints of the one before.
+
+        Renamed, so that a worker which was cut off and goes on writing harms nothing that is read.
+        """
+        folder = self._checkpoints / f"trial-{suggestion.number:04d}.{suggestion.attempt}"
+        for attempt in range(suggestion.attempt - 1, 0, -1):
+            earlier = folder.with_suffix(f".{attempt}")
+            if earlier.exists():
+                earlier.rename(folder)
+                break
+        return folder
+
+    def _handle(self, attempt: _Attempt, event: Event) -> None:
+        match event:
+            case EpochDone(result):
+                self._workers.answer(attempt.number, self._decide(attempt, result))
+                return
+            case TrialRaised(reason, trace):
+                attempt.end("failed", reason)
+                attempt.run.log_text(trace, "traceback.txt")
+            case WorkerDied(reason):
+                self._mourn(attempt, reason)
+            case TrialDone():
+                pass
+        self._write_down(attempt)
 
     def _decide(self, attempt: _Attempt, result: EpochResult) -> Decision:
         """Write an epoch's result down, and answer the worker."""
@@ -155,7 +219,7 @@ class Coordinator:
         self._observer.epoch_done(attempt.suggestion, result)
         if result.diverged:
             return attempt.end("diverged", f"the loss was not finite in epoch {result.epoch}")
-        if self._study.report(attempt.suggestion.number, result.epoch, result.value):
+        if self._study.report(attempt.number, result.epoch, result.value):
             return attempt.end("pruned", f"weaker than the others at epoch {result.epoch}")
         if self.interrupted:
             return attempt.end("interrupted", "stopped by hand")
@@ -163,26 +227,78 @@ class Coordinator:
             return attempt.end("interrupted", "the time was up")
         return Decision.GO_ON
 
-    def _write_down(self, attempt: _Attempt, folder: Path) -> None:
+    def _mourn(self, attempt: _Attempt, reason: str) -> None:
+        """A trial whose worker died is begun again, unless it kills one worker after another at the same place."""
+        deaths = self._deaths.setdefault(attempt.number, _Deaths())
+        deaths.count(attempt.last.epoch if attempt.last else 0)
+        if deaths.in_a_row > MAX_RETRIES:
+            attempt.end("failed", f"{reason} ({deaths.in_a_row} workers died in epoch {deaths.epoch + 1})")
+        else:
+            attempt.end("interrupted", reason)
+
+    def _write_down(self, attempt: _Attempt) -> None:
         """MLflow's spool first, Optuna second: after a kill in between the trial simply ends again."""
-        if attempt.state not in ("interrupted", "failed"):
-            for name in (BEST_WEIGHTS, DESCRIPTION):
-                if (folder / name).exists():
-                    attempt.run.log_file(folder / name, CHECKPOINT)
-        # A trial that cannot win has no value in the table of runs, which is sorted by it.
+        # A trial that cannot win has no value in the table of runs, which is sorted by it, and needs no weights.
         value = attempt.best_value if attempt.state in CROWNABLE else None
+        outdone = [] if value is None else self._best.add(attempt.number, value)
+        if value is not None and attempt.number not in outdone:
+            for name in (BEST_WEIGHTS, DESCRIPTION):
+                attempt.run.log_file(attempt.folder / name, CHECKPOINT)
         attempt.run.finish(attempt.state, value=value, reason=attempt.reason)
-        self._study.tell(
-            attempt.suggestion.number,
-            attempt.state,
-            value=value,
-            best_epoch=attempt.last.best_epoch if attempt.last else None,
-            reason=attempt.reason,
-        )
+        self._session.exclusively(partial(self._tell, attempt, value))
+        if attempt.number not in self._attempts:
+            return
+        del self._attempts[attempt.number]
+        for number in outdone:
+            self._runs.remove_file(number, f"{CHECKPOINT}/{BEST_WEIGHTS}")
+        self._count_failures(attempt)
+        self.remove_old_checkpoints()
+        self._observer.trial_ended(attempt.suggestion, attempt.state, attempt.last, attempt.reason)
+
+    def _tell(self, attempt: _Attempt, value: float | None) -> None:
+        """Tell the study how a trial ended, unless another machine has taken it over."""
+        self._let_go_of_lost_trials()
+        if attempt.number in self._attempts and not self._study.has_ended(attempt.number):
+            self._study.tell(
+                attempt.number,
+                attempt.state,
+                value=value,
+                best_epoch=attempt.last.best_epoch if attempt.last else None,
+                reason=attempt.reason,
+            )
+
+    def _count_failures(self, attempt: _Attempt) -> None:
         if attempt.state == "failed":
             self._failures.append(attempt.reason or "")
         elif attempt.state != "interrupted":
             self._failures.clear()
+
+    def _adopt_orphans(self) -> None:
+        """Now and then, look for trials of coordinators that have died."""
+        if time.monotonic() < self._next_adoption or not self._session.may_adopt():
+            return
+        self._next_adoption = time.monotonic() + _ADOPTION_S
+        if self._session.exclusively(self._put_orphans_back):
+            self._runs.recover(self._session.living(), self._study.owners())
+
+    def _put_orphans_back(self) -> bool:
+        """Put the trials of dead coordinators into the queue; whether there were any."""
+        living = self._session.living()
+        orphans = [number for number, owner in self._study.owners().items() if owner not in living]
+        self._study.requeue(orphans)
+        return bool(orphans)
+
+    def _let_go_of_lost_trials(self) -> None:
+        """After a time in which our lease was not renewed: forget the trials that others have taken over."""
+        if not self._session.has_lapsed():
+            return
+        owners = self._study.owners()
+        for number in [number for number in self._attempts if owners.get(number) != self._session.id]:
+            attempt = self._attempts.pop(number)
+            self._workers.abandon(number)
+            self._runs.abandon(number)
+            self._study.forget(number)
+            self._observer.trial_ended(attempt.suggestion, "interrupted", attempt.last, "taken over by another machine")
 
     @contextmanager
     def _signals_heard(self) -> Iterator[None]:
@@ -206,10 +322,11 @@ class Coordinator:
 
 @dataclass
 class _Attempt:
-    """One attempt at a trial: what the worker has reported, and how it ends."""
+    """One attempt at a trial: what its worker has reported, and how it ends."""
 
     suggestion: Suggestion
     run: TrialRun
+    folder: Path
     state: EndState = "complete"
     reason: str | None = None
     last: EpochResult | None = None
@@ -219,5 +336,38 @@ class _Attempt:
         return Decision.LEAVE if state == "interrupted" else Decision.STOP
 
     @property
+    def number(self) -> int:
+        return self.suggestion.number
+
+    @property
     def best_value(self) -> float | None:
         return self.last.best_value if self.last else None
+
+
+@dataclass
+class _Deaths:
+    """How often in a row a trial's worker died without getting further than the one before."""
+
+    epoch: int = 0
+    in_a_row: int = 0
+
+    def count(self, epoch: int) -> None:
+        self.in_a_row = 1 if epoch > self.epoch else self.in_a_row + 1
+        self.epoch = max(epoch, self.epoch)
+
+
+class _BestTrials:
+    """The best `keep` trials, whose weights stay in MLflow."""
+
+    def __init__(self, keep: int, direction: Direction, trials: Iterable[TrialRecord]) -> None:
+        self._keep = keep
+        self._sign = -1 if direction == "maximize" else 1
+        best = ranked(trials, direction)[:keep]
+        self._losses = [(self._sign * (trial.value or 0.0), trial.number) for trial in best]
+
+    def add(self, number: int, value: float) -> list[int]:
+        """The numbers of trials that are no longer among the best, this one perhaps."""
+        self._losses = sorted([*self._losses, (self._sign * value, number)])
+        outdone = self._losses[self._keep :]
+        del self._losses[self._keep :]
+        return [number for _, number in outdone]

@@ -1,22 +1,42 @@
-"""A worker: runs one trial from plain data, reports each epoch and does as it is told."""
+"""A worker: runs the trials it is given, reports each epoch and does as it is told."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+import os
+import queue
+import threading
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from enum import Enum
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Self
+from typing import Any, NoReturn, Self
+
+import torch
 
 from hpo.config import TrainConfig, derive_seed
-from hpo.data.datasets import Splits
-from hpo.errors import CheckpointError
+from hpo.data.datasets import Splits, load_splits
+from hpo.errors import CheckpointError, HpoError
+from hpo.execution.messages import (
+    Alive,
+    Assignment,
+    Decision,
+    EpochDone,
+    LogLine,
+    Message,
+    Setup,
+    TrialDone,
+    TrialRaised,
+    WorkerUnfit,
+    encode,
+)
 from hpo.files import write_atomically
 from hpo.models.preprocessed import build_model
-from hpo.objective import DataSpec
-from hpo.plugins import Task
+from hpo.objective import DataSpec, Objective
+from hpo.plugins import load_objective
 from hpo.space import Value
 from hpo.training.checkpoint import CheckpointFolder, save_weights
 from hpo.training.trainer import EpochResult, fit
@@ -24,17 +44,85 @@ from hpo.training.trainer import EpochResult, fit
 CHECKPOINT = "checkpoint"  # folder of a run's artifacts that holds the next two
 BEST_WEIGHTS = "best.pt"
 DESCRIPTION = "trial.json"
+SIGNS_OF_LIFE = 3  # in the time after which a silent worker counts as dead
 
 
-@dataclass(frozen=True, kw_only=True)
-class Assignment:
-    """All that a worker is told of a trial; plain data, so that it can travel."""
+def serve(connection: Connection, setup: Setup) -> None:
+    """Run one trial after another until the connection closes; the one entry point of every worker, wherever it runs.
 
-    number: int
-    model_parameters: dict[str, Value]
-    config: TrainConfig
-    folder: Path
-    """Where the trial's checkpoints are, and in the end its best weights."""
+    A trial that raises is the last one: what it has left behind, on a GPU above all, must not harm the next.
+    """
+    torch.set_num_threads(setup.num_threads)
+    line = _Line(connection, setup.silence_s)
+    _forward_log(line)
+    try:
+        objective, splits = load_objective(setup.task_reference), load_splits(setup.splits)
+    except (HpoError, OSError) as error:
+        line.say(WorkerUnfit(str(error)))
+        return
+    for assignment in line.assignments():
+        try:
+            run_trial(assignment, objective, splits, lambda result: line.ask(EpochDone(result)))
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # the model and the data are the user's: whatever they raise ends this trial only
+            line.say(TrialRaised(f"{type(error).__name__}: {error}", traceback.format_exc()))
+            return
+        line.say(TrialDone())
+
+
+class _Line:
+    """The worker's end of the connection. When the other end is gone, so is the process: nobody would hear of it."""
+
+    def __init__(self, connection: Connection, silence_s: float) -> None:
+        self._connection = connection
+        self._interval_s = silence_s / SIGNS_OF_LIFE
+        self._sending = threading.Lock()
+        self._inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, name="hpo-line", daemon=True).start()
+
+    def say(self, message: Message) -> None:
+        try:
+            with self._sending:
+                self._connection.send_bytes(encode(message))
+        except OSError:
+            _leave()
+
+    def ask(self, message: EpochDone) -> Decision:
+        self.say(message)
+        return Decision(self._inbox.get()["decision"])
+
+    def assignments(self) -> Iterator[Assignment]:
+        while True:
+            yield Assignment.from_dict(self._inbox.get()["assignment"])
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                if self._connection.poll(self._interval_s):
+                    self._inbox.put(json.loads(self._connection.recv_bytes()))
+                else:
+                    self.say(Alive())
+        except (EOFError, OSError):
+            _leave()
+
+
+def _leave() -> NoReturn:
+    """End the process at once, in the midst of an epoch: its checkpoints are whole, and the trial goes on elsewhere."""
+    os._exit(0)
+
+
+def _forward_log(line: _Line) -> None:
+    """Let the user read what hpo logs here, such as a damaged checkpoint that was passed over."""
+
+    class Forward(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            line.say(LogLine(record.levelno, record.getMessage()))
+
+    logger = logging.getLogger("hpo")
+    logger.handlers[:] = [Forward()]
+    logger.propagate = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,16 +151,9 @@ class TrialDescription:
             raise CheckpointError(f"{folder / DESCRIPTION} is missing or damaged: {error}") from error
 
 
-class Decision(Enum):
-    """What the coordinator answers to an epoch's result."""
-
-    GO_ON = "go on"
-    STOP = "stop"
-    LEAVE = "leave"
-    """Stop, and keep the checkpoint: the trial will be continued."""
-
-
-def run_trial(assignment: Assignment, task: Task, splits: Splits, report: Callable[[EpochResult], Decision]) -> None:
+def run_trial(
+    assignment: Assignment, objective: Objective, splits: Splits, report: Callable[[EpochResult], Decision]
+) -> None:
     """Train until the trainer ends or `report` says so.
 
     A trial that was begun before goes on from its checkpoint. Unless it is left to be continued, its folder then holds
@@ -80,7 +161,7 @@ def run_trial(assignment: Assignment, task: Task, splits: Splits, report: Callab
     """
     config = assignment.config
     model = build_model(
-        task.objective, splits.spec, assignment.model_parameters, seed=derive_seed(config.seed, "initialisation")
+        objective, splits.spec, assignment.model_parameters, seed=derive_seed(config.seed, "initialisation")
     )
     model.fit_statistics(splits.train)
     model.to(config.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self, get_args
@@ -42,6 +42,7 @@ _NUM_TRIALS = "num_trials"
 _TASK_REFERENCE = "task_reference"
 _TRACKING_URI = "tracking_uri"
 _ATTEMPT = "attempt"
+_OWNER = "owner"
 _INACTIVE = "inactive"
 _BEST_EPOCH = "best_epoch"
 _REASON = "reason"
@@ -139,7 +140,10 @@ def _explained() -> Iterator[None]:
 
 
 class Study:
-    """A study in a storage. One process at a time may ask and tell: the holder of the study's lock."""
+    """A study in a storage. One process at a time may ask and tell: the holder of the study's lock.
+
+    Where several sessions share a study, each holds the lock while it asks or tells, and reports its own trials alone.
+    """
 
     def __init__(self, storage: BaseStorage, name: str, settings: StudySettings) -> None:
         """Use `open`, `load` or `list_studies`: the study must be there, with these settings."""
@@ -185,9 +189,13 @@ class Study:
         return cls(storage, name, settings)
 
     @_explained()
-    def ask(self) -> Suggestion:
-        """The next trial: one that was interrupted, with its number and its values, or else a new one."""
+    def ask(self, owner: str = "") -> Suggestion:
+        """The next trial: one that was interrupted, with its number and its values, or else a new one.
+
+        It belongs to `owner`, a session's id, until it is told or adopted by another.
+        """
         handle = self._optuna.ask(self._distributions)
+        handle.set_user_attr(_OWNER, owner)
         values = {name: handle.params[name] for name in self.settings.space.parameters}
         active_values = self.settings.space.active(values)
         attempt = handle.user_attrs.get(_ATTEMPT, 0) + 1
@@ -232,7 +240,7 @@ class Study:
         An interrupted trial goes back to the queue: `ask` gives it again. A diverged one counts as worse than any
         other, and a failed one not at all.
         """
-        running = self._running.pop(number)
+        running = self._running[number]
         # None is written too: it replaces what an interrupted attempt has left.
         running.handle.set_user_attr(_BEST_EPOCH, best_epoch)
         running.handle.set_user_attr(_REASON, reason)
@@ -249,6 +257,7 @@ class Study:
                 self._optuna.tell(number, state=OptunaState.FAIL)
             case "interrupted":
                 self._requeue(number)
+        del self._running[number]
 
     def _mark_diverged(self, running: _RunningTrial) -> None:
         # TPE ranks pruned trials by how far they came: one that diverged in epoch 30 would beat all that were pruned in
@@ -256,15 +265,31 @@ class Study:
         running.handle.report(math.nan, max(running.reported, default=0) + 1)
         running.handle.set_constraint(_DIVERGED, 1.0)
 
-    def adopt_orphans(self) -> list[int]:
-        """Put the trials that a dead coordinator left running back into the queue; their numbers.
-
-        The caller holds the study's lock: nobody else runs one of them.
-        """
-        orphans = [trial.number for trial in self._trials() if trial.state == OptunaState.RUNNING]
-        for number in orphans:
+    def requeue(self, numbers: Iterable[int]) -> None:
+        """Put running trials back into the queue: nobody runs them any longer. The caller holds the study's lock."""
+        for number in numbers:
             self._requeue(number)
-        return orphans
+
+    def release(self, owner: str) -> None:
+        """Put the trials that this session runs back into the queue."""
+        self.requeue(number for number, trial_owner in self.owners().items() if trial_owner == owner)
+
+    def owners(self) -> dict[int, str]:
+        """The session that each running trial belongs to, by number."""
+        return {
+            trial.number: trial.user_attrs.get(_OWNER, "")
+            for trial in self._trials()
+            if trial.state == OptunaState.RUNNING
+        }
+
+    def forget(self, number: int) -> None:
+        """Let go of a trial that another session has taken over."""
+        self._running.pop(number, None)
+
+    def has_ended(self, number: int) -> bool:
+        """Whether the trial neither runs nor waits to go on; True for one that the study does not know."""
+        trials = self._trials()
+        return number >= len(trials) or trials[number].state.is_finished()
 
     def _requeue(self, number: int) -> None:
         study_id = self._storage.get_study_id_from_name(self.name)

@@ -1,7 +1,7 @@
 """How a trial's story reaches MLflow: a spool file on disk, and a thread that tells MLflow what stands in it.
 
-A spool is a list of events, one JSON line each: `start`, `epoch`, `file`, `text`, `end`. Telling the same events twice
-changes nothing, so after kill -9 or a server's outage a spool is simply told again, from its beginning.
+A spool is a list of events, one JSON line each: `start`, `epoch`, `file`, `text`, `end`, `remove`. Telling the same
+events twice changes nothing, so after kill -9 or a server's outage a spool is simply told again, from its beginning.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ Event = dict[str, Any]
 _logger = logging.getLogger(__name__)
 _MAX_METRICS = 900  # of 1000 rows MLflow makes two batches, and a crash in between would cut an epoch in half
 _MAX_TAG = 5000  # characters; MLflow refuses longer values
+
+ATTEMPT_TAG = "hpo.attempt"
 
 RUN_STATUS: dict[EndState, str] = {
     "complete": "FINISHED",
@@ -86,12 +88,12 @@ class Spool:
                 _logger.warning("%s: skipped a damaged line of %d bytes", self.path, len(line))
 
     def has_ended(self) -> bool:
-        """Whether the last event is the run's end; a run without a file has ended, and all of it was told."""
+        """Whether the trial has ended, by the last event; one without a file has ended, and all of it was told."""
         with self._lock:
             if not self.path.exists():
                 return True
             last_line = self.path.read_bytes().splitlines()[-1:]
-        return any("end" in event for event in self._parse(last_line))
+        return any(_closes(event) for event in self._parse(last_line))
 
     def told(self, size: int) -> None:
         """Remember that everything in the first `size` bytes was told."""
@@ -105,24 +107,42 @@ class Spool:
                 self._told = 0
 
 
+def _closes(event: Event) -> bool:
+    """Whether a spool that ends with this event has nothing to wait for."""
+    return "end" in event or "remove" in event
+
+
 class Delivery:
-    """Tells MLflow one trial's spool."""
+    """Tells MLflow one trial's spool.
+
+    A run belongs to the latest attempt at its trial: what an earlier one still has to say, because its machine was cut
+    off or slept, is passed over.
+    """
 
     def __init__(self, store: TrackingStore, experiment_id: str, number: int, metric: str, spool: Spool) -> None:
         self.number = number
         self.spool = spool
+        self._store = store
         self._client = store.client
         self._experiment_id = experiment_id
         self._metric = metric
         self._run_id: str | None = None
+        self._attempt = 0
+        self._is_abandoned = False
         self._last_epoch = -1
         self._nonfinite: set[str] = set()
 
     def deliver(self) -> None:
         """Tell all that is untold; the file goes when the trial has ended. Raises what MLflow raises."""
-        if not self.spool.path.exists():
+        if self._is_abandoned or not self.spool.path.exists():
             return
         events, size = self.spool.untold()
+        self._attempt = max(
+            [self._attempt, *(_attempt(event["start"]["tags"]) for event in events if "start" in event)]
+        )
+        if self._is_superseded():
+            self.abandon()
+            return
         epochs: list[Event] = []
         for event in events:
             if "epoch" in event:
@@ -133,8 +153,18 @@ class Delivery:
             self._tell(event)
         self._tell_epochs(epochs)
         self.spool.told(size)
-        if events and "end" in events[-1]:
+        if events and _closes(events[-1]):
             self.spool.remove_if_told()
+
+    def abandon(self) -> None:
+        """Tell nothing more, and forget what was not told."""
+        self._is_abandoned = True
+        self.spool.path.unlink(missing_ok=True)
+
+    def _is_superseded(self) -> bool:
+        """Whether a later attempt than those of this spool has the run."""
+        run = self._client.get_run(self._run_id) if self._run_id else self._find_run()
+        return run is not None and 0 < self._attempt < _attempt(run.data.tags)
 
     def _tell(self, event: Event) -> None:
         if "start" in event:
@@ -143,6 +173,8 @@ class Delivery:
             self._client.log_text(self._ensure_run(), event["text"], event["name"])
         elif "file" in event:
             self._send_file(Path(event["file"]), event["folder"])
+        elif "remove" in event:
+            self._store.remove_file(self._ensure_run(), event["remove"])
         elif "end" in event:
             self._end(event["time_ms"], **event["end"])
 
@@ -150,7 +182,7 @@ class Delivery:
         """Create the run, or go on with it: then its parameters stand already, and MLflow lets no one change them."""
         from mlflow.entities import Param, RunTag
 
-        run = self._find_run() or self._create_run(time_ms)
+        run = self._client.get_run(self._run_id) if self._run_id else self._create_run(time_ms)
         self._run_id = run.info.run_id
         missing = [Param(key, value) for key, value in params.items() if key not in run.data.params]
         new_tags = {**tags, "hpo.state": "running"}
@@ -160,9 +192,9 @@ class Delivery:
             self._client.delete_tag(self._run_id, "hpo.reason")
 
     def _ensure_run(self) -> str:
-        """The run id; a spool whose first line was damaged still finds or makes its run."""
+        """The run id; a spool whose first line was damaged still makes its run."""
         if self._run_id is None:
-            self._run_id = (self._find_run() or self._create_run(time.time_ns() // 1_000_000)).info.run_id
+            self._run_id = self._create_run(time.time_ns() // 1_000_000).info.run_id
         return self._run_id
 
     def _find_run(self) -> Run | None:
@@ -170,6 +202,7 @@ class Delivery:
         if not runs:
             return None
         run = runs[0]
+        self._run_id = run.info.run_id
         self._last_epoch = self._last_recorded_epoch(run)
         self._nonfinite = set(run.data.tags.get("hpo.nonfinite", "").split(", ")) - {""}
         return run
@@ -228,6 +261,10 @@ class Delivery:
         run_id = self._ensure_run()
         self._client.log_batch(run_id, best, tags=tags)
         self._client.set_terminated(run_id, RUN_STATUS[state], time_ms)
+
+
+def _attempt(tags: Mapping[str, str]) -> int:
+    return int(tags.get(ATTEMPT_TAG, 0))
 
 
 class Sender:

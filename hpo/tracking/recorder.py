@@ -5,13 +5,14 @@ from __future__ import annotations
 import atexit
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from hpo.errors import StoreError
-from hpo.tracking.delivery import RUN_STATUS, Delivery, Event, Sender, Spool
+from hpo.tracking.delivery import ATTEMPT_TAG, RUN_STATUS, Delivery, Event, Sender, Spool
 from hpo.tracking.store import VIEW_NAME, explained, search_runs
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 _FLUSH_TIMEOUT_S = 60.0
+_HURRIED_FLUSH_TIMEOUT_S = 3.0
 
 
 class StudyRuns:
@@ -30,6 +32,7 @@ class StudyRuns:
 
     Use it as a context manager: leaving it sends what is left. `metric` names the value that trials are compared by;
     the runs table sorts by `best/<metric>` and shows the parameters in `columns`. `note` is Markdown, shown above it.
+    What is on its way lies in a folder of the session's own: several may share a home.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class StudyRuns:
         *,
         metric: str,
         direction: Direction,
+        session: str,
         columns: Sequence[str] = (),
         tags: Mapping[str, str] | None = None,
         note: str | None = None,
@@ -54,17 +58,29 @@ class StudyRuns:
         self.metric = metric
         self.experiment_id = store.open_experiment(study, described)
         self._source_tags: dict[str, str] = resolve_tags()  # user and source: a run made by a client has none
-        self._folder = _make_folder(store.home / "spool" / study)
+        self._spools = store.home / "spool" / study
+        self._session = session
+        self._folder = _make_folder(self._spools / session)
         self._deliveries: dict[int, Delivery] = {}
         self._sender = Sender()
         atexit.register(self.close)
 
-    def trial_run(self, number: int, *, params: Mapping[str, Any], tags: Mapping[str, str] | None = None) -> TrialRun:
+    def trial_run(
+        self, number: int, *, params: Mapping[str, Any], attempt: int = 1, tags: Mapping[str, str] | None = None
+    ) -> TrialRun:
         """The run of a trial: a new one, or after an interruption the one it had. Returns at once."""
         run = TrialRun(self._delivery(number), self._sender)
         texts = {name: _as_text(value) for name, value in params.items()}
-        run.start(texts, {**self._source_tags, **(tags or {})})
+        run.start(texts, {**self._source_tags, **(tags or {}), ATTEMPT_TAG: str(attempt)})
         return run
+
+    def remove_file(self, number: int, path: str) -> None:
+        """Delete a file from the artifacts of a trial that has ended. Returns at once."""
+        TrialRun(self._delivery(number), self._sender).remove_file(path)
+
+    def abandon(self, number: int) -> None:
+        """Tell nothing more of a trial that another session has taken over."""
+        self._deliveries.pop(number).abandon()
 
     def summary_run(self) -> SummaryRun:
         """The study's summary, RUNNING until it is finished; found again when a study is resumed."""
@@ -78,36 +94,49 @@ class StudyRuns:
             run = client.create_run(self.experiment_id, tags=tags, run_name="study summary")
             return SummaryRun(self.store, run.info.run_id)
 
-    def recover(self) -> None:
-        """Clean up after processes that died: send what they left in spools, end as KILLED what they left RUNNING.
+    def recover(self, living: Collection[str] = (), owners: Mapping[int, str] | None = None) -> None:
+        """Clean up after sessions that died: send what they left in spools, end as KILLED what they left RUNNING.
 
-        Call it before the first trial of a search, when no other search of this study runs.
+        `living` are the sessions that are left alone, and `owners` the session of each trial that runs.
         """
-        for path in sorted(self._folder.glob("trial-*.jsonl")):
-            number = int(path.stem.removeprefix("trial-"))
-            self._interrupt_if_open(number)
-            self._sender.put(self._delivery(number))
-        self.flush()
+        for folder in self._spools.iterdir():
+            if folder.name == self._session or folder.name not in living:
+                self._recover_folder(folder)
+        running = {str(number) for number, owner in (owners or {}).items() if owner in {*living, self._session}}
         client = self.store.client
         with explained(self.store.uri):
             for run in search_runs(client, self.experiment_id, "attributes.status = 'RUNNING'"):
-                client.set_tag(run.info.run_id, "hpo.state", "interrupted")
-                client.set_terminated(run.info.run_id, "KILLED")
+                is_summary = run.data.tags.get("hpo.kind") == "study"
+                if run.data.tags.get("hpo.trial") not in running and not (is_summary and living):
+                    client.set_tag(run.info.run_id, "hpo.state", "interrupted")
+                    client.set_terminated(run.info.run_id, "KILLED")
+
+    def _recover_folder(self, folder: Path) -> None:
+        ours = {delivery.spool.path for delivery in self._deliveries.values()}
+        for path in sorted(set(folder.glob("trial-*.jsonl")) - ours):
+            delivery = self._new_delivery(path)
+            self._interrupt_if_open(delivery)
+            self._sender.put(delivery)
+        self.flush()
+        if folder != self._folder:
+            _remove_if_empty(folder)
 
     def has_arrived(self, number: int) -> bool:
-        """Whether MLflow has all that was written of a trial that has ended."""
-        return not self._delivery(number).spool.path.exists()
+        """Whether MLflow has all that was written in this home of a trial that has ended."""
+        return not any(self._spools.glob(f"*/{_spool_name(number)}"))
 
-    def _interrupt_if_open(self, number: int) -> None:
-        delivery = self._delivery(number)
+    def _interrupt_if_open(self, delivery: Delivery) -> None:
         if not delivery.spool.has_ended():
             TrialRun(delivery, self._sender).finish("interrupted", reason="the search ended before the trial did")
 
     def _delivery(self, number: int) -> Delivery:
         if number not in self._deliveries:
-            spool = Spool(self._folder / f"trial-{number:04d}.jsonl")
-            self._deliveries[number] = Delivery(self.store, self.experiment_id, number, self.metric, spool)
+            self._deliveries[number] = self._new_delivery(self._folder / _spool_name(number))
         return self._deliveries[number]
+
+    def _new_delivery(self, path: Path) -> Delivery:
+        number = int(path.stem.removeprefix("trial-"))
+        return Delivery(self.store, self.experiment_id, number, self.metric, Spool(path))
 
     def flush(self, timeout_s: float = _FLUSH_TIMEOUT_S) -> bool:
         """Send all that is not sent yet; whether all of it arrived."""
@@ -117,8 +146,8 @@ class StudyRuns:
         """End open trials as interrupted and send what is left; what does not arrive stays for the next search."""
         atexit.unregister(self.close)
         try:
-            for number in self._deliveries:
-                self._interrupt_if_open(number)
+            for delivery in self._deliveries.values():
+                self._interrupt_if_open(delivery)
         finally:
             arrived = self._sender.close(timeout_s)
         if not arrived:
@@ -128,6 +157,7 @@ class StudyRuns:
                 self._folder,
                 self.study,
             )
+        _remove_if_empty(self._folder)
 
     def __enter__(self) -> Self:
         return self
@@ -135,7 +165,8 @@ class StudyRuns:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        # Who has pressed Ctrl-C twice is in a hurry; what does not arrive stays for the next search.
+        self.close(_HURRIED_FLUSH_TIMEOUT_S if kind is KeyboardInterrupt else _FLUSH_TIMEOUT_S)
 
 
 class TrialRun:
@@ -155,6 +186,10 @@ class TrialRun:
     def log_file(self, path: Path, folder: str | None = None) -> None:
         """Copy a file to the run's artifacts, into `folder`; it must stay as it is until `flush` has said True."""
         self._write({"file": str(path.absolute()), "folder": folder})
+
+    def remove_file(self, path: str) -> None:
+        """Delete a file from the run's artifacts, where it is there."""
+        self._write({"remove": path}, now=True)
 
     def log_text(self, text: str, name: str) -> None:
         """Add a text to the run's artifacts, as the file `name`."""
@@ -232,6 +267,15 @@ def _runs_table(metric: str, direction: Direction, columns: Sequence[str]) -> st
         "selectedColumns": ["attributes.`Duration`", value, *parameters, "tags.`hpo.state`"],
     }
     return json.dumps(view)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):  # what MLflow did not take stays for the next search
+        folder.rmdir()
+
+
+def _spool_name(number: int) -> str:
+    return f"trial-{number:04d}.jsonl"
 
 
 def _make_folder(path: Path) -> Path:

@@ -15,12 +15,14 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
+from hpo.database import prepare_sqlite
 from hpo.errors import StoreError, UnknownNameError
 from hpo.home import create_home
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Experiment, Run
+    from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
 _SCHEMES = ("http", "https", "databricks", "sqlite", "postgresql", "mysql", "mssql")
 _LOCK_TIMEOUT_S = 120.0  # creating the schema takes 3 s on a quiet machine
@@ -38,6 +40,7 @@ _MLFLOW_SETTINGS = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
@@ -110,18 +113,33 @@ class TrackingStore:
         Raises StoreError where the run has no such file.
         """
         import mlflow.exceptions
-        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
         try:
-            artifacts = self.client.get_run(run_id).info.artifact_uri
             # MlflowClient.download_artifacts would copy a local file to a temporary folder that nobody removes.
-            repository = get_artifact_repository(artifacts, tracking_uri=self.uri)
-            path = repository.download_artifacts(artifact_path)  # type: ignore[no-untyped-call]
+            path = self._artifacts(run_id).download_artifacts(artifact_path)  # type: ignore[no-untyped-call]
         except (mlflow.exceptions.MlflowException, OSError) as error:
             raise StoreError(
                 f"run {run_id} in {self.uri} has no file '{artifact_path}': {_first_line(error)}"
             ) from error
         return Path(path)
+
+    def file_sizes(self, run_id: str, folder: str) -> dict[str, int]:
+        """The files in a folder of a run's artifacts, by path, and their sizes in bytes."""
+        with explained(self.uri):
+            files = self._artifacts(run_id).list_artifacts(folder)
+        return {file.path: file.file_size or 0 for file in files if not file.is_dir}
+
+    def remove_file(self, run_id: str, artifact_path: str) -> None:
+        """Delete one of a run's files; one that is not there is no error."""
+        with explained(self.uri):
+            if artifact_path in self.file_sizes(run_id, artifact_path.rpartition("/")[0]):
+                self._artifacts(run_id).delete_artifacts(artifact_path)  # type: ignore[no-untyped-call]
+
+    def _artifacts(self, run_id: str) -> ArtifactRepository:
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        artifacts = self.client.get_run(run_id).info.artifact_uri
+        return get_artifact_repository(artifacts, tracking_uri=self.uri)
 
     def study_url(self, study: str, base_url: str) -> str:
         """Where the UI shows a study: its trials, the best first. Raises UnknownNameError for an unknown study."""
@@ -248,15 +266,11 @@ def _open_sqlite(path: Path, uri: str) -> MlflowClient:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock", timeout=_LOCK_TIMEOUT_S):
-            if path.exists() and path.stat().st_size > 0:
-                _require_undamaged(path)
-            else:
+            if not path.exists() or path.stat().st_size == 0:
                 _create(path)
-            client = _connect(uri)
-            # WAL makes logging 3 times cheaper; it is remembered in the file.
-            with closing(sqlite3.connect(path, timeout=20)) as database:
-                database.execute("PRAGMA journal_mode=WAL")
-            return client
+            # The write-ahead log makes logging 3 times cheaper.
+            prepare_sqlite(path, holding="the curves so far")
+            return _connect(uri)
     except Timeout as error:
         raise StoreError(f"another process has held {path}.lock for {_LOCK_TIMEOUT_S:.0f} s; stop it first.") from error
     except OSError as error:
@@ -276,21 +290,6 @@ def _create(path: Path) -> None:
     engine.dispose()
     (aside / path.name).replace(path)
     aside.rmdir()
-
-
-def _require_undamaged(path: Path) -> None:
-    try:
-        with closing(sqlite3.connect(path, timeout=20)) as database:
-            verdict = str(database.execute("PRAGMA quick_check(1)").fetchone()[0])
-    except sqlite3.OperationalError as error:
-        raise StoreError(f"cannot open {path}: {error}; choose another folder with --home.") from error
-    except sqlite3.DatabaseError as error:
-        verdict = str(error)
-    if verdict != "ok":
-        raise StoreError(
-            f"{path} is damaged ({_first_line(verdict)}); restore a copy, or move it away: a new one is made, "
-            "without the curves so far."
-        )
 
 
 def _connect(uri: str) -> MlflowClient:

@@ -1,0 +1,214 @@
+"""Kill a search again and again, and count what is left: `python benchmarks/chaos.py`.
+
+A search of the digits runs 100 trials on 4 workers. About every second a random worker is killed with -9, and a few
+times the searching process itself, which is then started again with the same command. At the end there must be exactly
+the trials that were asked for, none lost, none too many, and nothing RUNNING in either store.
+
+`--storage postgresql+psycopg://...` and `--tracking-uri ...` do the same against PostgreSQL; `python tests/postgres.py`
+starts one and prints its address. The exit code is 1 where a promise is broken. The last lines name what was used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpo.execution.observer import Observer
+from hpo.pipeline import run_search
+from hpo.request import find_means, read_study
+from hpo.tracking.store import home_store_uri, open_store, search_runs
+
+if TYPE_CHECKING:
+    from hpo.search.study import Suggestion
+    from hpo.training.trainer import EpochResult
+    from hpo.trial import EndState
+
+STUDY = "chaos"
+TIME_LIMIT_S = 1800
+
+
+class Diary(Observer):
+    """Writes down when what happened, as one JSON line each, so that it outlives the process."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", buffering=1)
+
+    def trial_started(self, suggestion: Suggestion) -> None:
+        self._write("started", suggestion)
+
+    def epoch_done(self, suggestion: Suggestion, result: EpochResult) -> None:
+        self._write("epoch", suggestion, epoch=result.epoch)
+
+    def trial_ended(
+        self, suggestion: Suggestion, state: EndState, result: EpochResult | None, reason: str | None
+    ) -> None:
+        self._write("ended", suggestion, state=state)
+
+    def _write(self, what: str, suggestion: Suggestion, **facts: Any) -> None:
+        entry = {"time": time.time(), "what": what, "trial": suggestion.number, "attempt": suggestion.attempt, **facts}
+        self._file.write(json.dumps(entry) + "\n")
+
+
+def search(home: Path, options: argparse.Namespace) -> None:
+    """The process that is killed."""
+    outcome = run_search(
+        "digits",
+        study=STUDY,
+        home=home,
+        storage=options.storage,
+        tracking_uri=options.tracking_uri,
+        trials=options.trials,
+        workers=options.workers,
+        observer=Diary(home / "diary.jsonl"),
+    )
+    sys.exit(0 if outcome.is_done else 1)
+
+
+def torment(home: Path, options: argparse.Namespace) -> tuple[list[float], int]:
+    """Run the search to its end, killing; when workers were killed, and how often the search itself was."""
+    draw = random.Random(options.seed)
+    began = time.monotonic()
+    parent_kills = [began + options.parent_every_s * (k + 1) for k in range(options.parent_kills)]
+    worker_kills: list[float] = []
+    num_parent_kills = 0
+    while time.monotonic() - began < TIME_LIMIT_S:
+        process = subprocess.Popen([sys.executable, __file__, "--inside", str(home), *sys.argv[1:]])
+        while process.poll() is None:
+            time.sleep(draw.expovariate(1 / options.every_s))
+            if parent_kills and time.monotonic() > parent_kills[0]:
+                del parent_kills[0]
+                process.kill()
+                num_parent_kills += 1
+            elif victims := workers_of(process.pid):
+                victim = draw.choice(victims)
+                worker_kills.append(time.time())
+                os.kill(victim, signal.SIGKILL)
+        if process.returncode == 0:
+            return worker_kills, num_parent_kills
+        if process.returncode != -signal.SIGKILL:
+            sys.exit(f"the search ended with code {process.returncode}")
+    sys.exit(f"the search has not ended after {TIME_LIMIT_S} s")
+
+
+def workers_of(parent: int) -> list[int]:
+    """The searching process's workers: children of the server that it forks them from."""
+    rows = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    processes = [line.split(None, 2) for line in rows.splitlines()]
+    servers = {pid for pid, ppid, args in processes if int(ppid) == parent and "forkserver" in args}
+    return [int(pid) for pid, ppid, _ in processes if ppid in servers]
+
+
+def judge(home: Path, options: argparse.Namespace, worker_kills: list[float], num_parent_kills: int) -> bool:
+    """Print what is left; whether every promise was kept."""
+    means = find_means(home=home, storage=options.storage, tracking_uri=options.tracking_uri)
+    study = read_study(means, STUDY)
+    assert study is not None, "the search has made it"
+    counts = study.counts()
+    num_ended = counts["complete"] + counts["pruned"] + counts["diverged"]
+    store = open_store(home, options.tracking_uri or home_store_uri(home))
+    experiment = store.client.get_experiment_by_name(f"hpo/{STUDY}")
+    assert experiment is not None, "the search has made it"
+    runs = search_runs(store.client, experiment.experiment_id, "")
+    statuses = Counter(run.info.status for run in runs)
+    holes = [
+        trial.number
+        for trial in study.trials()
+        if sorted(trial.curve) != list(range(1, max(trial.curve, default=0) + 1))
+    ]
+    diary = [json.loads(line) for line in (home / "diary.jsonl").read_text().splitlines()]
+    asked_s, running_s = replacement_times(diary, worker_kills)
+    promises = {
+        f"{options.trials} trials complete, pruned or diverged": num_ended == options.trials,
+        "no trial too many, none failed": len(study.trials()) == options.trials,
+        "nothing RUNNING in Optuna": counts["running"] == 0,
+        "nothing RUNNING in MLflow": statuses["RUNNING"] == 0,
+        "a run for each trial, and the summary": len(runs) == options.trials + 1,
+        "no epoch missing in a curve": not holes,
+        "at most the running epoch lost a kill": most_epochs_lost(diary) <= 1,
+    }
+    print(f"killed: {len(worker_kills)} workers, {num_parent_kills} times the search itself")
+    print(f"trials: { {state: count for state, count in counts.items() if count} }, MLflow: {dict(statuses)}")
+    for what, times in (("handed to a new worker", asked_s), ("trained on by it", running_s)):
+        print(
+            f"from the kill until the trial was {what}: median {statistics.median(times):.3f} s, "
+            f"90th percentile {statistics.quantiles(times, n=10)[-1]:.3f} s (n={len(times)})"
+        )
+    for promise, is_kept in promises.items():
+        print(f"{'kept  ' if is_kept else 'BROKEN'} {promise}")
+    return all(promises.values())
+
+
+def replacement_times(diary: list[dict[str, Any]], kills: list[float]) -> tuple[list[float], list[float]]:
+    """Seconds from each kill of a working worker until its trial was handed out again, and until it trained again."""
+    asked, running = [], []
+    for kill in kills:
+        ends = (e for e in diary if e["what"] == "ended" and e["state"] == "interrupted" and 0 <= e["time"] - kill < 2)
+        end = next(ends, None)
+        if end is None:
+            continue  # an idle worker, or the search itself was killed right after
+        later = [e for e in diary if e["trial"] == end["trial"] and e["time"] >= end["time"]]
+        asked += [e["time"] - kill for e in later if e["what"] == "started"][:1]
+        running += [e["time"] - kill for e in later if e["what"] == "epoch"][:1]
+    return asked, running
+
+
+def most_epochs_lost(diary: list[dict[str, Any]]) -> int:
+    """The most epochs that an attempt had to train again, the one under way when it was killed included.
+
+    A resumed attempt begins with the result of the epoch that its checkpoint holds.
+    """
+    firsts: dict[tuple[int, int], int] = {}
+    lasts: dict[tuple[int, int], int] = {}
+    for entry in diary:
+        if entry["what"] == "epoch":
+            key = entry["trial"], entry["attempt"]
+            firsts.setdefault(key, entry["epoch"])
+            lasts[key] = entry["epoch"]
+    lost = [0]
+    for (trial, attempt), first in firsts.items():
+        before = [last for (other, earlier), last in lasts.items() if other == trial and earlier < attempt]
+        if before:
+            lost.append(max(before) - first + 1)
+    return max(lost)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=100)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--every-s", type=float, default=1.0, help="mean seconds between kills")
+    parser.add_argument("--parent-kills", type=int, default=3, help="times that the search itself is killed")
+    parser.add_argument("--parent-every-s", type=float, default=30.0, help="seconds between those")
+    parser.add_argument("--storage", help="URL of a PostgreSQL database")
+    parser.add_argument("--tracking-uri", help="MLflow store, if not the home's")
+    parser.add_argument("--seed", type=int, default=0, help="of the kills")
+    parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.inside:
+        search(options.inside, options)
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        began = time.monotonic()
+        kills = torment(home, options)
+        is_fine = judge(home, options, *kills)
+        print(f"{time.monotonic() - began:.0f} s; {' '.join(sys.argv)}")
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "optuna", "mlflow"))
+    print(f"{packages}, Python {platform.python_version()}, {os.cpu_count()} cores")
+    sys.exit(0 if is_fine else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""What every database has in common here: how sqlite is opened, and what a message may say of an address."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+from hpo.errors import StoreError
+
+TIMEOUT_S = 60.0
+"""How long a writer waits for another one."""
+
+
+def prepare_sqlite(path: Path, *, holding: str) -> None:
+    """Be sure that a database can be used, and keeps a write-ahead log; where there is none, an empty one is made.
+
+    `holding` says what is lost with it. Raises StoreError where it is damaged, or cannot be opened or written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        damage = _find_damage(path)
+        if damage is None:
+            connect_sqlite(path).close()
+    except (OSError, sqlite3.OperationalError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StoreError(f"{path} cannot be opened: {reason}; choose another home with --home or HPO_HOME.") from error
+    if damage is not None:
+        raise StoreError(
+            f"{path} is damaged ({damage}); restore a copy, or move it away: a new one is made, without {holding}."
+        )
+
+
+def connect_sqlite(path: Path) -> sqlite3.Connection:
+    """A connection that any thread may use."""
+    connection = sqlite3.connect(path, timeout=TIMEOUT_S, check_same_thread=False)
+    # Readers do not wait for the writer; a power cut may take the last transactions, and harms nothing else.
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
+    return connection
+
+
+def _find_damage(path: Path) -> str | None:
+    if not path.exists() or path.stat().st_size == 0:
+        return None
+    try:
+        with closing(sqlite3.connect(path, timeout=TIMEOUT_S)) as database:
+            finding = str(database.execute("PRAGMA quick_check(1)").fetchone()[0])
+    except sqlite3.OperationalError:
+        raise
+    except sqlite3.DatabaseError as error:
+        finding = str(error)
+    return None if finding == "ok" else finding.replace("\n", " ")
+
+
+def without_password(url: str) -> str:
+    """An address for messages and logs."""
+    url = re.sub(r"(://[^:/?#@]*:).*@", r"\1***@", url)
+    return re.sub(r"([?&]\w*passw(?:or)?d=)[^&]*", r"\1***", url)

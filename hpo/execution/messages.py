@@ -1,0 +1,130 @@
+"""What a coordinator and its workers say to each other: plain data as JSON over a connection, never a pickle.
+
+A worker gets assignments, reports each epoch and is answered by a decision. Local processes and Ray tasks differ only
+in how the connection came about.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from hpo.config import TrainConfig
+from hpo.training.trainer import EpochResult
+
+if TYPE_CHECKING:
+    from hpo.space import Value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a worker is told once, when it starts."""
+
+    task_reference: str
+    """What finds the task's code."""
+
+    splits: Path
+    """File with the training and the validation split, which the worker maps into memory."""
+
+    num_threads: int
+    """Threads that torch may use on the CPU."""
+
+    silence_s: float
+    """Seconds without a message after which the worker counts as dead; it says every third of them that it lives."""
+
+    visible_gpu: str | None = None
+    """Value of CUDA_VISIBLE_DEVICES; None leaves it as it is."""
+
+    log: Path | None = None
+    """File that takes what the task prints; None leaves it where it goes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """All that a worker is told of a trial."""
+
+    number: int
+    model_parameters: dict[str, Value]
+    config: TrainConfig
+    folder: Path
+    """Where the trial's checkpoints are, and in the end its best weights."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"folder": str(self.folder)}
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> Self:
+        return cls(**plain | {"config": TrainConfig(**plain["config"]), "folder": Path(plain["folder"])})
+
+
+class Decision(Enum):
+    """What the coordinator answers to an epoch's result."""
+
+    GO_ON = "go on"
+    STOP = "stop"
+    LEAVE = "leave"
+    """Stop, and keep the checkpoint: the trial will be continued."""
+
+
+@dataclass(frozen=True)
+class EpochDone:
+    """The worker has finished an epoch and waits for a decision."""
+
+    result: EpochResult
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> Self:
+        return cls(EpochResult(**plain["result"]))
+
+
+@dataclass(frozen=True)
+class TrialDone:
+    """The trial has ended as decided, or by itself; its best weights are in its folder."""
+
+
+@dataclass(frozen=True)
+class TrialRaised:
+    """The model, the data or the disk raised: another attempt would raise again. The worker ends itself."""
+
+    reason: str
+    traceback: str
+
+
+@dataclass(frozen=True)
+class WorkerUnfit:
+    """The worker cannot run any trial of this study, for it finds no task or no data."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Alive:
+    """Nothing happened, and the worker is well."""
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """Something that the user should read."""
+
+    level: int
+    text: str
+
+
+Message = EpochDone | TrialDone | TrialRaised | WorkerUnfit | Alive | LogLine
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in Message.__args__}
+
+
+def encode(message: Message) -> bytes:
+    """A worker's message as it travels."""
+    return json.dumps({"kind": type(message).__name__, **asdict(message)}).encode()
+
+
+def decode(frame: bytes) -> Message:
+    """The message in a frame; raises ValueError, KeyError or TypeError where it is none."""
+    plain = json.loads(frame)
+    kind = _KINDS[plain.pop("kind")]
+    message: Message = kind.from_dict(plain) if hasattr(kind, "from_dict") else kind(**plain)
+    return message

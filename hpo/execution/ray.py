@@ -1,0 +1,300 @@
+"""Workers as tasks of a Ray cluster: Ray places and counts them, the trials and their results travel as everywhere.
+
+Ray Tune is not used: its Optuna searcher tells stopped trials as complete and leaves pruning to itself. The home must
+lie on storage that every node sees, for checkpoints and data are read and written there.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import queue
+import secrets
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
+from typing import TYPE_CHECKING, Any
+
+from hpo.errors import UsageError
+from hpo.execution.messages import Setup
+from hpo.execution.pool import Event, Worker, WorkerPool
+from hpo.execution.worker import serve
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+_ANSWER_S = 5.0  # of a port at the cluster's address
+_CONNECT_S = 30  # to become part of the cluster; mostly Ray's import, which takes 2 s on an idle machine
+_GREETING_S = 10  # for each step in which a worker proves that it is one
+_DEATH_NOTICE_S = 0.5  # between the end of a worker's connection and Ray's word on why
+
+_logger = logging.getLogger(__name__)
+
+
+class RayWorkers(WorkerPool):
+    """Tasks of one CPU, and a share of a GPU each, on whatever nodes have room; one that dies is asked for again."""
+
+    def __init__(self, setup: Setup, *, num_workers: int | None, address: str, gpus_per_trial: float) -> None:
+        """`num_workers` None takes as many as the cluster has room for now; further ones wait for nodes to join.
+
+        Raises UsageError where there is no such cluster, or no room for a single worker.
+        """
+        _check_share(gpus_per_trial)
+        self._ray, self._is_ours = _connect(address)
+        super().__init__(num_workers or _capacity(self._ray, gpus_per_trial), silence_s=setup.silence_s)
+        self.device = "cuda" if gpus_per_trial else "cpu"
+        self._setup = setup
+        # A process for each worker: one that has served cannot be told apart from one that is about to leave.
+        task = self._ray.remote(num_cpus=1, num_gpus=gpus_per_trial, max_retries=0, max_calls=1)
+        self._task = task(_work)
+        self._door = _Door(self._ray.util.get_node_ip_address())
+        self._asked: dict[int, Any] = {}
+        """Ray's handles of the workers that have not arrived yet, by their number."""
+        self._num_asked = 0
+        self._is_closing = False
+
+    def __enter__(self) -> Self:
+        for _ in range(self.num_workers):
+            self._ask_for_worker()
+        _logger.info("asked Ray for %d workers", self.num_workers)
+        return self
+
+    def has_room(self) -> bool:
+        return any(worker.trial is None for worker in self._workers)
+
+    def events(self, timeout_s: float) -> Iterator[tuple[int, Event]]:
+        self._replace_stillborn()
+        yield from super().events(timeout_s)
+
+    def _idle_worker(self) -> Worker:
+        return next(worker for worker in self._workers if worker.trial is None)
+
+    def _arrivals(self) -> Sequence[Any]:
+        return [self._door.bell]
+
+    def _welcome(self) -> None:
+        number, connection = self._door.let_in()
+        handle = self._asked.pop(number, None)
+        if handle is None:  # it died on the threshold, and another was asked for
+            connection.close()
+            return
+        self._workers.append(_RayWorker(connection, self._ray, handle))
+
+    def _replace_stillborn(self) -> None:
+        """Ask again for workers that died before they arrived, be it for want of hpo on their node."""
+        if not self._asked:
+            return
+        handles = list(self._asked.values())
+        ended, _ = self._ray.wait(handles, num_returns=len(handles), timeout=0)
+        for number in [number for number, handle in self._asked.items() if handle in ended]:
+            # Without a cause it is behind the door: it has arrived, had something to say, and has left.
+            cause = _cause_of_death(self._ray, self._asked[number])
+            if cause is None:
+                continue
+            del self._asked[number]
+            if cause.is_ours:
+                self._count_failed_start(f"with {cause.text}")
+            _logger.warning("a Ray worker died at its start and is asked for again: %s", cause.text)
+            self._ask_for_worker()
+
+    def _remove(self, worker: Worker, grace_s: float = 0) -> str:
+        fate = super()._remove(worker, grace_s)
+        if not self._is_closing:
+            self._ask_for_worker()
+        return fate
+
+    def _ask_for_worker(self) -> None:
+        number, self._num_asked = self._num_asked, self._num_asked + 1
+        self._asked[number] = self._task.remote(self._door.address, self._door.key, number, self._setup)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._is_closing = True
+        super().__exit__(kind, error, trace)
+        for handle in self._asked.values():
+            self._ray.cancel(handle, force=True)
+        self._door.close()
+        if self._is_ours:
+            self._ray.shutdown()
+
+
+class _RayWorker(Worker):
+    def __init__(self, connection: Connection, ray: Any, handle: Any) -> None:
+        super().__init__(connection)
+        self._ray = ray
+        self._handle = handle
+        self.has_spoken = True  # to arrive is enough: a node that is lost then takes many with it, and proves nothing
+
+    def end(self, grace_s: float) -> str:
+        # What became of it is of use, but nobody waits long for it: a lost node is certain after half a minute only.
+        ended, _ = self._ray.wait([self._handle], timeout=min(grace_s, _DEATH_NOTICE_S))
+        if ended:
+            cause = _cause_of_death(self._ray, self._handle)
+            return f"ended with {cause.text}" if cause else "left"
+        self._ray.cancel(self._handle, force=True)
+        return "or its node was lost"
+
+
+def _work(address: tuple[str, int], key: bytes, number: int, setup: Setup) -> None:
+    """The Ray task: a worker that calls its coordinator."""
+    connection = Client(address, authkey=key)
+    connection.send_bytes(str(number).encode())
+    serve(connection, setup)
+
+
+class _Door:
+    """Where workers arrive: a port on which only who knows the key is let in."""
+
+    def __init__(self, host: str) -> None:
+        self.key = secrets.token_bytes(32)
+        self._socket = socket.create_server((host, 0), backlog=128)
+        self.address: tuple[str, int] = self._socket.getsockname()
+        self._arrived: queue.SimpleQueue[tuple[int, Connection]] = queue.SimpleQueue()
+        self.bell, self._rope = socket.socketpair()
+        threading.Thread(target=self._watch, name="hpo-door", daemon=True).start()
+
+    def let_in(self) -> tuple[int, Connection]:
+        """Number and connection of a worker, after the bell has rung."""
+        self.bell.recv(1)
+        return self._arrived.get()
+
+    def close(self) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)  # ends a pending accept, as close alone does not
+        self._socket.close()
+        for end in (self.bell, self._rope):
+            end.close()
+        while not self._arrived.empty():
+            self._arrived.get()[1].close()
+
+    def _watch(self) -> None:
+        while True:
+            try:
+                visitor, _ = self._socket.accept()
+            except OSError:  # closed
+                return
+            # A thread for each, so that a stranger who says nothing keeps nobody else waiting.
+            threading.Thread(target=self._check, args=(visitor,), name="hpo-visitor", daemon=True).start()
+
+    def _check(self, visitor: socket.socket) -> None:
+        with visitor:
+            connection = Connection(os.dup(visitor.fileno()))
+            try:
+                _limit_reads(visitor, _GREETING_S)
+                deliver_challenge(connection, self.key)
+                answer_challenge(connection, self.key)
+                number = int(connection.recv_bytes(maxlength=20))
+                _limit_reads(visitor, 0)
+                self._arrived.put((number, connection))
+                self._rope.send(b"!")
+            # Python before 3.12 asserts where a challenge is malformed.
+            except (AuthenticationError, AssertionError, EOFError, OSError, ValueError) as error:
+                connection.close()
+                _logger.warning("turned away a connection that is no worker's: %s", error or type(error).__name__)
+
+
+def _limit_reads(visitor: socket.socket, seconds: int) -> None:
+    """Let reads fail that take longer, also on what was duplicated from the socket; 0 lets them wait for ever."""
+    visitor.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", seconds, 0))
+
+
+def _connect(address: str) -> tuple[Any, bool]:
+    """The module `ray`, connected to the cluster, and whether it was we who connected it."""
+    try:
+        # Read when Ray is imported: where it finds itself below `uv run` it would copy the working folder to the nodes
+        # and install it there, but the workers are to run what is installed on them.
+        os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+        import ray
+    except ImportError as error:
+        raise UsageError("--executor ray needs Ray: pip install 'hpo-torch[ray]'.") from error
+    if ray.is_initialized():
+        return ray, False
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", "auto")
+    _require_cluster(address)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler would end the process without our exit code
+    return ray, True
+
+
+def _require_cluster(address: str) -> None:
+    """Raise UsageError where `ray.init` would: it tries for minutes and cannot be stopped, so another process tries."""
+    advice = "start one with `ray start --head`, and run hpo on one of its nodes."
+    if "://" in address:
+        raise UsageError(f"--address {address} leads to a proxy of the cluster; run hpo on one of its nodes instead.")
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), _ANSWER_S).close()
+        except (OSError, OverflowError) as error:
+            raise UsageError(f"no Ray cluster at --address {address} ({error}); {advice}") from error
+    command = [sys.executable, "-c", "import sys, ray; ray.init(address=sys.argv[1], logging_level='ERROR')", address]
+    try:
+        attempt = subprocess.run(command, capture_output=True, text=True, timeout=_CONNECT_S)
+    except subprocess.TimeoutExpired as error:
+        raise UsageError(f"no Ray cluster at --address {address}: no answer in {_CONNECT_S} s; {advice}") from error
+    if attempt.returncode != 0:
+        reason = attempt.stderr.rstrip().rpartition("\n")[2]
+        raise UsageError(f"cannot join a Ray cluster at --address {address} ({reason}); {advice}")
+
+
+def _check_share(gpus_per_trial: float) -> None:
+    """Ray counts in steps of 1/10000, and gives shares of one GPU or whole ones."""
+    is_share = 0.0001 <= gpus_per_trial <= 1
+    if gpus_per_trial != 0 and not is_share and not (gpus_per_trial > 1 and float(gpus_per_trial).is_integer()):
+        raise UsageError(
+            f"--gpus-per-trial {gpus_per_trial:g} is not allowed: it must be 0, a share from 0.0001 to 1, "
+            "or a whole number."
+        )
+
+
+def _capacity(ray: Any, gpus_per_trial: float) -> int:
+    """How many workers the cluster has room for when it does nothing else."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    num_workers = sum(_room_on_node(node.get("CPU", 0), node.get("GPU", 0), gpus_per_trial) for node in nodes)
+    if num_workers == 0:
+        raise UsageError(
+            f"no node of the Ray cluster has room for a trial, which takes a CPU and --gpus-per-trial "
+            f"{gpus_per_trial:g}; in all there are {sum(node.get('CPU', 0) for node in nodes):g} CPUs and "
+            f"{sum(node.get('GPU', 0) for node in nodes):g} GPUs. With --workers N they wait for nodes to join."
+        )
+    return num_workers
+
+
+def _room_on_node(cpus: float, gpus: float, gpus_per_trial: float) -> int:
+    if gpus_per_trial == 0:
+        return int(cpus)
+    if gpus_per_trial > 1:
+        return int(min(cpus, gpus // gpus_per_trial))
+    return int(min(cpus, gpus * math.floor(1 / gpus_per_trial)))  # a share lies within one GPU
+
+
+@dataclass(frozen=True)
+class _Cause:
+    """Why a task did not end well, in words for the user."""
+
+    text: str
+    is_ours: bool
+    """Whether it raised, instead of being ended by its node or with it."""
+
+
+def _cause_of_death(ray: Any, handle: Any) -> _Cause | None:
+    """Why a task that has ended did not end well; None where it did."""
+    try:
+        ray.get(handle)
+    except ray.exceptions.RayTaskError as error:
+        return _Cause(f"{type(error.cause).__name__}: {error.cause}", is_ours=True)
+    except ray.exceptions.RayError as error:
+        return _Cause(f"{type(error).__name__}: {str(error).partition('. ')[0].strip()}", is_ours=False)
+    return None

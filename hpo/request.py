@@ -1,0 +1,185 @@
+"""What a command was given, checked, and filled up with what the study and the machine say."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpo.errors import StudyMismatchError, UnknownNameError, UsageError
+from hpo.home import check_study_name, find_data_dir, find_home, find_storage
+from hpo.plugins import SEARCH_SPACES, Task, load_task, require_registered
+from hpo.preflight import choose_device
+from hpo.search.pruners import PRUNERS
+from hpo.search.samplers import STRATEGIES
+from hpo.search.storage import read_storage
+from hpo.search.study import Study, StudySettings, read_settings
+from hpo.tracking.store import home_store_uri
+
+DEFAULT_TRIALS = 100
+DEFAULT_KEEP = 5
+EXECUTORS = ("local", "ray")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Means:
+    """What one session searches with: its machine, its stores and its share of the work."""
+
+    home: Path
+    storage: str | None
+    """URL of the database that several machines share; None for the one in the home."""
+    tracking_uri: str | None
+    """The MLflow store that was named."""
+    data_dir: Path
+    device: str
+    """As torch names it."""
+    workers: int | None
+    """Trials at a time; None for one a GPU, or one a core where there is none."""
+    keep: int
+    """Trials whose best weights stay in MLflow."""
+    timeout_s: float | None
+    joins: bool
+    """Whether the study may be under way elsewhere."""
+    executor: str
+    """One of EXECUTORS: where the workers run."""
+    ray_address: str
+    gpus_per_trial: float
+    """Share of a GPU that Ray reserves for each worker."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other machines may search the same study."""
+        return self.storage is not None
+
+
+def find_means(
+    *,
+    home: Path | None = None,
+    storage: str | None = None,
+    tracking_uri: str | None = None,
+    data_dir: Path | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    keep: int = DEFAULT_KEEP,
+    timeout: float | None = None,
+    join: bool = False,
+    executor: str = "local",
+    address: str = "auto",
+    gpus_per_trial: float = 0.0,
+) -> Means:
+    """The means of a session, as given, or as the environment and the machine say. Raises UsageError."""
+    for option, number in (("--workers", workers), ("--keep", keep)):
+        if number is not None and number < 1:
+            raise UsageError(f"{option} {number} is not allowed: it must be at least 1.")
+    if executor not in EXECUTORS:
+        raise UnknownNameError("executor", executor, EXECUTORS)
+    if gpus_per_trial < 0:
+        raise UsageError(f"--gpus-per-trial {gpus_per_trial:g} is not allowed: it must be 0 or more.")
+    means = Means(
+        home=find_home(home),
+        storage=find_storage(storage),
+        tracking_uri=tracking_uri,
+        data_dir=find_data_dir(data_dir),
+        device=choose_device(device),
+        workers=workers,
+        keep=keep,
+        timeout_s=timeout,
+        joins=join,
+        executor=executor,
+        ray_address=address,
+        gpus_per_trial=gpus_per_trial,
+    )
+    if join and not means.is_shared:
+        raise UsageError(
+            "several machines need one database: give --storage postgresql+psycopg://USER@HOST/DATABASE, "
+            "or set HPO_STORAGE. The database in a home serves one process at a time, which runs --workers of its own."
+        )
+    return means
+
+
+def read_study(means: Means, name: str) -> Study | None:
+    """The study of that name, if there is one; nothing is written."""
+    storage = read_storage(means.home, means.storage)
+    return Study.load(storage, name) if read_settings(storage, name) else None
+
+
+def agree(means: Means, task: str, study: str | None, given: Mapping[str, Any]) -> tuple[Task, str, StudySettings]:
+    """The task, the study's name and its settings: what is given, filled up with what the study has.
+
+    `given` are fields of StudySettings; None stands for what was not given.
+    """
+    space = given.get("space_reference")
+    found = load_task(task, space)
+    name = check_study_name(found.objective.name if study is None else study)
+    earlier = read_study(means, name)
+    if earlier and earlier.settings.space_reference and space is None:
+        if means.is_shared:
+            # Whoever can write to the database must not choose what code runs here.
+            require_registered(SEARCH_SPACES, earlier.settings.space_reference)
+        found = load_task(task, earlier.settings.space_reference)
+    settings = _settle(found, earlier.settings if earlier else None, given)
+    return found.narrow(settings.overrides), name, settings
+
+
+def _settle(task: Task, stored: StudySettings | None, given: Mapping[str, Any]) -> StudySettings:
+    """What is given, else what the study was made with, else the defaults; each of it checked."""
+    defaults: dict[str, Any] = {
+        "space_reference": None,
+        "overrides": (),
+        "planned_trials": DEFAULT_TRIALS,
+        "max_epochs": task.train_config({}).max_epochs,
+        "strategy": "priority",
+        "pruner": "sha",
+        "seed": 0,
+        "limit": None,
+    }
+    known = {name: getattr(stored, name) for name in defaults} if stored else defaults
+    chosen = known | {name: value for name, value in given.items() if value is not None}
+    for option, name in (("--trials", "planned_trials"), ("--epochs", "max_epochs"), ("--limit", "limit")):
+        if chosen[name] is not None and chosen[name] < 1:
+            raise UsageError(f"{option} {chosen[name]} is not allowed: it must be at least 1.")
+    if chosen["seed"] < 0:
+        raise UsageError(f"--seed {chosen['seed']} is not allowed: it must be at least 0.")
+    for kind, names in (("strategy", STRATEGIES), ("pruner", PRUNERS)):
+        if chosen[kind] not in names:
+            raise UnknownNameError(kind, chosen[kind], names)
+    return StudySettings(
+        task=task.objective.name,
+        space=task.narrow(chosen["overrides"]).space,
+        metric=task.objective.metric,
+        direction=task.objective.direction,
+        **chosen,
+    )
+
+
+def agreed_tracking_uri(means: Means, study: Study | None) -> str | None:
+    """Where the runs of a study go: where they went so far, so that they stay together.
+
+    Where machines share a study each is told by its user: a database that others write to must not choose who gets the
+    password of an MLflow account. Raises StudyMismatchError where another store is given than before, UsageError where
+    a shared study has none that all can reach.
+    """
+    given = means.tracking_uri
+    if means.is_shared:
+        return _reachable(given or os.environ.get("MLFLOW_TRACKING_URI"))
+    if study is None:
+        return given
+    # Not None for the home's own store: MLFLOW_TRACKING_URI would then lead elsewhere.
+    so_far = study.tracking_uri or home_store_uri(means.home)
+    if given not in (None, so_far):
+        raise StudyMismatchError(
+            f"the runs of study '{study.name}' are in {so_far}, not in {given}; "
+            "leave --tracking-uri away, or use another name with --study."
+        )
+    return so_far
+
+
+def _reachable(uri: str | None) -> str:
+    if uri is None or uri.startswith("sqlite"):
+        raise UsageError(
+            f"the machines that share a study need one MLflow store, and {uri or 'the one in the home'} is a file of "
+            "this machine; give --tracking-uri http://HOST:PORT, or set MLFLOW_TRACKING_URI."
+        )
+    return uri

@@ -1,0 +1,308 @@
+"""Who works on a study: a row in its database for each coordinator, renewed for as long as it lives.
+
+Every time is the database's, so that no two machines' clocks are compared. A session that was not renewed for a whole
+lease is taken for dead, and its trials are adopted by others. Nobody adopts right after the database was away: first
+everyone has one lease's time to renew. The sums work out for three renewals a lease: whoever is gone for a whole lease
+by an outage of the database saw it away for at least two thirds of one, so every other session missed renewals too, and
+a gap of half a lease sets the waiting going.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+from uuid import uuid4
+
+from sqlalchemy import (
+    Column,
+    Double,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    and_,
+    case,
+    delete,
+    insert,
+    inspect,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+from hpo.search.storage import SCHEMA_LOCK, StudyStorage
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+    from sqlalchemy import ColumnElement, Connection, Delete
+
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)
+
+_LOCK_IDLE = "300s"
+"""How long a holder of a study's lock may do nothing in the database, a stopped process for one, before it loses it."""
+
+_FORGOTTEN_AFTER_S = 24 * 3600
+"""Age at which the row of a dead session is removed, by the next one that begins."""
+
+_SESSIONS = Table(
+    "hpo_session",
+    MetaData(),
+    Column("id", String(32), primary_key=True),
+    Column("study", String(512), nullable=False, index=True),
+    Column("name", String(256), nullable=False),
+    Column("lease_s", Double, nullable=False),
+    Column("renewed_at", Double, nullable=False),  # seconds since 1970 by the database's clock, as the next one
+    Column("unbroken_since", Double, nullable=False),
+    Column("num_lapses", Integer, nullable=False),
+)
+
+
+class _Now(FunctionElement[float]):
+    """Seconds since 1970 by the database's clock."""
+
+    type = Double()
+    inherit_cache = True
+
+
+@compiles(_Now, "postgresql")
+def _now_in_postgresql(element: _Now, compiler: Any, **options: Any) -> str:
+    return "extract(epoch FROM clock_timestamp())::double precision"
+
+
+@compiles(_Now, "sqlite")
+def _now_in_sqlite(element: _Now, compiler: Any, **options: Any) -> str:
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+_AGE = _Now() - _SESSIONS.c.renewed_at
+_IS_LIVING = _SESSIONS.c.lease_s >= _AGE
+
+
+@dataclass(frozen=True)
+class SessionInfo:
+    """A coordinator that works on a study."""
+
+    id: str
+    name: str
+    """HOST:PID"""
+
+    seconds_since_renewal: float
+    """By the database's clock."""
+
+
+def living_sessions(storage: BaseStorage, study: str) -> list[SessionInfo]:
+    """The sessions of a study whose lease has not expired; none where the storage holds no sessions at all."""
+    if not isinstance(storage, StudyStorage):
+        return []
+
+    def read() -> list[SessionInfo]:
+        with storage.engine.begin() as connection:
+            if not inspect(connection).has_table(_SESSIONS.name):
+                return []
+            columns = select(_SESSIONS.c.id, _SESSIONS.c.name, _AGE)
+            return [SessionInfo(*row) for row in connection.execute(columns.where(_of(study), _IS_LIVING))]
+
+    return storage.outlast(read)
+
+
+class Session:
+    """A coordinator's presence in a study: a row that it renews, and that expires by the database's clock."""
+
+    def __init__(self, storage: BaseStorage, study: str, *, lease_s: float = 30.0) -> None:
+        assert isinstance(storage, StudyStorage), "a session needs a database"
+        self.id = uuid4().hex
+        self._storage = storage
+        self._study = study
+        self._lease_s = lease_s
+        self._renewing = threading.Lock()
+        self._renewed_at = 0.0  # by this machine's clock, before the database was asked
+        self._num_lapses = 0
+        self._has_lapsed = False
+        self._ended = threading.Event()
+        self._renewer = threading.Thread(target=self._keep_renewing, name="session renewal", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._storage.outlast(self._begin)
+        self._renewer.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._renewer.join()
+        try:
+            with self._storage.engine.begin() as connection:
+                connection.execute(delete(_SESSIONS).where(_SESSIONS.c.id == self.id))
+        except SQLAlchemyError as refusal:  # the row expires by itself
+            _log.info("the session's row stays behind: %s", str(refusal).partition("\n")[0])
+
+    def living(self) -> set[str]:
+        """The ids of the study's sessions whose lease has not expired, and this one's."""
+        return {self.id} | {session.id for session in living_sessions(self._storage, self._study)}
+
+    def forget_others(self) -> None:
+        """Remove the study's other sessions, of which the caller knows that they are dead."""
+        others = delete(_SESSIONS).where(_of(self._study), _SESSIONS.c.id != self.id)
+        self._storage.outlast(lambda: self._execute(others))
+
+    def has_lapsed(self) -> bool:
+        """Whether the lease ran out since this was last asked: the caller must see which trials are still its own.
+
+        When it says so the lease is renewed already. It waits for a database that is away.
+        """
+        if _monotonic() - self._renewed_at > self._lease_s:  # this process was stopped, and the renewer is not yet up
+            self._storage.outlast(self._renew)
+        has_lapsed, self._has_lapsed = self._has_lapsed, False
+        return has_lapsed
+
+    def may_adopt(self) -> bool:
+        """Whether this session has been renewed without a gap for a whole lease, so that the others could be, too."""
+        is_unbroken = and_(self._lease_s / 2 >= _AGE, _Now() - _SESSIONS.c.unbroken_since >= self._lease_s)
+        own = select(_SESSIONS.c.id).where(_SESSIONS.c.id == self.id, is_unbroken)
+
+        def read() -> bool:
+            with self._storage.engine.begin() as connection:
+                return connection.execute(own).first() is not None
+
+        return self._storage.outlast(read)
+
+    def exclusively(self, action: Callable[[], _T]) -> _T:
+        """What `action` gives when it is run under the study's lock; nobody else's action runs meanwhile.
+
+        An outage of the database breaks the lock. The action is then run again from its beginning, so it must look at
+        the study anew, and put back trials that have no owner, for its own last attempt may have left one.
+        """
+
+        def attempt() -> _T:
+            with self.exclusive():
+                return action()
+
+        return self._storage.outlast(attempt)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the study's lock in the database. With sqlite nothing is done: the home's file lock holds.
+
+        The lock belongs to one connection, which this thread asks the storage through: it is held for exactly as long
+        as the statements get through. Raises OutageError at the first one that does not; `exclusively` begins again.
+        """
+        if not self._storage.is_shared:
+            yield
+            return
+        with self._storage.outlast(self._lock) as connection:
+            try:
+                with self._storage.bound_to(connection):
+                    yield
+            finally:
+                self._unlock(connection)
+
+    def _lock(self) -> Connection:
+        connection = self._storage.engine.connect()
+        try:
+            connection.execute(text(f"SET idle_session_timeout = '{_LOCK_IDLE}'"))
+            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": self._lock_key})
+            connection.commit()
+        except BaseException:
+            connection.invalidate()
+            connection.close()
+            raise
+        return connection
+
+    def _unlock(self, connection: Connection) -> None:
+        if connection.invalidated:  # the lock went with the connection
+            return
+        try:
+            connection.rollback()
+            connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": self._lock_key})
+            connection.execute(text("RESET idle_session_timeout"))
+            connection.commit()
+        except SQLAlchemyError:
+            connection.invalidate()
+
+    @property
+    def _lock_key(self) -> int:
+        return int.from_bytes(hashlib.sha256(f"hpo:{self._study}".encode()).digest()[:8], signed=True)
+
+    def _begin(self) -> None:
+        with self._storage.engine.begin() as connection:
+            if self._storage.is_shared:
+                # Of two processes that make the table at once, one would fail.
+                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": SCHEMA_LOCK})
+            _SESSIONS.metadata.create_all(connection)
+            connection.execute(delete(_SESSIONS).where(_of(self._study), _AGE > _FORGOTTEN_AFTER_S))
+        self._renew()
+        self._has_lapsed = False
+
+    def _keep_renewing(self) -> None:
+        wait_s = self._lease_s / 3
+        while not self._ended.wait(wait_s):
+            try:
+                self._renew()
+            except SQLAlchemyError as error:  # whoever needs the database next tells the user
+                _log.info("the session was not renewed: %s", str(error).partition("\n")[0])
+                wait_s = min(1.0, self._lease_s / 10)
+            else:
+                wait_s = self._lease_s / 3
+
+    def _renew(self) -> None:
+        with self._renewing:
+            asked_at = _monotonic()
+            num_lapses = self._write_row()
+            self._has_lapsed |= num_lapses != self._num_lapses
+            self._num_lapses = num_lapses
+            self._renewed_at = asked_at
+
+    def _write_row(self) -> int:
+        """Renew the row, or make it anew if it is gone; how often the lease has run out so far."""
+        is_own = _SESSIONS.c.id == self.id
+        with self._storage.engine.begin() as connection:
+            if connection.execute(_RENEWAL.where(is_own)).rowcount:
+                return int(connection.execute(select(_SESSIONS.c.num_lapses).where(is_own)).scalar_one())
+            row = {
+                "id": self.id,
+                "study": self._study,
+                "name": f"{socket.gethostname()}:{os.getpid()}",
+                "lease_s": self._lease_s,
+                "renewed_at": _Now(),
+                "unbroken_since": _Now(),
+                "num_lapses": self._num_lapses + 1,
+            }
+            connection.execute(insert(_SESSIONS).values(row))
+            return self._num_lapses + 1
+
+    def _execute(self, statement: Delete) -> None:
+        with self._storage.engine.begin() as connection:
+            connection.execute(statement)
+
+
+_RENEWAL = update(_SESSIONS).values(
+    renewed_at=_Now(),
+    unbroken_since=case((_SESSIONS.c.lease_s / 2 < _AGE, _Now()), else_=_SESSIONS.c.unbroken_since),
+    num_lapses=_SESSIONS.c.num_lapses + case((_SESSIONS.c.lease_s < _AGE, 1), else_=0),
+)
+
+
+def _of(study: str) -> ColumnElement[bool]:
+    return _SESSIONS.c.study == study
+
+
+def _monotonic() -> float:
+    """Seconds on this machine, those too in which it slept."""
+    if sys.platform == "linux":
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.monotonic()
