@@ -25,9 +25,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
+from PIL import Image
 from torch import Tensor
 from torchvision.datasets import CIFAR10, FashionMNIST  # type: ignore[import-untyped]
-from torchvision.datasets.folder import pil_loader  # type: ignore[import-untyped]
 
 from hpo.data.cache import cached_split, ensure_converted
 from hpo.errors import DataError
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_TEST_SIZE = 10_000  # of torchvision's file, known without opening it
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_IMAGE_FORMATS = ("JPEG", "PNG")
 NETWORK_TIMEOUT_SECONDS = 10.0
 _DELETE_IT = "delete it and run again to download it."
 
@@ -191,12 +192,19 @@ def read_images(paths: Sequence[Path], classes: Sequence[str], size: tuple[int, 
 
 def _read_image(path: Path, size: tuple[int, int]) -> Tensor:
     try:
-        image = np.array(pil_loader(path))  # (H, W, 3) uint8
-    except (OSError, SyntaxError, ValueError) as problem:  # what Pillow raises, depending on the format
+        # Whatever it is called, Pillow would hand a file that begins as PostScript to Ghostscript.
+        with Image.open(path, formats=_IMAGE_FORMATS) as image:
+            _require_size(path, image, size)  # before a small file is unpacked into gigabytes
+            pixels = np.array(image.convert("RGB"))  # (H, W, 3) uint8
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:  # what Pillow raises
         raise DataError(f"{path} is damaged ({problem}); replace it or delete it.") from problem
-    if image.shape[:2] != size:
-        raise DataError(f"{path} has {_pixels(image.shape[:2])} pixels, not {_pixels(size)}; resize it or delete it.")
-    return torch.from_numpy(image).permute(2, 0, 1)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _require_size(path: Path, image: Image.Image, size: tuple[int, int]) -> None:
+    width, height = image.size
+    if (height, width) != size:
+        raise DataError(f"{path} has {_pixels((height, width))} pixels, not {_pixels(size)}; resize it or delete it.")
 
 
 def _pixels(size: Sequence[int]) -> str:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from optuna._transform import _SearchSpaceTransform
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.search_space import IntersectionSearchSpace
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
 
 from hpo.config import derive_seed
 from hpo.errors import UnknownNameError
@@ -18,6 +24,7 @@ from hpo.search.wrappers import DefaultFirstSampler, TrialSeededSampler
 from hpo.space import Choice, Float, Int
 
 if TYPE_CHECKING:
+    from cmaes import CMA  # type: ignore[import-untyped]
     from optuna import Study
     from optuna.trial import FrozenTrial
 
@@ -53,7 +60,7 @@ _SEEDED: dict[str, Callable[[int], BaseSampler]] = {
     "tpe": lambda seed: TPESampler(seed=seed),
     "gp": lambda seed: GPSampler(seed=seed, warn_independent_sampling=False),
     "random": lambda seed: RandomSampler(seed=seed),
-    "cmaes": lambda seed: CmaEsSampler(seed=seed, warn_independent_sampling=False),
+    "cmaes": lambda seed: CmaEsSampler(seed=seed),
 }
 
 
@@ -66,6 +73,76 @@ def _qmc_sampler(seed: int) -> QMCSampler:
             independent_sampler=TrialSeededSampler(_SEEDED["random"], seed),
             warn_independent_sampling=False,
         )
+
+
+class CmaEsSampler(BaseSampler):
+    """CMA-ES (Hansen, 2016, arXiv:1604.00772) for what is a number, independent random draws for choices.
+
+    Optuna's sampler of this name keeps its optimizer in the database, pickled: whoever may write there runs code on
+    every machine that asks. Of this one the database holds only the generation that each trial was drawn in, under the
+    same name, and the optimizer is told all complete trials anew, generation after generation, in the order in which
+    they ended. That leaves it in the state that Optuna would have stored; pickles that lie there are not read. Telling
+    it 5 000 trials of 8 parameters takes 0.15 s (cmaes 0.13.1, one core).
+    """
+
+    _GENERATION = "cma:generation"
+
+    def __init__(self, *, seed: int) -> None:
+        self._seed = seed
+        self._independent = RandomSampler(seed=seed)
+        self._search_space = IntersectionSearchSpace()
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {
+            name: distribution
+            for name, distribution in self._search_space.calculate(study).items()
+            if isinstance(distribution, FloatDistribution | IntDistribution) and not distribution.single()
+        }
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        if not search_space:
+            return {}
+        # Each parameter on its own scale, from 0 to 1.
+        transform = _SearchSpaceTransform(search_space, transform_0_1=True)
+        optimizer = self._optimizer(study, transform)
+        optimizer.reseed_rng(derive_seed(self._seed, trial.number) % 2**32)
+        study._storage.set_trial_system_attr(trial._trial_id, self._GENERATION, optimizer.generation)
+        return transform.untransform(optimizer.ask())
+
+    def _optimizer(self, study: Study, transform: _SearchSpaceTransform) -> CMA:
+        """The optimizer as the study's complete trials have made it; of a generation the first ones to end count."""
+        from cmaes import CMA  # it imports scipy, which takes a second
+
+        num_dimensions = len(transform.bounds)
+        optimizer = CMA(
+            mean=np.full(num_dimensions, 0.5),
+            sigma=1 / 6,
+            bounds=transform.bounds,
+            n_max_resampling=10 * num_dimensions,
+        )
+        sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
+        generations = self._generations(study)
+        while len(ended := generations[optimizer.generation]) >= optimizer.population_size:
+            told = ended[: optimizer.population_size]
+            optimizer.tell([(transform.transform(trial.params), sign * trial.values[0]) for trial in told])
+        return optimizer
+
+    def _generations(self, study: Study) -> defaultdict[int, list[FrozenTrial]]:
+        """The complete trials by the generation that they were drawn in, the first to end first."""
+        generations: defaultdict[int, list[FrozenTrial]] = defaultdict(list)
+        complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        for trial in sorted(complete, key=lambda trial: (trial.datetime_complete, trial.number)):
+            generation = trial.system_attrs.get(self._GENERATION)
+            if isinstance(generation, int):  # a trial that was drawn independently has none
+                generations[generation].append(trial)
+        return generations
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._independent.sample_independent(study, trial, param_name, param_distribution)
 
 
 def distribution(parameter: Parameter) -> BaseDistribution:

@@ -23,6 +23,10 @@ from hpo.tracking.store import TrackingStore, prepare_mlflow
 _START_TIMEOUT_S = 120.0  # 10 to 20 s on two quiet cores
 _STOP_TIMEOUT_S = 5.0
 
+# A shell that becomes the server, and leaves a watcher in its group. Its standard input is a pipe that nobody writes to
+# and that the system closes when this process ends, however it ends: kill -9 takes the server along.
+_ENDING_WITH_US = 'exec 3<&0 </dev/null; { read -r _ <&3; kill -KILL 0; } & exec "$@" 3<&-'
+
 
 def serve(
     store: TrackingStore,
@@ -58,11 +62,11 @@ def running_server(store: TrackingStore, *, host: str, port: int) -> Iterator[su
     prepare_mlflow()
     with tempfile.TemporaryFile() as log, _sigterm_as_exit():
         server = subprocess.Popen(
-            _command(store, host, port),
+            ["sh", "-c", _ENDING_WITH_US, "sh", *_command(store, host, port)],
             cwd=store.home,
             # MLflow's job runner would add eight processes and a gigabyte.
             env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -114,14 +118,14 @@ def _last_line(log: IO[bytes]) -> str:
 
 
 def _end_group(server: subprocess.Popen[bytes]) -> None:
-    """End the server and its worker, politely and then not."""
+    """End the server, its worker and its watcher, politely and then not."""
     for stop in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(server.pid, stop)
         except ProcessLookupError:
             break
         _wait_for_end(server)
-    server.wait()
+    server.communicate()  # collects it and closes its pipe
 
 
 def _wait_for_end(server: subprocess.Popen[bytes]) -> None:
