@@ -127,17 +127,10 @@ def fill(home: Path, url: str | None, name: str, num_trials: int) -> None:
     # Row by row, through the storage's own calls, it would take minutes.
     with storage.engine.begin() as connection:
         for number in range(num_trials):
-            state = "COMPLETE" if number % 2 == 0 else "PRUNED"
             now = datetime.now(UTC).replace(tzinfo=None)
-            trials.append(
-                {
-                    "number": number,
-                    "study_id": study_id,
-                    "state": state,
-                    "datetime_start": now,
-                    "datetime_complete": now,
-                }
-            )
+            times = {"datetime_start": now, "datetime_complete": now}
+            state = "COMPLETE" if number % 2 == 0 else "PRUNED"
+            trials.append({"number": number, "study_id": study_id, "state": state, **times})
         connection.execute(insert(TrialModel.__table__), trials)
         of_study = select(TrialModel.trial_id).where(TrialModel.study_id == study_id).order_by(TrialModel.trial_id)
         for number, trial_id in enumerate(connection.execute(of_study).scalars().all()):

@@ -6,7 +6,7 @@ HpoError                    something expected went wrong; the message is for th
 │   ├── SpaceError          a search space, one of its parameters, or a `-p` override
 │   ├── StudyMismatchError  the study of that name was made with other settings
 │   ├── DataError           a data set is missing or damaged
-│   └── StoreError          the home, or a store in it, cannot be used
+│   └── StoreError          the home, or a store, cannot be used; hpo.search.storage has OutageError
 ├── CheckpointError         a checkpoint is damaged, or is not ours
 └── SearchError             the search had to stop before it was done           (exit code 1)
 """

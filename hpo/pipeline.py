@@ -23,7 +23,7 @@ from hpo.plugins import OBJECTIVES, SEARCH_SPACES, require_registered
 from hpo.preflight import check_task, load_dataset, visible_gpus
 from hpo.report import to_plain
 from hpo.request import DEFAULT_KEEP, Means, agree, agreed_tracking_uri, find_means, read_study
-from hpo.search.session import Session, living_sessions
+from hpo.search.session import Session
 from hpo.search.storage import open_storage, read_storage
 from hpo.search.study import Study
 from hpo.tracking.recorder import StudyRuns
@@ -31,8 +31,6 @@ from hpo.tracking.store import TrackingStore, open_store
 from hpo.trial import TrialState
 
 if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
-
     from hpo.data.datasets import Splits
     from hpo.execution.pool import WorkerPool
     from hpo.plugins import Task
@@ -232,15 +230,15 @@ def _search(
         session = presence.enter_context(Session(database, name))
 
         def open_study() -> Study:
-            _require_alone(session, database, means, name)
+            gone = session.forget_gone()
+            _require_alone(session, means, name)
             study = Study.open(database, name, settings)
             study.remember_session(
                 num_trials=trials or study.num_trials,
                 task_reference=task.reference,
                 tracking_uri=None if store.is_in_home or means.is_shared else store.uri,
             )
-            if not means.is_shared:
-                study.requeue(study.owners())  # of searches that died: we hold the home's lock
+            study.requeue(number for number, owner in study.owners().items() if owner in gone or not means.is_shared)
             return study
 
         study = session.exclusively(open_study)
@@ -270,15 +268,13 @@ def _search(
     )
 
 
-def _require_alone(session: Session, database: BaseStorage, means: Means, name: str) -> None:
+def _require_alone(session: Session, means: Means, name: str) -> None:
     """A study is searched once, unless this session was asked to join."""
     if not means.is_shared:
-        session.forget_others()
-        return
-    others = [other.name for other in living_sessions(database, name) if other.id != session.id]
-    if others and not means.joins:
+        session.forget_others()  # we hold the home's lock: they are dead
+    elif not means.joins and (others := session.others()):
         raise UsageError(
-            f"study '{name}' is being searched by {', '.join(others)}; join in with --join, "
+            f"study '{name}' is being searched by {', '.join(other.name for other in others)}; join in with --join, "
             "or choose another name with --study."
         )
 
@@ -294,9 +290,10 @@ def _splits_file(splits: Splits, means: Means, name: str, session: Session) -> I
     path = folder / f"{session.id}.pt"
     try:
         save_splits(splits, path)
-        yield path
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror}; choose another home with --home.") from error
+    try:
+        yield path
     finally:
         path.unlink(missing_ok=True)
 
@@ -340,7 +337,7 @@ def _run_and_crown(
             _await_others(session)
         winner = session.exclusively(crown) if coordinator.is_done else find_winner(study)
         write_summary(study, summary, winner)
-        if not _others(session):
+        if not session.others():
             summary.finish("complete" if coordinator.is_done else "interrupted")
         return winner
     except StoreError as error:
@@ -353,13 +350,9 @@ def _run_and_crown(
         observer.search_ended()
 
 
-def _others(session: Session) -> set[str]:
-    return session.living() - {session.id}
-
-
 def _await_others(session: Session) -> None:
     """Wait until MLflow has the weights of other machines' trials too."""
-    while _others(session):
+    while session.others():
         time.sleep(_POLL_S)
 
 

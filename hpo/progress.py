@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hpo.execution.observer import Observer, SearchStart
+from hpo.execution.observer import Observer, Standing
 from hpo.report import format_configuration, format_duration
 from hpo.trial import CROWNABLE
 
@@ -43,7 +43,7 @@ def search_progress(console: Console) -> Iterator[Observer]:
 class Tally:
     """What both displays count: trials by state, the best so far, the time that is left."""
 
-    def __init__(self, start: SearchStart) -> None:
+    def __init__(self, start: Standing) -> None:
         self.study = start.study
         self.metric = start.metric
         self.num_trials = start.num_trials
@@ -51,12 +51,17 @@ class Tally:
         self.best = start.best
         self._sign = 1 if start.direction == "maximize" else -1
         self._started = time.monotonic()
-        self._ended_here = 0
+        self._finished_before = self.num_finished
+
+    def catch_up(self, standing: Standing) -> None:
+        """Take over where the study stands; other machines have moved it."""
+        self.counts = Counter(standing.counts)
+        self.best = standing.best
+        self.num_trials = standing.num_trials
 
     def add(self, number: int, state: EndState, result: EpochResult | None) -> bool:
         """Count a trial that ended; True when it is the best so far."""
         self.counts[state] += 1
-        self._ended_here += 1
         value = result.best_value if result else None
         if state not in CROWNABLE or value is None:
             return False
@@ -71,10 +76,11 @@ class Tally:
 
     @property
     def seconds_left(self) -> float | None:
-        """Estimated from the trials of this session; None before the first one has ended."""
-        if not self._ended_here:
+        """Estimated from the trials of this session, on all machines; None before the first one has ended."""
+        num_ended = self.num_finished - self._finished_before
+        if num_ended <= 0:
             return None
-        seconds_a_trial = (time.monotonic() - self._started) / self._ended_here
+        seconds_a_trial = (time.monotonic() - self._started) / num_ended
         return seconds_a_trial * max(0, self.num_trials - self.num_finished)
 
     def describe_counts(self) -> str:
@@ -101,11 +107,15 @@ class ProgressLines(Observer):
     def note(self, text: str) -> None:
         self._print(text)
 
-    def search_started(self, start: SearchStart) -> None:
+    def search_started(self, start: Standing) -> None:
         self._tally = Tally(start)
         if self._tally.num_finished:
             so_far = f"{self._tally.describe_counts()}, {self._tally.describe_best()}"
             self._print(f"study '{start.study}' goes on: {so_far}")
+
+    def others_moved(self, standing: Standing) -> None:
+        assert self._tally is not None, "a search starts before others are seen"
+        self._tally.catch_up(standing)
 
     def trial_ended(
         self, suggestion: Suggestion, state: EndState, result: EpochResult | None, reason: str | None
@@ -138,7 +148,7 @@ class ProgressStatus(Observer):
     def note(self, text: str) -> None:
         self._note = text
 
-    def search_started(self, start: SearchStart) -> None:
+    def search_started(self, start: Standing) -> None:
         self._tally = Tally(start)
         self._note = ""
 
@@ -149,6 +159,10 @@ class ProgressStatus(Observer):
         self._running[suggestion.number] = (
             f"trial {suggestion.number}: {suggestion.stage}, epoch {result.epoch}, {result.value:.4f}"
         )
+
+    def others_moved(self, standing: Standing) -> None:
+        assert self._tally is not None, "a search starts before others are seen"
+        self._tally.catch_up(standing)
 
     def trial_ended(
         self, suggestion: Suggestion, state: EndState, result: EpochResult | None, reason: str | None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpo.database import without_password
 from hpo.errors import StudyMismatchError, UnknownNameError, UsageError
 from hpo.home import check_study_name, find_data_dir, find_home, find_storage
 from hpo.plugins import SEARCH_SPACES, Task, load_task, require_registered
@@ -170,8 +171,8 @@ def agreed_tracking_uri(means: Means, study: Study | None) -> str | None:
     so_far = study.tracking_uri or home_store_uri(means.home)
     if given not in (None, so_far):
         raise StudyMismatchError(
-            f"the runs of study '{study.name}' are in {so_far}, not in {given}; "
-            "leave --tracking-uri away, or use another name with --study."
+            f"the runs of study '{study.name}' are in {without_password(so_far)}, "
+            f"not in {without_password(given or '')}; leave --tracking-uri away, or use another name with --study."
         )
     return so_far
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from hpo.errors import SearchError
 from hpo.execution.messages import Assignment, Decision, EpochDone, TrialDone, TrialRaised
-from hpo.execution.observer import Observer, SearchStart
+from hpo.execution.observer import Observer, Standing
 from hpo.execution.pool import WorkerDied
 from hpo.execution.worker import BEST_WEIGHTS, CHECKPOINT, DESCRIPTION
 from hpo.trial import CROWNABLE, ranked
@@ -88,7 +88,7 @@ class Coordinator:
         """Run what is missing. Raises SearchError when trial after trial fails."""
         self._runs.recover(self._session.living(), self._study.owners())
         self.remove_old_checkpoints()
-        self._observer.search_started(self._start())
+        self._observer.search_started(self._standing())
         try:
             with self._signals_heard(), self._workers:
                 while self._goes_on():
@@ -114,9 +114,9 @@ class Coordinator:
             if self._study.has_ended(number) and self._runs.has_arrived(number):
                 shutil.rmtree(folder)
 
-    def _start(self) -> SearchStart:
+    def _standing(self) -> Standing:
         best = self._study.best()
-        return SearchStart(
+        return Standing(
             study=self._study.name,
             metric=self._study.settings.metric,
             direction=self._study.settings.direction,
@@ -161,6 +161,8 @@ class Coordinator:
 
     def _begin(self, suggestion: Suggestion) -> None:
         """Hand a trial to a worker; one that was begun before goes on from its newest checkpoint."""
+        if self._session.is_shared:
+            self._observer.others_moved(self._standing())
         self._observer.trial_started(suggestion)
         attempt = _Attempt(suggestion, self._open_run(suggestion), self._claim_folder(suggestion))
         self._attempts[suggestion.number] = attempt
@@ -252,13 +254,14 @@ class Coordinator:
         for number in outdone:
             self._runs.remove_file(number, f"{CHECKPOINT}/{BEST_WEIGHTS}")
         self._count_failures(attempt)
-        self.remove_old_checkpoints()
+        if attempt.state != "interrupted":
+            self.remove_old_checkpoints()
         self._observer.trial_ended(attempt.suggestion, attempt.state, attempt.last, attempt.reason)
 
     def _tell(self, attempt: _Attempt, value: float | None) -> None:
         """Tell the study how a trial ended, unless another machine has taken it over."""
         self._let_go_of_lost_trials()
-        if attempt.number in self._attempts and not self._study.has_ended(attempt.number):
+        if self._study.owners().get(attempt.number) == self._session.id:
             self._study.tell(
                 attempt.number,
                 attempt.state,
@@ -275,10 +278,10 @@ class Coordinator:
 
     def _adopt_orphans(self) -> None:
         """Now and then, look for trials of coordinators that have died."""
-        if time.monotonic() < self._next_adoption or not self._session.may_adopt():
+        if time.monotonic() < self._next_adoption:
             return
         self._next_adoption = time.monotonic() + _ADOPTION_S
-        if self._session.exclusively(self._put_orphans_back):
+        if self._session.may_adopt() and self._session.exclusively(self._put_orphans_back):
             self._runs.recover(self._session.living(), self._study.owners())
 
     def _put_orphans_back(self) -> bool:
@@ -315,6 +318,7 @@ class Coordinator:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted:
+            self._session.hurry()
             raise KeyboardInterrupt
         self.interrupted = True
         self._observer.note("stopping after this epoch; once more to stop at once")

@@ -7,10 +7,12 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from multiprocessing import forkserver
+from io import TextIOWrapper
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
@@ -18,8 +20,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hpo.errors import SearchError
 from hpo.execution.messages import Setup
-from hpo.execution.pool import Worker, WorkerPool
+from hpo.execution.pool import MAX_FAILED_STARTS, Worker, WorkerPool
 from hpo.execution.worker import serve
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 # 2.15). Forked from a server that has both, it trains after a twentieth of a second.
 _PRELOADED = ["hpo.execution.local", "hpo.models.mlp", "hpo.models.convnet", "torch._dynamo"]
 _KILLED_S = 5.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _forkserver = multiprocessing.get_context("forkserver")
 
@@ -36,7 +40,9 @@ _forkserver = multiprocessing.get_context("forkserver")
 def warm_up() -> None:
     """Start the server that workers are forked from, and do not wait for it."""
     _forkserver.set_forkserver_preload(_PRELOADED)
-    forkserver.ensure_running()
+    resource_tracker.ensure_running()  # a part of what follows, and it would let the signals through again
+    with _signals_held_back():
+        forkserver.ensure_running()
 
 
 class LocalWorkers(WorkerPool):
@@ -65,9 +71,7 @@ class LocalWorkers(WorkerPool):
         log = self._setup.log and self._setup.log / f"worker-{index}.log"
         setup = replace(self._setup, visible_gpu=visible, log=log)
         ours, theirs = _forkserver.Pipe()
-        process = _forkserver.Process(target=_work, args=(theirs, setup), name=f"hpo-worker-{index}", daemon=True)
-        with _main_module_hidden():
-            process.start()
+        process = _fork(theirs, setup, name=f"hpo-worker-{index}")
         theirs.close()
         worker = _LocalWorker(ours, process, index, log)
         self._workers.append(worker)
@@ -93,18 +97,36 @@ class _LocalWorker(Worker):
         return _describe_exit(self._process.exitcode) + output
 
 
+def _fork(connection: Connection, setup: Setup, name: str) -> ForkServerProcess:
+    """A worker's process; from a new server where the old one was killed, which shows a few milliseconds later only."""
+    for _ in range(MAX_FAILED_STARTS):
+        warm_up()
+        process = _forkserver.Process(target=_work, args=(connection, setup), name=name, daemon=True)
+        try:
+            with _main_module_hidden():
+                process.start()
+        except (EOFError, OSError) as error:
+            refusal = error
+            time.sleep(0.1)
+        else:
+            return process
+    raise SearchError(f"no worker can be started: {refusal}") from refusal
+
+
 def _work(connection: Connection, setup: Setup) -> None:
     """The process's first function. The coordinator alone hears signals: Ctrl-C reaches every process of a terminal."""
     has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     assert not has_cuda, "a CUDA context does not survive a fork"
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     if setup.visible_gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = setup.visible_gpu
     if setup.log is not None:
         with setup.log.open("ab", buffering=0) as log:
             for stream in (sys.stdout, sys.stderr):
-                stream.flush()
+                assert isinstance(stream, TextIOWrapper), "a process of Python's own making"
+                stream.reconfigure(line_buffering=True)  # a worker is killed in the end, and its last words count
                 os.dup2(log.fileno(), stream.fileno())
     faulthandler.enable()
     serve(connection, setup)
@@ -116,6 +138,19 @@ def _describe_exit(code: int | None) -> str:
     if code >= 0:
         return f"ended with code {code}"
     return f"was killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -9 else "")
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Processes started meanwhile never hear of Ctrl-C and SIGTERM, which reach every process of a terminal or service.
+
+    The server would end with a traceback in the seconds in which it imports torch, and later without a word.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchStart:
-    """What a search begins with; a resumed one has trials already."""
+class Standing:
+    """Where a study stands: a search that is resumed has trials already."""
 
     study: str
     metric: str
     direction: Direction
     num_trials: int
     counts: Mapping[TrialState, int]
-    """Trials of earlier sessions, by state."""
+    """Its trials, by state."""
     best: tuple[int, float] | None
     """Number and value of the best of them."""
 
@@ -34,8 +34,11 @@ class Observer:
     def note(self, text: str) -> None:
         """Something takes a moment, or is worth knowing."""
 
-    def search_started(self, start: SearchStart) -> None:
+    def search_started(self, start: Standing) -> None:
         """Trials are about to run."""
+
+    def others_moved(self, standing: Standing) -> None:
+        """Other machines have moved the study on; where it stands now."""
 
     def trial_started(self, suggestion: Suggestion) -> None:
         """A trial begins, or goes on after an interruption."""

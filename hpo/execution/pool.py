@@ -96,8 +96,9 @@ class WorkerPool(ABC):
         self._worker_of(trial).send({"decision": decision.value})
 
     def abandon(self, trial: int) -> None:
-        """End the worker of a trial that is no longer ours."""
-        self._remove(self._worker_of(trial))
+        """End the worker of a trial that is no longer ours, if it is still at it."""
+        for worker in [worker for worker in self._workers if worker.trial == trial]:
+            self._remove(worker)
 
     def events(self, timeout_s: float) -> Iterator[tuple[int, Event]]:
         """What has happened, by trial number; waits for something to happen, for `timeout_s` at the most.
@@ -109,10 +110,10 @@ class WorkerPool(ABC):
         for ready in wait([*by_connection, *arrivals], timeout_s):
             if ready in arrivals:
                 self._welcome()
-            else:
+            elif by_connection[ready] in self._workers:  # whoever handled the last event may have abandoned it
                 yield from self._hear(by_connection[ready])
-        for worker in self._silent():
-            yield from self._lose(worker, f"it was silent for {self._silence_s:.0f} s")
+        while silent := self._silent():
+            yield from self._lose(silent[0], f"was silent for {self._silence_s:.0f} s")
 
     def _arrivals(self) -> Sequence[Any]:
         """Where workers that were started elsewhere knock, to be waited on."""
@@ -160,7 +161,9 @@ class WorkerPool(ABC):
 
     def _silent(self) -> list[Worker]:
         earliest = time.monotonic() - self._silence_s
-        return [worker for worker in self._workers if worker.trial is not None and worker.last_heard < earliest]
+        quiet = [worker for worker in self._workers if worker.trial is not None and worker.last_heard < earliest]
+        # After an outage of the database, in which nobody listened, what they have said may lie there unread.
+        return [worker for worker in quiet if not worker.connection.poll()]
 
     def _remove(self, worker: Worker, grace_s: float = 0) -> str:
         self._workers.remove(worker)

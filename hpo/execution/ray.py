@@ -37,6 +37,14 @@ _CONNECT_S = 30  # to become part of the cluster; mostly Ray's import, which tak
 _GREETING_S = 10  # for each step in which a worker proves that it is one
 _DEATH_NOTICE_S = 0.5  # between the end of a worker's connection and Ray's word on why
 
+_READ_AT_IMPORT = {
+    # Below `uv run` Ray would copy the working folder to the nodes and install it there; the workers are to run what is
+    # installed on them.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    # Ray prints the log of a lost node to stdout, even with log_to_driver=False (2.60); what matters of it we say.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
+}
+
 _logger = logging.getLogger(__name__)
 
 
@@ -209,10 +217,8 @@ def _limit_reads(visitor: socket.socket, seconds: int) -> None:
 
 def _connect(address: str) -> tuple[Any, bool]:
     """The module `ray`, connected to the cluster, and whether it was we who connected it."""
+    os.environ.update(_READ_AT_IMPORT)
     try:
-        # Read when Ray is imported: where it finds itself below `uv run` it would copy the working folder to the nodes
-        # and install it there, but the workers are to run what is installed on them.
-        os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
         import ray
     except ImportError as error:
         raise UsageError("--executor ray needs Ray: pip install 'hpo-torch[ray]'.") from error
@@ -231,10 +237,10 @@ def _connect(address: str) -> tuple[Any, bool]:
 def _require_cluster(address: str) -> None:
     """Raise UsageError where `ray.init` would: it tries for minutes and cannot be stopped, so another process tries."""
     advice = "start one with `ray start --head`, and run hpo on one of its nodes."
-    if "://" in address:
-        raise UsageError(f"--address {address} leads to a proxy of the cluster; run hpo on one of its nodes instead.")
     host, _, port = address.rpartition(":")
-    if host and port.isdecimal():
+    if address != "auto" and not (host and port.isdecimal() and "://" not in host):
+        raise UsageError(f"--address {address} is not allowed: it must be auto or HOST:PORT, of a cluster that runs.")
+    if address != "auto":
         try:
             socket.create_connection((host, int(port)), _ANSWER_S).close()
         except (OSError, OverflowError) as error:

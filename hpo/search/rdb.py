@@ -31,11 +31,12 @@ from optuna.storages._rdb.models import (
     TrialUserAttributeModel,
     TrialValueModel,
 )
-from optuna.storages._rdb.storage import _create_scoped_session
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, Table, bindparam, or_, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+from hpo.errors import StoreError
 
 if TYPE_CHECKING:
     from optuna._typing import JSONSerializable
@@ -51,6 +52,16 @@ _SYSTEM_ATTRIBUTES: Table = TrialSystemAttributeModel.__table__
 
 _MAX_IDS = 500
 """Trials whose rows are asked for at once: a database takes so many parameters and no more."""
+
+
+class OutageError(StoreError):
+    """The database does not answer, and will not be asked again."""
+
+
+def refuse_another(connection: Connection) -> None:
+    """Keep SQLAlchemy from replacing a connection that broke: the lock that it held is gone."""
+    if connection.invalidated:
+        raise OutageError("the connection that held the study's lock is gone.")
 
 
 class DirectStorage(RDBStorage):
@@ -159,6 +170,7 @@ class DirectStorage(RDBStorage):
 
 @contextmanager
 def _committing_each(connection: Connection) -> Iterator[None]:
+    refuse_another(connection)
     usual = connection.default_isolation_level
     connection.execution_options(isolation_level="AUTOCOMMIT")
     try:

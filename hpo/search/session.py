@@ -52,8 +52,9 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
-_LOCK_IDLE = "300s"
-"""How long a holder of a study's lock may do nothing in the database, a stopped process for one, before it loses it."""
+# Who holds a study's lock and asks the database nothing for 5 minutes loses it: a process that was stopped, say.
+_LOCK = text("SELECT set_config('idle_session_timeout', '300s', false), pg_advisory_lock(:key)")
+_UNLOCK = text("SELECT pg_advisory_unlock(:key), set_config('idle_session_timeout', '0', false)")
 
 _FORGOTTEN_AFTER_S = 24 * 3600
 """Age at which the row of a dead session is removed, by the next one that begins."""
@@ -151,6 +152,15 @@ class Session:
         except SQLAlchemyError as refusal:  # the row expires by itself
             _log.info("the session's row stays behind: %s", str(refusal).partition("\n")[0])
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether other machines may work on the study."""
+        return self._storage.is_shared
+
+    def hurry(self) -> None:
+        """Wait no longer for a database that is away: this process has to leave."""
+        self._storage.patience_s = 0
+
     def living(self) -> set[str]:
         """The ids of the study's sessions whose lease has not expired, and this one's."""
         return {self.id} | {session.id for session in living_sessions(self._storage, self._study)}
@@ -160,6 +170,18 @@ class Session:
         others = delete(_SESSIONS).where(_of(self._study), _SESSIONS.c.id != self.id)
         self._storage.outlast(lambda: self._execute(others))
 
+    def forget_gone(self) -> set[str]:
+        """Remove the sessions of this machine whose process is gone, without waiting for their lease; their ids."""
+        gone = {
+            session.id for session in living_sessions(self._storage, self._study) if _is_gone_from_here(session.name)
+        }
+        self._storage.outlast(lambda: self._execute(delete(_SESSIONS).where(_SESSIONS.c.id.in_(gone))))
+        return gone
+
+    def others(self) -> list[SessionInfo]:
+        """The study's other living sessions."""
+        return [other for other in living_sessions(self._storage, self._study) if other.id != self.id]
+
     def has_lapsed(self) -> bool:
         """Whether the lease ran out since this was last asked: the caller must see which trials are still its own.
 
@@ -167,7 +189,8 @@ class Session:
         """
         if _monotonic() - self._renewed_at > self._lease_s:  # this process was stopped, and the renewer is not yet up
             self._storage.outlast(self._renew)
-        has_lapsed, self._has_lapsed = self._has_lapsed, False
+        with self._renewing:
+            has_lapsed, self._has_lapsed = self._has_lapsed, False
         return has_lapsed
 
     def may_adopt(self) -> bool:
@@ -201,7 +224,7 @@ class Session:
         The lock belongs to one connection, which this thread asks the storage through: it is held for exactly as long
         as the statements get through. Raises OutageError at the first one that does not; `exclusively` begins again.
         """
-        if not self._storage.is_shared:
+        if not self._storage.is_shared or self._storage.is_bound:  # this thread has it already
             yield
             return
         with self._storage.outlast(self._lock) as connection:
@@ -214,8 +237,7 @@ class Session:
     def _lock(self) -> Connection:
         connection = self._storage.engine.connect()
         try:
-            connection.execute(text(f"SET idle_session_timeout = '{_LOCK_IDLE}'"))
-            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": self._lock_key})
+            connection.execute(_LOCK, {"key": self._lock_key})
             connection.commit()
         except BaseException:
             connection.invalidate()
@@ -228,8 +250,7 @@ class Session:
             return
         try:
             connection.rollback()
-            connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": self._lock_key})
-            connection.execute(text("RESET idle_session_timeout"))
+            connection.execute(_UNLOCK, {"key": self._lock_key})
             connection.commit()
         except SQLAlchemyError:
             connection.invalidate()
@@ -263,7 +284,9 @@ class Session:
         with self._renewing:
             asked_at = _monotonic()
             num_lapses = self._write_row()
-            self._has_lapsed |= num_lapses != self._num_lapses
+            # Until a moment ago the others saw the row of last time, even if this one was on its way for long.
+            was_seen_dead = _monotonic() - self._renewed_at > self._lease_s
+            self._has_lapsed |= was_seen_dead or num_lapses != self._num_lapses
             self._num_lapses = num_lapses
             self._renewed_at = asked_at
 
@@ -295,6 +318,20 @@ _RENEWAL = update(_SESSIONS).values(
     unbroken_since=case((_SESSIONS.c.lease_s / 2 < _AGE, _Now()), else_=_SESSIONS.c.unbroken_since),
     num_lapses=_SESSIONS.c.num_lapses + case((_SESSIONS.c.lease_s < _AGE, 1), else_=0),
 )
+
+
+def _is_gone_from_here(name: str) -> bool:
+    """Whether a session's process ran on this machine and does so no longer."""
+    host, _, pid = name.rpartition(":")
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's
+        return False
+    return False
 
 
 def _of(study: str) -> ColumnElement[bool]:

@@ -36,7 +36,8 @@ from sqlalchemy.pool import NullPool
 from hpo.database import TIMEOUT_S, connect_sqlite, prepare_sqlite
 from hpo.database import without_password as without_password
 from hpo.errors import StoreError
-from hpo.search.rdb import DirectStorage
+from hpo.search.rdb import DirectStorage, refuse_another
+from hpo.search.rdb import OutageError as OutageError
 
 FILE_NAME = "optuna.db"
 PATIENCE_S = 300.0
@@ -67,10 +68,6 @@ def read_storage(home: Path, url: str | None = None) -> BaseStorage:
     with _connected(url) as connection:
         is_there = inspect(connection).has_table("studies")
     return open_storage(home, url) if is_there else InMemoryStorage()
-
-
-class OutageError(StoreError):
-    """The database does not answer, and will not be asked again."""
 
 
 def _patiently(method: Callable[Concatenate[Any, _P], _T]) -> Callable[Concatenate[Any, _P], _T]:
@@ -113,7 +110,7 @@ class StudyStorage(_CachedStorage):
                 if not (self.is_shared and _is_outage(error)):
                     raise
                 began = began or time.monotonic()
-                if self._is_bound or time.monotonic() - began >= self.patience_s:
+                if self.is_bound or time.monotonic() - began >= self.patience_s:
                     raise self._given_up(error) from error
                 self._note_outage(error)
                 time.sleep(wait_s * random.uniform(0.5, 1))
@@ -125,7 +122,7 @@ class StudyStorage(_CachedStorage):
     @contextmanager
     def bound_to(self, connection: Connection) -> Iterator[None]:
         """Send what this thread asks of the storage through one connection, which may not be replaced if it breaks."""
-        event.listen(connection, "begin", _refuse_another)
+        event.listen(connection, "begin", refuse_another)
         self._sessions.remove()
         self._sessions(bind=connection)
         self._thread.is_bound = True
@@ -134,10 +131,11 @@ class StudyStorage(_CachedStorage):
         finally:
             self._thread.is_bound = False
             self._sessions.remove()
-            event.remove(connection, "begin", _refuse_another)
+            event.remove(connection, "begin", refuse_another)
 
     @property
-    def _is_bound(self) -> bool:
+    def is_bound(self) -> bool:
+        """Whether this thread is within `bound_to`."""
         return getattr(self._thread, "is_bound", False)
 
     def _given_up(self, error: Exception) -> OutageError:
@@ -306,12 +304,6 @@ def _connect_args(address: URL) -> dict[str, str | int]:
         "options": "-c idle_in_transaction_session_timeout=30s",
     }
     return {name: value for name, value in wanted.items() if name not in address.query}
-
-
-def _refuse_another(connection: Connection) -> None:
-    """Keep SQLAlchemy from replacing a connection that broke: the lock that it held is gone."""
-    if connection.invalidated:
-        raise OutageError("the connection that held the study's lock is gone.")
 
 
 def _is_outage(error: Exception) -> bool:

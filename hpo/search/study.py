@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self, get_args
@@ -302,7 +302,7 @@ class Study:
         A grid ends at its last point; a point whose trial failed is not tried again.
         """
         counts = self.counts()
-        missing = num_trials - self.num_finished - counts["running"]
+        missing = num_trials - _num_finished(counts) - counts["running"]
         if self.settings.strategy == "grid":
             num_tried = sum(counts.values()) - counts["interrupted"]
             missing = min(missing, grid_size(self.settings.space) - num_tried)
@@ -311,8 +311,7 @@ class Study:
     @property
     def num_finished(self) -> int:
         """Trials that count for the study's total: complete, pruned and diverged."""
-        counts = self.counts()
-        return counts["complete"] + counts["pruned"] + counts["diverged"]
+        return _num_finished(self.counts())
 
     def counts(self) -> dict[TrialState, int]:
         """Number of trials in each state, 0 where there are none."""
@@ -424,6 +423,10 @@ class Study:
     def _loss(self, value: float | None) -> float:
         assert value is not None, "only trials and epochs with a value are compared"
         return -value if self.settings.direction == "maximize" else value
+
+
+def _num_finished(counts: Mapping[TrialState, int]) -> int:
+    return counts["complete"] + counts["pruned"] + counts["diverged"]
 
 
 def list_studies(storage: BaseStorage) -> list[Study]:

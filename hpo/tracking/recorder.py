@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from hpo.database import without_password
 from hpo.errors import StoreError
 from hpo.tracking.delivery import ATTEMPT_TAG, RUN_STATUS, Delivery, Event, Sender, Spool
 from hpo.tracking.store import VIEW_NAME, explained, search_runs
@@ -153,7 +154,7 @@ class StudyRuns:
         if not arrived:
             _logger.warning(
                 "MLflow at %s did not take everything; the rest waits in %s and is sent by the next search of '%s'.",
-                self.store.uri,
+                without_password(self.store.uri),
                 self._folder,
                 self.study,
             )

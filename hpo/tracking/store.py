@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
-from hpo.database import prepare_sqlite
+from hpo.database import prepare_sqlite, without_password
 from hpo.errors import StoreError, UnknownNameError
 from hpo.home import create_home
 
@@ -102,8 +102,8 @@ class TrackingStore:
             runs = search_runs(self.client, experiment.experiment_id, of_trial) if experiment else []
         if not runs:
             raise StoreError(
-                f"MLflow at {self.uri} has no run of trial {number} in study '{study}': it was deleted, "
-                "or is in another store (--tracking-uri)."
+                f"MLflow at {without_password(self.uri)} has no run of trial {number} in study '{study}': "
+                "it was deleted, or is in another store (--tracking-uri)."
             )
         return str(runs[0].info.run_id)
 
@@ -119,7 +119,7 @@ class TrackingStore:
             path = self._artifacts(run_id).download_artifacts(artifact_path)  # type: ignore[no-untyped-call]
         except (mlflow.exceptions.MlflowException, OSError) as error:
             raise StoreError(
-                f"run {run_id} in {self.uri} has no file '{artifact_path}': {_first_line(error)}"
+                f"run {run_id} in {without_password(self.uri)} has no file '{artifact_path}': {_first_line(error)}"
             ) from error
         return Path(path)
 
@@ -169,7 +169,7 @@ class TrackingStore:
             experiment = self.client.get_experiment_by_name(_experiment_name(study))
         if experiment and experiment.lifecycle_stage == "deleted":
             raise StoreError(
-                f"the experiment '{experiment.name}' in {self.uri} was deleted; bring it back with "
+                f"the experiment '{experiment.name}' in {without_password(self.uri)} was deleted; bring it back with "
                 f"`mlflow experiments restore -x {experiment.experiment_id}`, or give the study another name."
             )
         return experiment
@@ -206,7 +206,7 @@ def explained(uri: str) -> Iterator[None]:
     try:
         yield
     except mlflow.exceptions.MlflowException as error:
-        raise StoreError(f"MLflow at {uri} refused: {_first_line(error)}") from error
+        raise StoreError(f"MLflow at {without_password(uri)} refused: {_first_line(error)}") from error
 
 
 def prepare_mlflow() -> None:
@@ -222,7 +222,10 @@ def _experiment_name(study: str) -> str:
 def _require_known_scheme(uri: str) -> None:
     scheme = urlsplit(uri).scheme.split("+")[0]
     if scheme not in _SCHEMES:
-        raise StoreError(f"the tracking URI '{uri}' is not one of {'://, '.join(_SCHEMES)}://; plain folders are not.")
+        raise StoreError(
+            f"the tracking URI '{without_password(uri)}' is not one of {'://, '.join(_SCHEMES)}://; "
+            "plain folders are not."
+        )
 
 
 def home_store_uri(home: Path) -> str:
@@ -242,13 +245,13 @@ def _require_answer(uri: str) -> None:
     try:
         port = parts.port or {"http": 80, "https": 443}[parts.scheme]
     except ValueError as error:
-        raise StoreError(f"the tracking URI '{uri}' is wrong: {error}.") from error
+        raise StoreError(f"the tracking URI '{without_password(uri)}' is wrong: {error}.") from error
     try:
         socket.create_connection((parts.hostname or "", port), timeout=_CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise StoreError(
-            f"no MLflow server answers at {uri} ({error.strerror or error}); start it, or leave --tracking-uri and "
-            "MLFLOW_TRACKING_URI away to record in the home."
+            f"no MLflow server answers at {without_password(uri)} ({error.strerror or error}); start it, or leave "
+            "--tracking-uri and MLFLOW_TRACKING_URI away to record in the home."
         ) from error
 
 
@@ -257,7 +260,9 @@ def _sqlite_path(uri: str) -> Path | None:
         return None
     path = uri.partition(":///")[2].partition("?")[0]
     if not path or path == ":memory:":
-        raise StoreError(f"the tracking URI '{uri}' names no file; give sqlite:////ABSOLUTE/PATH/mlflow.db.")
+        raise StoreError(
+            f"the tracking URI '{without_password(uri)}' names no file; give sqlite:////ABSOLUTE/PATH/mlflow.db."
+        )
     return Path(path)
 
 
@@ -302,7 +307,7 @@ def _connect(uri: str) -> MlflowClient:
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
     except (MlflowException, SQLAlchemyError, ImportError) as error:  # a database's driver may be missing
-        raise StoreError(f"cannot use the MLflow store at {uri}: {_first_line(error)}") from error
+        raise StoreError(f"cannot use the MLflow store at {without_password(uri)}: {_first_line(error)}") from error
     return client
 
 
