@@ -46,7 +46,7 @@ def load_dataset(task: Task, data_dir: Path) -> Dataset:
         dataset = task.objective.load(data_dir)
     except HpoError:
         raise
-    except Exception as error:  # reading is a stranger's code and may raise anything
+    except (Exception, SystemExit) as error:  # reading is a stranger's code and may raise anything
         raise DataError(f"the data of task '{name}' cannot be loaded: {type(error).__name__}: {error}") from error
     if not isinstance(dataset, Dataset):
         raise DataError(f"load of task '{name}' must give a Dataset, but gave a {type(dataset).__name__}.")
@@ -96,7 +96,7 @@ def _check_model(task: Task, splits: Splits) -> None:
         model = build_model(task.objective, splits.spec, parameters, seed=0).eval()
         model.fit_statistics(splits.train)
         shape = tuple(model(splits.train.inputs[:2]).shape)
-    except Exception as error:  # the model is a stranger's code and may raise anything
+    except (Exception, SystemExit) as error:  # the model is a stranger's code and may raise anything
         raise UsageError(
             f"the model of task '{task.objective.name}' fails with the default configuration: "
             f"{type(error).__name__}: {error}"

@@ -8,6 +8,7 @@ lease expires.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import signal
 import threading
@@ -20,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from hpo.errors import SearchError
+from hpo.errors import SearchError, StoreError
 from hpo.execution.messages import Assignment, Decision, EpochDone, TrialDone, TrialRaised
 from hpo.execution.observer import Observer, Standing
 from hpo.execution.pool import WorkerDied
@@ -46,6 +47,9 @@ _LOOK_AROUND_S = 1.0
 
 _ADOPTION_S = 5.0
 """Seconds between searches for trials of dead coordinators."""
+
+
+_logger = logging.getLogger(__name__)
 
 
 class Coordinator:
@@ -282,7 +286,10 @@ class Coordinator:
             return
         self._next_adoption = time.monotonic() + _ADOPTION_S
         if self._session.may_adopt() and self._session.exclusively(self._put_orphans_back):
-            self._runs.recover(self._session.living(), self._study.owners())
+            try:
+                self._runs.recover(self._session.living(), self._study.owners())
+            except StoreError as error:  # what is left of the dead is told by the next search
+                _logger.warning("%s", error)
 
     def _put_orphans_back(self) -> bool:
         """Put the trials of dead coordinators into the queue; whether there were any."""
