@@ -87,6 +87,9 @@ study_options = _options(
         "--strategy", metavar="NAME", help="priority, tpe, gp, random, grid, qmc or cmaes. [default: priority]"
     ),
     click.option("--pruner", metavar="NAME", help="sha, median, hyperband or none. [default: sha]"),
+    click.option(
+        "--first-rung", type=int, metavar="N", help="Epochs after which sha first prunes. [default: a fifth of them]"
+    ),
     click.option("--seed", type=int, help="Seed that everything random follows from. [default: 0]"),
     click.option("--limit", type=int, metavar="N", help="Use N of the training examples only. [default: all]"),
     click.option("--space", metavar="NAME|FILE", help="Search another space than the task's own."),
@@ -162,7 +165,7 @@ def submit(as_json: bool, **request: Any) -> None:
     TASK is a name from `hpo tasks`: only names and settings travel, never code.
 
     \b
-    hpo submit cifar10 --trials 100 --storage postgresql+psycopg://hpo@db/hpo --tracking-uri http://mlflow:5000
+    hpo submit digits --trials 100 --storage postgresql+psycopg://hpo@db/hpo --tracking-uri http://mlflow:5000
     """
     from hpo.pipeline import submit_study
     from hpo.report import print_submitted
@@ -185,7 +188,7 @@ def worker(as_json: bool, **request: Any) -> None:
     It ends when the study has all its trials; Ctrl-C or SIGTERM leaves earlier, and others go on with its trials.
 
     \b
-    hpo worker cifar10 --storage postgresql+psycopg://hpo@db/hpo
+    hpo worker digits --storage postgresql+psycopg://hpo@db/hpo --tracking-uri http://mlflow:5000
     """
     from hpo.pipeline import join_search
 

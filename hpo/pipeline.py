@@ -77,6 +77,7 @@ def run_search(
     study: str | None = None,
     strategy: str | None = None,
     pruner: str | None = None,
+    first_rung: int | None = None,
     seed: int | None = None,
     limit: int | None = None,
     space: str | None = None,
@@ -111,7 +112,7 @@ def run_search(
         address=address,
         gpus_per_trial=gpus_per_trial,
     )
-    given = _study_fields(trials, epochs, overrides, strategy, pruner, seed, limit, space)
+    given = _study_fields(trials, epochs, overrides, strategy, pruner, first_rung, seed, limit, space)
     found, name, settings = agree(means, task, study, given)
     return _search(found, name, settings, trials, means, observer or Observer())
 
@@ -125,6 +126,7 @@ def submit_study(
     study: str | None = None,
     strategy: str | None = None,
     pruner: str | None = None,
+    first_rung: int | None = None,
     seed: int | None = None,
     limit: int | None = None,
     space: str | None = None,
@@ -141,7 +143,7 @@ def submit_study(
     require_registered(OBJECTIVES, task)
     if space is not None:
         require_registered(SEARCH_SPACES, space)
-    given = _study_fields(trials, epochs, overrides, strategy, pruner, seed, limit, space)
+    given = _study_fields(trials, epochs, overrides, strategy, pruner, first_rung, seed, limit, space)
     _, name, settings = agree(means, task, study, given)
     agreed_tracking_uri(means, None)  # those who join will need one, too
     database = open_storage(means.home, means.storage)
@@ -196,6 +198,7 @@ def _study_fields(
     overrides: Sequence[str],
     strategy: str | None,
     pruner: str | None,
+    first_rung: int | None,
     seed: int | None,
     limit: int | None,
     space: str | None,
@@ -208,6 +211,7 @@ def _study_fields(
         "max_epochs": epochs,
         "strategy": strategy,
         "pruner": pruner,
+        "first_rung": first_rung,
         "seed": seed,
         "limit": limit,
     }
@@ -242,7 +246,9 @@ def _search(
             return study
 
         study = session.exclusively(open_study)
-        with _open_runs(store, study, task, session) as runs, _splits_file(splits, means, name, session) as file:
+        # Of two machines that make the experiment at once, one would fail.
+        opened = session.exclusively(partial(_open_runs, store, study, task, session))
+        with opened as runs, _splits_file(splits, means, name, session) as file:
             coordinator = Coordinator(
                 study=study,
                 session=session,

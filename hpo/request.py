@@ -13,7 +13,7 @@ from hpo.errors import StudyMismatchError, UnknownNameError, UsageError
 from hpo.home import check_study_name, find_data_dir, find_home, find_storage
 from hpo.plugins import SEARCH_SPACES, Task, load_task, require_registered
 from hpo.preflight import choose_device
-from hpo.search.pruners import PRUNERS
+from hpo.search.pruners import PRUNERS, check_first_rung
 from hpo.search.samplers import STRATEGIES
 from hpo.search.storage import read_storage
 from hpo.search.study import Study, StudySettings, read_settings
@@ -133,6 +133,7 @@ def _settle(task: Task, stored: StudySettings | None, given: Mapping[str, Any]) 
         "max_epochs": task.train_config({}).max_epochs,
         "strategy": "priority",
         "pruner": "sha",
+        "first_rung": None,
         "seed": 0,
         "limit": None,
     }
@@ -146,6 +147,7 @@ def _settle(task: Task, stored: StudySettings | None, given: Mapping[str, Any]) 
     for kind, names in (("strategy", STRATEGIES), ("pruner", PRUNERS)):
         if chosen[kind] not in names:
             raise UnknownNameError(kind, chosen[kind], names)
+    check_first_rung(chosen["pruner"], chosen["max_epochs"], chosen["first_rung"])
     return StudySettings(
         task=task.objective.name,
         space=task.narrow(chosen["overrides"]).space,

@@ -89,6 +89,10 @@ BROKEN_FILES |= {
     + "    data = load(data_dir)\n"
     + "    return dataclasses.replace(data, train=Split(data.train.inputs, data.train.targets.float()))\n"
     + "objective = Objective(**given | {'load': floats})",
+    "quits.py": MINE
+    + "import sys\n"
+    + "def model(spec): sys.exit(0)\n"
+    + "objective = Objective(**given | {'model': model, 'space': Space(Group('g', lr=Float(0.1, 1, default=0.1)))})",
     "exits.py": "import sys\nsys.exit('no licence')",
     "wrong_settings.py": MINE + "objective = Objective(**given, settings={'max_epochs': 'three'})",
 }
@@ -102,6 +106,26 @@ BAD_INPUT = [
     ("search digits --space digts", "no search space 'digts'; did you mean 'digits'\\?"),
     ("search digits --strategy priorty", "no strategy 'priorty'; did you mean 'priority'\\? Available: priority, tpe"),
     ("search digits --pruner sah", "no pruner 'sah'; did you mean 'sha'\\? Available: sha, median"),
+    ("search quits.py", "the model of task 'mine' fails with the default configuration: SystemExit: 0"),
+    ("search digits --first-rung 0", "--first-rung 0 is not allowed: it must be from 1 to the 20 epochs"),
+    ("search digits --first-rung 3 --pruner median", "--first-rung 3 is for --pruner sha, not median"),
+    ("search digits --workers 0", "--workers 0 is not allowed: it must be at least 1"),
+    ("search digits --keep 0", "--keep 0 is not allowed: it must be at least 1"),
+    ("search digits --executor dask", "no executor 'dask'.* Available: local, ray"),
+    ("search digits --executor ray --gpus-per-trial -1", "--gpus-per-trial -1 is not allowed: it must be 0 or more"),
+    ("search digits --join", "several machines need one database: give --storage postgresql"),
+    (
+        "search digits --storage sqlite:///x.db",
+        "is sqlite, whose locks .* do not work between machines",
+    ),
+    ("search digits --storage mysql://u:secret@h/d", "'mysql://u:\\*\\*\\*@h/d' is not PostgreSQL"),
+    ("search digits --storage nonsense", "'nonsense' is no address of a database; give postgresql"),
+    ("search digits --storage postgresql://u@127.0.0.1:1/d", "no PostgreSQL answers at postgresql://u@127.0.0.1:1/d"),
+    ("submit digits", "several machines need one database: give --storage postgresql"),
+    ("submit my_task.py --storage postgresql://u@127.0.0.1:1/d", "no registered task 'my_task.py'.*names, not files"),
+    ("worker digits", "several machines need one database: give --storage postgresql"),
+    ("gc digits", "there is no home .*begin with"),
+    ("gc digits --keep 0", "0 is not in the range x>=1"),
     ("search digits --device gpu", "no device 'gpu'.* Available: auto, cpu"),
     ("search digits --device cuda:99", "no device 'cuda:99'.* Available: auto, cpu"),
     ("search digits -p learning_rate=0.1", "no parameter 'learning_rate'; did you mean 'lr'\\?"),

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from postgres import Postgres
 
 from hpo.cli import cli, main
 
@@ -81,16 +82,28 @@ def shortened(arguments: str) -> list[str]:
 
 SERVERS = [line for line in documented_commands() if line.startswith("ui")]  # tests/test_tracking.py starts one
 ON_REAL_DATA = [line for line in documented_commands() if line.startswith("search cifar10")]
-RUNNABLE = [line for line in documented_commands() if line not in (*SERVERS, *ON_REAL_DATA)]
+ON_SEVERAL_MACHINES = [line for line in documented_commands() if " --storage " in line]
+RUNNABLE = [line for line in documented_commands() if line not in (*SERVERS, *ON_REAL_DATA, *ON_SEVERAL_MACHINES)]
 
 
 @pytest.mark.parametrize("arguments", RUNNABLE)
 def test_every_command_that_is_shown_runs(arguments: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPO_HOME", str(home))
     monkeypatch.chdir(ROOT)
-    if arguments.startswith(("best", "show")):
+    if arguments.startswith(("best", "show", "gc")):
         succeeds("search digits --trials 1 --epochs 1", monkeypatch)
     succeeds(arguments, monkeypatch)
+
+
+def test_what_is_shown_for_several_machines_runs_in_the_order_of_the_work(
+    home: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HPO_HOME", str(home))
+    address = {"--storage": postgres.new_database(), "--tracking-uri": postgres.new_database()}
+    for line in sorted(ON_SEVERAL_MACHINES):  # submit, then worker
+        for option, url in address.items():
+            line = re.sub(rf"{option} \S+", lambda match, option=option, url=url: f"{option} {url}", line)
+        succeeds(line.replace("--trials 100", "--trials 2 --epochs 1"), monkeypatch)
 
 
 @pytest.mark.real_data
@@ -113,6 +126,7 @@ def test_the_commands_that_are_shown_were_found() -> None:
     assert {"search digits --trials 20", "best digits", "search examples/my_task.py --trials 10"} <= set(RUNNABLE)
     assert "search cifar10 --trials 100" in ON_REAL_DATA
     assert "ui digits" in SERVERS
+    assert [line.split()[0] for line in ON_SEVERAL_MACHINES] == ["submit", "worker"]
 
 
 def test_nothing_is_left_to_be_filled_in() -> None:

@@ -22,8 +22,9 @@ from optuna.storages import BaseStorage, InMemoryStorage
 
 from hpo.errors import StoreError, StudyMismatchError, UnknownNameError
 from hpo.plugins import SEARCH_SPACES, load_task, registered
+from hpo.search.encoding import distribution
 from hpo.search.pruners import PRUNERS, build_pruner
-from hpo.search.samplers import STRATEGIES, GridSampler, build_sampler, distribution, grid_points, grid_size
+from hpo.search.samplers import STRATEGIES, GridSampler, build_sampler, grid_points, grid_size
 from hpo.search.storage import open_storage, read_storage
 from hpo.search.strategy import (
     DEFAULT_CONFIGURATION,

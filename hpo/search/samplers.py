@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from optuna._transform import _SearchSpaceTransform
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.search_space import IntersectionSearchSpace
@@ -143,17 +143,6 @@ class CmaEsSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         return self._independent.sample_independent(study, trial, param_name, param_distribution)
-
-
-def distribution(parameter: Parameter) -> BaseDistribution:
-    """The parameter as Optuna declares it."""
-    match parameter:
-        case Choice():
-            return CategoricalDistribution(parameter.choices)
-        case Int():
-            return IntDistribution(int(parameter.low), int(parameter.high), log=parameter.log)
-        case Float():
-            return FloatDistribution(parameter.low, parameter.high, log=parameter.log)
 
 
 class GridSampler(BaseSampler):

@@ -2,27 +2,39 @@
 
 Two short stages tune the first group, then the first two, while the closed groups are held at the best trial so far;
 every second trial is a scout that searches everything, and no group is ever frozen. Priority order helps to reach the
-good region, not to finish there. With TPE as the base, two short stages with scouts had a regret of .184 / .131 / .088
-at 30 / 50 / 100 trials, plain TPE with the default configuration .197 / .141 / .097 and with a poor default .133 in
-place of .108 (LCBench surrogate, 8 tasks, Optuna 5.0).
+good region, not to finish there. What is searched is proposed by a model of the learning curves (hpo.search.surrogate)
+for the first 250 trials, and by TPE after them and for several objectives. docs/searching.md says what this is worth.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
+from scipy.stats import qmc
 
+from hpo.config import derive_seed
+from hpo.search.encoding import Encoding, distribution
+from hpo.search.surrogate import Surrogate
 from hpo.search.wrappers import PinningSampler, TrialSeededSampler
 
 if TYPE_CHECKING:
     from optuna import Study
+    from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
     from hpo.space import Space, Value
+
+NUM_STARTUP_TRIALS = 4
+"""Trials before the model of the learning curves proposes any: the default configuration, then points of a sequence."""
+
+NUM_MODELLED_TRIALS = 250
+"""Trials before TPE takes over: the model weighs 400 observations at the most, and would forget the others."""
 
 DEFAULT_CONFIGURATION = "default configuration"
 EVERYTHING = "everything"
@@ -79,29 +91,87 @@ def tunable_groups(space: Space) -> dict[str, tuple[str, ...]]:
 class PrioritySampler(PinningSampler):
     """The strategy `priority` as an ordinary Optuna sampler: `optuna.create_study(sampler=PrioritySampler(space))`.
 
-    Every trial must suggest every parameter of the space. `num_trials` is the number of trials that the study was
-    planned with; the stages follow from it, so it must not change when more are added later. `base` draws what is not
-    held; without one it is TPE.
+    Every trial must suggest every parameter of the space; what else it suggests is drawn by the base. `num_trials` is
+    the number of trials that the study was planned with; the stages follow from it, so it must not change when more are
+    added later. `base` draws what the model of the learning curves does not propose; without one it is TPE.
+
+    A trial depends on the seed, its number and the trials before it alone: any number of workers may ask, and a restart
+    changes nothing.
     """
 
     def __init__(self, space: Space, *, seed: int = 0, num_trials: int = 100, base: BaseSampler | None = None) -> None:
         super().__init__(base or TrialSeededSampler(lambda trial_seed: TPESampler(seed=trial_seed), seed))
         self._groups = list(tunable_groups(space).values())
         self._defaults = space.defaults()
+        self._distributions = {name: distribution(parameter) for name, parameter in space.parameters.items()}
         self._num_trials = num_trials
+        self._seed = seed
+        self._encoding = Encoding(space)
+        self._space = space
+        self._surrogate = Surrogate(space)
+        self._surrogate_study: tuple[BaseStorage, int] | None = None
 
     def pin(self, study: Study, trial: FrozenTrial) -> Mapping[str, Value]:
         num_open = open_groups(trial.number, len(self._groups), self._num_trials)
         closed = [name for group in self._groups[num_open:] for name in group]
+        if trial.number == 0:
+            return self._defaults
         if not closed:
             return {}
         held = self._defaults | _best_values(study)
         return {name: held[name] for name in closed}
 
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        others = super().infer_relative_search_space(study, trial)
+        return self._distributions | others if self._is_modelled(study, trial) else others
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        if not self._is_modelled(study, trial):
+            return super().sample_relative(study, trial, search_space)
+        proposed = self._proposal(study, trial)
+        others = {name: declared for name, declared in search_space.items() if name not in proposed}
+        drawn = super().sample_relative(study, trial, others) if others else {}
+        return drawn | {name: value for name, value in proposed.items() if name in search_space}
+
+    def _is_modelled(self, study: Study, trial: FrozenTrial) -> bool:
+        return 0 < trial.number < NUM_MODELLED_TRIALS and len(study.directions) == 1
+
+    def _proposal(self, study: Study, trial: FrozenTrial) -> dict[str, Value]:
+        held = self.pinned(trial)
+        if trial.number >= NUM_STARTUP_TRIALS:
+            sign = -1 if study.direction == StudyDirection.MAXIMIZE else 1
+            rng = np.random.default_rng(derive_seed(self._seed, trial.number, "surrogate"))
+            proposed = self._surrogate_of(study).propose(_other_trials(study, trial), held, sign=sign, rng=rng)
+            if proposed is not None:
+                return proposed
+        return self._sequence_point(trial.number) | dict(held)
+
+    def _surrogate_of(self, study: Study) -> Surrogate:
+        # It remembers the trials of one study; a sampler may serve several.
+        key = (study._storage, study._study_id)
+        if self._surrogate_study != key:
+            self._surrogate, self._surrogate_study = Surrogate(self._space), key
+        return self._surrogate
+
+    def _sequence_point(self, number: int) -> dict[str, Value]:
+        """The point of a scrambled Sobol sequence that belongs to the trial."""
+        sequence = qmc.Sobol(len(self._defaults), rng=derive_seed(self._seed, "sobol") % 2**32)
+        sequence.fast_forward(number)
+        return self._encoding.values(self._encoding.snap(sequence.random(1))[0])
+
+
+def _other_trials(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
+    # Not study.get_trials(): with the Hyperband pruner that shows the trials of one bracket only.
+    trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
+    return [other for other in trials if other.number != trial.number]
+
 
 def _best_values(study: Study) -> dict[str, Value]:
-    """The values of the best complete trial; empty while there is none."""
-    # Not study.get_trials(): with the Hyperband pruner that shows the trials of one bracket only.
+    """The values of the best complete trial; empty while there is none, and with several objectives."""
+    if len(study.directions) > 1:
+        return {}
     trials = study._storage.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.COMPLETE,))
     if not trials:
         return {}

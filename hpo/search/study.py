@@ -17,8 +17,9 @@ from optuna.trial import TrialState as OptunaState
 
 from hpo.config import derive_seed
 from hpo.errors import StoreError, StudyMismatchError, UnknownNameError
+from hpo.search.encoding import distribution
 from hpo.search.pruners import build_pruner
-from hpo.search.samplers import build_sampler, distribution, grid_size
+from hpo.search.samplers import build_sampler, grid_size
 from hpo.search.strategy import DEFAULT_CONFIGURATION, EVERYTHING, stage_name, tunable_groups
 from hpo.space import Space, format_value
 from hpo.trial import CROWNABLE, EndState, TrialRecord, TrialState, ranked
@@ -85,6 +86,9 @@ class StudySettings:
 
     space_reference: str | None = None
     """The space that was named in place of the task's own."""
+
+    first_rung: int | None = None
+    """Epochs before the pruner `sha` stops a trial for the first time; None for its own choice."""
 
     overrides: tuple[str, ...] = ()
     """The overrides that narrowed the space, as they were written."""
@@ -159,7 +163,7 @@ class Study:
             sampler=build_sampler(
                 settings.strategy, settings.space, seed=settings.seed, num_trials=settings.planned_trials
             ),
-            pruner=build_pruner(settings.pruner, settings.max_epochs),
+            pruner=build_pruner(settings.pruner, settings.max_epochs, first_rung=settings.first_rung),
         )
 
     @classmethod
@@ -457,7 +461,7 @@ def read_settings(storage: BaseStorage, name: str) -> StudySettings | None:
 def _create(storage: BaseStorage, name: str, settings: StudySettings) -> None:
     # Unknown names must be refused before anything is written.
     build_sampler(settings.strategy, settings.space, seed=settings.seed, num_trials=settings.planned_trials)
-    build_pruner(settings.pruner, settings.max_epochs)
+    build_pruner(settings.pruner, settings.max_epochs, first_rung=settings.first_rung)
     study = optuna.create_study(study_name=name, storage=storage, direction=settings.direction, load_if_exists=True)
     study.set_user_attr(_SETTINGS, {"format": FORMAT, "settings": settings.to_dict()})
 
@@ -485,6 +489,7 @@ def _differences(made: StudySettings, asked: StudySettings) -> Iterator[str]:
         ("seed", "--seed"),
         ("strategy", "--strategy"),
         ("pruner", "--pruner"),
+        ("first_rung", "--first-rung"),
         ("max_epochs", "--epochs"),
         ("limit", "--limit"),
     ):

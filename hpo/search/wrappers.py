@@ -72,8 +72,12 @@ class PinningSampler(BaseSampler, ABC):
         self._pinned[trial.number] = self.pin(study, trial)
         self._base.before_trial(study, trial)
 
+    def pinned(self, trial: FrozenTrial) -> Mapping[str, Value]:
+        """What `pin` has said for this trial; nothing if the trial was not begun through `before_trial`."""
+        return self._pinned.get(trial.number, {})
+
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        pinned = self._pinned[trial.number]
+        pinned = self.pinned(trial)
         search_space = self._base.infer_relative_search_space(study, trial)
         return {name: distribution for name, distribution in search_space.items() if name not in pinned}
 
@@ -85,7 +89,7 @@ class PinningSampler(BaseSampler, ABC):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        pinned = self._pinned[trial.number]
+        pinned = self.pinned(trial)
         if param_name in pinned:
             return pinned[param_name]
         return self._base.sample_independent(study, trial, param_name, param_distribution)

@@ -1,0 +1,506 @@
+"""The search strategies side by side on tasks with known learning curves, on a simulated clock.
+
+    python benchmarks/search_quality.py --quick --lcbench DIR       under a minute on two cores
+    python benchmarks/search_quality.py --lcbench DIR --tables      everything
+    python benchmarks/search_quality.py --cost                      what asking for a trial costs
+
+DIR holds LCBench's surrogate (model.onnx and encoding.json of YAHPO Gym). The extra `bench` brings onnxruntime, the
+tables of HPOLib and HPOBench, and SMAC3 as the peer from outside.
+
+Regret is 0 at the best known loss and 1 at that of a typical random configuration; it is that of the best epoch so far,
+of any trial. A full run is as many epochs as a trial has at the most: a strategy that stops trials early gets more of
+them for the same epochs. Strategies are paired by task and seed; the intervals are 95 % of a bootstrap over tasks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import itertools
+import math
+import os
+import resource
+import sys
+import tempfile
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import optuna
+from bench_tasks import LCBENCH_DEVELOPMENT, TABLES_DEVELOPMENT, BenchTask, LCBenchTask, TableTask
+from numpy.typing import NDArray
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, SuccessiveHalvingPruner
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from optuna.storages import InMemoryStorage
+from optuna.trial import TrialState
+
+from hpo.config import derive_seed
+from hpo.search.encoding import distribution
+from hpo.search.study import Study, StudySettings
+from hpo.space import Choice, Space, Value
+
+MARKS = (5, 10, 20, 30, 50, 100)
+BOOTSTRAP_SAMPLES = 5000
+
+Curve = NDArray[np.float64]
+
+
+# --- who is compared --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Job:
+    """A configuration to train, from the epoch after `start_epoch` on."""
+
+    key: int
+    values: dict[str, Value]
+    start_epoch: int = 0
+
+
+class Contender(ABC):
+    """A search that is asked for jobs and told how they went."""
+
+    @abstractmethod
+    def ask(self) -> Job: ...
+
+    @abstractmethod
+    def report(self, key: int, epoch: int, loss: float) -> bool:
+        """Whether the job is to stop here."""
+
+    @abstractmethod
+    def tell(self, key: int, loss: float, *, stopped: bool) -> None:
+        """The job has ended, with this loss at its best epoch."""
+
+
+class OurStudy(Contender):
+    """hpo's own study, as `hpo search` runs it."""
+
+    def __init__(self, task: BenchTask, space: Space, seed: int, runs: int, *, strategy: str, pruner: str) -> None:
+        settings = StudySettings(
+            task=task.name,
+            space=space,
+            seed=seed,
+            strategy=strategy,
+            pruner=pruner,
+            max_epochs=task.num_epochs,
+            metric="loss",
+            direction="minimize",
+            limit=None,
+            planned_trials=max(100, runs),
+        )
+        self._study = Study.open(InMemoryStorage(), "bench", settings)
+
+    def ask(self) -> Job:
+        suggestion = self._study.ask()
+        return Job(suggestion.number, suggestion.values)
+
+    def report(self, key: int, epoch: int, loss: float) -> bool:
+        return self._study.report(key, epoch, loss)
+
+    def tell(self, key: int, loss: float, *, stopped: bool) -> None:
+        self._study.tell(key, "pruned" if stopped else "complete", value=loss)
+
+
+class PlainOptuna(Contender):
+    """Optuna without hpo."""
+
+    def __init__(
+        self,
+        task: BenchTask,
+        space: Space,
+        seed: int,
+        runs: int,
+        *,
+        sampler: Callable[[int], BaseSampler],
+        pruner: Callable[[int], BasePruner] | None = None,
+        default_first: bool = False,
+    ) -> None:
+        self._distributions = {name: distribution(parameter) for name, parameter in space.parameters.items()}
+        self._study = optuna.create_study(
+            study_name=f"bench {seed}",
+            sampler=sampler(seed),
+            pruner=pruner(task.num_epochs) if pruner else optuna.pruners.NopPruner(),
+        )
+        if default_first:
+            self._study.enqueue_trial(space.defaults())
+        self._running: dict[int, optuna.Trial] = {}
+
+    def ask(self) -> Job:
+        trial = self._study.ask(self._distributions)
+        self._running[trial.number] = trial
+        return Job(trial.number, trial.params)
+
+    def report(self, key: int, epoch: int, loss: float) -> bool:
+        self._running[key].report(loss, epoch)
+        return self._running[key].should_prune()
+
+    def tell(self, key: int, loss: float, *, stopped: bool) -> None:
+        trial = self._running.pop(key)
+        if stopped:
+            self._study.tell(trial, state=TrialState.PRUNED)
+        else:
+            self._study.tell(trial, loss)
+
+
+class Smac(Contender):
+    """SMAC3's multi-fidelity facade: Hyperband with a random forest. A promoted configuration trains on from where it
+    was, so that it pays only for its new epochs, which is in SMAC's favour."""
+
+    def __init__(self, task: BenchTask, space: Space, seed: int, runs: int) -> None:
+        import smac
+
+        self._task = task
+        self._trained: dict[Any, int] = {}
+        self._running: dict[int, tuple[Any, int]] = {}
+        self._numbers = itertools.count()
+        self._folder = tempfile.TemporaryDirectory()
+        facade = smac.MultiFidelityFacade if task.num_epochs > 1 else smac.HyperparameterOptimizationFacade
+        budgets = {"min_budget": max(1, task.num_epochs // 27), "max_budget": task.num_epochs}
+        scenario = smac.Scenario(
+            _config_space(space, seed),
+            deterministic=task.num_epochs > 1,
+            n_trials=100_000,
+            seed=seed,
+            output_directory=Path(self._folder.name),
+            **(budgets if task.num_epochs > 1 else {}),
+        )
+        design = facade.get_initial_design(
+            scenario, n_configs=10, additional_configs=[scenario.configspace.get_default_configuration()]
+        )
+        self._smac = facade(
+            scenario, lambda config, seed=0, budget=0: 0.0, initial_design=design, overwrite=True, logging_level=50
+        )
+
+    def ask(self) -> Job:
+        info = self._smac.ask()
+        key = next(self._numbers)
+        last_epoch = round(info.budget) if info.budget else self._task.num_epochs
+        self._running[key] = info, last_epoch
+        start_epoch = self._trained.get(info.config, 0) if self._task.num_epochs > 1 else 0
+        return Job(key, dict(info.config), start_epoch)
+
+    def report(self, key: int, epoch: int, loss: float) -> bool:
+        return epoch >= self._running[key][1]
+
+    def tell(self, key: int, loss: float, *, stopped: bool) -> None:
+        from smac.runhistory.dataclasses import TrialValue
+
+        info, last_epoch = self._running.pop(key)
+        self._trained[info.config] = last_epoch
+        self._smac.tell(info, TrialValue(cost=loss), save=False)
+
+
+def _config_space(space: Space, seed: int) -> Any:
+    import ConfigSpace as cs  # noqa: N813
+
+    def hyperparameter(name: str) -> Any:
+        parameter = space.parameters[name]
+        if isinstance(parameter, Choice):
+            return cs.CategoricalHyperparameter(name, parameter.choices, default_value=parameter.default)
+        kind = cs.UniformIntegerHyperparameter if isinstance(parameter.low, int) else cs.UniformFloatHyperparameter
+        return kind(name, parameter.low, parameter.high, log=parameter.log, default_value=parameter.default)
+
+    result = cs.ConfigurationSpace(seed=seed)
+    result.add([hyperparameter(name) for name in space.parameters])
+    return result
+
+
+def _sha_from_a_fifth(max_epochs: int) -> BasePruner:
+    return SuccessiveHalvingPruner(min_resource=max(1, max_epochs // 5), reduction_factor=3)
+
+
+CONTENDERS: dict[str, Callable[..., Contender]] = {
+    "priority": partial(OurStudy, strategy="priority", pruner="sha"),
+    "optuna": partial(PlainOptuna, sampler=lambda seed: TPESampler(seed=seed), pruner=lambda _: MedianPruner()),
+    "tpe+default+sha": partial(
+        PlainOptuna, sampler=lambda seed: TPESampler(seed=seed), pruner=_sha_from_a_fifth, default_first=True
+    ),
+    "tpe+hyperband": partial(
+        PlainOptuna,
+        sampler=lambda seed: TPESampler(seed=seed),
+        pruner=lambda epochs: HyperbandPruner(min_resource=1, max_resource=epochs, reduction_factor=3),
+    ),
+    "tpe": partial(PlainOptuna, sampler=lambda seed: TPESampler(seed=seed)),
+    "gp": partial(PlainOptuna, sampler=lambda seed: GPSampler(seed=seed)),
+    "random": partial(PlainOptuna, sampler=lambda seed: RandomSampler(seed=seed)),
+    "smac": Smac,
+}
+DESCRIPTIONS = {
+    "priority": "hpo's default: --strategy priority --pruner sha",
+    "optuna": "Optuna's defaults: TPESampler, MedianPruner",
+    "tpe+default+sha": "TPESampler, default configuration first, SuccessiveHalvingPruner(epochs / 5, 3)",
+    "tpe+hyperband": "TPESampler, HyperbandPruner(1, epochs, 3)",
+    "tpe": "TPESampler, no pruner",
+    "gp": "GPSampler, no pruner",
+    "random": "RandomSampler, no pruner",
+    "smac": "SMAC3's MultiFidelityFacade, default configuration first (tables: HyperparameterOptimizationFacade)",
+}
+QUICK = ("priority", "optuna", "tpe+default+sha", "tpe+hyperband", "random")
+
+
+# --- the simulated clock ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One search to simulate."""
+
+    task: BenchTask
+    contender: str
+    seed: int
+    default: str
+    workers: int
+    runs: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search has reached."""
+
+    by_epochs: Curve
+    """Regret after epochs worth 1, 2, ... full runs."""
+
+    by_trials: Curve
+    """Regret after 1, 2, ... trials."""
+
+    cpu_s: float
+
+
+@dataclass(order=True)
+class _Training:
+    clock: float
+    key: int
+    job: Job = field(compare=False)
+    observed: Curve = field(compare=False)
+    true: Curve = field(compare=False)
+    epoch: int = field(compare=False)
+    lowest: float = field(default=math.inf, compare=False)
+
+
+def simulate(setting: Setting) -> Outcome:
+    """Run a search with asynchronous workers, each of which trains one epoch a tick, until its epochs are used up."""
+    _silence()
+    task = setting.task
+    rng = np.random.default_rng(derive_seed(setting.seed, task.name, "noise"))
+    began = time.process_time()
+    space = task.space(setting.default)
+    contender = CONTENDERS[setting.contender](task, space, setting.seed, setting.runs)
+    budget = setting.runs * task.num_epochs
+    reached = np.full(budget, math.inf)
+    by_trials: list[float] = []
+    incumbent_observed, incumbent_true = math.inf, math.inf
+
+    def start(clock: float) -> _Training:
+        job = contender.ask()
+        return _Training(clock + 1, job.key, job, *task.curves(job.values, rng), job.start_epoch)
+
+    training = [start(0.0) for _ in range(setting.workers)]
+    for used in range(budget):
+        run = heapq.heappop(training)
+        loss = float(run.observed[run.epoch])
+        run.lowest = min(run.lowest, loss)
+        if loss < incumbent_observed:
+            incumbent_observed, incumbent_true = loss, float(run.true[run.epoch])
+        reached[used] = incumbent_true
+        run.epoch += 1
+        stopped = contender.report(run.key, run.epoch, loss)
+        if stopped or run.epoch == task.num_epochs:
+            contender.tell(run.key, run.lowest, stopped=stopped and run.epoch < task.num_epochs)
+            by_trials.append(incumbent_true)
+            heapq.heappush(training, start(run.clock))
+        else:
+            run.clock += 1
+            heapq.heappush(training, run)
+    return Outcome(
+        task.regret(reached[task.num_epochs - 1 :: task.num_epochs]),
+        task.regret(np.array(by_trials)),
+        time.process_time() - began,
+    )
+
+
+def _silence() -> None:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+Regrets = dict[str, Curve]
+"""(tasks, seeds) regrets of each contender."""
+
+
+def compare(outcomes: dict[tuple[str, str, int], Outcome], read: Callable[[Outcome], float]) -> Regrets:
+    """One number of each outcome, which are keyed by contender, task and seed, in the order of the keys."""
+    names, tasks, seeds = (list(dict.fromkeys(column)) for column in zip(*outcomes, strict=True))
+    return {name: np.array([[read(outcomes[name, task, seed]) for seed in seeds] for task in tasks]) for name in names}
+
+
+def ratio_of_means(ours: Curve, theirs: Curve) -> tuple[float, float, float]:
+    """Ratio of the mean regrets, with the bounds of its 95 % interval from a bootstrap over tasks."""
+    ours, theirs = ours.mean(axis=1), theirs.mean(axis=1)
+    drawn = np.random.default_rng(0).integers(len(ours), size=(BOOTSTRAP_SAMPLES, len(ours)))
+    ratios = ours[drawn].mean(axis=1) / theirs[drawn].mean(axis=1)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(ours.mean() / theirs.mean()), float(low), float(high)
+
+
+def print_table(title: str, outcomes: dict[tuple[str, str, int], Outcome], marks: list[int], kind: str) -> None:
+    """Mean regret of each contender, and what the first one's is of the others'."""
+    print(f"\n{title}\n")
+    columns = [compare(outcomes, partial(_regret_at, mark=mark, kind=kind)) for mark in marks]
+    names = list(columns[0])
+    header = " | ".join(f"{mark:>19}" for mark in marks)
+    print(f"| regret at {'epochs worth .. full runs' if kind == 'epochs' else '.. trials':<26} | {header} |")
+    print(f"| {'-' * 36} | {' | '.join(['-' * 19] * len(marks))} |")
+    for name in names:
+        print(f"| {name:<36} | {' | '.join(f'{column[name].mean():>19.3f}' for column in columns)} |")
+    for name in names[1:]:
+        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*ratio_of_means(c[names[0]], c[name])) for c in columns]
+        print(f"| {f'{names[0]} : {name}':<36} | {' | '.join(f'{cell:>19}' for cell in cells)} |")
+    seconds = {name: np.mean([o.cpu_s for key, o in outcomes.items() if key[0] == name]) for name in names}
+    trials = {name: np.mean([len(o.by_trials) for key, o in outcomes.items() if key[0] == name]) for name in names}
+    print(
+        "\nTrials and CPU seconds a search: " + ", ".join(f"{n} {trials[n]:.0f} in {seconds[n]:.1f} s" for n in names)
+    )
+    sys.stdout.flush()
+
+
+def _regret_at(outcome: Outcome, *, mark: int, kind: str) -> float:
+    regrets = outcome.by_epochs if kind == "epochs" else outcome.by_trials
+    return float(regrets[min(mark, len(regrets)) - 1])
+
+
+# --- the cost of asking -----------------------------------------------------------------------------------------------
+
+
+def print_cost() -> None:
+    """CPU seconds to ask for trial 10, 100, ... of the default strategy, and the memory that the process holds."""
+    _silence()
+    random = np.random.default_rng(0)
+    task_space = LCBenchTask.space(object.__new__(LCBenchTask), "good")
+    settings = StudySettings(
+        task="cost", space=task_space, seed=0, strategy="priority", pruner="sha", max_epochs=20, metric="loss",
+        direction="minimize", limit=None, planned_trials=10_000,
+    )  # fmt: skip
+    study = Study.open(InMemoryStorage(), "cost", settings)
+    print("\n| trial | ask, s of CPU | peak memory, MiB |\n| ---: | ---: | ---: |")
+    marks = (10, 50, 100, 200, 249, 251, 500, 1_000, 2_000, 5_000, 10_000)
+    for mark in marks:
+        _fill(study, mark - 2, task_space, random)
+        times = []
+        for _ in range(3):
+            began = time.process_time()
+            suggestion = study.ask()
+            times.append(time.process_time() - began)
+            _train(study, suggestion.number, suggestion.values, random)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(f"| {mark} | {sorted(times)[1]:.3f} | {memory:.0f} |", flush=True)
+
+
+def _fill(study: Study, total: int, space: Space, random: np.random.Generator) -> None:
+    """Add random trials, which cost nothing to ask for."""
+    distributions = {name: distribution(parameter) for name, parameter in space.parameters.items()}
+    sampler, study._optuna.sampler = study._optuna.sampler, RandomSampler(seed=0)
+    for _ in range(total - study.num_finished):
+        suggestion = study.ask()
+        assert suggestion.values.keys() == distributions.keys()
+        _train(study, suggestion.number, suggestion.values, random)
+    study._optuna.sampler = sampler
+
+
+def _train(study: Study, number: int, values: dict[str, Value], random: np.random.Generator) -> None:
+    floor = (math.log10(float(values["learning_rate"])) + 2) ** 2 + float(values["max_dropout"])
+    for epoch in range(1, 21):
+        loss = floor + 1 / epoch + 0.01 * random.normal()
+        if study.report(number, epoch, loss):
+            study.tell(number, "pruned", value=loss)
+            return
+    study.tell(number, "complete", value=loss)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    arguments = _parse()
+    print(f"Python {sys.version.split()[0]}, Optuna {version('optuna')}, numpy {version('numpy')}, ", end="")
+    print(f"{os.cpu_count()} cores")
+    for name in arguments.contenders:
+        print(f"  {name}: {DESCRIPTIONS[name]}")
+    if arguments.lcbench:
+        tasks: list[BenchTask] = [LCBenchTask(arguments.lcbench, task) for task in arguments.tasks]
+        for default, workers in itertools.product(arguments.defaults, arguments.workers):
+            outcomes = _run(arguments, tasks, default, workers)
+            title = f"LCBench, {len(tasks)} tasks x {arguments.seeds} seeds, {default} default, {workers} worker(s)"
+            marks = [mark for mark in MARKS if mark <= arguments.runs]
+            print_table(f"{title}, at equal epochs", outcomes, marks, "epochs")
+            if arguments.by_trials:
+                print_table(f"{title}, at equal trials", outcomes, marks, "trials")
+    if arguments.tables:
+        tasks = [TableTask(*table) for table in TABLES_DEVELOPMENT]
+        for default, workers in itertools.product(arguments.defaults, arguments.workers):
+            outcomes = _run(arguments, tasks, default, workers)
+            title = f"HPOLib and HPOBench, {len(tasks)} tables x {arguments.seeds} seeds, {default} default"
+            marks = [mark for mark in MARKS if mark <= arguments.runs]
+            print_table(f"{title}, {workers} worker(s)", outcomes, marks, "trials")
+    if arguments.cost:
+        print_cost()
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lcbench", type=Path, metavar="DIR", help="folder of LCBench's surrogate")
+    parser.add_argument("--tables", action="store_true", help="the tables of HPOLib and HPOBench too")
+    parser.add_argument("--cost", action="store_true", help="the cost of asking for a trial")
+    parser.add_argument("--quick", action="store_true", help="one seed, 30 full runs, the cheap contenders")
+    parser.add_argument("--by-trials", action="store_true", help="also at an equal number of trials")
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, metavar="NAME")
+    parser.add_argument("--tasks", nargs="+", default=LCBENCH_DEVELOPMENT, metavar="ID", help="OpenML tasks of LCBench")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N")
+    parser.add_argument("--runs", type=int, default=100, metavar="N", help="epochs to spend, in full runs")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 16], metavar="N")
+    parser.add_argument("--defaults", nargs="+", default=["good", "poor"], choices=["good", "poor"])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.contenders = [name for name in arguments.contenders if name in QUICK]
+        arguments.seeds, arguments.runs, arguments.workers, arguments.defaults = 1, 30, [1], ["good"]
+    if not (arguments.lcbench or arguments.tables or arguments.cost):
+        parser.error("nothing to do; give --lcbench DIR, --tables or --cost.")
+    return arguments
+
+
+def _run(
+    arguments: argparse.Namespace, tasks: list[BenchTask], default: str, workers: int
+) -> dict[tuple[str, str, int], Outcome]:
+    keys = list(itertools.product(arguments.contenders, tasks, range(arguments.seeds)))
+    settings = [
+        Setting(task=task, contender=name, seed=seed, default=default, workers=workers, runs=arguments.runs)
+        for name, task, seed in keys
+    ]
+    return {
+        (name, task.name, seed): outcome
+        for (name, task, seed), outcome in zip(keys, _outcomes(settings, arguments.jobs), strict=True)
+    }
+
+
+def _outcomes(settings: list[Setting], num_processes: int) -> Iterator[Outcome]:
+    if num_processes == 1:
+        yield from map(simulate, settings)
+        return
+    with ProcessPoolExecutor(num_processes) as pool:
+        yield from pool.map(simulate, settings)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Gaussian process regression in numpy: small, stateless, and fast enough to be fitted anew for each trial.
+
+Optuna's own Gaussian process takes neither the epoch as an input nor a pruned trial as an observation, and needs 0.66 s
+at 100 trials; this one needs a tenth of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import cho_solve, cholesky, lapack, solve_triangular
+from scipy.optimize import minimize
+
+Array = NDArray[np.float64]
+
+_SQRT5 = np.sqrt(5.0)
+_JITTER = 1e-6
+
+# Log-normal priors. That of the length scales grows with the square root of the number of inputs, as distances do
+# (Hvarfner, Hellsten and Nardi, 2024, arXiv:2402.02229); that of the noise variance is for targets of variance 1.
+_LENGTH_LOCATION, _LENGTH_SCALE = np.sqrt(2.0), np.sqrt(3.0)
+_NOISE_LOCATION, _NOISE_SCALE = -5.0, 1.5
+_LOG_LENGTH_BOUNDS = (np.log(0.02), np.log(1e3))
+_LOG_NOISE_BOUNDS = (np.log(1e-6), 0.0)
+_MAX_STEPS = 40
+
+
+@dataclass(frozen=True)
+class GaussianProcess:
+    """A Matern-5/2 process with a length scale for each parameter, conditioned on observations."""
+
+    inputs: Array
+    """(n, d) in [0, 1]."""
+
+    lengths: Array
+    """(d,) length scales of the columns."""
+
+    noise: float
+    """Variance of the noise, where the process itself has variance 1."""
+
+    targets: Array
+    """(n,) of mean 0."""
+
+    _factor: Array
+    _weights: Array
+
+    @classmethod
+    def fit(cls, inputs: Array, targets: Array, owners: NDArray[np.int64], *, max_points: int = 150) -> GaussianProcess:
+        """The process with the most probable length scales and noise.
+
+        `owners` (d,) numbers the parameter that each column belongs to; columns of one parameter share a length scale.
+        `targets` have mean 0 and variance 1. Beyond `max_points` observations the scales are fitted to the last ones.
+        """
+        fitted = _most_probable(inputs[-max_points:], targets[-max_points:], owners)
+        lengths = np.exp(fitted[:-1])[owners]
+        return cls.given(inputs, targets, lengths, float(np.exp(fitted[-1])))
+
+    @classmethod
+    def given(cls, inputs: Array, targets: Array, lengths: Array, noise: float) -> GaussianProcess:
+        """The process with these length scales and this noise."""
+        covariance = _matern(_squared_distances(inputs / lengths, inputs / lengths))
+        covariance[np.diag_indices_from(covariance)] += noise + _JITTER
+        factor: Array = cholesky(covariance, lower=True, check_finite=False)
+        return cls(inputs, lengths, noise, targets, factor, cho_solve((factor, True), targets, check_finite=False))
+
+    def predict(self, inputs: Array) -> tuple[Array, Array]:
+        """Mean and standard deviation of the noiseless function at inputs (m, d): two arrays (m,)."""
+        across = _matern(_squared_distances(self.inputs / self.lengths, inputs / self.lengths))
+        explained = solve_triangular(self._factor, across, lower=True, check_finite=False)
+        variance = 1.0 - np.einsum("nm,nm->m", explained, explained)
+        return across.T @ self._weights, np.sqrt(np.maximum(variance, 1e-12))
+
+    def believing(self, inputs: Array) -> GaussianProcess:
+        """The process as if its own mean had been observed at these inputs (m, d)."""
+        if not len(inputs):
+            return self
+        means, _ = self.predict(inputs)
+        return self.given(
+            np.concatenate([self.inputs, inputs]), np.concatenate([self.targets, means]), self.lengths, self.noise
+        )
+
+
+def _squared_distances(a: Array, b: Array) -> Array:
+    squared = np.sum(a * a, axis=1)[:, None] + np.sum(b * b, axis=1)[None, :] - 2.0 * (a @ b.T)
+    distances: Array = np.maximum(squared, 0.0)
+    return distances
+
+
+def _matern(squared: Array) -> Array:
+    scaled = _SQRT5 * np.sqrt(squared)
+    result: Array = (1.0 + scaled + scaled * scaled / 3.0) * np.exp(-scaled)
+    return result
+
+
+def _most_probable(inputs: Array, targets: Array, owners: NDArray[np.int64]) -> Array:
+    """Logarithms of the length scale of each parameter, and of the noise."""
+    num_parameters = int(owners.max()) + 1
+    start = np.append(np.full(num_parameters, np.log(0.5)), _NOISE_LOCATION)
+    bounds = [_LOG_LENGTH_BOUNDS] * num_parameters + [_LOG_NOISE_BOUNDS]
+    found = minimize(
+        negative_log_posterior(inputs, targets, owners),
+        start,
+        jac=True,
+        method="L-BFGS-B",
+        bounds=bounds,
+        options={"maxiter": _MAX_STEPS},
+    )
+    result: Array = found.x
+    return result
+
+
+def negative_log_posterior(
+    inputs: Array, targets: Array, owners: NDArray[np.int64]
+) -> Callable[[Array], tuple[float, Array]]:
+    """A function of the logarithms of the length scales (p,) and of the noise: (p + 1,) -> its value and its gradient.
+
+    Up to a constant, Rasmussen and Williams, 2006, equations 5.8 and 5.9, with the log-normal priors above.
+    """
+    num_parameters = int(owners.max()) + 1
+    by_parameter = np.zeros((num_parameters, len(inputs), len(inputs)))
+    for column, owner in enumerate(owners):
+        by_parameter[owner] += (inputs[:, column, None] - inputs[None, :, column]) ** 2
+    squared = by_parameter.reshape(num_parameters, -1)  # (p, n * n)
+    location = np.append(np.full(num_parameters, _LENGTH_LOCATION + 0.5 * np.log(num_parameters)), _NOISE_LOCATION)
+    scale = np.append(np.full(num_parameters, _LENGTH_SCALE), _NOISE_SCALE)
+    diagonal = np.diag_indices(len(inputs))
+
+    def value_and_gradient(logs: Array) -> tuple[float, Array]:
+        precisions = np.exp(-2.0 * logs[:-1])
+        noise = np.exp(logs[-1])
+        scaled = _SQRT5 * np.sqrt(precisions @ squared).reshape(by_parameter.shape[1:])
+        decay = np.exp(-scaled)
+        covariance = (1.0 + scaled + scaled * scaled / 3.0) * decay
+        covariance[diagonal] += noise + _JITTER
+        factor = cholesky(covariance, lower=True, check_finite=False)
+        weights = cho_solve((factor, True), targets, check_finite=False)
+        triangle, _ = lapack.dpotri(factor, lower=1)
+        inverse = np.tril(triangle) + np.tril(triangle, -1).T
+        slope = 0.5 * (np.outer(weights, weights) - inverse)  # of the likelihood, for each entry of the covariance
+        of_lengths = (squared @ (slope * (1.0 + scaled) * decay).ravel()) * precisions * (5.0 / 3.0)
+        of_noise = noise * np.trace(slope)
+        likelihood = -0.5 * targets @ weights - np.log(np.diag(factor)).sum()
+        deviation = (logs - location) / scale
+        return (
+            float(0.5 * deviation @ deviation - likelihood),
+            deviation / scale - np.append(of_lengths, of_noise),
+        )
+
+    return value_and_gradient

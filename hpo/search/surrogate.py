@@ -1,0 +1,222 @@
+"""A model of the learning curves over a space, and the configuration that it finds most promising.
+
+A Gaussian process sees every trial at a few epochs of its curve, pruned trials too, with the epoch as one more input,
+and is asked for the expected improvement at the last epoch. So a trial that was stopped early teaches what it has shown
+and is not taken for one that ended there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from optuna.trial import TrialState
+from scipy.special import erfcx, ndtr
+
+from hpo.search.encoding import Encoding
+from hpo.search.gaussian_process import Array, GaussianProcess
+from hpo.space import Space, Value
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+_POINTS_OF_A_CURVE = 3
+"""A curve is seen at its last epoch, at half of it, and at a quarter."""
+
+_HOPELESS = 10.0
+"""Losses count as equal where they are this many times as far above the median as the best is below it."""
+
+_MAX_OBSERVATIONS = 400
+_NUM_CANDIDATES = 512
+_NUM_INCUMBENTS = 10
+_REFINEMENTS = (0.1, 0.03, 0.01)
+_OFFSPRING = 20
+
+
+@dataclass(frozen=True)
+class _Curve:
+    """What a trial has shown."""
+
+    units: Array
+    """(p,) its configuration."""
+
+    epochs: tuple[int, ...]
+    """Epochs with a finite loss, rising."""
+
+    losses: tuple[float, ...]
+    """The lowest loss up to each of these epochs."""
+
+    state: TrialState
+    diverged: bool
+    """Whether it was stopped with nothing to show, or with a last report that is not finite; the worst of all then."""
+
+
+class Surrogate:
+    """Proposes configurations for a space from the trials of one study; remembers those that have ended."""
+
+    def __init__(self, space: Space) -> None:
+        self._encoding = Encoding(space)
+        self._ended: dict[int, _Curve] = {}
+
+    def propose(
+        self, trials: Sequence[FrozenTrial], held: Mapping[str, Value], *, sign: int, rng: np.random.Generator
+    ) -> dict[str, Value] | None:
+        """The configuration with the highest expected improvement; None while the trials cannot be told apart.
+
+        `held` fixes some of its values. `sign` is 1 where lower values are better, else -1. What is running counts as
+        if it would end as the model expects, so that trials asked for together differ.
+        """
+        curves = [curve for trial in trials if (curve := self._curve(trial, sign)) is not None]
+        last_epoch = max((epoch for curve in curves for epoch in curve.epochs), default=1)
+        units, epochs, losses = _observations(curves, last_epoch)
+        if len(losses) == 0 or losses.min() == losses.max():
+            return None
+        targets = _standardized(losses)
+        inputs = np.column_stack([self._encoding.columns(units), _epoch_axis(epochs, last_epoch)])
+        owners = self._encoding.owners
+        process = GaussianProcess.fit(inputs, targets, np.append(owners, owners.max() + 1))
+        running = np.array([curve.units for curve in curves if curve.state == TrialState.RUNNING])
+        if len(running):
+            process = process.believing(self._at_the_end(running))
+        best = self._most_promising(process, float(targets.min()), units[np.argsort(targets)], held, rng)
+        return self._encoding.values(best) | dict(held)
+
+    def _curve(self, trial: FrozenTrial, sign: int) -> _Curve | None:
+        if trial.number in self._ended:
+            return self._ended[trial.number]
+        if trial.state in (TrialState.FAIL, TrialState.WAITING) or not self._encoding.contains(trial.params):
+            return None
+        reported = sorted(trial.intermediate_values.items())
+        finite = [(epoch, sign * value) for epoch, value in reported if math.isfinite(value)]
+        losses = np.minimum.accumulate([loss for _, loss in finite]) if finite else np.empty(0)
+        epochs = [max(1, epoch) for epoch, _ in finite]
+        has_result = trial.state == TrialState.COMPLETE and trial.value is not None and math.isfinite(trial.value)
+        if has_result:
+            epochs, losses = [*epochs, max(epochs, default=1)], np.append(losses, sign * trial.values[0])
+        curve = _Curve(
+            units=self._encoding.units(trial.params),
+            epochs=tuple(epochs),
+            losses=tuple(losses.tolist()),
+            state=trial.state,
+            diverged=trial.state.is_finished() and not has_result and _ends_undefined(reported),
+        )
+        if trial.state.is_finished():
+            self._ended[trial.number] = curve
+        return curve
+
+    def _at_the_end(self, units: Array) -> Array:
+        return np.column_stack([self._encoding.columns(units), np.ones(len(units))])
+
+    def _most_promising(
+        self,
+        process: GaussianProcess,
+        lowest: float,
+        incumbents: Array,
+        held: Mapping[str, Value],
+        rng: np.random.Generator,
+    ) -> Array:
+        """Search the cube at random and around the best observations, then refine what is best; (p,)."""
+        encoding = self._encoding
+        is_held = np.array([name in held for name in encoding.names])
+        base = encoding.units(encoding.space.defaults() | dict(held))
+
+        def allowed(units: Array) -> Array:
+            return np.where(is_held, base, encoding.snap(units))
+
+        def improvement(units: Array) -> Array:
+            mean, deviation = process.predict(self._at_the_end(units))
+            return log_expected_improvement((lowest - mean) / deviation) + np.log(deviation)
+
+        anywhere = rng.uniform(size=(_NUM_CANDIDATES, len(base)))
+        nearby = incumbents[:_NUM_INCUMBENTS][rng.integers(min(_NUM_INCUMBENTS, len(incumbents)), size=_NUM_CANDIDATES)]
+        candidates = allowed(np.concatenate([anywhere, self._mutated(nearby, rng)]))
+        scores = improvement(candidates)
+        for step in _REFINEMENTS:
+            elite = np.argsort(-scores)[:_NUM_INCUMBENTS]
+            offspring = np.repeat(candidates[elite], _OFFSPRING, axis=0)
+            offspring += step * rng.normal(size=offspring.shape) * (rng.uniform(size=offspring.shape) < 0.5)
+            offspring = allowed(offspring)
+            candidates = np.concatenate([candidates[elite], offspring])
+            scores = np.concatenate([scores[elite], improvement(offspring)])
+        best: Array = candidates[np.argmax(scores)]
+        return best
+
+    def _mutated(self, units: Array, rng: np.random.Generator) -> Array:
+        """Points (m, p) with some of their values moved by steps of all sizes, and some of their choices redrawn."""
+        share = rng.choice([0.2, 0.5, 1.0], size=(len(units), 1))
+        is_moved = rng.uniform(size=units.shape) < share
+        steps = rng.normal(size=units.shape) * 10 ** rng.uniform(-2, -0.5, size=(len(units), 1))
+        is_redrawn = is_moved & self._encoding.choice_axes & (rng.uniform(size=units.shape) < 0.3)
+        return np.where(is_redrawn, rng.uniform(size=units.shape), units + np.where(is_moved, steps, 0.0))
+
+
+def _ends_undefined(reported: Sequence[tuple[int, float]]) -> bool:
+    return not reported or not math.isfinite(reported[-1][1])
+
+
+def _observations(curves: Sequence[_Curve], last_epoch: int) -> tuple[Array, Array, Array]:
+    """Configurations (n, p), epochs (n,) and losses (n,), thinned out to the best and the latest ones."""
+    worst = max((max(curve.losses) for curve in curves if curve.losses), default=0.0)
+    seen: list[tuple[Array, int, float]] = []
+    for curve in curves:
+        if curve.diverged:
+            seen.append((curve.units, last_epoch, worst))
+        elif curve.state == TrialState.COMPLETE and curve.losses:
+            # It would not have become better: it has reached the last epoch, or stopped improving.
+            seen.append((curve.units, last_epoch, curve.losses[-1]))
+            seen += _earlier_points(curve, last_epoch)
+        elif curve.losses:
+            seen.append((curve.units, curve.epochs[-1], curve.losses[-1]))
+            seen += _earlier_points(curve, curve.epochs[-1])
+    if not seen:
+        return np.empty((0, 0)), np.empty(0), np.empty(0)
+    units, epochs, losses = (np.array(column) for column in zip(*seen, strict=True))
+    if len(losses) > _MAX_OBSERVATIONS:
+        half = _MAX_OBSERVATIONS // 2
+        kept = np.union1d(np.argsort(losses)[:half], np.arange(len(losses) - half, len(losses)))
+        units, epochs, losses = units[kept], epochs[kept], losses[kept]
+    return units, epochs, losses
+
+
+def _earlier_points(curve: _Curve, end: int) -> list[tuple[Array, int, float]]:
+    """The curve at half of its epochs, at a quarter, ..."""
+    points = {}
+    for halvings in range(1, _POINTS_OF_A_CURVE):
+        index = int(np.searchsorted(curve.epochs, end / 2**halvings))
+        if index < len(curve.epochs) and curve.epochs[index] < min(end, curve.epochs[-1]):
+            points[curve.epochs[index]] = (curve.units, curve.epochs[index], curve.losses[index])
+    return list(points.values())
+
+
+def _epoch_axis(epochs: Array, last_epoch: int) -> Array:
+    """1 at the last epoch, 0 at the first; curves bend evenly on a logarithmic scale."""
+    return np.log(epochs) / math.log(last_epoch) if last_epoch > 1 else np.ones(len(epochs))
+
+
+def _standardized(losses: Array) -> Array:
+    """Losses with mean 0 and variance 1; what is hopeless is cut off, lest one absurd loss flatten all others.
+
+    Ranks are indifferent to such a loss too, and were worse: regret .176 / .080 at epochs worth 10 / 30 full
+    runs in place of .151 / .059 (LCBench, 8 tasks x 6 seeds).
+    """
+    lowest, median = float(losses.min()), float(np.median(losses))
+    kept = np.minimum(losses, median + _HOPELESS * (median - lowest)) if median > lowest else losses
+    result: Array = (kept - kept.mean()) / kept.std()
+    return result
+
+
+def log_expected_improvement(z: Array) -> Array:
+    """log E[max(0, z + e)] for a standard normal e, exact where the improvement itself underflows.
+
+    Ament et al., 2023, arXiv:2310.20708.
+    """
+    log_density = -0.5 * z * z - 0.5 * math.log(2 * math.pi)
+    tail = np.minimum(z, -1.0)
+    likely = np.maximum(z, -1.0)
+    far = log_density + np.log1p(np.maximum(math.sqrt(math.pi / 2) * tail * erfcx(-tail / math.sqrt(2)), -1 + 1e-16))
+    near = np.log(np.exp(-0.5 * likely * likely) / math.sqrt(2 * math.pi) + likely * ndtr(likely))
+    result: Array = np.where(z < -1.0, far, near)
+    return result

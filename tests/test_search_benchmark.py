@@ -1,0 +1,80 @@
+"""benchmarks/search_quality.py: the simulated clock and the arithmetic of its tables, on a task of three lines."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import optuna
+import pytest
+
+from hpo.space import Float, Group, Space
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the module sets it where it is missing
+    verbosity = optuna.logging.get_verbosity()
+    import search_quality
+
+    yield search_quality
+    optuna.logging.set_verbosity(verbosity)
+    for module in ("search_quality", "bench_tasks"):
+        sys.modules.pop(module, None)
+
+
+class Line:
+    """Regret |x - 0.3| after the last of 9 epochs, and more before."""
+
+    name, num_epochs = "line", 9
+
+    def space(self, default: str) -> Space:
+        return Space(Group("line", x=Float(0.0, 1.0, default={"good": 0.5, "poor": 1.0}[default])))
+
+    def curves(self, values: dict, rng: np.random.Generator) -> tuple:
+        losses = abs(values["x"] - 0.3) + np.linspace(0.8, 0.0, 9)
+        return losses, losses
+
+    def regret(self, loss: np.ndarray) -> np.ndarray:
+        return loss
+
+
+def outcome(bench: ModuleType, contender: str, workers: int) -> object:
+    setting = bench.Setting(task=Line(), contender=contender, seed=0, default="good", workers=workers, runs=12)
+    return bench.simulate(setting)
+
+
+@pytest.mark.parametrize("contender", ["priority", "optuna", "tpe+default+sha", "tpe+hyperband", "random"])
+def test_every_contender_spends_the_same_epochs_and_regret_never_rises(bench: ModuleType, contender: str) -> None:
+    reached = outcome(bench, contender, workers=1)
+
+    assert len(reached.by_epochs) == 12
+    assert np.all(np.diff(reached.by_epochs) <= 0)
+    assert np.all(np.diff(reached.by_trials) <= 0)
+    if contender in ("priority", "tpe+default+sha"):
+        assert reached.by_trials[0] == pytest.approx(0.2)
+    if contender == "random":
+        assert len(reached.by_trials) == 12
+        assert reached.by_epochs == pytest.approx(reached.by_trials)
+
+
+def test_parallel_workers_share_the_epochs(bench: ModuleType) -> None:
+    alone, together = (outcome(bench, "random", workers) for workers in (1, 4))
+
+    # Of four that train side by side, all end together: nothing has reached its last epoch after one run's worth.
+    assert together.by_epochs[0] > alone.by_epochs[0]
+    assert len(together.by_trials) == len(alone.by_trials)
+    assert together.by_epochs[3] == pytest.approx(alone.by_epochs[3])
+
+
+def test_the_ratio_of_means_comes_with_an_interval_over_tasks(bench: ModuleType) -> None:
+    theirs = np.array([[1.0, 3.0], [2.0, 2.0], [4.0, 4.0]])
+
+    assert bench.ratio_of_means(theirs / 2, theirs) == pytest.approx((0.5, 0.5, 0.5))
+    ratio, low, high = bench.ratio_of_means(theirs * [[0.1], [0.5], [0.9]], theirs)
+    assert ratio == pytest.approx((0.1 * 2 + 0.5 * 2 + 0.9 * 4) / 8)
+    assert (low, high) == pytest.approx((0.1, 0.9))
