@@ -128,9 +128,11 @@ def cli() -> None:
 @home_option
 @storage_option
 @click.option("--executor", default="local", show_default=True, help="Where trials run: local, or ray (a cluster).")
-@click.option("--address", default="auto", show_default=True, help="Address of the Ray cluster.")
 @click.option(
-    "--gpus-per-trial", type=float, default=0.0, show_default=True, help="Share of a GPU for each Ray worker."
+    "--address", metavar="HOST:PORT", help="The Ray cluster. [default: the one that this machine is a node of]"
+)
+@click.option(
+    "--gpus-per-trial", type=float, metavar="N", help="With Ray: 0.25 puts four trials on a GPU. [default: 0, on CPUs]"
 )
 @click.option("--join", is_flag=True, help="Search beside others that search the study already.")
 @tracking_option

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from hpo.data.datasets import save_splits, split_dataset
 from hpo.deploy.finish import Winner, crown_winner, find_winner, write_summary
@@ -84,8 +85,8 @@ def run_search(
     device: str = "auto",
     keep: int = DEFAULT_KEEP,
     executor: str = "local",
-    address: str = "auto",
-    gpus_per_trial: float = 0.0,
+    address: str | None = None,
+    gpus_per_trial: float | None = None,
     data_dir: Path | None = None,
     home: Path | None = None,
     storage: str | None = None,
@@ -220,18 +221,22 @@ def _study_fields(
 def _search(
     task: Task, name: str, settings: StudySettings, trials: int | None, means: Means, observer: Observer
 ) -> SearchOutcome:
-    warm_up()  # the workers' server imports torch while the data are read
+    if means.executor == "local":
+        warm_up()  # the workers' server imports torch while the data are read
     observer.note(f"loading the data of {task.objective.name}")
     dataset = load_dataset(task, means.data_dir)
     splits = split_dataset(dataset, validation_fraction=VALIDATION_FRACTION, seed=settings.seed, limit=settings.limit)
     check_task(task, splits)
     require_space(means.home, splits.num_bytes)
+    session_id = uuid4().hex
+    splits_file = means.home / "splits" / name / f"{session_id}.pt"
+    workers = _find_workers(task, name, splits_file, means)
 
     observer.note("opening the MLflow store")
     store = open_store(means.home, agreed_tracking_uri(means, read_study(means, name)))
     with nullcontext() if means.is_shared else study_lock(means.home, name), ExitStack() as presence:
         database = open_storage(means.home, means.storage)
-        session = presence.enter_context(Session(database, name))
+        session = presence.enter_context(Session(database, name, session_id=session_id))
 
         def open_study() -> Study:
             gone = session.forget_gone()
@@ -248,13 +253,13 @@ def _search(
         study = session.exclusively(open_study)
         # Of two machines that make the experiment at once, one would fail.
         opened = session.exclusively(partial(_open_runs, store, study, task, session))
-        with opened as runs, _splits_file(splits, means, name, session) as file:
+        with opened as runs, _written(splits, splits_file, session):
             coordinator = Coordinator(
                 study=study,
                 session=session,
                 runs=runs,
                 task=task,
-                workers=_find_workers(task, name, file, means),
+                workers=workers,
                 checkpoints=means.home / "checkpoints" / name,
                 keep=means.keep,
                 timeout_s=means.timeout_s,
@@ -286,20 +291,18 @@ def _require_alone(session: Session, means: Means, name: str) -> None:
 
 
 @contextmanager
-def _splits_file(splits: Splits, means: Means, name: str, session: Session) -> Iterator[Path]:
+def _written(splits: Splits, path: Path, session: Session) -> Iterator[None]:
     """The splits in a file that the workers map into memory, for as long as the session runs."""
-    folder = means.home / "splits" / name
     living = session.living()
-    for left in folder.glob("*.pt"):
+    for left in path.parent.glob("*.pt"):
         if left.stem not in living:
             left.unlink()
-    path = folder / f"{session.id}.pt"
     try:
         save_splits(splits, path)
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror}; choose another home with --home.") from error
     try:
-        yield path
+        yield
     finally:
         path.unlink(missing_ok=True)
 

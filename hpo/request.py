@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -67,17 +68,14 @@ def find_means(
     timeout: float | None = None,
     join: bool = False,
     executor: str = "local",
-    address: str = "auto",
-    gpus_per_trial: float = 0.0,
+    address: str | None = None,
+    gpus_per_trial: float | None = None,
 ) -> Means:
     """The means of a session, as given, or as the environment and the machine say. Raises UsageError."""
     for option, number in (("--workers", workers), ("--keep", keep)):
         if number is not None and number < 1:
             raise UsageError(f"{option} {number} is not allowed: it must be at least 1.")
-    if executor not in EXECUTORS:
-        raise UnknownNameError("executor", executor, EXECUTORS)
-    if gpus_per_trial < 0:
-        raise UsageError(f"--gpus-per-trial {gpus_per_trial:g} is not allowed: it must be 0 or more.")
+    _check_executor(executor, address, gpus_per_trial, device)
     means = Means(
         home=find_home(home),
         storage=find_storage(storage),
@@ -89,8 +87,8 @@ def find_means(
         timeout_s=timeout,
         joins=join,
         executor=executor,
-        ray_address=address,
-        gpus_per_trial=gpus_per_trial,
+        ray_address=address or "auto",
+        gpus_per_trial=gpus_per_trial or 0.0,
     )
     if join and not means.is_shared:
         raise UsageError(
@@ -98,6 +96,18 @@ def find_means(
             "or set HPO_STORAGE. The database in a home serves one process at a time, which runs --workers of its own."
         )
     return means
+
+
+def _check_executor(executor: str, address: str | None, gpus_per_trial: float | None, device: str) -> None:
+    if executor not in EXECUTORS:
+        raise UnknownNameError("executor", executor, EXECUTORS)
+    for option, given in (("--address", address), ("--gpus-per-trial", gpus_per_trial)):
+        if executor != "ray" and given is not None:
+            raise UsageError(f"{option} {given} is for --executor ray; leave it out.")
+    if executor == "ray" and device != "auto":
+        raise UsageError(f"--device {device} is for workers of this machine; with Ray --gpus-per-trial decides.")
+    if gpus_per_trial is not None and not 0 <= gpus_per_trial < math.inf:
+        raise UsageError(f"--gpus-per-trial {gpus_per_trial:g} is not allowed: it must be 0 or more.")
 
 
 def read_study(means: Means, name: str) -> Study | None:

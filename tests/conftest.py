@@ -18,6 +18,8 @@ from hpo.tracking.store import open_store
 def pytest_configure(config: pytest.Config) -> None:
     # MLflow 3.17 uses a loader strategy that SQLAlchemy 2.1 deprecates: a warning when its tables are imported.
     config.addinivalue_line("filterwarnings", "ignore:The ``noload`` loader strategy:DeprecationWarning")
+    if config.getoption("numprocesses", None):
+        config.option.dist = "loadgroup"  # tests that share a cluster or servers run in one process
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +62,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Leave out what the machine cannot run; the summary says so."""
     left_out = [item for item in items if any(item.get_closest_marker(name) for name in _missing())]
     config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+    left = [item for item in items if item not in left_out]
+    # What runs in one process begins first, so that nothing waits for it at the end.
+    items[:] = sorted(left, key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

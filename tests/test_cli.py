@@ -113,6 +113,10 @@ BAD_INPUT = [
     ("search digits --keep 0", "--keep 0 is not allowed: it must be at least 1"),
     ("search digits --executor dask", "no executor 'dask'.* Available: local, ray"),
     ("search digits --executor ray --gpus-per-trial -1", "--gpus-per-trial -1 is not allowed: it must be 0 or more"),
+    ("search digits --gpus-per-trial 0.5", "--gpus-per-trial 0.5 is for --executor ray; leave it out"),
+    ("search digits --address head:6379", "--address head:6379 is for --executor ray; leave it out"),
+    ("search digits --executor ray --device cpu", "--device cpu is for workers of this machine; with Ray --gpus-per"),
+    ("search digits --executor ray --address 127.0.0.1:1", "no Ray cluster at --address 127.0.0.1:1"),
     ("search digits --join", "several machines need one database: give --storage postgresql"),
     (
         "search digits --storage sqlite:///x.db",

@@ -58,7 +58,14 @@ class RayWorkers(WorkerPool):
         """
         _check_share(gpus_per_trial)
         self._ray, self._is_ours = _connect(address)
-        super().__init__(num_workers or _capacity(self._ray, gpus_per_trial), silence_s=setup.silence_s)
+        self._room = _room(self._ray, gpus_per_trial)
+        if num_workers is None and self._room == 0:
+            self._disconnect()
+            raise UsageError(
+                f"no node of the Ray cluster has room for a trial, which takes a CPU and --gpus-per-trial "
+                f"{gpus_per_trial:g}; with --workers N they wait for nodes to join."
+            )
+        super().__init__(num_workers or self._room, silence_s=setup.silence_s)
         self.device = "cuda" if gpus_per_trial else "cpu"
         self._setup = setup
         # A process for each worker: one that has served cannot be told apart from one that is about to leave.
@@ -73,7 +80,8 @@ class RayWorkers(WorkerPool):
     def __enter__(self) -> Self:
         for _ in range(self.num_workers):
             self._ask_for_worker()
-        _logger.info("asked Ray for %d workers", self.num_workers)
+        waiting = f"; it has room for {self._room}, the others wait for nodes to join"
+        _logger.info("asked Ray for --workers %d%s", self.num_workers, waiting * (self.num_workers > self._room))
         return self
 
     def has_room(self) -> bool:
@@ -132,6 +140,9 @@ class RayWorkers(WorkerPool):
         for handle in self._asked.values():
             self._ray.cancel(handle, force=True)
         self._door.close()
+        self._disconnect()
+
+    def _disconnect(self) -> None:
         if self._is_ours:
             self._ray.shutdown()
 
@@ -265,17 +276,10 @@ def _check_share(gpus_per_trial: float) -> None:
         )
 
 
-def _capacity(ray: Any, gpus_per_trial: float) -> int:
+def _room(ray: Any, gpus_per_trial: float) -> int:
     """How many workers the cluster has room for when it does nothing else."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    num_workers = sum(_room_on_node(node.get("CPU", 0), node.get("GPU", 0), gpus_per_trial) for node in nodes)
-    if num_workers == 0:
-        raise UsageError(
-            f"no node of the Ray cluster has room for a trial, which takes a CPU and --gpus-per-trial "
-            f"{gpus_per_trial:g}; in all there are {sum(node.get('CPU', 0) for node in nodes):g} CPUs and "
-            f"{sum(node.get('GPU', 0) for node in nodes):g} GPUs. With --workers N they wait for nodes to join."
-        )
-    return num_workers
+    return sum(_room_on_node(node.get("CPU", 0), node.get("GPU", 0), gpus_per_trial) for node in nodes)
 
 
 def _room_on_node(cpus: float, gpus: float, gpus_per_trial: float) -> int:

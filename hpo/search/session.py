@@ -123,9 +123,12 @@ def living_sessions(storage: BaseStorage, study: str) -> list[SessionInfo]:
 class Session:
     """A coordinator's presence in a study: a row that it renews, and that expires by the database's clock."""
 
-    def __init__(self, storage: BaseStorage, study: str, *, lease_s: float = 30.0) -> None:
+    def __init__(
+        self, storage: BaseStorage, study: str, *, session_id: str | None = None, lease_s: float = 30.0
+    ) -> None:
+        """`session_id` must be new in the world, as uuid4().hex is; without one it is that."""
         assert isinstance(storage, StudyStorage), "a session needs a database"
-        self.id = uuid4().hex
+        self.id = session_id or uuid4().hex
         self._storage = storage
         self._study = study
         self._lease_s = lease_s
