@@ -21,7 +21,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from hpo.database import without_password
 from hpo.errors import StoreError, UsageError
+from hpo.files import write_atomically
 
 _LEAST_SPACE = 20_000_000  # bytes: two empty databases and a few small checkpoints
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -80,6 +82,31 @@ def require_home(home: Path) -> Path:
     if not home.is_dir():
         raise UsageError(f"there is no home {home} yet; begin with `hpo search`, or name another with --home.")
     return home
+
+
+def claim_files(home: Path, study: str, *, storage: str | None) -> None:
+    """Note whose files the home keeps under a study's name. Raises UsageError where they are another database's."""
+    require_own_files(home, study, storage=storage)
+    write_atomically(_owner_file(home, study), _database_name(storage).encode())
+
+
+def require_own_files(home: Path, study: str, *, storage: str | None) -> None:
+    """Raise UsageError where what the home keeps of a study belongs to one of that name in another database."""
+    ours, owner_file = _database_name(storage), _owner_file(home, study)
+    theirs = owner_file.read_text() if owner_file.exists() else ours
+    if theirs != ours:
+        raise UsageError(
+            f"the home {home} keeps files of the study '{study}' in {theirs}, not of the one in {ours}; "
+            "use another home with --home, or another name with --study."
+        )
+
+
+def _owner_file(home: Path, study: str) -> Path:
+    return home / "checkpoints" / study / "database"
+
+
+def _database_name(storage: str | None) -> str:
+    return without_password(storage).partition("?")[0] if storage else "the home"
 
 
 @contextmanager

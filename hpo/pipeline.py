@@ -19,7 +19,7 @@ from hpo.execution.coordinator import Coordinator
 from hpo.execution.local import LocalWorkers, warm_up
 from hpo.execution.messages import Setup
 from hpo.execution.observer import Observer
-from hpo.home import require_space, study_lock
+from hpo.home import claim_files, require_own_files, require_space, study_lock
 from hpo.plugins import OBJECTIVES, SEARCH_SPACES, require_registered
 from hpo.preflight import check_task, load_dataset, visible_gpus
 from hpo.report import to_plain
@@ -221,6 +221,7 @@ def _study_fields(
 def _search(
     task: Task, name: str, settings: StudySettings, trials: int | None, means: Means, observer: Observer
 ) -> SearchOutcome:
+    require_own_files(means.home, name, storage=means.storage)
     if means.executor == "local":
         warm_up()  # the workers' server imports torch while the data are read
     observer.note(f"loading the data of {task.objective.name}")
@@ -235,6 +236,7 @@ def _search(
     observer.note("opening the MLflow store")
     store = open_store(means.home, agreed_tracking_uri(means, read_study(means, name)))
     with nullcontext() if means.is_shared else study_lock(means.home, name), ExitStack() as presence:
+        claim_files(means.home, name, storage=means.storage)
         database = open_storage(means.home, means.storage)
         session = presence.enter_context(Session(database, name, session_id=session_id))
 
@@ -293,10 +295,11 @@ def _require_alone(session: Session, means: Means, name: str) -> None:
 @contextmanager
 def _written(splits: Splits, path: Path, session: Session) -> Iterator[None]:
     """The splits in a file that the workers map into memory, for as long as the session runs."""
+    found = list(path.parent.glob("*.pt"))  # before the sessions: whoever has a file by now is one of them
     living = session.living()
-    for left in path.parent.glob("*.pt"):
+    for left in found:
         if left.stem not in living:
-            left.unlink()
+            left.unlink(missing_ok=True)
     try:
         save_splits(splits, path)
     except OSError as error:
@@ -344,12 +347,15 @@ def _run_and_crown(
         leave()
         if coordinator.is_done:
             _await_others(session)
-        winner = session.exclusively(crown) if coordinator.is_done else find_winner(study)
+        # Reading and judging the test split may take its time.
+        winner = session.exclusively(crown, idle="0") if coordinator.is_done else find_winner(study)
         write_summary(study, summary, winner)
         if not session.others():
             summary.finish("complete" if coordinator.is_done else "interrupted")
         return winner
     except StoreError as error:
+        with suppress(StoreError):
+            summary.finish("interrupted")
         raise SearchError(f"{error} The trials are kept: the same command again finishes the study.") from error
     except BaseException as error:
         with suppress(StoreError):  # it must not hide why we are here

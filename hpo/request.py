@@ -190,7 +190,7 @@ def agreed_tracking_uri(means: Means, study: Study | None) -> str | None:
 
 
 def _reachable(uri: str | None) -> str:
-    if uri is None or uri.startswith("sqlite"):
+    if not uri or uri.startswith("sqlite"):  # a variable can be set, and empty
         raise UsageError(
             f"the machines that share a study need one MLflow store, and {uri or 'the one in the home'} is a file of "
             "this machine; give --tracking-uri http://HOST:PORT, or set MLFLOW_TRACKING_URI."

@@ -16,6 +16,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from postgres import Postgres
 
 import hpo
 from hpo.errors import CheckpointError, SearchError, StoreError, StudyMismatchError, UsageError
@@ -26,6 +27,8 @@ from hpo.tracking.store import open_store
 
 # The digits with one more thing that a test needs: it can take its time, raise, or give NaN.
 TASK = """
+import os
+import signal
 import time
 import torch
 from hpo.models.mlp import MLP
@@ -42,6 +45,8 @@ class Moody(torch.nn.Module):
     def forward(self, inputs):
         if self.training and self.mood in ("slow", "stuck"):
             time.sleep({"slow": 0.05, "stuck": 600}[self.mood])
+        if self.training and self.mood == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
         if self.training and self.mood == "raises":
             raise RuntimeError("the cat is on the keyboard")
         outputs = self.net(inputs)
@@ -60,7 +65,7 @@ objective = Objective(
         Group(
             "architecture",
             width=Choice(16, 32, default=32),
-            mood=Choice("calm", "slow", "stuck", "raises", "nan", default="calm"),
+            mood=Choice("calm", "slow", "stuck", "raises", "nan", "dies", default="calm"),
         ),
     ),
 )
@@ -161,7 +166,7 @@ def test_a_search_leaves_runs_curves_checkpoints_and_a_summary(
     assert outcome.winner.test is not None
     assert summary.data.metrics["test/accuracy"] == outcome.winner.test["accuracy"]
     assert_nothing_is_left_running(home)
-    assert list(home.glob("checkpoints/moody/*")) == []
+    assert list(home.glob("checkpoints/moody/trial-*")) == []
 
 
 def test_the_winner_is_the_best_on_validation_and_its_model_scores_what_was_said(
@@ -301,6 +306,27 @@ def test_five_failures_in_a_row_end_the_search_with_the_first_reason(
     assert_nothing_is_left_running(home)
 
 
+def test_trials_that_kill_every_worker_at_once_fail_one_by_one(
+    search: Callable[..., SearchOutcome], home: Path
+) -> None:
+    with pytest.raises(
+        SearchError, match=r"5 trials failed in a row; .* killed by SIGKILL .*4 workers died in epoch 1"
+    ):
+        search(overrides=("mood=dies",))
+    assert [(trial.state, trial.attempts) for trial in study(home).trials()] == [("failed", 4)] * 5
+    assert_nothing_is_left_running(home)
+
+
+def test_a_home_is_not_shared_by_studies_of_one_name_in_two_databases(
+    search: Callable[..., SearchOutcome], home: Path, postgres: Postgres
+) -> None:
+    search(trials=1)
+    elsewhere = {"storage": postgres.new_database(), "tracking_uri": f"http://127.0.0.1:{postgres.port}"}
+    with pytest.raises(UsageError, match=r"keeps files of the study 'moody' in the home, not of the one in postgresql"):
+        search(trials=1, **elsewhere)
+    assert search(trials=2).counts["complete"] == 2
+
+
 def test_when_time_is_up_the_trial_is_kept_and_nothing_is_tested_until_the_search_is_done(
     search: Callable[..., SearchOutcome], home: Path
 ) -> None:
@@ -332,7 +358,7 @@ def test_a_signal_while_a_trial_is_written_down_puts_it_back_into_the_queue(
     assert [run.info.status for run in runs(home, "tags.`hpo.kind` = 'study'")] == ["KILLED"]
     assert search(trials=2).counts["complete"] == 2
     assert len(study(home).trials()) == 2
-    assert list(home.glob("checkpoints/moody/*")) == []
+    assert list(home.glob("checkpoints/moody/trial-*")) == []
 
 
 def test_a_store_that_fails_at_the_end_loses_no_trial(

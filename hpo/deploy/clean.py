@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.deploy.load import find_runs
 from hpo.execution.worker import BEST_WEIGHTS, CHECKPOINT
-from hpo.home import find_home, find_storage, require_home
+from hpo.home import find_home, find_storage, require_home, require_own_files
 from hpo.search.session import living_sessions
 from hpo.search.storage import read_storage
 from hpo.search.study import Study
@@ -19,6 +19,8 @@ from hpo.tracking.store import open_store
 from hpo.trial import ranked
 
 if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+
     from hpo.tracking.store import TrackingStore
 
 
@@ -47,8 +49,8 @@ def clean_study(
     database = read_storage(folder, find_storage(storage))
     opened = Study.load(database, study)
     store = open_store(folder, find_runs(opened, folder, tracking_uri, is_shared=find_storage(storage) is not None))
-    living = {session.id for session in living_sessions(database, study)}
-    leftovers = [*_weak_weights(store, opened, keep), *_orphaned_files(folder, opened, living)]
+    require_own_files(folder, study, storage=find_storage(storage))
+    leftovers = [*_weak_weights(store, opened, keep), *_orphaned_files(folder, opened, database)]
     if not dry_run:
         for leftover in leftovers:
             leftover.remove()
@@ -65,14 +67,16 @@ def _weak_weights(store: TrackingStore, study: Study, keep: int) -> Iterator[_Le
             yield _Leftover(f"weights of trial {trial.number}", size, partial(store.remove_file, run, path))
 
 
-def _orphaned_files(home: Path, study: Study, living: set[str]) -> Iterator[_Leftover]:
+def _orphaned_files(home: Path, study: Study, database: BaseStorage) -> Iterator[_Leftover]:
+    splits = sorted((home / "splits" / study.name).glob("*.pt"))  # before the sessions: those that begin are spared
+    living = {session.id for session in living_sessions(database, study.name)}
     spools = home / "spool" / study.name
     for folder in sorted((home / "checkpoints" / study.name).glob("trial-[0-9]*")):
         number = int(folder.name.removeprefix("trial-").partition(".")[0])
         is_on_its_way = any(spools.glob(f"*/trial-{number:04d}.jsonl"))  # the next search sends it to MLflow first
         if study.has_ended(number) and not is_on_its_way:
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-            yield _Leftover(f"checkpoints of trial {number}", size, partial(shutil.rmtree, folder))
-    for file in sorted((home / "splits" / study.name).glob("*.pt")):
+            yield _Leftover(f"checkpoints of trial {number}", size, partial(shutil.rmtree, folder, ignore_errors=True))
+    for file in splits:
         if file.stem not in living:
-            yield _Leftover("data of a search that died", file.stat().st_size, file.unlink)
+            yield _Leftover("data of a search that died", file.stat().st_size, partial(file.unlink, missing_ok=True))

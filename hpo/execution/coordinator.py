@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from hpo.execution.messages import Assignment, Decision, EpochDone, TrialDone, T
 from hpo.execution.observer import Observer, Standing
 from hpo.execution.pool import WorkerDied
 from hpo.execution.worker import BEST_WEIGHTS, CHECKPOINT, DESCRIPTION
+from hpo.search.study import TrialTakenError
 from hpo.trial import CROWNABLE, ranked
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ _LOOK_AROUND_S = 1.0
 _ADOPTION_S = 5.0
 """Seconds between searches for trials of dead coordinators."""
 
+
+_TAKEN = "taken over by another machine"
 
 _logger = logging.getLogger(__name__)
 
@@ -90,7 +93,7 @@ class Coordinator:
 
     def run(self) -> None:
         """Run what is missing. Raises SearchError when trial after trial fails."""
-        self._runs.recover(self._session.living(), self._study.owners())
+        self._runs.recover(self._session.living, self._study.owners)
         self.remove_old_checkpoints()
         self._observer.search_started(self._standing())
         try:
@@ -116,7 +119,8 @@ class Coordinator:
         for folder in self._checkpoints.glob("trial-[0-9]*"):
             number = int(folder.name.removeprefix("trial-").partition(".")[0])
             if self._study.has_ended(number) and self._runs.has_arrived(number):
-                shutil.rmtree(folder)
+                with suppress(FileNotFoundError):  # another session of this home was faster
+                    shutil.rmtree(folder)
 
     def _standing(self) -> Standing:
         best = self._study.best()
@@ -225,7 +229,11 @@ class Coordinator:
         self._observer.epoch_done(attempt.suggestion, result)
         if result.diverged:
             return attempt.end("diverged", f"the loss was not finite in epoch {result.epoch}")
-        if self._study.report(attempt.number, result.epoch, result.value):
+        try:
+            is_weak = self._study.report(attempt.number, result.epoch, result.value)
+        except TrialTakenError:
+            return attempt.end("interrupted", _TAKEN)
+        if is_weak:
             return attempt.end("pruned", f"weaker than the others at epoch {result.epoch}")
         if self.interrupted:
             return attempt.end("interrupted", "stopped by hand")
@@ -251,8 +259,8 @@ class Coordinator:
             for name in (BEST_WEIGHTS, DESCRIPTION):
                 attempt.run.log_file(attempt.folder / name, CHECKPOINT)
         attempt.run.finish(attempt.state, value=value, reason=attempt.reason)
-        self._session.exclusively(partial(self._tell, attempt, value))
-        if attempt.number not in self._attempts:
+        if not self._session.exclusively(partial(self._tell, attempt, value)):
+            self._let_go(attempt)
             return
         del self._attempts[attempt.number]
         for number in outdone:
@@ -262,17 +270,19 @@ class Coordinator:
             self.remove_old_checkpoints()
         self._observer.trial_ended(attempt.suggestion, attempt.state, attempt.last, attempt.reason)
 
-    def _tell(self, attempt: _Attempt, value: float | None) -> None:
-        """Tell the study how a trial ended, unless another machine has taken it over."""
-        self._let_go_of_lost_trials()
-        if self._study.owners().get(attempt.number) == self._session.id:
-            self._study.tell(
-                attempt.number,
-                attempt.state,
-                value=value,
-                best_epoch=attempt.last.best_epoch if attempt.last else None,
-                reason=attempt.reason,
-            )
+    def _tell(self, attempt: _Attempt, value: float | None) -> bool:
+        """Tell the study how a trial ended; False where another machine has taken it over."""
+        if self._study.owners().get(attempt.number) != self._session.id:
+            # Told already where the answer to a first try was lost in an outage.
+            return self._study.last_owner(attempt.number) == self._session.id
+        self._study.tell(
+            attempt.number,
+            attempt.state,
+            value=value,
+            best_epoch=attempt.last.best_epoch if attempt.last else None,
+            reason=attempt.reason,
+        )
+        return True
 
     def _count_failures(self, attempt: _Attempt) -> None:
         if attempt.state == "failed":
@@ -287,7 +297,7 @@ class Coordinator:
         self._next_adoption = time.monotonic() + _ADOPTION_S
         if self._session.may_adopt() and self._session.exclusively(self._put_orphans_back):
             try:
-                self._runs.recover(self._session.living(), self._study.owners())
+                self._runs.recover(self._session.living, self._study.owners)
             except StoreError as error:  # what is left of the dead is told by the next search
                 _logger.warning("%s", error)
 
@@ -303,12 +313,18 @@ class Coordinator:
         if not self._session.has_lapsed():
             return
         owners = self._study.owners()
-        for number in [number for number in self._attempts if owners.get(number) != self._session.id]:
-            attempt = self._attempts.pop(number)
-            self._workers.abandon(number)
-            self._runs.abandon(number)
-            self._study.forget(number)
-            self._observer.trial_ended(attempt.suggestion, "interrupted", attempt.last, "taken over by another machine")
+        for attempt in [
+            attempt for attempt in self._attempts.values() if owners.get(attempt.number) != self._session.id
+        ]:
+            self._let_go(attempt)
+
+    def _let_go(self, attempt: _Attempt) -> None:
+        """Forget a trial that another machine has taken over, and tell MLflow nothing more of it."""
+        del self._attempts[attempt.number]
+        self._workers.abandon(attempt.number)
+        self._runs.abandon(attempt.number)
+        self._study.forget(attempt.number)
+        self._observer.trial_ended(attempt.suggestion, "interrupted", attempt.last, _TAKEN)
 
     @contextmanager
     def _signals_heard(self) -> Iterator[None]:
@@ -378,7 +394,8 @@ class _BestTrials:
 
     def add(self, number: int, value: float) -> list[int]:
         """The numbers of trials that are no longer among the best, this one perhaps."""
-        self._losses = sorted([*self._losses, (self._sign * value, number)])
+        others = [entry for entry in self._losses if entry[1] != number]  # a trial may end again
+        self._losses = sorted([*others, (self._sign * value, number)])
         outdone = self._losses[self._keep :]
         del self._losses[self._keep :]
         return [number for _, number in outdone]

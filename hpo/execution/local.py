@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from io import TextIOWrapper
 from multiprocessing import forkserver, resource_tracker
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # 2.15). Forked from a server that has both, it trains after a twentieth of a second.
 _PRELOADED = ["hpo.execution.local", "hpo.models.mlp", "hpo.models.convnet", "torch._dynamo"]
 _KILLED_S = 5.0
+_SERVER_GONE = 255  # what multiprocessing gives as the exit code of a process whose server was killed
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _forkserver = multiprocessing.get_context("forkserver")
@@ -92,6 +93,10 @@ class _LocalWorker(Worker):
     def end(self, grace_s: float) -> str:
         self._process.join(grace_s)
         self._process.kill()
+        if self._process.exitcode == _SERVER_GONE:  # multiprocessing then takes it for dead
+            assert self._process.pid, "it was started"
+            with suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGKILL)
         self._process.join(_KILLED_S)
         output = f"; see {self._log}" if self._log else ""
         return _describe_exit(self._process.exitcode) + output

@@ -60,6 +60,7 @@ def serve(connection: Connection, setup: Setup) -> None:
     except (HpoError, OSError) as error:
         line.say(WorkerUnfit(str(error)))
         return
+    line.say(Alive())  # whoever dies from here on dies of its trial
     for assignment in line.assignments():
         try:
             run_trial(assignment, objective, splits, lambda result: line.ask(EpochDone(result)))

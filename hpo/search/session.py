@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from uuid import uuid4
@@ -52,8 +53,8 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
-# Who holds a study's lock and asks the database nothing for 5 minutes loses it: a process that was stopped, say.
-_LOCK = text("SELECT set_config('idle_session_timeout', '300s', false), pg_advisory_lock(:key)")
+# Who holds a study's lock and asks the database nothing for long loses it: a process that was stopped, say.
+_LOCK = text("SELECT set_config('idle_session_timeout', :idle, false), pg_advisory_lock(:key)")
 _UNLOCK = text("SELECT pg_advisory_unlock(:key), set_config('idle_session_timeout', '0', false)")
 
 _FORGOTTEN_AFTER_S = 24 * 3600
@@ -207,21 +208,22 @@ class Session:
 
         return self._storage.outlast(read)
 
-    def exclusively(self, action: Callable[[], _T]) -> _T:
+    def exclusively(self, action: Callable[[], _T], *, idle: str = "300s") -> _T:
         """What `action` gives when it is run under the study's lock; nobody else's action runs meanwhile.
 
         An outage of the database breaks the lock. The action is then run again from its beginning, so it must look at
-        the study anew, and put back trials that have no owner, for its own last attempt may have left one.
+        the study anew, and put back trials that have no owner, for its own last attempt may have left one. An action
+        that asks the database nothing for the time `idle` loses the lock; "0" waits for ever.
         """
 
         def attempt() -> _T:
-            with self.exclusive():
+            with self.exclusive(idle):
                 return action()
 
         return self._storage.outlast(attempt)
 
     @contextmanager
-    def exclusive(self) -> Iterator[None]:
+    def exclusive(self, idle: str = "300s") -> Iterator[None]:
         """Hold the study's lock in the database. With sqlite nothing is done: the home's file lock holds.
 
         The lock belongs to one connection, which this thread asks the storage through: it is held for exactly as long
@@ -230,17 +232,17 @@ class Session:
         if not self._storage.is_shared or self._storage.is_bound:  # this thread has it already
             yield
             return
-        with self._storage.outlast(self._lock) as connection:
+        with self._storage.outlast(partial(self._lock, idle)) as connection:
             try:
                 with self._storage.bound_to(connection):
                     yield
             finally:
                 self._unlock(connection)
 
-    def _lock(self) -> Connection:
+    def _lock(self, idle: str) -> Connection:
         connection = self._storage.engine.connect()
         try:
-            connection.execute(_LOCK, {"key": self._lock_key})
+            connection.execute(_LOCK, {"key": self._lock_key, "idle": idle})
             connection.commit()
         except BaseException:
             connection.invalidate()
@@ -278,7 +280,7 @@ class Session:
             try:
                 self._renew()
             except SQLAlchemyError as error:  # whoever needs the database next tells the user
-                _log.info("the session was not renewed: %s", str(error).partition("\n")[0])
+                _log.debug("the session was not renewed: %s", str(error).partition("\n")[0])
                 wait_s = min(1.0, self._lease_s / 10)
             else:
                 wait_s = self._lease_s / 3

@@ -10,13 +10,13 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Self, get_args
 
 import optuna
-from optuna.exceptions import StorageInternalError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
 from hpo.config import derive_seed
-from hpo.errors import StoreError, StudyMismatchError, UnknownNameError
+from hpo.errors import HpoError, StoreError, StudyMismatchError, UnknownNameError
 from hpo.search.encoding import distribution
 from hpo.search.pruners import build_pruner
 from hpo.search.samplers import build_sampler, grid_size
@@ -133,6 +133,10 @@ class _RunningTrial:
     """Epochs that a result is stored for, those of earlier attempts too."""
 
 
+class TrialTakenError(HpoError):
+    """Another session has taken a trial over, and has ended it."""
+
+
 @contextmanager
 def _explained() -> Iterator[None]:
     """Turn what a database refuses, when it is full or locked for long, into a StoreError."""
@@ -220,12 +224,17 @@ class Study:
     def report(self, number: int, epoch: int, value: float) -> bool:
         """Store the metric after an epoch, counted from 1; whether the trial is too weak to go on.
 
+        Raises TrialTakenError where another session has ended the trial, while this one was cut off.
+
         An epoch that an earlier attempt has reported keeps its value. NaN is stored and never judged: the trainer
         knows whether a trial has diverged. Nothing is gained by stopping a trial in its last epoch.
         """
         running = self._running[number]
         if epoch not in running.reported:
-            running.handle.report(value, epoch)
+            try:
+                running.handle.report(value, epoch)
+            except UpdateFinishedTrialError as error:
+                raise TrialTakenError(f"trial {number} has ended elsewhere") from error
             running.reported.add(epoch)
         return not math.isnan(value) and epoch < self.settings.max_epochs and running.handle.should_prune()
 
@@ -269,11 +278,13 @@ class Study:
         running.handle.report(math.nan, max(running.reported, default=0) + 1)
         running.handle.set_constraint(_DIVERGED, 1.0)
 
+    @_explained()
     def requeue(self, numbers: Iterable[int]) -> None:
         """Put running trials back into the queue: nobody runs them any longer. The caller holds the study's lock."""
         for number in numbers:
             self._requeue(number)
 
+    @_explained()
     def release(self, owner: str) -> None:
         """Put the trials that this session runs back into the queue."""
         self.requeue(number for number, trial_owner in self.owners().items() if trial_owner == owner)
@@ -285,6 +296,10 @@ class Study:
             for trial in self._trials()
             if trial.state == OptunaState.RUNNING
         }
+
+    def last_owner(self, number: int) -> str:
+        """The session that ran the trial last, or runs it."""
+        return str(self._trials()[number].user_attrs.get(_OWNER, ""))
 
     def forget(self, number: int) -> None:
         """Let go of a trial that another session has taken over."""
@@ -386,6 +401,7 @@ class Study:
         uri: str | None = self.recorded(_TRACKING_URI)
         return uri
 
+    @_explained()
     def record(self, key: str, value: Any) -> None:
         """Keep a fact about the study under a key; `value` is anything that JSON can hold."""
         self._optuna.set_user_attr(_RECORD + key, value)

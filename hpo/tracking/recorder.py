@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -95,20 +95,29 @@ class StudyRuns:
             run = client.create_run(self.experiment_id, tags=tags, run_name="study summary")
             return SummaryRun(self.store, run.info.run_id)
 
-    def recover(self, living: Collection[str] = (), owners: Mapping[int, str] | None = None) -> None:
+    def recover(
+        self,
+        living: Callable[[], Collection[str]] = tuple,
+        owners: Callable[[], Mapping[int, str]] = dict,
+    ) -> None:
         """Clean up after sessions that died: send what they left in spools, end as KILLED what they left RUNNING.
 
-        `living` are the sessions that are left alone, and `owners` the session of each trial that runs.
+        `living` gives the sessions that are left alone, and `owners` the session of each trial that runs; both are
+        asked after what they judge was listed, so that a session or a trial that begins meanwhile is seen.
         """
-        for folder in self._spools.iterdir():
-            if folder.name == self._session or folder.name not in living:
+        folders = list(self._spools.iterdir())
+        alive = {*living(), self._session}
+        for folder in folders:
+            if folder.name == self._session or folder.name not in alive:
                 self._recover_folder(folder)
-        running = {str(number) for number, owner in (owners or {}).items() if owner in {*living, self._session}}
         client = self.store.client
         with explained(self.store.uri):
-            for run in search_runs(client, self.experiment_id, "attributes.status = 'RUNNING'"):
+            runs = search_runs(client, self.experiment_id, "attributes.status = 'RUNNING'")
+            alive = {*living(), self._session}
+            running = {str(number) for number, owner in owners().items() if owner in alive}
+            for run in runs:
                 is_summary = run.data.tags.get("hpo.kind") == "study"
-                if run.data.tags.get("hpo.trial") not in running and not (is_summary and living):
+                if run.data.tags.get("hpo.trial") not in running and not (is_summary and len(alive) > 1):
                     client.set_tag(run.info.run_id, "hpo.state", "interrupted")
                     client.set_terminated(run.info.run_id, "KILLED")
 
