@@ -7,7 +7,7 @@ mlruns/
     splits/                  training and validation data of running searches, as their workers map them
     spool/                   curves on their way to MLflow
     logs/                    what the workers print
-    locks/                   one lock a study: one search at a time
+    locks/                   one lock a study: one search at a time; and whose files the home keeps
 """
 
 from __future__ import annotations
@@ -87,7 +87,11 @@ def require_home(home: Path) -> Path:
 def claim_files(home: Path, study: str, *, storage: str | None) -> None:
     """Note whose files the home keeps under a study's name. Raises UsageError where they are another database's."""
     require_own_files(home, study, storage=storage)
-    write_atomically(_owner_file(home, study), _database_name(storage).encode())
+    path = _owner_file(home, study)
+    try:
+        write_atomically(path, _database_name(storage).encode())
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror}; choose another with --home or HPO_HOME.") from error
 
 
 def require_own_files(home: Path, study: str, *, storage: str | None) -> None:
@@ -102,7 +106,7 @@ def require_own_files(home: Path, study: str, *, storage: str | None) -> None:
 
 
 def _owner_file(home: Path, study: str) -> Path:
-    return home / "checkpoints" / study / "database"
+    return home / "locks" / f"{study}.database"
 
 
 def _database_name(storage: str | None) -> str:

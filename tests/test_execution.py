@@ -39,7 +39,7 @@ from hpo.cli import cli
 from hpo.data.datasets import save_splits, split_dataset
 from hpo.errors import DataError, SearchError, StoreError, UsageError
 from hpo.execution.local import LocalWorkers
-from hpo.execution.messages import Assignment, EpochDone, Setup
+from hpo.execution.messages import Assignment, Decision, EpochDone, Setup
 from hpo.execution.observer import Observer
 from hpo.pipeline import SearchOutcome, run_search
 from hpo.plugins import load_task
@@ -444,8 +444,11 @@ def test_a_stopped_worker_is_replaced_once_it_was_silent_for_too_long(
 
 
 def test_an_abandoned_worker_is_ended_and_not_heard_any_more(searches: Searches, pool: LocalWorkers) -> None:
+    searches.hold(1)
     for number in (0, 1):
         pool.run(assignment(searches, number))
+    let_begin(pool)
+    searches.release()
     wait_until(lambda: all(worker.connection.poll() for worker in pool._workers))
     heard = []
     for number, event in pool.events(timeout_s=0):
@@ -461,9 +464,12 @@ def test_an_abandoned_worker_is_ended_and_not_heard_any_more(searches: Searches,
 def test_a_worker_is_not_silent_when_nobody_listened(searches: Searches, pool: LocalWorkers) -> None:
     """A coordinator that waits for its database hears nobody for minutes."""
     pool.run(assignment(searches, 0))
-    wait_until(lambda: pool._workers[0].connection.poll())
+    wait_until(lambda: bool(list(pool.events(timeout_s=0.05))))
     searches.hold(1)
     pool.run(assignment(searches, 1))
+    let_begin(pool)
+    pool.answer(0, Decision.GO_ON)
+    wait_until(lambda: pool._workers[0].connection.poll())
     events = pool.events(timeout_s=0)
     assert next(events)[0] == 0
     searches.release()
@@ -472,6 +478,16 @@ def test_a_worker_is_not_silent_when_nobody_listened(searches: Searches, pool: L
     assert list(events) == []
     [(number, event)] = pool.events(timeout_s=0)
     assert (number, type(event)) == (1, EpochDone)
+
+
+def let_begin(pool: LocalWorkers) -> None:
+    """Hear from every worker that it is there; its trial is held, so that it says nothing else."""
+
+    def have_begun() -> bool:
+        assert list(pool.events(timeout_s=0.05)) == []
+        return all(worker.has_spoken for worker in pool._workers)
+
+    wait_until(have_begun)
 
 
 @pytest.fixture

@@ -166,7 +166,7 @@ def test_a_search_leaves_runs_curves_checkpoints_and_a_summary(
     assert outcome.winner.test is not None
     assert summary.data.metrics["test/accuracy"] == outcome.winner.test["accuracy"]
     assert_nothing_is_left_running(home)
-    assert list(home.glob("checkpoints/moody/trial-*")) == []
+    assert list(home.glob("checkpoints/moody/*")) == []
 
 
 def test_the_winner_is_the_best_on_validation_and_its_model_scores_what_was_said(
@@ -358,7 +358,7 @@ def test_a_signal_while_a_trial_is_written_down_puts_it_back_into_the_queue(
     assert [run.info.status for run in runs(home, "tags.`hpo.kind` = 'study'")] == ["KILLED"]
     assert search(trials=2).counts["complete"] == 2
     assert len(study(home).trials()) == 2
-    assert list(home.glob("checkpoints/moody/trial-*")) == []
+    assert list(home.glob("checkpoints/moody/*")) == []
 
 
 def test_a_store_that_fails_at_the_end_loses_no_trial(
