@@ -250,7 +250,7 @@ def test_a_damaged_store_is_told_in_one_line_and_left_as_it_is(hpo: Callable[[st
 def searched(hpo: Callable[[str], Answer], home: Path, monkeypatch: pytest.MonkeyPatch) -> Answer:
     """A short study in the home, and what its search printed."""
     monkeypatch.setenv("HPO_HOME", str(home))
-    return hpo("search digits --trials 3 --epochs 2 -p optimizer=adamw --pruner none")
+    return hpo("search digits --trials 3 --epochs 2 -p optimizer=adamw --pruner none --workers 1")
 
 
 def test_a_search_prints_a_line_for_each_trial_and_then_the_winner(searched: Answer) -> None:
