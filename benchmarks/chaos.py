@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--every-s", type=float, default=1.0, help="mean seconds between kills")
     parser.add_argument("--parent-kills", type=int, default=3, help="times that the search itself is killed")
-    parser.add_argument("--parent-every-s", type=float, default=30.0, help="seconds between those")
+    parser.add_argument("--parent-every-s", type=float, default=20.0, help="seconds between those")
     parser.add_argument("--storage", help="URL of a PostgreSQL database")
     parser.add_argument("--tracking-uri", help="MLflow store, if not the home's")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")

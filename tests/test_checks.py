@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 def run(*command: str) -> str:
     finished = subprocess.run(
-        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=600
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=600
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return finished.stdout
@@ -32,11 +32,16 @@ def run(*command: str) -> str:
     ids=lambda command: command[0],
 )
 def test_the_code_passes(command: tuple[str, ...]) -> None:
-    run(*command)
+    run("-m", *command)
+
+
+@pytest.mark.parametrize("benchmark", ["chaos", "search_quality", "storage"])
+def test_a_benchmark_finds_all_that_it_imports(benchmark: str) -> None:
+    assert "usage" in run(f"benchmarks/{benchmark}.py", "--help")
 
 
 def test_the_distributions_hold_what_they_should_and_nothing_else(tmp_path: Path) -> None:
-    run("hatchling", "build", "-d", str(tmp_path))
+    run("-m", "hatchling", "build", "-d", str(tmp_path))
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         top = {name.split("/")[0] for name in archive.namelist()}

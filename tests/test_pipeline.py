@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,9 +21,10 @@ from postgres import Postgres
 
 import hpo
 from hpo.errors import CheckpointError, SearchError, StoreError, StudyMismatchError, UsageError
+from hpo.execution.observer import Observer
 from hpo.pipeline import SearchOutcome, run_search
 from hpo.search.storage import open_storage
-from hpo.search.study import Study
+from hpo.search.study import Study, Suggestion
 from hpo.tracking.store import open_store
 
 # The digits with one more thing that a test needs: it can take its time, raise, or give NaN.
@@ -30,6 +32,8 @@ TASK = """
 import os
 import signal
 import time
+from pathlib import Path
+
 import torch
 from hpo.models.mlp import MLP
 from hpo.objective import Objective
@@ -45,6 +49,8 @@ class Moody(torch.nn.Module):
     def forward(self, inputs):
         if self.training and self.mood in ("slow", "stuck"):
             time.sleep({"slow": 0.05, "stuck": 600}[self.mood])
+        while self.training and self.mood == "held" and (Path(__file__).parent / "hold").exists():
+            time.sleep(0.005)
         if self.training and self.mood == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.training and self.mood == "raises":
@@ -65,7 +71,7 @@ objective = Objective(
         Group(
             "architecture",
             width=Choice(16, 32, default=32),
-            mood=Choice("calm", "slow", "stuck", "raises", "nan", "dies", default="calm"),
+            mood=Choice("calm", "slow", "held", "stuck", "raises", "nan", "dies", default="calm"),
         ),
     ),
 )
@@ -328,15 +334,23 @@ def test_a_home_is_not_shared_by_studies_of_one_name_in_two_databases(
 
 
 def test_when_time_is_up_the_trial_is_kept_and_nothing_is_tested_until_the_search_is_done(
-    search: Callable[..., SearchOutcome], home: Path
+    search: Callable[..., SearchOutcome], home: Path, task: str
 ) -> None:
-    outcome = search(trials=3, timeout=0.2, overrides=("mood=slow",))
+    timeout_s = 5.0
+    hold = Path(task).with_name("hold")
+    hold.touch()
+
+    class LetsGoWhenTimeIsUp(Observer):
+        def trial_started(self, suggestion: Suggestion) -> None:
+            threading.Timer(timeout_s, hold.unlink).start()
+
+    outcome = search(trials=3, timeout=timeout_s, overrides=("mood=held",), observer=LetsGoWhenTimeIsUp())
     assert outcome.counts["interrupted"] == 1
     assert not outcome.is_done
     assert not outcome.interrupted
     assert outcome.winner is None or outcome.winner.test is None
     assert [run.info.status for run in runs(home, "tags.`hpo.kind` = 'study'")] == ["KILLED"]
-    later = search(trials=3, overrides=("mood=slow",))
+    later = search(trials=3, overrides=("mood=held",))
     assert later.is_done
     assert later.counts["complete"] == 3
     assert later.winner is not None
