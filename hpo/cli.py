@@ -98,6 +98,9 @@ machine_options = _options(
     click.option("--workers", type=int, metavar="N", help="Trials at a time. [default: one a GPU, else one a core]"),
     click.option("--timeout", type=Duration(), metavar="TIME", help="Stop after this time: 90, 90s, 30m or 2h."),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    click.option("--precision", metavar="TYPE", help="auto, fp32, bf16 or fp16. [default: auto, bf16 where it pays]"),
+    click.option("--compile", metavar="MODE", help="auto, off, step or graph. [default: auto, step where it pays]"),
+    click.option("--deterministic", is_flag=True, help="Let a GPU use deterministic algorithms only."),
     click.option(
         "--keep", type=int, default=5, show_default=True, metavar="K", help="Keep the weights of the K best trials."
     ),

@@ -13,6 +13,8 @@ OPTIMIZERS = ("sgd", "adam", "adamw", "nadam", "rmsprop")
 SCHEDULES = ("constant", "cosine", "one_cycle")
 AUGMENTATIONS = ("none", "flip", "crop", "crop_flip", "crop_flip_cutout")
 LOSSES = ("cross_entropy", "mse")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+COMPILE_MODES = ("auto", "off", "step", "graph")
 
 Direction = Literal["maximize", "minimize"]
 METRICS: dict[str, Direction] = {
@@ -90,6 +92,15 @@ class TrainConfig:
     device: str = "cpu"
     """Device as torch names it: cpu, cuda, cuda:1, ..."""
 
+    precision: str = "auto"
+    """One of PRECISIONS: the type that products are made in; see hpo.training.precision for `auto`."""
+
+    compile: str = "auto"
+    """One of COMPILE_MODES: whether a step is one compiled function, or a CUDA graph of it; `auto` where it pays."""
+
+    deterministic: bool = False
+    """Whether torch may use deterministic algorithms only; what has none raises. It matters on a GPU."""
+
     def __post_init__(self) -> None:
         for setting in fields(self):
             self._require_type(setting.name, type(setting.default))
@@ -99,6 +110,8 @@ class TrainConfig:
             ("augment", AUGMENTATIONS),
             ("loss", LOSSES),
             ("metric", METRICS),
+            ("precision", PRECISIONS),
+            ("compile", COMPILE_MODES),
         ):
             if getattr(self, name) not in allowed:
                 raise UnknownNameError(name, str(getattr(self, name)), allowed)

@@ -70,5 +70,9 @@ class CheckpointError(HpoError):
     """A checkpoint is damaged, or was not written by us."""
 
 
+class DeviceMemoryError(HpoError):
+    """A training does not fit into the memory of its device."""
+
+
 class SearchError(HpoError):
     """The search had to stop before it was done."""

@@ -87,6 +87,9 @@ def run_search(
     executor: str = "local",
     address: str | None = None,
     gpus_per_trial: float | None = None,
+    precision: str | None = None,
+    compile: str | None = None,
+    deterministic: bool = False,
     data_dir: Path | None = None,
     home: Path | None = None,
     storage: str | None = None,
@@ -112,6 +115,9 @@ def run_search(
         executor=executor,
         address=address,
         gpus_per_trial=gpus_per_trial,
+        precision=precision,
+        compile=compile,
+        deterministic=deterministic,
     )
     given = _study_fields(trials, epochs, overrides, strategy, pruner, first_rung, seed, limit, space)
     found, name, settings = agree(means, task, study, given)
@@ -163,6 +169,9 @@ def join_search(
     timeout: float | None = None,
     workers: int | None = None,
     device: str = "auto",
+    precision: str | None = None,
+    compile: str | None = None,
+    deterministic: bool = False,
     keep: int = DEFAULT_KEEP,
     data_dir: Path | None = None,
     home: Path | None = None,
@@ -185,6 +194,9 @@ def join_search(
         keep=keep,
         timeout=timeout,
         join=True,
+        precision=precision,
+        compile=compile,
+        deterministic=deterministic,
     )
     task = Study.load(read_storage(means.home, means.storage), study).task_reference
     # Whoever can write to the database must not choose what code runs here.
@@ -265,6 +277,7 @@ def _search(
                 checkpoints=means.home / "checkpoints" / name,
                 keep=means.keep,
                 timeout_s=means.timeout_s,
+                trainer=means.trainer,
                 observer=observer,
             )
             crown = partial(crown_winner, study, store, dataset.test, means.device, task.reference)

@@ -27,8 +27,8 @@ from hpo.space import Space, Value
 OBJECTIVES = "hpo.objectives"
 SEARCH_SPACES = "hpo.search_spaces"
 
-# A study has one budget, one metric and one device: a search may not choose between them.
-NOT_TUNABLE = frozenset({"max_epochs", "metric", "seed", "device"})
+# A study has one budget, one metric and one kind of machine: a search may not choose between them.
+NOT_TUNABLE = frozenset({"max_epochs", "metric", "seed", "device", "precision", "compile", "deterministic"})
 
 _logger = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpo.config import TrainConfig
 from hpo.database import without_password
 from hpo.errors import StudyMismatchError, UnknownNameError, UsageError
 from hpo.home import check_study_name, find_data_dir, find_home, find_storage
@@ -19,6 +20,7 @@ from hpo.search.samplers import STRATEGIES
 from hpo.search.storage import read_storage
 from hpo.search.study import Study, StudySettings, read_settings
 from hpo.tracking.store import home_store_uri
+from hpo.training.compiled import check_compile_mode
 
 DEFAULT_TRIALS = 100
 DEFAULT_KEEP = 5
@@ -49,6 +51,8 @@ class Means:
     ray_address: str
     gpus_per_trial: float
     """Share of a GPU that Ray reserves for each worker."""
+    trainer: Mapping[str, Any]
+    """Settings of TrainConfig for this session's trials; what was not given is the task's."""
 
     @property
     def is_shared(self) -> bool:
@@ -70,12 +74,20 @@ def find_means(
     executor: str = "local",
     address: str | None = None,
     gpus_per_trial: float | None = None,
+    precision: str | None = None,
+    compile: str | None = None,
+    deterministic: bool = False,
 ) -> Means:
     """The means of a session, as given, or as the environment and the machine say. Raises UsageError."""
     for option, number in (("--workers", workers), ("--keep", keep)):
         if number is not None and number < 1:
             raise UsageError(f"{option} {number} is not allowed: it must be at least 1.")
     _check_executor(executor, address, gpus_per_trial, device)
+    given = {"precision": precision, "compile": compile, "deterministic": deterministic or None}
+    trainer: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    TrainConfig(**trainer)  # raises where one of them is not allowed
+    if executor == "local":
+        check_compile_mode(compile or "auto", precision or "auto", choose_device(device))
     means = Means(
         home=find_home(home),
         storage=find_storage(storage),
@@ -89,6 +101,7 @@ def find_means(
         executor=executor,
         ray_address=address or "auto",
         gpus_per_trial=gpus_per_trial or 0.0,
+        trainer=trainer,
     )
     if join and not means.is_shared:
         raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import pickle
 import signal
@@ -17,19 +18,22 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpo.config import AUGMENTATIONS, OPTIMIZERS, SCHEDULES, TrainConfig
 from hpo.data.datasets import Splits, split_dataset
-from hpo.errors import CheckpointError, UnknownNameError, UsageError
+from hpo.errors import CheckpointError, DeviceMemoryError, UnknownNameError, UsageError
 from hpo.objective import Dataset, DataSpec, SealedSplit, Split
 from hpo.training.checkpoint import CheckpointFolder, load_weights, save_weights
+from hpo.training.compiled import let_dropout_vary, settle_compile_mode
 from hpo.training.losses import loss_function, target_scale
 from hpo.training.metrics import ConfusionMetrics, EpochMetrics, RegressionMetrics
 from hpo.training.optimizers import build_optimizer
+from hpo.training.precision import settle_precision
 from hpo.training.schedules import build_schedule
-from hpo.training.step import train_step
+from hpo.training.step import TrainingStep
 from hpo.training.stopping import EarlyStopping
 from hpo.training.trainer import EpochResult, evaluate, fit
 
@@ -550,6 +554,7 @@ resumable_configs = st.builds(
     weight_decay=st.sampled_from([0.0, 0.01]),
     clip_norm=st.sampled_from([0.0, 0.5]),
     patience=st.sampled_from([1, 4]),
+    precision=st.sampled_from(["auto", "bf16", "fp16"]),
     seed=st.integers(0, 3),
 )
 
@@ -873,7 +878,7 @@ def test_cross_entropy_is_torchs_with_the_label_smoothing_of_the_config(smoothin
     torch.manual_seed(seed)
     outputs, targets = torch.randn(8, 3), torch.randint(3, (8,))
     loss = loss_function(quick_config(label_smoothing=smoothing), 3, 1.0)(outputs, targets)
-    assert torch.equal(loss, functional.cross_entropy(outputs, targets, label_smoothing=smoothing))
+    torch.testing.assert_close(loss, functional.cross_entropy(outputs, targets, label_smoothing=smoothing))
 
 
 @given(scale=st.floats(1e-3, 1e6), seed=st.integers(0, 100))
@@ -974,16 +979,9 @@ def test_r2_of_equal_targets_is_one_for_exact_predictions_and_zero_otherwise() -
 def test_a_step_scales_gradients_down_to_the_global_norm(clip_norm: float) -> None:
     splits, model = image_splits(), ImageNet()
     optimizer = build_optimizer(model, quick_config(optimizer="sgd", momentum=0.0, lr=1.0))
-    schedule = build_schedule(optimizer, quick_config(schedule="constant", warmup_fraction=0.0), 10)
     before = weights_of(model)
-    step = train_step(
-        model,
-        functional.cross_entropy,
-        optimizer,
-        schedule,
-        splits.train.inputs,
-        splits.train.targets,
-        clip_norm=clip_norm,
+    step = TrainingStep(model, functional.cross_entropy, optimizer, clip_norm=clip_norm)(
+        splits.train.inputs, splits.train.targets
     )
     moved = torch.cat([(before[name] - p.detach()).flatten() for name, p in model.named_parameters()]).norm().item()
     grad_norm = step.grad_norm.item()
@@ -991,6 +989,245 @@ def test_a_step_scales_gradients_down_to_the_global_norm(clip_norm: float) -> No
     assert moved == pytest.approx(0.01 if clip_norm == 0.01 else grad_norm, rel=1e-3)
     assert not step.loss.requires_grad
     assert not step.outputs.requires_grad
+
+
+# What is compiled.
+
+
+def compiled_graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "sgd", "momentum": 0.9},
+        {"optimizer": "sgd", "momentum": 0.0, "clip_norm": 0.5},
+        {"optimizer": "adam", "label_smoothing": 0.1},
+        {"optimizer": "adamw", "clip_norm": 0.5, "label_smoothing": 0.1},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
+def test_a_compiled_step_trains_as_the_eager_one_does(changes: dict[str, Any]) -> None:
+    config = quick_config(max_epochs=4, weight_decay=0.01, **changes)
+    weights, curves = [], []
+    for mode in ("off", "step"):
+        model = ImageNet()
+        model.hidden.bias = None  # in front of a norm it has no gradient but rounding, which Adam would magnify
+        results = list(fit(model, image_splits(), replace(config, compile=mode)))
+        assert [result.settled["compile"] for result in results] == ["off", *[mode] * 3]
+        weights.append(weights_of(model))
+        curves.append([result.metrics["train/loss"] for result in results])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    for name, eager in weights[0].items():
+        torch.testing.assert_close(weights[1][name], eager, rtol=1e-3, atol=1e-4)
+
+
+def test_the_next_trial_of_an_architecture_batch_and_optimizer_is_not_compiled_again() -> None:
+    config = quick_config(compile="step", label_smoothing=0.1, weight_decay=0.01)
+    list(fit(ImageNet(dropout=0.3), image_splits(), config))
+    before = compiled_graphs()
+    another = replace(config, lr=0.003, weight_decay=0.2, label_smoothing=0.05, schedule="one_cycle", seed=3)
+    list(fit(ImageNet(dropout=0.1, seed=5), image_splits(), another))
+    assert before > 0
+    assert compiled_graphs() == before
+    list(fit(ImageNet(dropout=0.1, width=24), image_splits(), another))
+    assert compiled_graphs() == before + 1  # it does count
+
+
+def test_a_compiled_training_is_resumed_bit_equal(tmp_path: Path) -> None:
+    config = quick_config(compile="step", max_epochs=4)
+    expected_model = ImageNet(dropout=0.2)
+    expected = [without_time(result) for result in fit(expected_model, image_splits(), config)]
+    folder = CheckpointFolder(tmp_path / "run")
+    for result in fit(ImageNet(dropout=0.2), image_splits(), config, checkpoint=folder):
+        if result.epoch == 2:
+            break
+    model = ImageNet(dropout=0.2, seed=1)
+    resumed = [without_time(result) for result in fit(model, image_splits(), config, checkpoint=folder)]
+    assert resumed == expected[1:]
+    assert_equal_weights(weights_of(model), weights_of(expected_model))
+
+
+class Untraceable(ImageNet):
+    """Looks at its activations to decide what to do, which no graph can hold."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        outputs = super().forward(images)
+        return outputs if outputs.sum().item() > 0 else 2 * outputs
+
+
+def test_a_model_that_cannot_be_compiled_is_trained_as_it_is_and_the_user_reads_why(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = quick_config(optimizer="adam", compile="step")
+    expected = [without_time(result) for result in fit(Untraceable(), image_splits(), replace(config, compile="off"))]
+    assert [without_time(result) for result in fit(Untraceable(), image_splits(), config)] == expected
+    assert "the step cannot be compiled and goes on as it is: " in caplog.text
+
+
+def test_dropout_in_a_compiled_step_keeps_its_rate_and_its_mean() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.25))
+    let_dropout_vary(model)
+    inputs = torch.ones(100, 1000)
+    outputs = model[1](inputs)
+    assert outputs.unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert (outputs == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
+    assert torch.equal(model.eval()[1](inputs), inputs)
+    assert list(model.state_dict()) == ["0.weight", "0.bias"]
+
+
+def test_auto_compiles_where_the_remaining_steps_save_more_than_it_costs() -> None:
+    step = TrainingStep(ImageNet(), functional.cross_entropy, torch.optim.SGD(ImageNet().parameters(), lr=0.1))
+    shape = (16, *IMAGE_SHAPE)
+
+    def mode(wanted: str, steps_left: int) -> str:
+        return settle_compile_mode(wanted, step, batch_shape=shape, seconds_a_step=1e-3, steps_left=steps_left)
+
+    assert mode("auto", steps_left=1_000) == "off"
+    assert mode("off", steps_left=1_000_000) == "off"
+    assert mode("auto", steps_left=1_000_000) == "step"
+    assert mode("auto", steps_left=1_000) == "step"  # it is compiled by now
+    step.num_parts = 2
+    assert mode("step", steps_left=1_000_000) == "off"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"compile": "graph"}, "--compile graph needs a CUDA device, not cpu"),
+        ({"compile": "step", "precision": "fp16"}, "--compile step does not go with --precision fp16"),
+    ],
+)
+def test_a_compile_mode_that_cannot_be_had_is_refused_before_any_work(changes: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        next(iter(fit(ImageNet(), image_splits(), quick_config(**changes))))
+
+
+# Precision.
+
+
+class Convolution(nn.Module):
+    """A small convolutional net."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.convolution = nn.Conv2d(1, 8, 3)
+            self.output = nn.Linear(8, NUM_CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen_type = self.convolution(images / 255.0).dtype
+        return self.output(functional.relu(self.convolution(images / 255.0)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_auto_takes_bf16_for_convolutions_where_the_processor_has_it(
+    monkeypatch: pytest.MonkeyPatch, has_bf16: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert settle_precision("auto", Convolution(), "cpu") == ("bf16" if has_bf16 else "fp32")
+    assert settle_precision("auto", ImageNet(), "cpu") == "fp32"
+    assert settle_precision("fp32", Convolution(), "cpu") == "fp32"
+    assert settle_precision("fp16", ImageNet(), "cpu") == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_products_are_made_in_the_precision_that_was_asked_for_and_weights_stay_in_fp32(
+    precision: str, dtype: torch.dtype
+) -> None:
+    model, curves = Convolution(), []
+    for result in fit(model, image_splits(), quick_config(precision=precision, max_epochs=5, lr=0.01)):
+        assert model.seen_type == dtype
+        assert result.settled["precision"] == precision
+        assert math.isfinite(result.metrics["grad_norm"])
+        curves.append(result.metrics["train/loss"])
+    assert curves[-1] < curves[0]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.convolution.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_resumed_training_keeps_the_precision_that_it_began_with(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "run")
+    next(iter(fit(Convolution(), image_splits(), quick_config(precision="bf16"), checkpoint=folder)))
+    resumed = list(fit(Convolution(), image_splits(), quick_config(precision="fp32"), checkpoint=folder))
+    assert [result.settled["precision"] for result in resumed] == ["bf16"] * 3
+
+
+def test_deterministic_algorithms_are_asked_for_during_an_epoch_only() -> None:
+    class Watched(ImageNet):
+        def forward(self, images: Tensor) -> Tensor:
+            self.is_deterministic = torch.are_deterministic_algorithms_enabled()
+            return super().forward(images)
+
+    model = Watched()
+    for deterministic in (True, False):
+        next(iter(fit(model, image_splits(), quick_config(deterministic=deterministic))))
+        assert model.is_deterministic == deterministic
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+# Memory.
+
+
+class Hungry(ImageNet):
+    """Runs out of memory above a number of examples at a time."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.norm = nn.Identity()
+        self.most = most
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training and len(images) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return super().forward(images)
+
+
+def test_a_batch_that_does_not_fit_is_taken_in_two_halves_with_the_same_result(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = quick_config(batch_size=31, clip_norm=0.1, weight_decay=0.01)
+    roomy, cramped = Hungry(31), Hungry(16)
+    expected, results = (list(fit(model, image_splits(), config)) for model in (roomy, cramped))
+    assert [r.metrics["train/loss"] for r in results] == pytest.approx([r.metrics["train/loss"] for r in expected])
+    assert [r.metrics["grad_norm"] for r in results] == pytest.approx([r.metrics["grad_norm"] for r in expected], 1e-4)
+    for name, weight in weights_of(roomy).items():
+        torch.testing.assert_close(weights_of(cramped)[name], weight)
+    assert caplog.text.count("does not hold a batch of 31; it is taken in two halves") == 1
+
+
+def test_a_training_gives_up_when_half_a_batch_does_not_fit_either() -> None:
+    with pytest.raises(DeviceMemoryError, match=r"out of memory \(oom\) even with half of batch_size=32 at a time"):
+        next(iter(fit(Hungry(8), image_splits(), quick_config(batch_size=32))))
+
+
+def test_a_resumed_training_takes_batches_in_as_many_parts_as_before(tmp_path: Path) -> None:
+    config = quick_config(batch_size=32)
+    expected_model, model = Hungry(16), Hungry(16)
+    list(fit(expected_model, image_splits(), config))
+    folder = CheckpointFolder(tmp_path / "run")
+    next(iter(fit(Hungry(16), image_splits(), config, checkpoint=folder)))
+    list(fit(model, image_splits(), config, checkpoint=folder))
+    assert_equal_weights(weights_of(model), weights_of(expected_model))
+
+
+@pytest.mark.parametrize("mode", ["off", "step"])
+def test_nothing_of_a_training_is_alive_after_it(mode: str) -> None:
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+    splits = image_splits()
+    counts = []
+    for seed in range(4):
+        list(fit(ImageNet(dropout=0.1), splits, quick_config(seed=seed, compile=mode)))
+        counts.append(tensors())
+    assert counts[3] == counts[2] == counts[1]  # the first one may fill caches
 
 
 # On a GPU.

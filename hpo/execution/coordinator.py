@@ -13,13 +13,13 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hpo.errors import SearchError, StoreError
 from hpo.execution.messages import Assignment, Decision, EpochDone, TrialDone, TrialRaised
@@ -73,9 +73,13 @@ class Coordinator:
         checkpoints: Path,
         keep: int,
         timeout_s: float | None,
+        trainer: Mapping[str, Any],
         observer: Observer,
     ) -> None:
-        """`checkpoints` is the study's folder of states; the best weights of `keep` trials stay in MLflow."""
+        """`checkpoints` is the study's folder of states; the best weights of `keep` trials stay in MLflow.
+
+        `trainer` are settings of TrainConfig that are this machine's, such as its precision.
+        """
         self._study = study
         self._session = session
         self._runs = runs
@@ -85,6 +89,7 @@ class Coordinator:
         self._best = _BestTrials(keep, study.settings.direction, study.trials())
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._observer = observer
+        self._trainer = trainer
         self._attempts: dict[int, _Attempt] = {}
         self._deaths: dict[int, _Deaths] = {}
         self._next_adoption = 0.0
@@ -183,6 +188,7 @@ class Coordinator:
                     max_epochs=self._study.settings.max_epochs,
                     seed=suggestion.seed,
                     device=self._workers.device,
+                    **self._trainer,
                 ),
                 folder=attempt.folder,
             )
@@ -223,6 +229,8 @@ class Coordinator:
 
     def _decide(self, attempt: _Attempt, result: EpochResult) -> Decision:
         """Write an epoch's result down, and answer the worker."""
+        if attempt.last is None or attempt.last.settled != result.settled:
+            attempt.run.set_tags({f"hpo.{name}": value for name, value in result.settled.items()})
         # The first result of a resumed trial is known already, unless the process died before it was written down.
         attempt.last = result
         attempt.run.log_epoch(result.epoch, result.metrics)

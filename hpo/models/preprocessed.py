@@ -40,7 +40,9 @@ class PreprocessedModel(nn.Module):
         return self.spec.classes
 
     def forward(self, inputs: Tensor) -> Tensor:
-        outputs = cast(Tensor, self.network((inputs.to(self.input_mean.dtype) - self.input_mean) / self.input_std))
+        # The subtraction converts integers on its way; dividing in place spares a tensor as large as the batch.
+        normalised = (inputs - self.input_mean).to(self.input_mean.dtype).div_(self.input_std)
+        outputs = cast(Tensor, self.network(normalised))
         if self.classes:
             return outputs
         return outputs.squeeze(-1) * self.target_std + self.target_mean

@@ -169,6 +169,8 @@ class Delivery:
     def _tell(self, event: Event) -> None:
         if "start" in event:
             self._start(event["time_ms"], **event["start"])
+        elif "tags" in event:
+            self._set_tags(event["tags"])
         elif "text" in event:
             self._client.log_text(self._ensure_run(), event["text"], event["name"])
         elif "file" in event:
@@ -190,6 +192,11 @@ class Delivery:
         self._client.update_run(self._run_id, status="RUNNING")
         if "hpo.reason" in run.data.tags:
             self._client.delete_tag(self._run_id, "hpo.reason")
+
+    def _set_tags(self, tags: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        self._client.log_batch(self._ensure_run(), tags=[RunTag(*tag) for tag in tags.items()])
 
     def _ensure_run(self) -> str:
         """The run id; a spool whose first line was damaged still makes its run."""

@@ -189,6 +189,10 @@ class TrialRun:
     def start(self, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         self._write({"start": {"params": params, "tags": tags}}, now=True)
 
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Something that the trial has turned out to be."""
+        self._write({"tags": tags})
+
     def log_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """One row of every curve. An epoch that was logged before, by an earlier attempt, is not logged again."""
         self._write({"epoch": epoch, "metrics": {key: float(value) for key, value in metrics.items()}})

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import gc
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from hpo.errors import DeviceMemoryError
+from hpo.training.precision import autocast
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LRScheduler
 
     from hpo.training.losses import LossFunction
+
+_logger = logging.getLogger(__name__)
 
 
 class StepResult(NamedTuple):
@@ -22,25 +30,100 @@ class StepResult(NamedTuple):
     grad_norm: Tensor  # () before clipping
 
 
-def train_step(
-    model: nn.Module,
-    loss_function: LossFunction,
-    optimizer: Optimizer,
-    schedule: LRScheduler,
-    inputs: Tensor,
-    targets: Tensor,
-    *,
-    clip_norm: float,
-) -> StepResult:
-    """Forward, backward, clip, step. A `clip_norm` of 0 leaves the gradients as they are."""
-    outputs = model(inputs)
-    loss = loss_function(outputs, targets)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    grad_norm = _clip_gradients(optimizer, clip_norm)
-    optimizer.step()
-    schedule.step()
-    return StepResult(outputs.detach(), loss.detach(), grad_norm)
+class TrainingStep:
+    """Forward, backward, clip, optimizer.
+
+    When the device's memory does not hold a batch, it is taken in two halves from then on, whose gradients are added
+    up; only batch norm sees the difference. Raises DeviceMemoryError when a half is too much as well.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_function: LossFunction,
+        optimizer: Optimizer,
+        *,
+        clip_norm: float = 0.0,
+        precision: str = "fp32",
+    ) -> None:
+        """A `clip_norm` of 0 leaves the gradients as they are."""
+        self.model = model
+        self.loss_function = loss_function
+        self.optimizer = optimizer
+        self.clip_norm = clip_norm
+        self.precision = precision
+        self.num_parts = 1
+        """Parts that a batch is taken in."""
+        self.scaler = _scaler(model, precision)
+
+    mode = "off"
+    """How it is compiled."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training goes on with, as plain data."""
+        return {"precision": self.precision, "num_parts": self.num_parts, "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on in the precision, and in as many parts, as before."""
+        self.precision, self.num_parts = state["precision"], state["num_parts"]
+        self.scaler = _scaler(self.model, self.precision)
+        self.scaler.load_state_dict(state["scaler"])
+
+    def __call__(self, inputs: Tensor, targets: Tensor) -> StepResult:
+        """Take in a batch (B, ...) with targets (B,)."""
+        result = self._try(inputs, targets)
+        if result is None and self.num_parts == 1:
+            # Out here the failed attempt's tensors are gone; in an except block the traceback would hold them.
+            self.num_parts = 2
+            _logger.warning(
+                "the device's memory does not hold a batch of %d; it is taken in two halves from now on", len(targets)
+            )
+            gc.collect()
+            torch.cuda.empty_cache()
+            result = self._try(inputs, targets)
+        if result is None:
+            raise DeviceMemoryError(
+                f"out of memory (oom) even with half of batch_size={len(targets)} at a time; "
+                "choose a smaller batch or model."
+            )
+        return result
+
+    def _try(self, inputs: Tensor, targets: Tensor) -> StepResult | None:
+        try:
+            return self._step(inputs, targets)
+        except torch.OutOfMemoryError:
+            return None
+
+    def _step(self, inputs: Tensor, targets: Tensor) -> StepResult:
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = [
+            self._backward(part, part_targets, share=len(part) / len(inputs))
+            for part, part_targets in zip(inputs.chunk(self.num_parts), targets.chunk(self.num_parts), strict=True)
+        ]
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = _clip_gradients(self.optimizer, self.clip_norm)
+        if self.scaler.is_enabled():
+            grad_norm = grad_norm.nan_to_num(0.0, 0.0, 0.0)  # the scaler passes over a step that overflowed
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if len(parts) == 1:
+            return StepResult(*parts[0], grad_norm)
+        outputs, losses = zip(*parts, strict=True)
+        return StepResult(torch.cat(outputs), torch.stack(losses).sum(), grad_norm)
+
+    def _backward(self, inputs: Tensor, targets: Tensor, *, share: float) -> tuple[Tensor, Tensor]:
+        """Outputs and loss of a part of the batch, which counts with its share of the examples."""
+        with autocast(self.precision, inputs.device):
+            outputs = self.model(inputs)
+            loss = self.loss_function(outputs, targets)
+        loss = loss if share == 1 else loss * share
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        return outputs.detach(), loss.detach()
+
+
+def _scaler(model: nn.Module, precision: str) -> torch.amp.GradScaler:
+    """Keeps small gradients from vanishing in fp16; does nothing in other types."""
+    return torch.amp.GradScaler(next(model.parameters()).device.type, enabled=precision == "fp16")
 
 
 def _clip_gradients(optimizer: Optimizer, clip_norm: float) -> Tensor:
@@ -51,11 +134,3 @@ def _clip_gradients(optimizer: Optimizer, clip_norm: float) -> Tensor:
     if clip_norm > 0:
         clip_grads_with_norm_(parameters, clip_norm, grad_norm)
     return grad_norm
-
-
-def evaluation_step(
-    model: nn.Module, loss_function: LossFunction, inputs: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Outputs (B, num_outputs) and their mean loss; the caller sets evaluation and inference mode."""
-    outputs = model(inputs)
-    return outputs, loss_function(outputs, targets)

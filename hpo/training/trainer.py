@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +16,13 @@ from hpo.config import derive_seed
 from hpo.data.batches import TrainingBatches, evaluation_batches
 from hpo.errors import CheckpointError
 from hpo.objective import Split
+from hpo.training.compiled import CompiledStep, check_compile_mode, settle_compile_mode
 from hpo.training.losses import LossFunction, loss_function, target_scale
 from hpo.training.metrics import EpochMetrics, check_metric
 from hpo.training.optimizers import build_optimizer
+from hpo.training.precision import autocast, has_convolutions, settle_precision
 from hpo.training.schedules import build_schedule
-from hpo.training.step import evaluation_step, train_step
+from hpo.training.step import TrainingStep
 from hpo.training.stopping import EarlyStopping
 
 if TYPE_CHECKING:
@@ -55,6 +59,9 @@ class EpochResult:
     diverged: bool
     """Whether a loss or the value was not finite. It is the last epoch then."""
 
+    settled: dict[str, str]
+    """What the trainer has settled by itself: `precision`, and `compile` (off, step or graph)."""
+
 
 def fit(
     model: nn.Module, splits: Splits, config: TrainConfig, *, checkpoint: CheckpointFolder | None = None
@@ -70,7 +77,8 @@ def fit(
     Its first result is then the saved one once more: whoever was killed may not have got it.
 
     The global random state is seeded anew for each epoch. Raises UsageError before any work where the config does not
-    fit the data, and CheckpointError where the folder holds a run with another config.
+    fit the data or the device, CheckpointError where the folder holds a run with another config, and DeviceMemoryError
+    where half a batch does not fit either.
     """
     run = _Run(model, splits, config)
     saved = run.resume(checkpoint) if checkpoint else None
@@ -92,12 +100,12 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss and metrics of `model`, left in evaluation mode, on any split; `num_classes` is 0 for a regression.
 
-    A regression's loss is in units of `target_scale`, as in `fit` with `losses.target_scale(splits.train)`; all other
-    metrics are in the target's units.
+    In fp32, as the model is deployed. A regression's loss is in units of `target_scale`, as in `fit` with
+    `losses.target_scale(splits.train)`; all other metrics are in the target's units.
     """
     on_device = Split(split.inputs.to(config.device), split.targets.to(config.device))
     loss = loss_function(config, num_classes, target_scale)
-    return _read(_evaluate(model.to(config.device), on_device, loss, num_classes))
+    return _read(_evaluate(model.to(config.device), on_device, loss, num_classes, precision="fp32"))
 
 
 class _Run:
@@ -118,8 +126,19 @@ class _Run:
             augment=config.augment,
         )
         self.model = model.to(config.device)
+        if has_convolutions(model):
+            self.model = self.model.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.model, config)
         self.schedule = build_schedule(self.optimizer, config, config.max_epochs * len(self.batches))
+        self.step: TrainingStep | CompiledStep = TrainingStep(
+            self.model,
+            self.loss_function,
+            self.optimizer,
+            clip_norm=config.clip_norm,
+            precision=settle_precision(config.precision, model, config.device),
+        )
+        check_compile_mode(config.compile, self.step.precision, config.device)
+        self.compile_mode = "off"
         self.stopping = EarlyStopping(
             config.direction, patience=config.patience, min_delta=config.min_delta, stop_after=config.stop_after
         )
@@ -127,12 +146,26 @@ class _Run:
 
     def next_epoch(self, epoch: int) -> EpochResult:
         started = time.perf_counter()
+        if self.compile_mode != "off" and isinstance(self.step, TrainingStep):
+            self.step = CompiledStep(self.step, self.compile_mode)
         self._seed(epoch)
-        train, grad_norm = self._train()
-        validation = _evaluate(self.model, self.splits.validation, self.loss_function, self.num_classes)
+        with _algorithms(deterministic=self.config.deterministic):
+            train, grad_norm = self._train()
+            validation = _evaluate(
+                self.model, self.splits.validation, self.loss_function, self.num_classes, precision=self.step.precision
+            )
         metrics = _read({**_prefixed("train/", train), **_prefixed("val/", validation), "grad_norm": grad_norm})
         metrics["lr"] = float(self.optimizer.param_groups[0]["lr"])
         metrics["time/epoch_s"] = time.perf_counter() - started
+        if isinstance(self.step, TrainingStep):
+            # The first epoch is never compiled: it fills the optimizer's state and shows how long a step takes.
+            self.compile_mode = settle_compile_mode(
+                self.config.compile,
+                self.step,
+                batch_shape=(self.config.batch_size, *self.splits.spec.input_shape),
+                seconds_a_step=metrics["time/epoch_s"] / len(self.batches),
+                steps_left=(self.config.max_epochs - epoch) * len(self.batches),
+            )
         return self._judge(epoch, metrics)
 
     def _seed(self, epoch: int) -> None:
@@ -147,15 +180,8 @@ class _Run:
         grad_norm_sum = torch.zeros((), device=self.config.device)
         self.model.train()
         for inputs, targets in self.batches:
-            step = train_step(
-                self.model,
-                self.loss_function,
-                self.optimizer,
-                self.schedule,
-                inputs,
-                targets,
-                clip_norm=self.config.clip_norm,
-            )
+            step = self.step(inputs, targets)
+            self.schedule.step()
             metrics.update(step.outputs, targets, step.loss)
             grad_norm_sum += step.grad_norm
         return metrics.compute(), grad_norm_sum / len(self.batches)
@@ -176,6 +202,7 @@ class _Run:
             best_epoch=self.stopping.best_epoch,
             is_best=is_best,
             diverged=diverged,
+            settled={"precision": self.step.precision, "compile": self.step.mode},
         )
 
     def is_over(self, result: EpochResult) -> bool:
@@ -187,6 +214,7 @@ class _Run:
             self.model.load_state_dict(self.best_weights)
 
     def state_dict(self, result: EpochResult) -> dict[str, Any]:
+        step = self.step.state_dict()  # before the optimizer's, which it completes
         return {
             "config": _comparable(self.config),
             "result": asdict(result),
@@ -195,6 +223,8 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "stopping": self.stopping.state_dict(),
+            "step": step,
+            "compile_mode": self.compile_mode,
         }
 
     def resume(self, checkpoint: CheckpointFolder) -> EpochResult | None:
@@ -209,6 +239,8 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.stopping.load_state_dict(state["stopping"])
+        self.step.load_state_dict(state["step"])
+        self.compile_mode = state["compile_mode"]
         return EpochResult(**state["result"])
 
     def _check_config(self, saved: Mapping[str, Any], checkpoint: CheckpointFolder) -> None:
@@ -224,17 +256,36 @@ class _Run:
 
 
 def _comparable(config: TrainConfig) -> dict[str, Any]:
-    """The settings that a run cannot change on the way; it may well go on on another device."""
-    return {name: value for name, value in asdict(config).items() if name != "device"}
+    """The settings that a run cannot change on the way; it may well go on on another device, in what was settled."""
+    free = ("device", "precision", "compile", "deterministic")
+    return {name: value for name, value in asdict(config).items() if name not in free}
+
+
+@contextmanager
+def _algorithms(*, deterministic: bool) -> Iterator[None]:
+    """Let torch choose the fastest algorithms for shapes that do not change, or deterministic ones only."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    try:
+        with torch.backends.cudnn.flags(benchmark=not deterministic, deterministic=deterministic):
+            torch.use_deterministic_algorithms(deterministic)
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @torch.inference_mode()
-def _evaluate(model: nn.Module, split: Split, loss_function: LossFunction, num_classes: int) -> dict[str, Tensor]:
+def _evaluate(
+    model: nn.Module, split: Split, loss_function: LossFunction, num_classes: int, *, precision: str
+) -> dict[str, Tensor]:
     """Loss and metrics on a split, everything on one device; leaves the model in evaluation mode."""
     model.eval()
     metrics = EpochMetrics(num_classes, split.targets.device)
     for inputs, targets in evaluation_batches(split):
-        outputs, loss = evaluation_step(model, loss_function, inputs, targets)
+        with autocast(precision, inputs.device):
+            outputs = model(inputs)
+            loss = loss_function(outputs, targets)
         metrics.update(outputs, targets, loss)
     return metrics.compute()
 

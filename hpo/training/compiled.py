@@ -1,0 +1,321 @@
+"""The step as one compiled function: forward, backward, clipping and the optimizer's formula in a single graph.
+
+Everything that differs from trial to trial but not from architecture to architecture (learning rate, momentum, weight
+decay, dropout, label smoothing) is a tensor in that graph. So the next trial of the same architecture, batch size and
+optimizer finds it compiled; torch's own optimizers, compiled, would be compiled anew for each weight decay.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, AdamW
+
+from hpo.errors import UsageError
+from hpo.training.precision import autocast
+from hpo.training.step import StepResult, TrainingStep
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hpo.training.losses import LossFunction
+
+_logger = logging.getLogger(__name__)
+
+MAX_GRAPHS = 32
+"""Graphs that are kept: each step looks through them for its own, and they hold memory."""
+
+# Measured on one core of a CPU with torch 2.15; see benchmarks/trainer.py.
+SECONDS_TO_COMPILE = 5.0
+SECONDS_TO_COMPILE_A_PARAMETER = 0.5
+SECONDS_SAVED_A_PARAMETER = 50e-6
+
+_MODES = {"step": "default", "graph": "reduce-overhead"}
+_compiled: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
+_known: set[tuple[Any, ...]] = set()
+
+
+class CompiledStep:
+    """Takes over from a TrainingStep that has made at least one step, and goes on with the same optimizer's state.
+
+    A model that cannot be compiled is stepped as before, which is logged.
+    """
+
+    def __init__(self, step: TrainingStep, mode: str) -> None:
+        """`mode` is "step", or "graph" for a CUDA graph as well, which spares launching the kernels one by one."""
+        let_dropout_vary(step.model)
+        self.mode = mode
+        self.precision = step.precision
+        self._eager = step
+        self._groups = [_Group.of(step.optimizer, group) for group in _nonempty_groups(step.optimizer)]
+        self._num_steps = _steps_so_far(step.optimizer)
+        self._run = _compiled_step(mode)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training goes on with. The optimizer is told how many steps it has made."""
+        self._complete_optimizer()
+        return self._eager.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        raise AssertionError("a resumed training begins with a TrainingStep")
+
+    def __call__(self, inputs: Tensor, targets: Tensor) -> StepResult:
+        """Take in a batch (B, ...) with targets (B,)."""
+        if self.mode == "off":
+            return self._eager(inputs, targets)
+        from torch._dynamo.exc import TorchDynamoException
+
+        try:
+            return self._compiled(inputs, targets)
+        except TorchDynamoException as error:  # raised before anything has run
+            reason = str(error).strip().partition("\n")[0]
+            _logger.warning("the step cannot be compiled and goes on as it is: %s", reason)
+            self._complete_optimizer()
+            self.mode = "off"
+        return self._eager(inputs, targets)
+
+    def _compiled(self, inputs: Tensor, targets: Tensor) -> StepResult:
+        groups = _nonempty_groups(self._eager.optimizer)
+        rows = [self._settings(group, self._num_steps + 1) for group in groups]
+        # From pinned memory, so that a GPU is not waited for.
+        settings = torch.tensor(rows, pin_memory=inputs.is_cuda).to(inputs.device, non_blocking=True)
+        outputs, loss, grad_norm = self._run(
+            self._eager.model,
+            self._eager.loss_function,
+            type(self._eager.optimizer),
+            self._groups,
+            settings,
+            inputs,
+            targets,
+            clips=self._eager.clip_norm > 0,
+            is_nesterov=bool(groups[0].get("nesterov")),
+            precision=self.precision,
+        )
+        self._num_steps += 1
+        return StepResult(outputs, loss, grad_norm)
+
+    def _complete_optimizer(self) -> None:
+        for state in self._eager.optimizer.state.values():
+            if "step" in state:
+                state["step"].fill_(self._num_steps)
+
+    def _settings(self, group: dict[str, Any], step: int) -> list[float]:
+        """A group's row of numbers, in the order of _Settings."""
+        beta1, beta2 = group.get("betas") or (group["momentum"], 0.0)
+        # The corrections in double precision, for beta2 ** step is near 1 for long.
+        corrections = (1 - beta1**step, math.sqrt(1 - beta2**step))
+        return [
+            group["lr"], beta1, beta2, group["weight_decay"], group.get("eps", 0.0), *corrections, self._eager.clip_norm
+        ]  # fmt: skip
+
+
+def check_compile_mode(wanted: str, precision: str, device: str) -> None:
+    """Raise UsageError where `--compile step` or `graph` was asked for and cannot be had."""
+    reason = None
+    if wanted in _MODES and not _can_trace():
+        reason = f"needs a newer torch than {torch.__version__}"
+    elif wanted in _MODES and precision == "fp16":
+        reason = "does not go with --precision fp16"
+    elif wanted == "graph" and not device.startswith("cuda"):
+        reason = f"needs a CUDA device, not {device}"
+    if reason:
+        raise UsageError(f"--compile {wanted} {reason}; use --compile auto, which compiles where it can and pays.")
+
+
+def settle_compile_mode(
+    wanted: str, step: TrainingStep, *, batch_shape: tuple[int, ...], seconds_a_step: float, steps_left: int
+) -> str:
+    """How the remaining steps are compiled: "off" where that is impossible, or for "auto" where it does not pay."""
+    has_formula = type(step.optimizer) in _FORMULAS and step.num_parts == 1 and step.precision != "fp16"
+    if wanted == "off" or not has_formula:
+        return "off"
+    architecture = re.sub(r"Dropout\(p=.*?\)", "_Dropout()", str(step.model))
+    signature = (architecture, type(step.optimizer), batch_shape, step.precision, step.clip_norm > 0)
+    if wanted == "auto":
+        is_on_cpu = next(step.model.parameters()).device.type == "cpu"  # the figures are a CPU's
+        if not is_on_cpu or (signature not in _known and not _pays(step, seconds_a_step, steps_left)):
+            return "off"
+        if not _can_trace():
+            return "off"
+    if signature not in _known and len(_known) >= MAX_GRAPHS:
+        torch.compiler.reset()
+        _known.clear()
+    _known.add(signature)
+    return "step" if wanted == "auto" else wanted
+
+
+def _pays(step: TrainingStep, seconds_a_step: float, steps_left: int) -> bool:
+    """Whether the remaining steps save more than compiling costs.
+
+    What is saved is what eager execution spends on each parameter beside the arithmetic, at most half of a step.
+    """
+    num_parameters = sum(1 for _ in step.model.parameters())
+    saving_s = min(SECONDS_SAVED_A_PARAMETER * num_parameters, seconds_a_step / 2)
+    return saving_s * steps_left > SECONDS_TO_COMPILE + SECONDS_TO_COMPILE_A_PARAMETER * num_parameters
+
+
+def _can_trace() -> bool:
+    """Whether this torch can take the backward pass into a graph."""
+    import torch._dynamo  # a second and a half, which most trainings can do without
+
+    return hasattr(torch._dynamo.config, "trace_autograd_ops")
+
+
+def _nonempty_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    return [group for group in optimizer.param_groups if group["params"]]
+
+
+def _steps_so_far(optimizer: torch.optim.Optimizer) -> int:
+    """Steps that Adam has made; SGD does not count them."""
+    return next((int(state["step"]) for state in optimizer.state.values() if "step" in state), 0)
+
+
+# --- what is compiled -------------------------------------------------------------------------------------------------
+
+
+class _Settings(NamedTuple):
+    """What a group's parameters are stepped with, as scalars on the device."""
+
+    lr: Tensor
+    momentum: Tensor
+    second_momentum: Tensor
+    weight_decay: Tensor
+    eps: Tensor
+    correction: Tensor
+    second_correction: Tensor
+    clip_norm: Tensor
+
+
+class _Group(NamedTuple):
+    """Parameters that share their settings, and what the optimizer keeps of each."""
+
+    parameters: list[Tensor]
+    averages: list[Tensor]
+    """Of the gradients: momentum."""
+    squares: list[Tensor]
+    """Averages of the squared gradients; empty for SGD."""
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> _Group:
+        averages, squares = ("exp_avg", "exp_avg_sq") if "betas" in group else ("momentum_buffer", "")
+        states = [(p, optimizer.state[p]) for p in group["params"]]
+        if group.get("momentum") != 0:
+            # What never has a gradient has no state.
+            states = [(p, state) for p, state in states if state.get(averages) is not None]
+        return cls(
+            [p for p, _ in states],
+            [state[averages] for _, state in states if state.get(averages) is not None],
+            [state[squares] for _, state in states if squares],
+        )
+
+
+def _compiled_step(kind: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    if kind not in _compiled:
+        import torch._dynamo
+
+        torch._dynamo.config.trace_autograd_ops = True  # the backward pass belongs to the graph
+        torch._dynamo.config.recompile_limit = MAX_GRAPHS + 1
+        _compiled[kind] = torch.compile(_step, fullgraph=True, dynamic=False, mode=_MODES[kind])
+    return _compiled[kind]
+
+
+def _step(
+    model: nn.Module,
+    loss_function: LossFunction,
+    optimizer: type[torch.optim.Optimizer],
+    groups: list[_Group],
+    settings: Tensor,
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    clips: bool,
+    is_nesterov: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with autocast(precision, inputs.device):
+        outputs = model(inputs)
+        loss = loss_function(outputs, targets)
+    parameters = [p for group in groups for p in group.parameters]
+    gradients = list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
+    with torch.no_grad():
+        grad_norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+        for group, row in zip(groups, settings.unbind(), strict=True):
+            of_group = _Settings(*row.unbind())
+            own, gradients = gradients[: len(group.parameters)], gradients[len(group.parameters) :]
+            if clips:
+                scale = (of_group.clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+                own = [g * scale for g in own]
+            _FORMULAS[optimizer](group, own, of_group, is_nesterov)
+    return outputs.detach(), loss.detach(), grad_norm
+
+
+def _sgd(group: _Group, gradients: list[Tensor], settings: _Settings, is_nesterov: bool) -> None:
+    """Sutskever et al. 2013 as torch.optim.SGD has it: the rate multiplies the momentum."""
+    for index, (parameter, gradient) in enumerate(zip(group.parameters, gradients, strict=True)):
+        step = gradient + settings.weight_decay * parameter
+        if group.averages:
+            average = group.averages[index].mul_(settings.momentum).add_(step)
+            step = step + settings.momentum * average if is_nesterov else average
+        parameter.sub_(settings.lr * step)
+
+
+def _adam(group: _Group, gradients: list[Tensor], settings: _Settings, _: bool) -> None:
+    """Kingma and Ba 2015, arXiv:1412.6980, with weight decay as a part of the gradient."""
+    decayed = [g + settings.weight_decay * p for p, g in zip(group.parameters, gradients, strict=True)]
+    _adam_update(group, decayed, settings)
+
+
+def _adamw(group: _Group, gradients: list[Tensor], settings: _Settings, _: bool) -> None:
+    """Loshchilov and Hutter 2019, arXiv:1711.05101: the decay is decoupled from the gradient."""
+    for parameter in group.parameters:
+        parameter.mul_(1 - settings.lr * settings.weight_decay)
+    _adam_update(group, gradients, settings)
+
+
+def _adam_update(group: _Group, gradients: list[Tensor], settings: _Settings) -> None:
+    for parameter, gradient, average, square in zip(
+        group.parameters, gradients, group.averages, group.squares, strict=True
+    ):
+        average.lerp_(gradient, 1 - settings.momentum)
+        square.mul_(settings.second_momentum).add_((1 - settings.second_momentum) * gradient.square())
+        deviation = square.sqrt() / settings.second_correction + settings.eps
+        parameter.sub_(settings.lr / settings.correction * average / deviation)
+
+
+_FORMULAS: dict[type[torch.optim.Optimizer], Callable[[_Group, list[Tensor], _Settings, bool], None]] = {
+    SGD: _sgd,
+    Adam: _adam,
+    AdamW: _adamw,
+}
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+
+
+class _Dropout(nn.Module):
+    """nn.Dropout with its rate in a tensor, which a compiled graph does not depend on."""
+
+    rate: Tensor
+
+    def __init__(self, rate: float, device: torch.device) -> None:
+        super().__init__()
+        self.register_buffer("rate", torch.tensor(rate, device=device), persistent=False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if not self.training:
+            return inputs
+        return torch.where(torch.rand_like(inputs) < self.rate, 0.0, inputs / (1 - self.rate))
+
+
+def let_dropout_vary(model: nn.Module) -> None:
+    device = next(model.parameters()).device
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Dropout:
+                setattr(module, name, _Dropout(child.p, device).train(child.training))
