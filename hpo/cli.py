@@ -270,7 +270,7 @@ def studies(home: Path | None, storage: str | None, as_json: bool) -> None:
 @storage_option
 @json_option
 def show(study: str, top: int | None, home: Path | None, storage: str | None, as_json: bool) -> None:
-    """Show the trials of STUDY and what matters most in it.
+    """Show the trials of STUDY and what it has learned.
 
     \b
     hpo show digits --top 10

@@ -15,6 +15,7 @@ from hpo.deploy.finish import Winner, find_winner
 from hpo.errors import HpoError
 from hpo.home import find_home, find_storage
 from hpo.plugins import OBJECTIVES, load_task, registered
+from hpo.search.findings import findings, importances
 from hpo.search.session import living_sessions
 from hpo.search.storage import read_storage
 from hpo.search.study import Study, list_studies
@@ -122,7 +123,7 @@ def print_studies(console: Console, rows: list[dict[str, Any]]) -> None:
 
 
 def study_facts(name: str, home: Path | None, storage: str | None = None, top: int | None = None) -> dict[str, Any]:
-    """Settings, trials and importances of a study; the best `top` trials, or all in order."""
+    """Settings and trials of a study, and what it has learned; the best `top` trials, or all in order."""
     study = Study.load(read_storage(find_home(home), find_storage(storage)), name)
     trials = study.trials()
     if top is not None:
@@ -139,7 +140,8 @@ def study_facts(name: str, home: Path | None, storage: str | None = None, top: i
             "seed": study.settings.seed,
             "limit": study.settings.limit,
             "counts": study.counts(),
-            "importances": study.importances(),
+            "importances": {group: asdict(importance) for group, importance in importances(study).items()},
+            "findings": [asdict(finding) for finding in findings(study)],
             "trials": [asdict(trial) for trial in trials],
         }
     )
@@ -163,6 +165,8 @@ def print_study(console: Console, facts: dict[str, Any]) -> None:
         )
     console.print(table)
     _print_importances(console, facts["importances"])
+    for finding in facts["findings"]:
+        console.print(f"- {finding['text']}")
 
 
 def print_submitted(console: Console, facts: dict[str, Any]) -> None:
@@ -183,15 +187,19 @@ def print_cleaned(console: Console, facts: dict[str, Any]) -> None:
     console.print(f"{verb} {format_bytes(sum(removed['bytes'] for removed in facts['removed']))}.")
 
 
-def _print_importances(console: Console, importances: dict[str, dict[str, float]]) -> None:
+def _print_importances(console: Console, importances: dict[str, dict[str, Any]]) -> None:
     if not importances:
         console.print("Importances need at least 10 trials that differ.")
         return
-    table = _table("group", "importance", "by parameter")
-    for group, shares in importances.items():
-        ranked = sorted(shares.items(), key=lambda item: -item[1])
-        table.add_row(group, f"{sum(shares.values()):.0%}", ", ".join(f"{name} {share:.0%}" for name, share in ranked))
+    table = _table("group", "importance", "by parameter (± standard error)")
+    for group, importance in importances.items():
+        ranked = sorted(importance["parameters"].items(), key=lambda item: -item[1]["share"])
+        table.add_row(group, _share(importance), ", ".join(f"{name} {_share(parameter)}" for name, parameter in ranked))
     console.print(table)
+
+
+def _share(importance: dict[str, Any]) -> str:
+    return f"{importance['share']:.0%} ± {100 * importance['error']:.0f}"
 
 
 def best_facts(name: str, home: Path | None, storage: str | None = None) -> dict[str, Any]:

@@ -877,40 +877,6 @@ def test_facts_about_a_study_are_kept(storage: BaseStorage, name: str) -> None:
     assert study.recorded("settings") is None
 
 
-# --- importances ------------------------------------------------------------------------------------------------------
-
-
-def test_the_parameter_that_decides_is_the_most_important_one() -> None:
-    study = Study.open(
-        InMemoryStorage(), "s", replace(SETTINGS, strategy="random", space=SPACE.narrow(["dropout=0.1"]))
-    )
-    for _ in range(30):
-        suggestion = study.ask()
-        distance = abs(math.log10(suggestion.values["lr"]) + 2)
-        study.report(suggestion.number, 1, -distance)
-        state: EndState = "diverged" if distance > 1.5 else "pruned" if distance > 0.5 else "complete"
-        study.tell(suggestion.number, state, value=-distance)
-
-    importances = study.importances()
-
-    assert list(importances) == ["step size", "architecture and optimizer", "regularization"]
-    assert list(importances["regularization"]) == ["weight_decay"]
-    flat = {name: share for group in importances.values() for name, share in group.items()}
-    assert max(flat, key=flat.get) == "lr"
-    assert sum(flat.values()) == pytest.approx(1)
-
-
-@pytest.mark.parametrize("values", [[], [0.5], [0.1 * n for n in range(9)], [0.5] * 30, [0.5] * 20 + [0.1]])
-def test_importances_are_empty_where_nothing_can_be_told(values: list[float]) -> None:
-    study = Study.open(InMemoryStorage(), "s", replace(SETTINGS, strategy="random", direction="minimize"))
-    for value in values:
-        study.tell(study.ask().number, "complete", value=-value if len(values) == 21 else value)
-    if len(values) == 21:  # all but the worst are alike: the best tenth is nearly everything, and still told apart
-        assert study.importances()
-    else:
-        assert study.importances() == {}
-
-
 # --- storage ----------------------------------------------------------------------------------------------------------
 
 OPEN_AND_ASK = """

@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.deploy.load import load_trial
 from hpo.errors import HpoError, SearchError
+from hpo.search.findings import findings, importances
 from hpo.tracking.media import plot_curves, plot_history, plot_importances, plot_slices
 from hpo.training.trainer import evaluate
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from hpo.objective import SealedSplit, Split
+    from hpo.search.findings import Finding, GroupImportance
     from hpo.search.study import Study
     from hpo.tracking.recorder import SummaryRun
     from hpo.tracking.store import TrackingStore
@@ -80,18 +84,26 @@ def _opened(test: SealedSplit) -> Split:
 
 
 def write_summary(study: Study, summary: SummaryRun, winner: Winner | None) -> None:
-    """Put what the study found into its summary run: settings, space, plots and the winner."""
+    """Put what the study found into its summary run: settings, space, plots, what it learned and the winner."""
     settings, trials = study.settings, study.trials()
     metric, direction = settings.metric, settings.direction
     summary.log_dict(settings.to_dict(), "settings.json")
+    by_group = importances(study)
     figures = {
         "history": plot_history(trials, metric=metric, direction=direction),
         "learning_curves": plot_curves(trials, metric=metric, direction=direction),
         "slices": plot_slices(trials, settings.space, metric=metric, direction=direction),
-        "importances": plot_importances(study.importances()),
+        "importances": plot_importances(
+            {
+                group: {name: parameter.share for name, parameter in importance.parameters.items()}
+                for group, importance in by_group.items()
+            }
+        ),
     }
     for name, figure in figures.items():
         summary.log_figure(f"plots/{name}.png", figure)
+    learned = _what_was_learned(findings(study), by_group)
+    summary.log_text(learned, "findings.md")
     if winner is None:
         summary.set_note("No trial has a result yet.")
         return
@@ -99,7 +111,7 @@ def write_summary(study: Study, summary: SummaryRun, winner: Winner | None) -> N
     summary.set_tags({"hpo.winner": str(winner.trial)})
     summary.log_metrics({f"best/{settings.metric}": winner.validation})
     summary.log_metrics({f"test/{name}": score for name, score in (winner.test or {}).items()})
-    summary.set_note(_in_words(study, winner))
+    summary.set_note(f"{_in_words(study, winner)}\n\n{learned}")
 
 
 def _in_words(study: Study, winner: Winner) -> str:
@@ -110,3 +122,12 @@ def _in_words(study: Study, winner: Winner) -> str:
         f"{winner.best_epoch}; test split: {test}.\n\n| parameter | value |\n| --- | --- |\n{rows}\n"
         f'Load it: `hpo.load_best("{study.name}")`. Plots, settings and search space are in the artifacts.'
     )
+
+
+def _what_was_learned(found: Sequence[Finding], by_group: Mapping[str, GroupImportance]) -> str:
+    """The findings as Markdown, and the importances of the groups with their standard errors."""
+    if not (found or by_group):
+        return "There are too few trials to learn from.\n"
+    sentences = "".join(f"- {finding.text}\n" for finding in found)
+    rows = "".join(f"| {group} | {each.share:.0%} ± {100 * each.error:.0f} |\n" for group, each in by_group.items())
+    return f"{sentences}\n| group | importance |\n| --- | --- |\n{rows}" if rows else sentences

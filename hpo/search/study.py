@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 
 import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import InMemoryStorage
-from optuna.trial import FrozenTrial, create_trial
+from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
 from hpo.config import derive_seed
@@ -22,7 +21,7 @@ from hpo.search.pruners import build_pruner
 from hpo.search.samplers import build_sampler, grid_size
 from hpo.search.strategy import DEFAULT_CONFIGURATION, EVERYTHING, stage_name, tunable_groups
 from hpo.space import Space, format_value
-from hpo.trial import CROWNABLE, EndState, TrialRecord, TrialState, ranked
+from hpo.trial import EndState, TrialRecord, TrialState, ranked
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Version of what a study stores of its settings; raised when an older hpo could misread it."""
-
-MIN_TRIALS_FOR_IMPORTANCES = 10
-"""Below this many trials the best tenth is not even one of them."""
 
 # Names of what is stored beside Optuna's own columns.
 _SETTINGS = "hpo:settings"
@@ -344,40 +340,6 @@ class Study:
     def best(self) -> TrialRecord | None:
         """The trial with the best epoch, complete or pruned, the earliest of equals; None while there is none."""
         return next(iter(ranked(self.trials(), self.settings.direction)), None)
-
-    def importances(self) -> dict[str, dict[str, float]]:
-        """Importance of each parameter that varies, by group; they sum to 1.
-
-        PED-ANOVA (Watanabe et al., 2023, arXiv:2304.10255): how much the values in the best tenth of the trials differ
-        from those in all. Pruned trials count with their best epoch, and diverged ones as the worst, for among complete
-        trials alone hardly anything differs. Empty below 10 such trials, and where the best tenth cannot be told apart.
-        """
-        losses = self._losses()
-        ranked = sorted(losses.values())
-        if len(ranked) < MIN_TRIALS_FOR_IMPORTANCES or ranked[math.ceil(len(ranked) / 10) - 1] == ranked[-1]:
-            return {}
-        scored = optuna.create_study(storage=InMemoryStorage())
-        for trial in self._trials():
-            if trial.number in losses:
-                scored.add_trial(
-                    create_trial(params=trial.params, distributions=trial.distributions, value=losses[trial.number])
-                )
-        importances = optuna.importance.get_param_importances(scored)
-        return {
-            group: {name: importances[name] for name in names}
-            for group, names in tunable_groups(self.settings.space).items()
-        }
-
-    def _losses(self) -> dict[int, float]:
-        """What finished trials are worth, by number; lower is better."""
-        trials = self.trials()
-        measured = {
-            trial.number: self._loss(trial.value)
-            for trial in trials
-            if trial.state in CROWNABLE and trial.value is not None
-        }
-        worst = max(measured.values(), default=0.0)
-        return measured | {trial.number: worst for trial in trials if trial.state == "diverged"}
 
     @property
     def num_trials(self) -> int:
