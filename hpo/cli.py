@@ -93,6 +93,20 @@ study_options = _options(
     click.option("--seed", type=int, help="Seed that everything random follows from. [default: 0]"),
     click.option("--limit", type=int, metavar="N", help="Use N of the training examples only. [default: all]"),
     click.option("--space", metavar="NAME|FILE", help="Search another space than the task's own."),
+    click.option(
+        "--try",
+        "tries",
+        multiple=True,
+        metavar="NAME=VALUE,...",
+        help="Try this configuration first, with defaults for the rest: lr=0.1,optimizer=sgd. Repeatable.",
+    ),
+    click.option(
+        "--warm-start",
+        "warm_starts",
+        multiple=True,
+        metavar="STUDY",
+        help="Try the best configurations of an earlier study of the task first. Repeatable.",
+    ),
 )
 machine_options = _options(
     click.option("--workers", type=int, metavar="N", help="Trials at a time. [default: one a GPU, else one a core]"),

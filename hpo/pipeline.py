@@ -23,7 +23,16 @@ from hpo.home import claim_files, require_own_files, require_space, study_lock
 from hpo.plugins import OBJECTIVES, SEARCH_SPACES, require_registered
 from hpo.preflight import check_task, load_dataset, visible_gpus
 from hpo.report import to_plain
-from hpo.request import DEFAULT_KEEP, Means, agree, agreed_tracking_uri, find_means, read_study
+from hpo.request import (
+    DEFAULT_KEEP,
+    Means,
+    Proposal,
+    agree,
+    agreed_tracking_uri,
+    find_means,
+    find_proposals,
+    read_study,
+)
 from hpo.search.session import Session
 from hpo.search.storage import open_storage, read_storage
 from hpo.search.study import Study
@@ -82,6 +91,8 @@ def run_search(
     seed: int | None = None,
     limit: int | None = None,
     space: str | None = None,
+    tries: Sequence[str] = (),
+    warm_starts: Sequence[str] = (),
     device: str = "auto",
     keep: int = DEFAULT_KEEP,
     executor: str = "local",
@@ -121,7 +132,8 @@ def run_search(
     )
     given = _study_fields(trials, epochs, overrides, strategy, pruner, first_rung, seed, limit, space)
     found, name, settings = agree(means, task, study, given)
-    return _search(found, name, settings, trials, means, observer or Observer())
+    proposals = find_proposals(means, name, settings, tries, warm_starts)
+    return _search(found, name, settings, trials, proposals, means, observer or Observer())
 
 
 def submit_study(
@@ -137,6 +149,8 @@ def submit_study(
     seed: int | None = None,
     limit: int | None = None,
     space: str | None = None,
+    tries: Sequence[str] = (),
+    warm_starts: Sequence[str] = (),
     home: Path | None = None,
     storage: str | None = None,
     tracking_uri: str | None = None,
@@ -152,12 +166,14 @@ def submit_study(
         require_registered(SEARCH_SPACES, space)
     given = _study_fields(trials, epochs, overrides, strategy, pruner, first_rung, seed, limit, space)
     _, name, settings = agree(means, task, study, given)
+    proposals = find_proposals(means, name, settings, tries, warm_starts)
     agreed_tracking_uri(means, None)  # those who join will need one, too
     database = open_storage(means.home, means.storage)
 
     def open_study() -> Study:
         study = Study.open(database, name, settings)
         study.remember_session(num_trials=trials or study.num_trials, task_reference=task, tracking_uri=None)
+        _enqueue(study, proposals)
         return study
 
     return Session(database, name).exclusively(open_study)
@@ -202,7 +218,7 @@ def join_search(
     # Whoever can write to the database must not choose what code runs here.
     require_registered(OBJECTIVES, task)
     found, name, settings = agree(means, task, study, {})
-    return _search(found, name, settings, None, means, observer or Observer())
+    return _search(found, name, settings, None, [], means, observer or Observer())
 
 
 def _study_fields(
@@ -230,8 +246,19 @@ def _study_fields(
     }
 
 
+def _enqueue(study: Study, proposals: Sequence[Proposal]) -> None:
+    for proposal in proposals:
+        study.enqueue(proposal.configurations, proposal.stage)
+
+
 def _search(
-    task: Task, name: str, settings: StudySettings, trials: int | None, means: Means, observer: Observer
+    task: Task,
+    name: str,
+    settings: StudySettings,
+    trials: int | None,
+    proposals: Sequence[Proposal],
+    means: Means,
+    observer: Observer,
 ) -> SearchOutcome:
     require_own_files(means.home, name, storage=means.storage)
     if means.executor == "local":
@@ -262,9 +289,12 @@ def _search(
                 tracking_uri=None if store.is_in_home or means.is_shared else store.uri,
             )
             study.requeue(number for number, owner in study.owners().items() if owner in gone or not means.is_shared)
+            _enqueue(study, proposals)
             return study
 
         study = session.exclusively(open_study)
+        if num_queued := study.counts()["queued"]:
+            observer.note(f"{num_queued} queued configurations are tried first")
         # Of two machines that make the experiment at once, one would fail.
         opened = session.exclusively(partial(_open_runs, store, study, task, session))
         with opened as runs, _written(splits, splits_file, session):

@@ -37,6 +37,8 @@ def print_outcome(console: Console, outcome: SearchOutcome) -> None:
         _print_winner(console, outcome.winner)
     console.print(f"Runs, curves and checkpoints are in {outcome.home}", soft_wrap=True)
     home = "" if outcome.home == find_home() else f" --home {shlex.quote(str(outcome.home))}"
+    if outcome.is_done and outcome.counts["queued"]:
+        console.print("What is queued is tried with a larger --trials.")
     if not outcome.is_done:
         console.print("Go on with the same command.")
     elif outcome.winner is None:

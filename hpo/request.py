@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,15 @@ from hpo.search.pruners import PRUNERS, check_first_rung
 from hpo.search.samplers import STRATEGIES
 from hpo.search.storage import read_storage
 from hpo.search.study import Study, StudySettings, read_settings
+from hpo.search.warm_start import best_configurations
+from hpo.space import Value
 from hpo.tracking.store import home_store_uri
 from hpo.training.compiled import check_compile_mode
 
 DEFAULT_TRIALS = 100
 DEFAULT_KEEP = 5
 EXECUTORS = ("local", "ray")
+TRIED_BY_HAND = "tried by hand"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +181,48 @@ def _settle(task: Task, stored: StudySettings | None, given: Mapping[str, Any]) 
         direction=task.objective.direction,
         **chosen,
     )
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Configurations that are tried before the search goes on by itself."""
+
+    stage: str
+    """Where they come from, for people."""
+    configurations: list[dict[str, Value]]
+    """A value for every parameter in each."""
+
+
+def find_proposals(
+    means: Means, name: str, settings: StudySettings, tries: Sequence[str], warm_starts: Sequence[str]
+) -> list[Proposal]:
+    """What `--try` and `--warm-start` ask for, checked. An earlier study is taken over once.
+
+    Raises UsageError where a configuration does not fit the space, or an earlier study cannot be used.
+    """
+    if settings.strategy == "grid" and (tries or warm_starts):
+        option = f"--try {tries[0]}" if tries else f"--warm-start {warm_starts[0]}"
+        raise UsageError(f"{option} is not for --strategy grid, which runs the points of its grid alone; leave it out.")
+    study = read_study(means, name)
+    proposals = [Proposal(TRIED_BY_HAND, [settings.space.configure(text) for text in tries])] if tries else []
+    for source in warm_starts:
+        earlier = _read_source(means, source, name, settings.task)
+        stage = f"from study {source}"
+        if study is None or all(trial.stage != stage for trial in study.trials()):
+            proposals.append(Proposal(stage, best_configurations(earlier, settings.space)))
+    return proposals
+
+
+def _read_source(means: Means, source: str, name: str, task: str) -> Study:
+    if source == name:
+        raise UsageError(f"--warm-start {source} is the study itself, which goes on anyway; leave it out.")
+    earlier = Study.load(read_storage(means.home, means.storage), source)
+    if earlier.settings.task != task:
+        raise UsageError(
+            f"--warm-start {source}: study '{source}' is of task '{earlier.settings.task}', not '{task}'; "
+            f"name a study of '{task}'."
+        )
+    return earlier
 
 
 def agreed_tracking_uri(means: Means, study: Study | None) -> str | None:

@@ -60,11 +60,11 @@ class _Range(ABC):
     def narrow(self, text: str) -> Self | Choice:
         """What an override leaves: `LOW:HIGH`, `A,B,C` or one value, all within the range."""
         if ":" in text:
-            low, high = (self._parse(part) for part in text.split(":", 1))
+            low, high = (self.parse(part) for part in text.split(":", 1))
             if low > high:
                 raise ValueError(f"low {format_value(low)} is above high {format_value(high)}")
             return replace(self, low=low, high=high, default=min(max(self._default, low), high))
-        values = list(dict.fromkeys(self._parse(part) for part in text.split(",")))
+        values = list(dict.fromkeys(self.parse(part) for part in text.split(",")))
         if len(values) == 1:
             return replace(self, low=values[0], high=values[0], default=values[0])
         default = self._default if self._default in values else values[0]
@@ -105,7 +105,8 @@ class _Range(ABC):
         types = (int,) if self._type is int else (int, float)
         return isinstance(value, types) and not isinstance(value, bool) and math.isfinite(value)
 
-    def _parse(self, text: str) -> float:
+    def parse(self, text: str) -> float:
+        """The value that a text stands for. Raises ValueError where it is none, or outside the range."""
         try:
             value = self._type(text)
         except ValueError:
@@ -162,7 +163,7 @@ class Choice:
 
     def narrow(self, text: str) -> Choice:
         """What an override leaves: `A,B,C` or one value, each among the choices."""
-        chosen = dict.fromkeys(self._parse(part) for part in text.split(","))
+        chosen = dict.fromkeys(self.parse(part) for part in text.split(","))
         default = self.default if self.default in chosen else next(iter(chosen))
         return Choice(*chosen, default=default, when=self.when)
 
@@ -189,7 +190,8 @@ class Choice:
     def _listing(self) -> str:
         return ", ".join(format_value(choice) for choice in self.choices)
 
-    def _parse(self, text: str) -> Value:
+    def parse(self, text: str) -> Value:
+        """The choice that a text stands for. Raises ValueError where it is none of them."""
         for choice in self.choices:
             if _reads_as(text.strip(), choice):
                 return choice
@@ -271,7 +273,7 @@ class Space:
         A parameter whose condition can no longer hold is dropped. Raises SpaceError for a malformed override, an
         unknown parameter, values outside the declared range, and an override of a parameter that another one drops.
         """
-        texts = self._parse_overrides(overrides)
+        texts = self._parse_assignments("-p", overrides, "NAME=VALUE, NAME=LOW:HIGH or NAME=A,B,C")
         kept: dict[str, Parameter] = {}
         for name, parameter in self.parameters.items():
             when = _still_possible(parameter.when, kept)
@@ -285,6 +287,26 @@ class Space:
         groups = (Group(g.name, **{name: kept[name] for name in g.parameters if name in kept}) for g in self.groups)
         return Space(*(group for group in groups if group.parameters))
 
+    def configure(self, text: str) -> dict[str, Value]:
+        """The default configuration but for what `lr=0.1,optimizer=sgd` says; a value for every parameter.
+
+        Raises SpaceError for malformed text, a value that is not allowed, and one that would be without effect because
+        its condition does not hold; UnknownNameError for an unknown parameter.
+        """
+        texts = self._parse_assignments("--try", text.split(","), "NAME=VALUE,NAME=VALUE,...")
+        values = self.defaults()
+        for name, written in texts.items():
+            try:
+                values[name] = self.parameters[name].parse(written)
+            except ValueError as problem:
+                raise self._error(name, f"{problem} (--try {text})") from None
+        active = self.active(values)
+        for name in texts:
+            if name not in active:
+                condition = describe_conditions(self.parameters[name].when)
+                raise self._error(name, f"is active only when {condition}; say so in --try {text}, or leave it out")
+        return values
+
     def _narrow_one(self, name: str, texts: Mapping[str, str]) -> Parameter:
         if name not in texts:
             return self.parameters[name]
@@ -293,16 +315,16 @@ class Space:
         except ValueError as problem:
             raise self._error(name, f"{problem} (-p {name}={texts[name]})") from None
 
-    def _parse_overrides(self, overrides: Iterable[str]) -> dict[str, str]:
+    def _parse_assignments(self, option: str, assignments: Iterable[str], wanted: str) -> dict[str, str]:
         texts: dict[str, str] = {}
-        for override in overrides:
-            name, equals, text = (part.strip() for part in override.partition("="))
+        for assignment in assignments:
+            name, equals, text = (part.strip() for part in assignment.partition("="))
             if not (name and equals and text):
-                raise SpaceError(f"-p '{override}' is not NAME=VALUE, NAME=LOW:HIGH or NAME=A,B,C.")
+                raise SpaceError(f"{option} '{assignment}' is not {wanted}.")
             if name not in self.parameters:
                 raise UnknownNameError("parameter", name, self.parameters)
             if name in texts:
-                raise SpaceError(f"{name} is given twice: -p {name}={texts[name]} and -p {name}={text}.")
+                raise SpaceError(f"{name} is given twice: {option} {name}={texts[name]} and {option} {name}={text}.")
             texts[name] = text
         return texts
 

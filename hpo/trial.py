@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from hpo.config import Direction
 
 EndState = Literal["complete", "pruned", "diverged", "failed", "interrupted"]
-TrialState = Literal["complete", "pruned", "diverged", "failed", "interrupted", "running"]
+TrialState = Literal["complete", "pruned", "diverged", "failed", "interrupted", "running", "queued"]
 
 CROWNABLE: tuple[TrialState, ...] = ("complete", "pruned")
 """How a trial may end to be the winner: the best epoch of one that was stopped later is as good a model as any."""
@@ -24,7 +24,7 @@ class TrialRecord:
     """Position in the study, from 0."""
 
     state: TrialState
-    """How the trial ended, or `running`."""
+    """How the trial ended, or `running`, or `queued` where a configuration was given and has yet to be tried."""
 
     value: float | None
     """The monitored metric at the best epoch; None where no epoch was finished."""

@@ -656,6 +656,81 @@ def test_inactive_parameters_are_recorded_as_inactive(storage: BaseStorage, name
     assert {record.inactive for record in study.trials()} == {(), ("momentum",)}
 
 
+# --- given configurations ---------------------------------------------------------------------------------------------
+
+BY_HAND = [SPACE.configure(text) for text in ("lr=0.1,optimizer=adam", "depth=3")]
+
+
+@pytest.mark.parametrize("strategy", [strategy for strategy in STRATEGIES if strategy != "grid"])
+def test_given_configurations_are_tried_after_the_default_one_and_before_all_others(
+    strategy: str, storage: BaseStorage, name: str
+) -> None:
+    study = Study.open(storage, name, replace(SETTINGS, strategy=strategy))
+
+    study.enqueue(BY_HAND, "tried by hand")
+    suggestions = run_trials(study, 5)
+
+    assert values_of(suggestions)[:3] == [SPACE.defaults(), *BY_HAND]
+    assert [suggestion.stage for suggestion in suggestions[:3]] == [DEFAULT_CONFIGURATION] + ["tried by hand"] * 2
+    assert [trial.stage for trial in study.trials()] == [suggestion.stage for suggestion in suggestions]
+    assert "tried by hand" not in [suggestion.stage for suggestion in suggestions[3:]]
+    assert study.trials()[1].inactive == ("momentum",)
+    assert study.counts()["complete"] == 5
+
+
+def test_given_configurations_are_queued_once_whatever_became_of_them(storage: BaseStorage, name: str) -> None:
+    study = Study.open(storage, name, SETTINGS)
+    for total in (0, 2, 4):
+        run_trials(study, total)
+        study = Study.open(storage, name, SETTINGS)
+        study.enqueue([SPACE.defaults() | {"lr": 0.01}, *BY_HAND], "tried by hand")
+    run_trials(study, 5)
+
+    assert values_of(run_trials(study, 6)) != []
+    assert [trial.values for trial in study.trials()].count(BY_HAND[0]) == 1
+    assert [trial.stage for trial in study.trials()].count("tried by hand") == 2
+    assert len(study.trials()) == 6
+
+
+def test_configurations_that_are_given_later_take_the_next_numbers(storage: BaseStorage, name: str) -> None:
+    study = Study.open(storage, name, SETTINGS)
+    run_trials(study, 3)
+    under_way = study.ask()
+
+    study.enqueue(BY_HAND, "tried by hand")
+
+    assert [(suggestion.number, suggestion.values) for suggestion in (study.ask(), study.ask())] == [
+        (4, BY_HAND[0]),
+        (5, BY_HAND[1]),
+    ]
+    assert study.trials()[under_way.number].stage != "tried by hand"
+
+
+def test_what_waits_to_be_tried_is_queued_and_not_interrupted(storage: BaseStorage, name: str) -> None:
+    study = Study.open(storage, name, SETTINGS)
+    study.enqueue(BY_HAND, "tried by hand")
+    run_trials(study, 2)
+
+    waiting = study.trials()[2]
+
+    assert (waiting.state, waiting.values, waiting.inactive) == ("queued", BY_HAND[1], ())
+    assert {state: count for state, count in study.counts().items() if count} == {"complete": 2, "queued": 1}
+    assert (study.remaining(2), study.remaining(3), study.remaining(4)) == (0, 1, 2)
+    again = study.ask()
+    study.tell(again.number, "interrupted")
+    assert study.trials()[2].state == "interrupted"
+    assert study.ask().values == BY_HAND[1]
+
+
+def test_a_given_whole_number_is_the_real_number_that_the_study_has(storage: BaseStorage, name: str) -> None:
+    space = Space(Group("g", lr=Float(0, 10, default=1), depth=Int(1, 3, default=2)))
+    study = Study.open(storage, name, replace(SETTINGS, space=space))
+
+    study.enqueue([space.configure("lr=1"), {"lr": 1, "depth": 2}, {"lr": 1, "depth": 3}], "tried by hand")
+
+    assert [trial.values for trial in study.trials()] == [{"lr": 1.0, "depth": 2}, {"lr": 1.0, "depth": 3}]
+
+
 # --- death of the coordinator -----------------------------------------------------------------------------------------
 
 

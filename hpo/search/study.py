@@ -41,6 +41,7 @@ _TRACKING_URI = "tracking_uri"
 _ATTEMPT = "attempt"
 _OWNER = "owner"
 _INACTIVE = "inactive"
+_STAGE = "stage"
 _BEST_EPOCH = "best_epoch"
 _REASON = "reason"
 _DIVERGED = "diverged"
@@ -204,7 +205,7 @@ class Study:
         active_values = self.settings.space.active(values)
         attempt = handle.user_attrs.get(_ATTEMPT, 0) + 1
         handle.set_user_attr(_ATTEMPT, attempt)
-        handle.set_user_attr(_INACTIVE, [name for name in values if name not in active_values])
+        handle.set_user_attr(_INACTIVE, self._inactive(values))
         earlier_curve = self._trials()[handle.number].intermediate_values if attempt > 1 else {}
         self._running[handle.number] = _RunningTrial(handle, set(earlier_curve))
         return Suggestion(
@@ -212,9 +213,33 @@ class Study:
             attempt=attempt,
             values=values,
             active_values=active_values,
-            stage=self._stage(handle.number),
+            stage=self._stage(handle),
             seed=derive_seed(self.settings.seed, handle.number),
         )
+
+    @_explained()
+    def enqueue(self, configurations: Iterable[Mapping[str, Value]], stage: str) -> None:
+        """Let configurations be tried next, in their order; one that the study has already is passed over.
+
+        Each has a value for every parameter. The default configuration stays trial 0. The caller holds the study's
+        lock.
+        """
+        if not self._trials():
+            self._optuna.enqueue_trial(self._as_stored(self.settings.space.defaults()))
+        for values in configurations:
+            about = {_STAGE: stage, _INACTIVE: self._inactive(values)}
+            self._optuna.enqueue_trial(self._as_stored(values), user_attrs=about, skip_if_exists=True)
+
+    def _as_stored(self, values: Mapping[str, Value]) -> dict[str, Any]:
+        """The values as Optuna gives them back: 1 for a real number is 1.0."""
+        return {
+            name: declared.to_external_repr(declared.to_internal_repr(values[name]))
+            for name, declared in self._distributions.items()
+        }
+
+    def _inactive(self, values: Mapping[str, Value]) -> list[str]:
+        active = self.settings.space.active(values)
+        return [name for name in values if name not in active]
 
     @_explained()
     def report(self, number: int, epoch: int, value: float) -> bool:
@@ -319,7 +344,7 @@ class Study:
         counts = self.counts()
         missing = num_trials - _num_finished(counts) - counts["running"]
         if self.settings.strategy == "grid":
-            num_tried = sum(counts.values()) - counts["interrupted"]
+            num_tried = sum(counts.values()) - counts["interrupted"] - counts["queued"]
             missing = min(missing, grid_size(self.settings.space) - num_tried)
         return max(0, missing)
 
@@ -375,10 +400,12 @@ class Study:
     def _trials(self) -> list[FrozenTrial]:
         return self._optuna.get_trials(deepcopy=False)
 
-    def _stage(self, number: int) -> str:
+    def _stage(self, trial: optuna.Trial | FrozenTrial) -> str:
+        if _STAGE in trial.user_attrs:
+            return str(trial.user_attrs[_STAGE])
         if self.settings.strategy == "priority":
-            return stage_name(number, self._stages, self.settings.planned_trials)
-        return DEFAULT_CONFIGURATION if number == 0 and self.settings.strategy != "grid" else EVERYTHING
+            return stage_name(trial.number, self._stages, self.settings.planned_trials)
+        return DEFAULT_CONFIGURATION if trial.number == 0 and self.settings.strategy != "grid" else EVERYTHING
 
     def _record(self, trial: FrozenTrial) -> TrialRecord:
         curve = dict(sorted(trial.intermediate_values.items()))
@@ -388,11 +415,11 @@ class Study:
             number=trial.number,
             state=_state(trial),
             value=trial.value if trial.state == OptunaState.COMPLETE else best_value,
-            values=trial.params,
+            values=trial.params or trial.system_attrs.get("fixed_params", {}),  # Optuna's name for what is enqueued
             inactive=tuple(trial.user_attrs.get(_INACTIVE, ())),
             curve=curve,
             best_epoch=best_epoch,
-            stage=self._stage(trial.number),
+            stage=self._stage(trial),
             reason=trial.user_attrs.get(_REASON),
             attempts=trial.user_attrs.get(_ATTEMPT, 1),
             duration_s=trial.duration.total_seconds() if trial.duration else None,
@@ -453,7 +480,7 @@ def _state(trial: FrozenTrial) -> TrialState:
         case OptunaState.FAIL:
             return "failed"
         case OptunaState.WAITING:
-            return "interrupted"
+            return "interrupted" if _ATTEMPT in trial.user_attrs else "queued"
         case OptunaState.RUNNING:
             return "running"
 

@@ -35,6 +35,7 @@ _LOOKS: dict[TrialState, tuple[str, str]] = {  # colour, marker
     "failed": (_RED, "X"),
     "interrupted": (_GREY, "s"),
     "running": (_SKY, "P"),
+    "queued": (_GREY, "d"),
 }
 _CURVE_COLOURS = (_BLUE, _RED, _GREEN, _PURPLE, _BLACK)
 _GROUP_COLOURS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _RED, _SKY, _YELLOW, _GREY)

@@ -1,0 +1,88 @@
+"""What an earlier study of a task has found, as configurations that another study of it tries first.
+
+They are measured anew and not believed: data, epochs and the space may have changed since.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hpo.errors import UsageError
+from hpo.search.encoding import Encoding
+from hpo.space import Choice, Int
+from hpo.trial import ranked
+
+if TYPE_CHECKING:
+    from hpo.search.study import Study
+    from hpo.space import Parameter, Space, Value
+    from hpo.trial import TrialRecord
+
+NUM_CONFIGURATIONS = 5
+"""Configurations that are taken over at the most."""
+
+MIN_DISTANCE = 0.5
+"""How far apart they are at least: half the range of one number, or another value of one choice, is as much."""
+
+
+def best_configurations(earlier: Study, space: Space) -> list[dict[str, Value]]:
+    """The best configurations of an earlier study that differ from each other, translated to `space`, the best first.
+
+    They are taken from the best quarter of its trials. Raises UsageError where it has no trial with a result, or
+    nothing of its space is in this one.
+    """
+    records = ranked(earlier.trials(), earlier.settings.direction)
+    if not records:
+        raise UsageError(f"--warm-start {earlier.name}: no trial of study '{earlier.name}' has a result; leave it out.")
+    if not set(earlier.settings.space.parameters) & set(space.parameters):
+        searched = ", ".join(earlier.settings.space.parameters)
+        raise UsageError(
+            f"--warm-start {earlier.name}: study '{earlier.name}' searched {searched}, none of which is searched here; "
+            "leave it out."
+        )
+    encoding = Encoding(space)
+    chosen: list[dict[str, Value]] = []
+    for record in records[: max(NUM_CONFIGURATIONS, math.ceil(len(records) / 4))]:
+        values = translate(record, space)
+        if all(_distance(encoding, values, other) >= MIN_DISTANCE for other in chosen):
+            chosen.append(values)
+    return chosen[:NUM_CONFIGURATIONS]
+
+
+def translate(record: TrialRecord, space: Space) -> dict[str, Value]:
+    """The configuration of a trial as a value for every parameter of another space.
+
+    A number outside its range goes to the nearest value that is allowed. A choice that is unknown here becomes the
+    default, and so does a parameter that the trial did not have, or that was inactive in it.
+    """
+    known = {name: value for name, value in record.values.items() if name not in record.inactive}
+    return {
+        name: _nearest(parameter, known[name]) if name in known else default
+        for (name, parameter), default in zip(space.parameters.items(), space.defaults().values(), strict=True)
+    }
+
+
+def _nearest(parameter: Parameter, value: Value) -> Value:
+    assert parameter.default is not None, "a space checks its parameters first"
+    if isinstance(parameter, Choice):
+        if parameter.contains(value):
+            return value
+        numbers = [choice for choice in parameter.choices if _is_number(choice)]
+        if not (numbers and _is_number(value)):
+            return parameter.default
+        return min(numbers, key=lambda number: abs(float(number) - float(value)))
+    if not _is_number(value):
+        return parameter.default
+    clipped = min(max(float(value), parameter.low), parameter.high)
+    return round(clipped) if isinstance(parameter, Int) else clipped
+
+
+def _is_number(value: Value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _distance(encoding: Encoding, values: dict[str, Value], other: dict[str, Value]) -> float:
+    points = encoding.columns(np.stack([encoding.units(values), encoding.units(other)]))
+    return float(np.linalg.norm(points[0] - points[1]))
