@@ -94,6 +94,13 @@ study_options = _options(
     click.option("--limit", type=int, metavar="N", help="Use N of the training examples only. [default: all]"),
     click.option("--space", metavar="NAME|FILE", help="Search another space than the task's own."),
     click.option(
+        "--objective",
+        "objectives",
+        multiple=True,
+        metavar="NAME",
+        help="With several the search gives a Pareto front: val/accuracy (the task's metric), then params or latency.",
+    ),
+    click.option(
         "--try",
         "tries",
         multiple=True,

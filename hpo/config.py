@@ -30,6 +30,9 @@ METRICS: dict[str, Direction] = {
 }
 """What can be optimised on the validation split, and whether more of it is better."""
 
+COSTS = ("params", "latency")
+"""What can be minimised beside the metric: trainable parameters, and milliseconds of a forward pass of one example."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:

@@ -91,6 +91,7 @@ def run_search(
     seed: int | None = None,
     limit: int | None = None,
     space: str | None = None,
+    objectives: Sequence[str] = (),
     tries: Sequence[str] = (),
     warm_starts: Sequence[str] = (),
     device: str = "auto",
@@ -130,7 +131,7 @@ def run_search(
         compile=compile,
         deterministic=deterministic,
     )
-    given = _study_fields(trials, epochs, overrides, strategy, pruner, first_rung, seed, limit, space)
+    given = _study_fields(trials, epochs, overrides, strategy, pruner, first_rung, seed, limit, space, objectives)
     found, name, settings = agree(means, task, study, given)
     proposals = find_proposals(means, name, settings, tries, warm_starts)
     return _search(found, name, settings, trials, proposals, means, observer or Observer())
@@ -149,6 +150,7 @@ def submit_study(
     seed: int | None = None,
     limit: int | None = None,
     space: str | None = None,
+    objectives: Sequence[str] = (),
     tries: Sequence[str] = (),
     warm_starts: Sequence[str] = (),
     home: Path | None = None,
@@ -164,7 +166,7 @@ def submit_study(
     require_registered(OBJECTIVES, task)
     if space is not None:
         require_registered(SEARCH_SPACES, space)
-    given = _study_fields(trials, epochs, overrides, strategy, pruner, first_rung, seed, limit, space)
+    given = _study_fields(trials, epochs, overrides, strategy, pruner, first_rung, seed, limit, space, objectives)
     _, name, settings = agree(means, task, study, given)
     proposals = find_proposals(means, name, settings, tries, warm_starts)
     agreed_tracking_uri(means, None)  # those who join will need one, too
@@ -231,6 +233,7 @@ def _study_fields(
     seed: int | None,
     limit: int | None,
     space: str | None,
+    objectives: Sequence[str],
 ) -> dict[str, Any]:
     """The options of `hpo search` as fields of StudySettings."""
     return {
@@ -243,6 +246,7 @@ def _study_fields(
         "first_rung": first_rung,
         "seed": seed,
         "limit": limit,
+        "objectives": tuple(objectives) or None,
     }
 
 

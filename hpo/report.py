@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from hpo.deploy.finish import Winner, find_winner
+from hpo.deploy.finish import Winner, find_winner, front_rows
 from hpo.errors import HpoError
 from hpo.home import find_home, find_storage
 from hpo.plugins import OBJECTIVES, load_task, registered
@@ -136,6 +136,7 @@ def study_facts(name: str, home: Path | None, storage: str | None = None, top: i
             "task": study.settings.task,
             "metric": study.settings.metric,
             "direction": study.settings.direction,
+            "objectives": study.settings.objectives,
             "strategy": study.settings.strategy,
             "pruner": study.settings.pruner,
             "epochs": study.settings.max_epochs,
@@ -155,12 +156,14 @@ def print_study(console: Console, facts: dict[str, Any]) -> None:
         f"{facts['study']}: {facts['metric']} ({facts['direction']}), strategy {facts['strategy']}, "
         f"pruner {facts['pruner']}, {facts['epochs']} epochs, seed {facts['seed']}; {describe_counts(facts['counts'])}"
     )
-    table = _table("trial", "state", facts["metric"], "best epoch", "epochs", "configuration")
+    costs = facts["objectives"][1:]
+    table = _table("trial", "state", facts["metric"], *costs, "best epoch", "epochs", "configuration")
     for trial in facts["trials"]:
         table.add_row(
             str(trial["number"]),
             trial["state"],
             _score(trial["value"]),
+            *(_cost(name, trial["costs"].get(name)) for name in costs),
             str(trial["best_epoch"] or ""),
             str(len(trial["curve"])),
             trial["reason"] if trial["state"] == "failed" else _configuration(trial),
@@ -206,8 +209,10 @@ def _share(importance: dict[str, Any]) -> str:
 
 def best_facts(name: str, home: Path | None, storage: str | None = None) -> dict[str, Any]:
     """The winner of a study, as far as it is known."""
-    winner = find_winner(Study.load(read_storage(find_home(home), find_storage(storage)), name))
-    return {"study": name, "home": str(find_home(home)), "winner": winner and to_plain(asdict(winner))}
+    study = Study.load(read_storage(find_home(home), find_storage(storage)), name)
+    winner = find_winner(study)
+    facts = {"study": name, "home": str(find_home(home)), "winner": winner and to_plain(asdict(winner))}
+    return facts | ({"front": to_plain(front_rows(study))} if study.settings.costs else {})
 
 
 def print_best(console: Console, facts: dict[str, Any]) -> None:
@@ -217,6 +222,19 @@ def print_best(console: Console, facts: dict[str, Any]) -> None:
     _print_winner(console, Winner(**facts["winner"]))
     home = "" if facts["home"] == str(find_home()) else f", home={facts['home']!r}"
     console.print(f'Load it: model = hpo.load_best("{facts["study"]}"{home})', soft_wrap=True)
+    if facts.get("front"):
+        _print_front(console, facts["front"])
+        console.print(f'Load another: model = hpo.load_best("{facts["study"]}", trial=N{home})', soft_wrap=True)
+
+
+def _print_front(console: Console, rows: list[dict[str, Any]]) -> None:
+    """The trials that no other one beats in all objectives."""
+    metric, *costs = (name for name in rows[0] if name not in ("trial", "configuration"))
+    table = _table("trial", metric, *costs, "configuration", title="Pareto front")
+    for row in rows:
+        figures = _score(row[metric]), *(_cost(name, row[name]) for name in costs)
+        table.add_row(str(row["trial"]), *figures, format_configuration(row["configuration"]))
+    console.print(table)
 
 
 def _print_winner(console: Console, winner: Winner) -> None:
@@ -285,6 +303,13 @@ def _short(value: Any) -> str:
 
 def _score(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def _cost(name: str, cost: float | None) -> str:
+    """`8970`, `0.0438 ms`."""
+    if cost is None:
+        return "-"
+    return f"{cost:.3g} ms" if name == "latency" else f"{cost:.0f}"
 
 
 def _table(*columns: str, title: str | None = None) -> Table:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpo.config import TrainConfig
+from hpo.config import COSTS, TrainConfig
 from hpo.database import without_password
 from hpo.errors import StudyMismatchError, UnknownNameError, UsageError
 from hpo.home import check_study_name, find_data_dir, find_home, find_storage
@@ -162,6 +162,7 @@ def _settle(task: Task, stored: StudySettings | None, given: Mapping[str, Any]) 
         "first_rung": None,
         "seed": 0,
         "limit": None,
+        "objectives": (),
     }
     known = {name: getattr(stored, name) for name in defaults} if stored else defaults
     chosen = known | {name: value for name, value in given.items() if value is not None}
@@ -173,6 +174,9 @@ def _settle(task: Task, stored: StudySettings | None, given: Mapping[str, Any]) 
     for kind, names in (("strategy", STRATEGIES), ("pruner", PRUNERS)):
         if chosen[kind] not in names:
             raise UnknownNameError(kind, chosen[kind], names)
+    chosen["objectives"] = _check_objectives(chosen["objectives"], task.objective.metric)
+    if chosen["objectives"]:
+        _suit_several_objectives(chosen, given)
     check_first_rung(chosen["pruner"], chosen["max_epochs"], chosen["first_rung"])
     return StudySettings(
         task=task.objective.name,
@@ -181,6 +185,32 @@ def _settle(task: Task, stored: StudySettings | None, given: Mapping[str, Any]) 
         direction=task.objective.direction,
         **chosen,
     )
+
+
+def _check_objectives(objectives: tuple[str, ...], metric: str) -> tuple[str, ...]:
+    """The objectives where there are several; none where the metric is the only one."""
+    first = f"val/{metric}"
+    for position, objective in enumerate(objectives):
+        if objective not in (first, *COSTS):
+            raise UnknownNameError("objective", objective, (first, *COSTS))
+        if objective in objectives[:position]:
+            raise UsageError(f"--objective {objective} is given twice; leave one out.")
+    if objectives and objectives[0] != first:
+        raise UsageError(f"--objective {objectives[0]} cannot be the first: give --objective {first} before it.")
+    return objectives if len(objectives) > 1 else ()
+
+
+def _suit_several_objectives(chosen: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Choose the pruner that several objectives allow. Raises UsageError where another, or cmaes, was asked for."""
+    if given.get("pruner") is None:
+        chosen["pruner"] = "none"
+    if chosen["pruner"] != "none":
+        raise UsageError(
+            f"--pruner {chosen['pruner']} compares trials by one objective; with several leave it out, or give "
+            "--pruner none."
+        )
+    if chosen["strategy"] == "cmaes":
+        raise UsageError("--strategy cmaes has one objective; with several use priority, tpe, gp, random, grid or qmc.")
 
 
 @dataclass(frozen=True)

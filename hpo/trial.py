@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -53,9 +53,36 @@ class TrialRecord:
     duration_s: float | None = None
     """Seconds of the last attempt; None while it runs."""
 
+    costs: dict[str, float] = field(default_factory=dict)
+    """What else is minimised, by name; empty with one objective, and while the trial is not complete."""
+
 
 def ranked(records: Iterable[TrialRecord], direction: Direction) -> list[TrialRecord]:
     """The trials that can be the winner, the best first, the earlier of equals first."""
     candidates = [record for record in records if record.state in CROWNABLE and record.value is not None]
     sign = -1 if direction == "maximize" else 1
     return sorted(candidates, key=lambda record: (sign * (record.value or 0.0), record.number))
+
+
+def losses(record: TrialRecord, direction: Direction) -> tuple[float, ...]:
+    """The objectives of a trial with a value, each better when smaller."""
+    assert record.value is not None, "the trial has a value"
+    return -record.value if direction == "maximize" else record.value, *record.costs.values()
+
+
+def pareto_front(points: Mapping[int, tuple[float, ...]]) -> list[int]:
+    """The trials that no other one beats in an objective without losing in another; of equals the first.
+
+    `points` are the losses of each trial by number. With one objective the front is the best trial. Sorted by the first
+    objective, the best first.
+    """
+    front: list[int] = []
+    # A trial can only be dominated by one that comes before it in this order.
+    for number in sorted(points, key=lambda number: (points[number], number)):
+        if not any(_is_as_good(points[other], points[number]) for other in front):
+            front.append(number)
+    return front
+
+
+def _is_as_good(point: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return all(one <= another for one, another in zip(point, other, strict=True))

@@ -152,6 +152,23 @@ BAD_INPUT = [
     ("search digits --strategy grid --try lr=0.1", "--try lr=0.1 is not for --strategy grid, which runs the points"),
     ("search digits --warm-start nothing", "no study 'nothing'"),
     ("search digits --warm-start digits", "--warm-start digits is the study itself"),
+    (
+        "search digits --objective val/acuracy",
+        "no objective 'val/acuracy'; did you mean 'val/accuracy'.*, latency",
+    ),
+    (
+        "search digits --objective params",
+        "--objective params cannot be the first: give --objective val/accuracy",
+    ),
+    ("search digits --objective val/accuracy --objective params --objective params", "params is given twice"),
+    (
+        "search digits --objective val/accuracy --objective params --pruner sha",
+        "--pruner sha compares trials by one objective; with several leave it out, or give --pruner none",
+    ),
+    (
+        "search digits --objective val/accuracy --objective params --strategy cmaes",
+        "--strategy cmaes has one objective; with several use priority",
+    ),
     ("search digits --trials 0", "--trials 0 is not allowed: it must be at least 1"),
     ("search digits --trials -5", "--trials -5 is not allowed: it must be at least 1"),
     ("search digits --trials many", "Invalid value for '--trials': 'many' is not a valid integer"),

@@ -60,7 +60,10 @@ def clean_study(
 
 def _weak_weights(store: TrackingStore, study: Study, keep: int) -> Iterator[_Leftover]:
     path = f"{CHECKPOINT}/{BEST_WEIGHTS}"
+    front = {trial.number for trial in study.front()} if study.settings.costs else set()
     for trial in ranked(study.trials(), study.settings.direction)[keep:]:
+        if trial.number in front:
+            continue
         run = store.find_trial_run(study.name, trial.number)
         size = store.file_sizes(run, CHECKPOINT).get(path)
         if size is not None:

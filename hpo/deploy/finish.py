@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hpo.deploy.load import load_trial
 from hpo.errors import HpoError, SearchError
 from hpo.search.findings import findings, importances
-from hpo.tracking.media import plot_curves, plot_history, plot_importances, plot_slices
+from hpo.tracking.media import plot_curves, plot_front, plot_history, plot_importances, plot_slices
 from hpo.training.trainer import evaluate
 
 if TYPE_CHECKING:
@@ -83,6 +83,21 @@ def _opened(test: SealedSplit) -> Split:
         ) from error
 
 
+def front_rows(study: Study) -> list[dict[str, Any]]:
+    """The Pareto front as plain data, the best metric first; empty with one objective."""
+    if not study.settings.costs:
+        return []
+    return [
+        {
+            "trial": trial.number,
+            study.settings.metric: trial.value,
+            **trial.costs,
+            "configuration": {name: value for name, value in trial.values.items() if name not in trial.inactive},
+        }
+        for trial in study.front()
+    ]
+
+
 def write_summary(study: Study, summary: SummaryRun, winner: Winner | None) -> None:
     """Put what the study found into its summary run: settings, space, plots, what it learned and the winner."""
     settings, trials = study.settings, study.trials()
@@ -100,6 +115,11 @@ def write_summary(study: Study, summary: SummaryRun, winner: Winner | None) -> N
             }
         ),
     }
+    if front := front_rows(study):
+        figures["pareto_front"] = plot_front(
+            trials, [row["trial"] for row in front], metric=metric, direction=direction, costs=settings.costs
+        )
+        summary.log_dict({"front": front}, "front.json")
     for name, figure in figures.items():
         summary.log_figure(f"plots/{name}.png", figure)
     learned = _what_was_learned(findings(study), by_group)

@@ -29,8 +29,9 @@ def load_best(
     storage: str | None = None,
     task: str | None = None,
     device: str = "cpu",
+    trial: int | None = None,
 ) -> PreprocessedModel:
-    """The best model of a study, in eval mode, on `device`.
+    """The best model of a study, or that of another `trial` whose weights were kept, in eval mode, on `device`.
 
     It contains its preprocessing: it takes raw inputs, such as (N, 3, 32, 32) uint8 images, and gives logits
     (N, classes), or values in the target's units. `.classes` names the classes. Only tensors are unpickled
@@ -48,8 +49,10 @@ def load_best(
     best = opened.best()
     if best is None:
         raise UsageError(f"study '{study}' has no finished trial yet; let `hpo search` run on.")
+    if trial is not None and all(record.number != trial for record in opened.trials()):
+        raise UsageError(f"study '{study}' has no trial {trial}; `hpo show {study}` lists its trials.")
     store = open_store(home, find_runs(opened, home, tracking_uri, is_shared=storage is not None))
-    return load_trial(store, opened, best.number, device, task).model
+    return load_trial(store, opened, best.number if trial is None else trial, device, task).model
 
 
 def find_runs(study: Study, home: Path, given: str | None, *, is_shared: bool) -> str | None:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -27,7 +27,7 @@ from hpo.execution.observer import Observer, Standing
 from hpo.execution.pool import WorkerDied
 from hpo.execution.worker import BEST_WEIGHTS, CHECKPOINT, DESCRIPTION
 from hpo.search.study import TrialTakenError
-from hpo.trial import CROWNABLE, ranked
+from hpo.trial import CROWNABLE, losses, pareto_front, ranked
 
 if TYPE_CHECKING:
     from hpo.config import Direction
@@ -191,6 +191,7 @@ class Coordinator:
                     **self._trainer,
                 ),
                 folder=attempt.folder,
+                costs=self._study.settings.costs,
             )
         )
 
@@ -223,8 +224,8 @@ class Coordinator:
                 attempt.run.log_text(trace, "traceback.txt")
             case WorkerDied(reason):
                 self._mourn(attempt, reason)
-            case TrialDone():
-                pass
+            case TrialDone(costs):
+                attempt.costs = costs
         self._write_down(attempt)
 
     def _decide(self, attempt: _Attempt, result: EpochResult) -> Decision:
@@ -262,11 +263,11 @@ class Coordinator:
         """MLflow's spool first, Optuna second: after a kill in between the trial simply ends again."""
         # A trial that cannot win has no value in the table of runs, which is sorted by it, and needs no weights.
         value = attempt.best_value if attempt.state in CROWNABLE else None
-        outdone = [] if value is None else self._best.add(attempt.number, value)
+        outdone = [] if value is None else self._best.add(attempt.number, value, attempt.costs)
         if value is not None and attempt.number not in outdone:
             for name in (BEST_WEIGHTS, DESCRIPTION):
                 attempt.run.log_file(attempt.folder / name, CHECKPOINT)
-        attempt.run.finish(attempt.state, value=value, reason=attempt.reason)
+        attempt.run.finish(attempt.state, value=value, reason=attempt.reason, costs=attempt.costs)
         if not self._session.exclusively(partial(self._tell, attempt, value)):
             self._let_go(attempt)
             return
@@ -289,6 +290,7 @@ class Coordinator:
             value=value,
             best_epoch=attempt.last.best_epoch if attempt.last else None,
             reason=attempt.reason,
+            costs=attempt.costs,
         )
         return True
 
@@ -365,6 +367,7 @@ class _Attempt:
     state: EndState = "complete"
     reason: str | None = None
     last: EpochResult | None = None
+    costs: dict[str, float] = field(default_factory=dict)
 
     def end(self, state: EndState, reason: str) -> Decision:
         self.state, self.reason = state, reason
@@ -392,18 +395,22 @@ class _Deaths:
 
 
 class _BestTrials:
-    """The best `keep` trials, whose weights stay in MLflow."""
+    """The trials whose weights stay in MLflow: the best `keep`, and with several objectives the front."""
 
     def __init__(self, keep: int, direction: Direction, trials: Iterable[TrialRecord]) -> None:
         self._keep = keep
         self._sign = -1 if direction == "maximize" else 1
-        best = ranked(trials, direction)[:keep]
-        self._losses = [(self._sign * (trial.value or 0.0), trial.number) for trial in best]
+        self._losses = {trial.number: losses(trial, direction) for trial in ranked(trials, direction)}
+        self._drop_outdone()
 
-    def add(self, number: int, value: float) -> list[int]:
-        """The numbers of trials that are no longer among the best, this one perhaps."""
-        others = [entry for entry in self._losses if entry[1] != number]  # a trial may end again
-        self._losses = sorted([*others, (self._sign * value, number)])
-        outdone = self._losses[self._keep :]
-        del self._losses[self._keep :]
-        return [number for _, number in outdone]
+    def add(self, number: int, value: float, costs: Mapping[str, float]) -> list[int]:
+        """The numbers of trials that are no longer kept, this one perhaps."""
+        self._losses[number] = (self._sign * value, *costs.values())
+        return self._drop_outdone()
+
+    def _drop_outdone(self) -> list[int]:
+        best = sorted(self._losses, key=lambda number: (self._losses[number][0], number))[: self._keep]
+        outdone = sorted(set(self._losses) - {*best, *pareto_front(self._losses)})
+        for number in outdone:
+            del self._losses[number]
+        return outdone

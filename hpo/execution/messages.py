@@ -7,7 +7,7 @@ in how the connection came about.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -51,13 +51,16 @@ class Assignment:
     config: TrainConfig
     folder: Path
     """Where the trial's checkpoints are, and in the end its best weights."""
+    costs: tuple[str, ...] = ()
+    """What is to be measured when the training has ended, some of hpo.config.COSTS."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"folder": str(self.folder)}
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Self:
-        return cls(**plain | {"config": TrainConfig(**plain["config"]), "folder": Path(plain["folder"])})
+        folder, costs = Path(plain["folder"]), tuple(plain["costs"])
+        return cls(**plain | {"config": TrainConfig(**plain["config"]), "folder": folder, "costs": costs})
 
 
 class Decision(Enum):
@@ -83,6 +86,9 @@ class EpochDone:
 @dataclass(frozen=True)
 class TrialDone:
     """The trial has ended as decided, or by itself; its best weights are in its folder."""
+
+    costs: dict[str, float] = field(default_factory=dict)
+    """What the assignment asked for."""
 
 
 @dataclass(frozen=True)

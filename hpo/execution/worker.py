@@ -39,6 +39,7 @@ from hpo.objective import DataSpec, Objective
 from hpo.plugins import load_objective
 from hpo.space import Value
 from hpo.training.checkpoint import CheckpointFolder, save_weights
+from hpo.training.costs import measure_costs
 from hpo.training.trainer import EpochResult, fit
 
 CHECKPOINT = "checkpoint"  # folder of a run's artifacts that holds the next two
@@ -63,14 +64,14 @@ def serve(connection: Connection, setup: Setup) -> None:
     line.say(Alive())  # whoever dies from here on dies of its trial
     for assignment in line.assignments():
         try:
-            run_trial(assignment, objective, splits, lambda result: line.ask(EpochDone(result)))
+            costs = run_trial(assignment, objective, splits, lambda result: line.ask(EpochDone(result)))
         except (
             Exception,
             SystemExit,
         ) as error:  # the model and the data are the user's: whatever they raise ends this trial only
             line.say(TrialRaised(f"{type(error).__name__}: {error}", traceback.format_exc()))
             return
-        line.say(TrialDone())
+        line.say(TrialDone(costs))
 
 
 class _Line:
@@ -154,8 +155,8 @@ class TrialDescription:
 
 def run_trial(
     assignment: Assignment, objective: Objective, splits: Splits, report: Callable[[EpochResult], Decision]
-) -> None:
-    """Train until the trainer ends or `report` says so.
+) -> dict[str, float]:
+    """Train until the trainer ends or `report` says so; the costs of the model that the assignment asks for.
 
     A trial that was begun before goes on from its checkpoint. Unless it is left to be continued, its folder then holds
     the weights of the best epoch (`best.pt`) and all that is needed to rebuild the model (`trial.json`).
@@ -171,11 +172,11 @@ def run_trial(
         for result in results:
             decision = report(result)
             if decision is Decision.LEAVE:
-                return
+                return {}
             if decision is Decision.STOP:
                 break
     if result.best_epoch is None or result.best_value is None:
-        return
+        return {}
     TrialDescription(
         trial=assignment.number,
         spec=splits.spec,
@@ -185,3 +186,4 @@ def run_trial(
         best_value=result.best_value,
         weights_sha256=save_weights(model.state_dict(), assignment.folder / BEST_WEIGHTS),
     ).write(assignment.folder)
+    return measure_costs(model, splits.train.inputs[:1].to(config.device), assignment.costs)

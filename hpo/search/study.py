@@ -21,7 +21,7 @@ from hpo.search.pruners import build_pruner
 from hpo.search.samplers import build_sampler, grid_size
 from hpo.search.strategy import DEFAULT_CONFIGURATION, EVERYTHING, stage_name, tunable_groups
 from hpo.space import Space, format_value
-from hpo.trial import EndState, TrialRecord, TrialState, ranked
+from hpo.trial import EndState, TrialRecord, TrialState, losses, pareto_front, ranked
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -90,6 +90,14 @@ class StudySettings:
     overrides: tuple[str, ...] = ()
     """The overrides that narrowed the space, as they were written."""
 
+    objectives: tuple[str, ...] = ()
+    """Where there are several: the metric as `val/METRIC`, then some of hpo.config.COSTS. Empty for just the metric."""
+
+    @property
+    def costs(self) -> tuple[str, ...]:
+        """What is minimised beside the metric."""
+        return self.objectives[1:]
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain data."""
         return {field.name: getattr(self, field.name) for field in fields(self)} | {"space": self.space.to_dict()}
@@ -97,7 +105,8 @@ class StudySettings:
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Self:
         """The settings that `to_dict` described."""
-        return cls(**stored | {"space": Space.from_dict(stored["space"]), "overrides": tuple(stored["overrides"])})
+        tuples = {name: tuple(stored.get(name, ())) for name in ("overrides", "objectives")}
+        return cls(**stored | tuples | {"space": Space.from_dict(stored["space"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,11 +262,18 @@ class Study:
         running = self._running[number]
         if epoch not in running.reported:
             try:
-                running.handle.report(value, epoch)
+                self._store_value(running, epoch, value)
             except UpdateFinishedTrialError as error:
                 raise TrialTakenError(f"trial {number} has ended elsewhere") from error
             running.reported.add(epoch)
-        return not math.isnan(value) and epoch < self.settings.max_epochs and running.handle.should_prune()
+        can_be_pruned = not self.settings.costs and epoch < self.settings.max_epochs
+        return not math.isnan(value) and can_be_pruned and running.handle.should_prune()
+
+    def _store_value(self, running: _RunningTrial, epoch: int, value: float) -> None:
+        if self.settings.costs:  # Optuna reports, and prunes, where there is one objective alone
+            self._storage.set_trial_intermediate_value(running.handle._trial_id, epoch, value)
+        else:
+            running.handle.report(value, epoch)
 
     @_explained()
     def tell(
@@ -268,8 +284,11 @@ class Study:
         value: float | None = None,
         best_epoch: int | None = None,
         reason: str | None = None,
+        costs: Mapping[str, float] | None = None,
     ) -> None:
         """Write down how a trial ended; `value` is the metric of its best epoch, which a complete trial must have.
+
+        With several objectives it has `costs` too, one for each of the settings' `costs`.
 
         An interrupted trial goes back to the queue: `ask` gives it again. A diverged one counts as worse than any
         other, and a failed one not at all.
@@ -281,7 +300,7 @@ class Study:
         match state:
             case "complete":
                 assert value is not None, "a complete trial has a value"
-                self._optuna.tell(number, value)
+                self._optuna.tell(number, [value, *((costs or {})[name] for name in self.settings.costs)])
             case "pruned":
                 self._optuna.tell(number, state=OptunaState.PRUNED)
             case "diverged":
@@ -296,7 +315,7 @@ class Study:
     def _mark_diverged(self, running: _RunningTrial) -> None:
         # TPE ranks pruned trials by how far they came: one that diverged in epoch 30 would beat all that were pruned in
         # epoch 10. Only a violated constraint ranks last. The NaN keeps Optuna from taking the last epoch as its value.
-        running.handle.report(math.nan, max(running.reported, default=0) + 1)
+        self._store_value(running, max(running.reported, default=0) + 1, math.nan)
         running.handle.set_constraint(_DIVERGED, 1.0)
 
     @_explained()
@@ -366,6 +385,12 @@ class Study:
         """The trial with the best epoch, complete or pruned, the earliest of equals; None while there is none."""
         return next(iter(ranked(self.trials(), self.settings.direction)), None)
 
+    def front(self) -> list[TrialRecord]:
+        """The complete trials that no other one beats in all objectives, the best metric first."""
+        complete = {trial.number: trial for trial in self.trials() if trial.state == "complete"}
+        points = {number: losses(trial, self.settings.direction) for number, trial in complete.items()}
+        return [complete[number] for number in pareto_front(points)]
+
     @property
     def num_trials(self) -> int:
         """Trials that the study was last asked for."""
@@ -414,7 +439,7 @@ class Study:
         return TrialRecord(
             number=trial.number,
             state=_state(trial),
-            value=trial.value if trial.state == OptunaState.COMPLETE else best_value,
+            value=trial.values[0] if trial.state == OptunaState.COMPLETE else best_value,
             values=trial.params or trial.system_attrs.get("fixed_params", {}),  # Optuna's name for what is enqueued
             inactive=tuple(trial.user_attrs.get(_INACTIVE, ())),
             curve=curve,
@@ -423,7 +448,13 @@ class Study:
             reason=trial.user_attrs.get(_REASON),
             attempts=trial.user_attrs.get(_ATTEMPT, 1),
             duration_s=trial.duration.total_seconds() if trial.duration else None,
+            costs=self._costs(trial),
         )
+
+    def _costs(self, trial: FrozenTrial) -> dict[str, float]:
+        if trial.state != OptunaState.COMPLETE:
+            return {}
+        return dict(zip(self.settings.costs, trial.values[1:], strict=True))
 
     def _best_epoch(self, curve: dict[int, float]) -> int | None:
         finite = [epoch for epoch, value in curve.items() if math.isfinite(value)]
@@ -467,7 +498,12 @@ def _create(storage: BaseStorage, name: str, settings: StudySettings) -> None:
     # Unknown names must be refused before anything is written.
     build_sampler(settings.strategy, settings.space, seed=settings.seed, num_trials=settings.planned_trials)
     build_pruner(settings.pruner, settings.max_epochs, first_rung=settings.first_rung)
-    study = optuna.create_study(study_name=name, storage=storage, direction=settings.direction, load_if_exists=True)
+    study = optuna.create_study(
+        study_name=name,
+        storage=storage,
+        directions=[settings.direction] + ["minimize"] * len(settings.costs),
+        load_if_exists=True,
+    )
     study.set_user_attr(_SETTINGS, {"format": FORMAT, "settings": settings.to_dict()})
 
 
@@ -491,6 +527,7 @@ def _differences(made: StudySettings, asked: StudySettings) -> Iterator[str]:
         ("task", "task"),
         ("metric", "metric"),
         ("direction", "direction"),
+        ("objectives", "--objective"),
         ("seed", "--seed"),
         ("strategy", "--strategy"),
         ("pruner", "--pruner"),
@@ -498,7 +535,7 @@ def _differences(made: StudySettings, asked: StudySettings) -> Iterator[str]:
         ("max_epochs", "--epochs"),
         ("limit", "--limit"),
     ):
-        before, now = getattr(made, field), getattr(asked, field)
+        before, now = (_as_written(getattr(settings, field)) for settings in (made, asked))
         if before != now:
             yield (
                 f"no {written}, not {now}"
@@ -506,6 +543,10 @@ def _differences(made: StudySettings, asked: StudySettings) -> Iterator[str]:
                 else f"{written} {before}, not {'none' if now is None else now}"
             )
     yield from _space_differences(made.space, asked.space)
+
+
+def _as_written(setting: Any) -> Any:
+    return (" ".join(setting) or None) if isinstance(setting, tuple) else setting
 
 
 def _space_differences(made: Space, asked: Space) -> Iterator[str]:

@@ -260,10 +260,18 @@ class Delivery:
             return
         self._client.log_artifact(self._ensure_run(), str(path), folder)
 
-    def _end(self, time_ms: int, state: EndState, value: float | None, reason: str | None) -> None:
+    def _end(
+        self,
+        time_ms: int,
+        state: EndState,
+        value: float | None,
+        reason: str | None,
+        costs: Mapping[str, float] | None = None,  # a spool of an earlier version has none
+    ) -> None:
         from mlflow.entities import Metric, RunTag
 
         best = [Metric(f"best/{self._metric}", value, time_ms, 0)] if value is not None and math.isfinite(value) else []
+        best += [Metric(f"cost/{name}", cost, time_ms, 0) for name, cost in (costs or {}).items()]
         tags = [RunTag("hpo.state", state)] + ([RunTag("hpo.reason", reason[:_MAX_TAG])] if reason else [])
         run_id = self._ensure_run()
         self._client.log_batch(run_id, best, tags=tags)

@@ -173,6 +173,39 @@ def plot_importances(importances: Mapping[str, Mapping[str, float]]) -> Figure:
     return figure
 
 
+_COST_UNITS = {"latency": "ms", "params": "trainable"}
+
+
+def plot_front(
+    records: Sequence[TrialRecord], front: Sequence[int], *, metric: str, direction: Direction, costs: Sequence[str]
+) -> Figure:
+    """The value of each complete trial against each of its costs; the trials in `front` by number.
+
+    With one cost a line joins them; with two a trial may be on the front for the sake of the other one.
+    """
+    measured = [record for record in records if record.costs and _has_value(record)]
+    limits = _shown_range([_value(record) for record in measured], direction)
+    figure = Figure(figsize=(max(7.0, 5.0 * len(costs)), 4.5), dpi=_DPI, layout="constrained")
+    figure.suptitle("Pareto front", fontweight="bold")
+    for axes, cost in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs, strict=True):
+        _style(axes)
+        _scatter(axes, [(record.costs[cost], record) for record in measured if record.number not in front], limits)
+        chosen = sorted((r for r in measured if r.number in front), key=lambda record: record.costs[cost])
+        points = [(record.costs[cost], _clip(_value(record), limits)) for record in chosen]
+        style = "o-" if len(costs) == 1 else "o"
+        axes.plot(*zip(*points, strict=True), style, color=_GREEN, markersize=8, markeredgecolor="white")
+        for record, point in zip(chosen, points, strict=True):
+            axes.annotate(str(record.number), point, (5, 5), textcoords="offset points", fontsize=9)
+        axes.set_xscale("log")
+        amounts = [record.costs[cost] for record in measured]
+        axes.xaxis.set_major_locator(_log_ticks(max(amounts) / min(amounts)))
+        axes.xaxis.set_major_formatter(lambda value, _: format_value(value))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel(f"{cost} ({_COST_UNITS[cost]}, lower is better)")
+        _finish_value_axis(axes, metric, direction, limits, empty=False)
+    return figure
+
+
 def _figure(title: str, *, width: float, height: float, grid: str = "y") -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
     figure.suptitle(title, fontweight="bold")

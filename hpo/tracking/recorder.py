@@ -213,9 +213,16 @@ class TrialRun:
         """Send all that is not sent yet; whether all of it arrived."""
         return self._sender.flush(timeout_s)
 
-    def finish(self, state: EndState, *, value: float | None = None, reason: str | None = None) -> None:
-        """How the trial ended, its best value and, in words for the user, why it ended like this."""
-        self._write({"end": {"state": state, "value": value, "reason": reason}}, now=True)
+    def finish(
+        self,
+        state: EndState,
+        *,
+        value: float | None = None,
+        reason: str | None = None,
+        costs: Mapping[str, float] | None = None,
+    ) -> None:
+        """How the trial ended, its best value, its costs and, in words for the user, why it ended like this."""
+        self._write({"end": {"state": state, "value": value, "reason": reason, "costs": dict(costs or {})}}, now=True)
 
     def _write(self, event: Event, *, now: bool = False) -> None:
         self._delivery.spool.append(event)
