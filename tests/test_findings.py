@@ -193,9 +193,19 @@ def test_no_limit_of_the_learning_rate_is_told_where(ending: Callable[[Suggestio
     assert texts(find_divergence(a_study(40, ending))) == [], why
 
 
-def test_a_space_without_a_learning_rate_has_no_limit_of_it() -> None:
-    space = Space(Group("step size", rate=Float(1e-4, 0.1, log=True, default=1e-2)))
-    assert list(find_divergence(a_study(5, lambda _: ("diverged", []), space=space))) == []
+@pytest.mark.parametrize(
+    "space",
+    [
+        Space(Group("step size", rate=Float(1e-4, 0.1, log=True, default=1e-2))),
+        Space(Group("step size", lr=Choice("low", "high", default="low"))),
+        SPACE.narrow(["lr=0.01"]),
+    ],
+    ids=["none", "a choice", "fixed"],
+)
+def test_a_space_without_a_range_of_learning_rates_has_no_limit_of_it(space: Space) -> None:
+    study = a_study(20, lambda suggestion: ("diverged" if suggestion.number % 2 else "complete", [0.5]), space=space)
+
+    assert list(find_divergence(study)) == []
 
 
 # --- the length of training -------------------------------------------------------------------------------------------
@@ -288,6 +298,16 @@ def test_the_standard_error_is_repeatable_and_falls_with_the_trials_beyond_the_s
 @pytest.mark.parametrize("values", [[], [0.5], [0.1 * n for n in range(9)], [0.5] * 30])
 def test_importances_are_empty_where_nothing_can_be_told(values: list[float]) -> None:
     study = a_study(len(values), lambda suggestion: ("complete", [values[suggestion.number]]))
+
+    assert importances(study) == {}
+
+
+def test_a_space_in_which_everything_is_fixed_has_no_importances() -> None:
+    study = a_study(
+        12,
+        lambda suggestion: ("complete", [0.1 * suggestion.number]),
+        space=Space(Group("g", lr=Float(0.1, 0.1, default=0.1))),
+    )
 
     assert importances(study) == {}
 

@@ -160,6 +160,14 @@ def test_what_is_given_by_hand_comes_before_earlier_studies(propose: Callable[..
     assert [proposal.stage for proposal in propose("earlier")] == ["tried by hand", "from study earlier"]
 
 
+def test_an_earlier_study_is_taken_over_once(propose: Callable[..., list[Proposal]], tmp_path: Path) -> None:
+    study = Study.open(open_storage(tmp_path), "now", SETTINGS)
+    (proposal,) = propose("earlier")[1:]
+    study.enqueue([*proposal.configurations, given(lr=0.5)], proposal.stage)
+
+    assert [proposal.stage for proposal in propose("earlier")] == ["tried by hand"]
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

@@ -110,7 +110,8 @@ def find_divergence(study: Study, name: str = "lr") -> Iterator[Finding]:
 
     Silent where as many of the largest rates would often have diverged if divergence had nothing to do with the rate.
     """
-    if name not in study.settings.space.parameters:
+    parameter = study.settings.space.parameters.get(name)
+    if parameter is None or isinstance(parameter, Choice):
         return
     ended = [record for record in study.trials() if record.state in (*CROWNABLE, "diverged")]
     rates = {record.number: record.values[name] for record in ended if name not in record.inactive}
@@ -120,8 +121,7 @@ def find_divergence(study: Study, name: str = "lr") -> Iterator[Finding]:
     num_accidents = math.comb(len(rates) - len(above), len(diverged) - len(above))
     if len(above) < MIN_DIVERGED or num_accidents > ACCIDENT * math.comb(len(rates), len(diverged)):
         return
-    low = study.settings.space.parameters[name].extremes()[0]
-    narrower = f"{format_value(low)}:{survived:.3g}"
+    narrower = f"{format_value(parameter.low)}:{survived:.3g}"
     yield Finding(
         topic="divergence",
         text=f"All {len(above)} trials with {name} above {survived:.3g} diverged: -p {name}={narrower} in a new study "
