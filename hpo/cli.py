@@ -86,7 +86,9 @@ study_options = _options(
     click.option(
         "--strategy", metavar="NAME", help="priority, tpe, gp, random, grid, qmc or cmaes. [default: priority]"
     ),
-    click.option("--pruner", metavar="NAME", help="sha, median, hyperband or none. [default: sha]"),
+    click.option(
+        "--pruner", metavar="NAME", help="sha, median, hyperband or none. [default: sha; none with several objectives]"
+    ),
     click.option(
         "--first-rung", type=int, metavar="N", help="Epochs after which sha first prunes. [default: a fifth of them]"
     ),
@@ -98,7 +100,7 @@ study_options = _options(
         "objectives",
         multiple=True,
         metavar="NAME",
-        help="With several the search gives a Pareto front: val/accuracy (the task's metric), then params or latency.",
+        help="For a Pareto front: val/METRIC, then params or latency. Repeatable. [default: the task's metric alone]",
     ),
     click.option(
         "--try",

@@ -57,11 +57,11 @@ def translate(record: TrialRecord, space: Space) -> dict[str, Value]:
     A number outside its range goes to the nearest value that is allowed. A choice that is unknown here becomes the
     default, and so does a parameter that the trial did not have, or that was inactive in it.
     """
-    known = {name: value for name, value in record.values.items() if name not in record.inactive}
-    return {
-        name: _nearest(parameter, known[name]) if name in known else default
-        for (name, parameter), default in zip(space.parameters.items(), space.defaults().values(), strict=True)
-    }
+    values = space.defaults()
+    for name, parameter in space.parameters.items():
+        if name in record.values and name not in record.inactive:
+            values[name] = _nearest(parameter, record.values[name])
+    return values
 
 
 def _nearest(parameter: Parameter, value: Value) -> Value:
