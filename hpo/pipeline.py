@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from hpo.data.datasets import save_splits, split_dataset
-from hpo.deploy.finish import Winner, crown_winner, find_winner, write_summary
+from hpo.deploy.finish import crown_winner, write_summary
 from hpo.errors import SearchError, StoreError, UsageError
 from hpo.execution.coordinator import Coordinator
 from hpo.execution.local import LocalWorkers, warm_up
@@ -36,6 +36,7 @@ from hpo.request import (
 from hpo.search.session import Session
 from hpo.search.storage import open_storage, read_storage
 from hpo.search.study import Study
+from hpo.search.winner import Winner, find_winner
 from hpo.tracking.recorder import StudyRuns
 from hpo.tracking.store import TrackingStore, open_store
 from hpo.trial import TrialState

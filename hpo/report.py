@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from hpo.deploy.finish import Winner, find_winner, front_rows
 from hpo.errors import HpoError
 from hpo.home import find_home, find_storage
 from hpo.plugins import OBJECTIVES, load_task, registered
@@ -19,6 +18,7 @@ from hpo.search.findings import findings, importances
 from hpo.search.session import living_sessions
 from hpo.search.storage import read_storage
 from hpo.search.study import Study, list_studies
+from hpo.search.winner import Winner, find_winner, front_rows
 from hpo.space import Space, describe_conditions, format_value
 from hpo.trial import ranked
 

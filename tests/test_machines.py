@@ -36,11 +36,11 @@ from postgres import PASSWORD, Postgres, running_postgres
 
 import hpo
 from hpo.cli import main
-from hpo.deploy.finish import TEST_READINGS
 from hpo.pipeline import submit_study
 from hpo.search.session import living_sessions
 from hpo.search.storage import open_storage
 from hpo.search.study import Study
+from hpo.search.winner import TEST_READINGS
 from hpo.tracking.store import open_store
 from hpo.trial import TrialRecord
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from hpo.deploy.load import load_trial
 from hpo.errors import HpoError, SearchError
 from hpo.search.findings import findings, importances
+from hpo.search.winner import TEST_READINGS, Winner, find_winner, front_rows
 from hpo.tracking.media import plot_curves, plot_front, plot_history, plot_importances, plot_slices
 from hpo.training.trainer import evaluate
 
@@ -19,42 +20,6 @@ if TYPE_CHECKING:
     from hpo.search.study import Study
     from hpo.tracking.recorder import SummaryRun
     from hpo.tracking.store import TrackingStore
-
-TEST_READINGS = "test_readings"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Winner:
-    """The best trial by its validation score, and what the test split says of it."""
-
-    trial: int
-    configuration: dict[str, Any]
-    metric: str
-    validation: float
-    best_epoch: int
-    test: dict[str, float] | None
-    """Scores on the test split; None until the search has reached its end."""
-    num_test_readings: int
-    """How often this study has read the test split: once for each winner that it had at an end."""
-
-
-def find_winner(study: Study) -> Winner | None:
-    """The winner as far as it is known; None while no trial has finished. Reads no data."""
-    best = study.best()
-    if best is None:
-        return None
-    assert best.value is not None, "the best trial has a value"
-    assert best.best_epoch is not None, "the best trial has a best epoch"
-    readings: dict[str, dict[str, float]] = study.recorded(TEST_READINGS) or {}
-    return Winner(
-        trial=best.number,
-        configuration={name: value for name, value in best.values.items() if name not in best.inactive},
-        metric=study.settings.metric,
-        validation=best.value,
-        best_epoch=best.best_epoch,
-        test=readings.get(str(best.number)),
-        num_test_readings=len(readings),
-    )
 
 
 def crown_winner(study: Study, store: TrackingStore, test: SealedSplit, device: str, task: str) -> Winner | None:
@@ -81,21 +46,6 @@ def _opened(test: SealedSplit) -> Split:
         raise SearchError(
             f"the test split cannot be read: {type(error).__name__}: {error}; the trials are kept."
         ) from error
-
-
-def front_rows(study: Study) -> list[dict[str, Any]]:
-    """The Pareto front as plain data, the best metric first; empty with one objective."""
-    if not study.settings.costs:
-        return []
-    return [
-        {
-            "trial": trial.number,
-            study.settings.metric: trial.value,
-            **trial.costs,
-            "configuration": {name: value for name, value in trial.values.items() if name not in trial.inactive},
-        }
-        for trial in study.front()
-    ]
 
 
 def write_summary(study: Study, summary: SummaryRun, winner: Winner | None) -> None:

@@ -180,7 +180,7 @@ def importances(study: Study) -> dict[str, GroupImportance]:
     The standard error is the spread over bootstrap resamples of the trials (Efron, 1979). Where there are many, a
     resample holds some of them only, and its spread is scaled down accordingly (Bickel et al., 1997). Against the
     spread over ten studies of 12 parameters that differ in their seed it was right with 20 and with 400 trials, and
-    up to twice too large in between; it takes 0.3 s to 0.6 s on one core (Optuna 5.0.0).
+    up to two and a half times too large in between; it takes 0.3 s to 0.6 s on one core (Optuna 5.0.0).
     """
     trials = _scored_trials(study)
     if len(trials) < MIN_TRIALS or not _has_best_tenth(trials):
