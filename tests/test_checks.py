@@ -35,7 +35,7 @@ def test_the_code_passes(command: tuple[str, ...]) -> None:
     run("-m", *command)
 
 
-@pytest.mark.parametrize("benchmark", ["chaos", "search_quality", "storage"])
+@pytest.mark.parametrize("benchmark", ["chaos", "search_quality", "storage", "workers"])
 def test_a_benchmark_finds_all_that_it_imports(benchmark: str) -> None:
     assert "usage" in run(f"benchmarks/{benchmark}.py", "--help")
 
