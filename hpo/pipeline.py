@@ -363,13 +363,19 @@ def _find_workers(task: Task, name: str, splits: Path, means: Means) -> WorkerPo
     if means.executor == "ray":
         from hpo.execution.ray import RayWorkers
 
+        setup = replace(setup, gpu_share=means.gpus_per_trial or 1.0)
         return RayWorkers(
             setup, num_workers=means.workers, address=means.ray_address, gpus_per_trial=means.gpus_per_trial
         )
     gpus = visible_gpus(means.device)
     num_cores = len(os.sched_getaffinity(0))
     num_workers = means.workers or len(gpus) or num_cores
-    setup = replace(setup, num_threads=max(1, num_cores // num_workers), log=means.home / "logs" / name)
+    setup = replace(
+        setup,
+        num_threads=max(1, num_cores // num_workers),
+        gpu_share=len(gpus) / num_workers if gpus else 1.0,
+        log=means.home / "logs" / name,
+    )
     return LocalWorkers(setup, num_workers=num_workers, gpus=gpus)
 
 

@@ -333,6 +333,15 @@ def test_a_home_is_not_shared_by_studies_of_one_name_in_two_databases(
     assert search(trials=2).counts["complete"] == 2
 
 
+def test_what_the_trainer_settled_is_a_tag_of_the_run(search: Callable[..., SearchOutcome], home: Path) -> None:
+    search(trials=1, precision="bf16", compile="step")
+    [run] = runs(home, "tags.`hpo.kind` = 'trial'")
+    assert {name: run.data.tags[f"hpo.{name}"] for name in ("precision", "compile")} == {
+        "precision": "bf16",
+        "compile": "step",
+    }
+
+
 def test_when_time_is_up_the_trial_is_kept_and_nothing_is_tested_until_the_search_is_done(
     search: Callable[..., SearchOutcome], home: Path, task: str
 ) -> None:

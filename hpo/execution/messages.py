@@ -38,6 +38,9 @@ class Setup:
     visible_gpu: str | None = None
     """Value of CUDA_VISIBLE_DEVICES; None leaves it as it is."""
 
+    gpu_share: float = 1.0
+    """Share of the GPU's memory that the worker may use; the others on it have the rest."""
+
     log: Path | None = None
     """File that takes what the task prints; None leaves it where it goes."""
 

@@ -54,6 +54,8 @@ def serve(connection: Connection, setup: Setup) -> None:
     A trial that raises is the last one: what it has left behind, on a GPU above all, must not harm the next.
     """
     torch.set_num_threads(setup.num_threads)
+    if setup.gpu_share < 1:
+        torch.cuda.set_per_process_memory_fraction(setup.gpu_share)
     line = _Line(connection, setup.silence_s)
     _forward_log(line)
     try:

@@ -218,9 +218,11 @@ class _Group(NamedTuple):
 def _compiled_step(kind: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     if kind not in _compiled:
         import torch._dynamo
+        import torch._inductor.config
 
         torch._dynamo.config.trace_autograd_ops = True  # the backward pass belongs to the graph
         torch._dynamo.config.recompile_limit = MAX_GRAPHS + 1
+        torch._inductor.config.compile_threads = 1  # by itself it starts processes, which would outlive a killed worker
         _compiled[kind] = torch.compile(_step, fullgraph=True, dynamic=False, mode=_MODES[kind])
     return _compiled[kind]
 
