@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -61,9 +61,6 @@ class CompiledStep:
         """What a resumed training goes on with. The optimizer is told how many steps it has made."""
         self._complete_optimizer()
         return self._eager.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        raise AssertionError("a resumed training begins with a TrainingStep")
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> StepResult:
         """Take in a batch (B, ...) with targets (B,)."""

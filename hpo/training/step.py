@@ -37,6 +37,9 @@ class TrainingStep:
     up; only batch norm sees the difference. Raises DeviceMemoryError when a half is too much as well.
     """
 
+    mode = "off"
+    """How it is compiled: not at all."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -55,9 +58,6 @@ class TrainingStep:
         self.num_parts = 1
         """Parts that a batch is taken in."""
         self.scaler = _scaler(model, precision)
-
-    mode = "off"
-    """How it is compiled."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training goes on with, as plain data."""

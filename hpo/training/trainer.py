@@ -239,6 +239,7 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.stopping.load_state_dict(state["stopping"])
+        assert isinstance(self.step, TrainingStep), "a training begins with one"
         self.step.load_state_dict(state["step"])
         self.compile_mode = state["compile_mode"]
         return EpochResult(**state["result"])
