@@ -1,4 +1,4 @@
-"""benchmarks/search_quality.py: the simulated clock and the arithmetic of its tables, on a task of three lines."""
+"""benchmarks/search_quality.py and real_networks.py: what a search may spend, and the arithmetic of the tables."""
 
 import sys
 from collections.abc import Iterator
@@ -9,6 +9,8 @@ import numpy as np
 import optuna
 import pytest
 
+from hpo.data.datasets import split_dataset
+from hpo.plugins import load_task
 from hpo.space import Float, Group, Space
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -23,7 +25,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
     yield search_quality
     optuna.logging.set_verbosity(verbosity)
-    for module in ("search_quality", "bench_tasks"):
+    for module in ("search_quality", "bench_tasks", "real_networks"):
         sys.modules.pop(module, None)
 
 
@@ -78,3 +80,30 @@ def test_the_ratio_of_means_comes_with_an_interval_over_tasks(bench: ModuleType)
     ratio, low, high = bench.ratio_of_means(theirs * [[0.1], [0.5], [0.9]], theirs)
     assert ratio == pytest.approx((0.1 * 2 + 0.5 * 2 + 0.9 * 4) / 8)
     assert (low, high) == pytest.approx((0.1, 0.9))
+
+
+@pytest.mark.parametrize(("strategy", "num_trials"), [("random", 3), ("priority", 4)])
+def test_real_networks_are_trained_for_the_epochs_that_a_search_may_spend(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, strategy: str, num_trials: int
+) -> None:
+    import real_networks
+
+    monkeypatch.setattr(real_networks, "NUM_FULL_TRIALS", 3)
+    problem = real_networks.Problem(name="digits", limit=400, max_epochs=5)
+    task = load_task("digits")
+    splits = split_dataset(task.objective.load(FOLDER), validation_fraction=0.2, seed=0, limit=problem.limit)
+
+    reached, trials = real_networks.search(problem, task, splits, strategy, seed=0)
+
+    assert len(reached) == problem.budget == 15
+    assert np.all(np.diff(reached) >= 0)
+    assert reached[-1] > 0.5
+    assert trials >= num_trials
+
+
+def test_the_epochs_to_a_target_are_all_of_them_where_it_is_never_reached(bench: ModuleType) -> None:
+    import real_networks
+
+    curves = np.array([[0.1, 0.5, 0.9], [0.1, 0.2, 0.3]])
+
+    assert list(real_networks.epochs_to_reach(curves, np.array([0.5, 0.5]))) == [2.0, 3.0]
