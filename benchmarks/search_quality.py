@@ -220,7 +220,7 @@ def _sha_from_a_fifth(max_epochs: int) -> BasePruner:
 
 
 CONTENDERS: dict[str, Callable[..., Contender]] = {
-    "priority": partial(OurStudy, strategy="priority", pruner="sha"),
+    "priority": partial(OurStudy, strategy="priority", pruner="model"),
     "optuna": partial(PlainOptuna, sampler=lambda seed: TPESampler(seed=seed), pruner=lambda _: MedianPruner()),
     "tpe+default+sha": partial(
         PlainOptuna, sampler=lambda seed: TPESampler(seed=seed), pruner=_sha_from_a_fifth, default_first=True
@@ -236,7 +236,7 @@ CONTENDERS: dict[str, Callable[..., Contender]] = {
     "smac": Smac,
 }
 DESCRIPTIONS = {
-    "priority": "hpo's default: --strategy priority --pruner sha",
+    "priority": "hpo's default: --strategy priority --pruner model",
     "optuna": "Optuna's defaults: TPESampler, MedianPruner",
     "tpe+default+sha": "TPESampler, default configuration first, SuccessiveHalvingPruner(epochs / 5, 3)",
     "tpe+hyperband": "TPESampler, HyperbandPruner(1, epochs, 3)",
@@ -389,7 +389,7 @@ def print_cost() -> None:
     random = np.random.default_rng(0)
     task_space = LCBenchTask.space(object.__new__(LCBenchTask), "good")
     settings = StudySettings(
-        task="cost", space=task_space, seed=0, strategy="priority", pruner="sha", max_epochs=20, metric="loss",
+        task="cost", space=task_space, seed=0, strategy="priority", pruner="model", max_epochs=20, metric="loss",
         direction="minimize", limit=None, planned_trials=10_000,
     )  # fmt: skip
     study = Study.open(InMemoryStorage(), "cost", settings)

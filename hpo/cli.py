@@ -87,10 +87,15 @@ study_options = _options(
         "--strategy", metavar="NAME", help="priority, tpe, gp, random, grid, qmc or cmaes. [default: priority]"
     ),
     click.option(
-        "--pruner", metavar="NAME", help="sha, median, hyperband or none. [default: sha; none with several objectives]"
+        "--pruner",
+        metavar="NAME",
+        help="model, sha, median, hyperband or none. [default: model with priority, else sha; none with several objectives]",
     ),
     click.option(
-        "--first-rung", type=int, metavar="N", help="Epochs after which sha first prunes. [default: a fifth of them]"
+        "--first-rung",
+        type=int,
+        metavar="N",
+        help="Epochs after which model or sha first prune. [default: a sixth or a fifth]",
     ),
     click.option("--seed", type=int, help="Seed that everything random follows from. [default: 0]"),
     click.option("--limit", type=int, metavar="N", help="Use N of the training examples only. [default: all]"),

@@ -158,7 +158,8 @@ def _settle(task: Task, stored: StudySettings | None, given: Mapping[str, Any]) 
         "planned_trials": DEFAULT_TRIALS,
         "max_epochs": task.train_config({}).max_epochs,
         "strategy": "priority",
-        "pruner": "sha",
+        # Of another strategy's trials `model` would demand what its own proposals are worth.
+        "pruner": "model" if given.get("strategy") in (None, "priority") else "sha",
         "first_rung": None,
         "seed": 0,
         "limit": None,

@@ -23,6 +23,7 @@ import hpo
 from hpo.errors import CheckpointError, SearchError, StoreError, StudyMismatchError, UsageError
 from hpo.execution.observer import Observer
 from hpo.pipeline import SearchOutcome, run_search
+from hpo.request import agree, find_means
 from hpo.search.storage import open_storage
 from hpo.search.study import Study, Suggestion
 from hpo.tracking.store import open_store
@@ -241,6 +242,16 @@ def test_settings_that_are_not_given_again_stay_as_the_study_has_them(task: str,
         2,
         ("mood=calm",),
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "pruner"),
+    [({}, "model"), ({"strategy": "priority"}, "model"), ({"strategy": "tpe"}, "sha"), ({"pruner": "none"}, "none")],
+)
+def test_the_model_prunes_what_the_model_proposes(given: dict[str, str], pruner: str, task: str, home: Path) -> None:
+    _, _, settings = agree(find_means(home=home), task, None, given)
+
+    assert settings.pruner == pruner
 
 
 @pytest.mark.parametrize(

@@ -337,7 +337,7 @@ def test_the_incumbent_is_found_across_the_brackets_of_hyperband() -> None:
     study = optuna.create_study(
         study_name="brackets",  # a trial's bracket follows from this name and its number
         sampler=PrioritySampler(SPACE, num_trials=100),
-        pruner=build_pruner("hyperband", max_epochs=27),
+        pruner=build_pruner("hyperband", max_epochs=27, space=SPACE),
     )
     for loss in (5.0, 1.0):
         trial = study.ask(DISTRIBUTIONS)
@@ -526,7 +526,7 @@ def test_no_trial_is_pruned_in_its_last_epoch(pruner: str) -> None:
 
 def test_an_unknown_pruner_is_refused_with_the_near_miss() -> None:
     with pytest.raises(UnknownNameError, match=r"no pruner 'medain'; did you mean 'median'\?"):
-        build_pruner("medain", 10)
+        build_pruner("medain", 10, space=SPACE)
 
 
 # --- how trials end ---------------------------------------------------------------------------------------------------

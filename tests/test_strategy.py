@@ -21,7 +21,7 @@ from hpo.errors import StudyMismatchError, UsageError
 from hpo.search import strategy
 from hpo.search.encoding import Encoding, distribution
 from hpo.search.gaussian_process import GaussianProcess, negative_log_posterior
-from hpo.search.pruners import build_pruner
+from hpo.search.pruners import NUM_HALVED_TRIALS, build_pruner
 from hpo.search.strategy import PrioritySampler
 from hpo.search.study import Study, StudySettings
 from hpo.search.surrogate import Surrogate, log_expected_improvement
@@ -296,12 +296,91 @@ def test_what_is_held_keeps_its_exact_value_in_a_proposal(held: dict[str, Value]
     assert Encoding(SPACE).contains(values)
 
 
+# --- the pruner `model` -----------------------------------------------------------------------------------------------
+
+
+def late_bloomer(x: float, num_epochs: int) -> list[float]:
+    """A falling curve that is lowest for x = 0 in the first two epochs, and for x = 1 in the last of eight."""
+    return [1.5 + 0.3 * x - (epoch / 8) * (0.5 + x) for epoch in range(1, num_epochs + 1)]
+
+
+def goes_on(
+    x: float, trials: list[optuna.trial.FrozenTrial], sign: int = 1, held: dict[str, Value] | None = None
+) -> bool:
+    """Whether a trial at x that has shown two epochs of eight goes on; `held` is what the next one would not search."""
+    curve = [sign * loss for loss in late_bloomer(x, 2)]
+    return Surrogate(LINE).deserves_its_epochs(
+        past_trial(x, curve, TrialState.RUNNING, len(trials)),
+        trials,
+        held or {},
+        last_epoch=8,
+        sign=sign,
+        rng=np.random.default_rng(0),
+    )
+
+
+def bloomed(sign: int = 1) -> list[optuna.trial.FrozenTrial]:
+    """Five complete trials; `sign` -1 where larger values are better."""
+    trials = []
+    for number, x in enumerate((0.0, 0.2, 0.4, 0.6, 0.8)):
+        trial = past_trial(x, [sign * loss for loss in late_bloomer(x, 8)], TrialState.COMPLETE, number)
+        trial.value = sign * min(late_bloomer(x, 8))
+        trials.append(trial)
+    return trials
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_trial_goes_on_if_the_model_expects_the_best_end_of_it_however_it_begins(sign: int) -> None:
+    assert goes_on(1.0, bloomed(sign), sign)
+    assert not goes_on(0.1, bloomed(sign), sign)
+
+
+def test_a_trial_need_only_promise_more_than_what_may_be_tried_next() -> None:
+    assert not goes_on(0.9, bloomed())
+    assert goes_on(0.9, bloomed(), held={"x": 0.2})
+
+
+def test_a_trial_goes_on_while_there_is_nothing_to_compare_it_with() -> None:
+    assert goes_on(0.5, [])
+
+
+def run_losses(study: Study, curves: list[list[float]]) -> list[int]:
+    """Run trials with these losses one after the other; the epochs in which they ended."""
+    ends = []
+    for curve in curves:
+        suggestion = study.ask()
+        is_weak = False
+        for epoch, loss in enumerate(curve, start=1):
+            is_weak = study.report(suggestion.number, epoch, loss)
+            if is_weak:
+                break
+        study.tell(suggestion.number, "pruned" if is_weak else "complete", value=min(curve[:epoch]))
+        ends.append(epoch)
+    return ends
+
+
+@pytest.mark.parametrize(("first_rung", "stopped_after"), [(None, 4), (2, 2)])
+def test_a_hopeless_trial_is_stopped_at_the_first_rung_also_before_the_model_judges(
+    first_rung: int | None, stopped_after: int
+) -> None:
+    settings = StudySettings(
+        task="digits", space=LINE, seed=0, strategy="random", pruner="model", max_epochs=24, metric="loss",
+        direction="minimize", limit=None, planned_trials=20, first_rung=first_rung,
+    )  # fmt: skip
+    good = [1 / epoch for epoch in range(1, 25)]
+    hopeless = [[5.0 + number] * 24 for number in range(NUM_HALVED_TRIALS + 2)]
+
+    ends = run_losses(Study.open(InMemoryStorage(), "study", settings), [good, *hopeless])
+
+    assert ends == [24] + [stopped_after] * len(hopeless)
+
+
 # --- the first rung ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("first_rung", "stopped_after"), [(None, 4), (1, 1), (7, 7)])
 def test_the_weakest_trial_is_stopped_at_the_first_rung(first_rung: int | None, stopped_after: int) -> None:
-    study = optuna.create_study(pruner=build_pruner("sha", max_epochs=20, first_rung=first_rung))
+    study = optuna.create_study(pruner=build_pruner("sha", max_epochs=20, space=LINE, first_rung=first_rung))
     for loss in (1.0, 2.0):
         trial = study.ask()
         for epoch in range(1, 21):
@@ -332,10 +411,11 @@ def test_the_first_rung_is_a_setting_of_the_study() -> None:
     ("pruner", "first_rung", "message"),
     [
         ("sha", 0, r"--first-rung 0 is not allowed: it must be from 1 to the 20 epochs"),
+        ("model", 21, r"--first-rung 21 is not allowed: it must be from 1 to the 20 epochs"),
         ("sha", 21, r"--first-rung 21 is not allowed: it must be from 1 to the 20 epochs"),
-        ("median", 3, r"--first-rung 3 is for --pruner sha, not median"),
+        ("median", 3, r"--first-rung 3 is for --pruner model or sha, not median"),
     ],
 )
 def test_a_first_rung_that_cannot_be_is_refused(pruner: str, first_rung: int, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        build_pruner(pruner, max_epochs=20, first_rung=first_rung)
+        build_pruner(pruner, max_epochs=20, space=LINE, first_rung=first_rung)

@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
+import numpy as np
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.study import StudyDirection
 
+from hpo.config import derive_seed
 from hpo.errors import UnknownNameError, UsageError
+from hpo.search.strategy import NUM_MODELLED_TRIALS, PrioritySampler, other_trials
+from hpo.search.surrogate import Surrogate
 
-PRUNERS = ("sha", "median", "hyperband", "none")
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial
+
+    from hpo.space import Space
+
+PRUNERS = ("model", "sha", "median", "hyperband", "none")
+_WITH_RUNGS = ("model", "sha")
+
+NUM_HALVED_TRIALS = 8
+"""Trials before the model may stop any: from fewer curves it does not know how they bend."""
 
 
-def build_pruner(name: str, max_epochs: int, *, first_rung: int | None = None) -> BasePruner:
+def build_pruner(
+    name: str, max_epochs: int, *, space: Space, seed: int = 0, first_rung: int | None = None
+) -> BasePruner:
     """The pruner of that name for trials of up to `max_epochs` epochs.
 
+    model      see ModelPruner
     sha        asynchronous successive halving (Li et al., 2020, arXiv:1810.05934): after `first_rung` epochs, and
                after 3, 9, ... times as many, a trial goes on if it is among the best third of those that came that far
     median     from the sixth complete trial on, after the first tenth of the epochs: a trial goes on while its best
@@ -21,10 +40,13 @@ def build_pruner(name: str, max_epochs: int, *, first_rung: int | None = None) -
     hyperband  successive halving in brackets with a first cut after 1, 3, 9, ... epochs (Li et al., 2018)
     none       every trial runs to its end
 
-    `first_rung` is a fifth of the epochs unless given. Where the first epochs tell the good from the bad, as with some
-    recurrent networks, 1 is better. Raises UsageError where it is below 1 or above `max_epochs`, or not for `sha`.
+    `first_rung` is a fifth of the epochs unless given, and a sixth with `model`. Where the first epochs tell the good
+    from the bad, as with some recurrent networks, 1 is better. Raises UsageError where it is below 1 or above
+    `max_epochs`, or for another pruner.
     """
     check_first_rung(name, max_epochs, first_rung)
+    if name == "model":
+        return ModelPruner(space, max_epochs, seed=seed, first_rung=first_rung or max(1, max_epochs // 6))
     if name == "sha":
         return SuccessiveHalvingPruner(
             min_resource=first_rung or max(1, max_epochs // 5), reduction_factor=3, bootstrap_count=0
@@ -43,7 +65,43 @@ def check_first_rung(name: str, max_epochs: int, first_rung: int | None) -> None
     """Raise UsageError where the first rung does not fit the pruner and the epochs; None always does."""
     if first_rung is None:
         return
-    if name != "sha":
-        raise UsageError(f"--first-rung {first_rung} is for --pruner sha, not {name}; leave it out.")
+    if name not in _WITH_RUNGS:
+        raise UsageError(
+            f"--first-rung {first_rung} is for --pruner {' or '.join(_WITH_RUNGS)}, not {name}; leave it out."
+        )
     if not 1 <= first_rung <= max_epochs:
         raise UsageError(f"--first-rung {first_rung} is not allowed: it must be from 1 to the {max_epochs} epochs.")
+
+
+class ModelPruner(BasePruner):
+    """Stops a trial where the model of the learning curves expects more of a new configuration.
+
+    After `first_rung` epochs, and after 2, 4, 8, ... times as many, a trial goes on if its expected improvement for
+    each epoch that it has left is at least that of the configuration which would be tried next, for each of its epochs
+    (hpo.search.surrogate). The first trials, and those after the 250th, are judged by successive halving.
+    """
+
+    def __init__(self, space: Space, max_epochs: int, *, seed: int, first_rung: int) -> None:
+        self._max_epochs = max_epochs
+        self._seed = seed
+        self._rungs = {first_rung << doublings for doublings in range(max_epochs.bit_length())}
+        self._surrogate = Surrogate(space)
+        self._halving = SuccessiveHalvingPruner(min_resource=first_rung, reduction_factor=3, bootstrap_count=0)
+
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        is_weak = self._halving.prune(study, trial)  # of every trial: it writes down how far each has come
+        if not NUM_HALVED_TRIALS <= trial.number < NUM_MODELLED_TRIALS:
+            return is_weak
+        epoch = trial.last_step
+        if epoch not in self._rungs or epoch >= self._max_epochs:
+            return False
+        others = other_trials(study, trial)
+        next_number = len(others) + 1
+        return not self._surrogate.deserves_its_epochs(
+            trial,
+            others,
+            study.sampler.held(study, next_number) if isinstance(study.sampler, PrioritySampler) else {},
+            last_epoch=self._max_epochs,
+            sign=-1 if study.direction == StudyDirection.MAXIMIZE else 1,
+            rng=np.random.default_rng(derive_seed(self._seed, trial.number, epoch, "pruner")),
+        )

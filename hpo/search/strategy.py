@@ -16,8 +16,6 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
-from scipy.stats import qmc
-from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 from hpo.config import derive_seed
 from hpo.search.encoding import Encoding, distribution
@@ -36,8 +34,6 @@ NUM_STARTUP_TRIALS = 4
 
 NUM_MODELLED_TRIALS = 250
 """Trials before TPE takes over: the model weighs 400 observations at the most, and would forget the others."""
-
-_BLAS = ThreadpoolController().select(user_api="blas")
 
 DEFAULT_CONFIGURATION = "default configuration"
 EVERYTHING = "everything"
@@ -115,9 +111,13 @@ class PrioritySampler(PinningSampler):
         self._surrogate_study: tuple[BaseStorage, int] | None = None
 
     def pin(self, study: Study, trial: FrozenTrial) -> Mapping[str, Value]:
-        num_open = open_groups(trial.number, len(self._groups), self._num_trials)
+        return self.held(study, trial.number)
+
+    def held(self, study: Study, number: int) -> Mapping[str, Value]:
+        """Values that trial `number` would not search, if it were asked for now."""
+        num_open = open_groups(number, len(self._groups), self._num_trials)
         closed = [name for group in self._groups[num_open:] for name in group]
-        if trial.number == 0:
+        if number == 0:
             return self._defaults
         if not closed:
             return {}
@@ -146,9 +146,7 @@ class PrioritySampler(PinningSampler):
         if trial.number >= NUM_STARTUP_TRIALS:
             sign = -1 if study.direction == StudyDirection.MAXIMIZE else 1
             rng = np.random.default_rng(derive_seed(self._seed, trial.number, "surrogate"))
-            # The matrices are small: on two threads it takes five times the CPU time, which the trials need.
-            with _BLAS.limit(limits=1):
-                proposed = self._surrogate_of(study).propose(_other_trials(study, trial), held, sign=sign, rng=rng)
+            proposed = self._surrogate_of(study).propose(other_trials(study, trial), held, sign=sign, rng=rng)
             if proposed is not None:
                 return proposed
         return self._sequence_point(trial.number) | dict(held)
@@ -162,12 +160,15 @@ class PrioritySampler(PinningSampler):
 
     def _sequence_point(self, number: int) -> dict[str, Value]:
         """The point of a scrambled Sobol sequence that belongs to the trial."""
+        from scipy.stats import qmc  # a second, which hpo studies and hpo best can do without
+
         sequence = qmc.Sobol(len(self._defaults), rng=derive_seed(self._seed, "sobol") % 2**32)
         sequence.fast_forward(number)
         return self._encoding.values(self._encoding.snap(sequence.random(1))[0])
 
 
-def _other_trials(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
+def other_trials(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
+    """All trials of the study but this one, by number; not copies."""
     # Not study.get_trials(): with the Hyperband pruner that shows the trials of one bracket only.
     trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
     return [other for other in trials if other.number != trial.number]

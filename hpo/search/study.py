@@ -24,6 +24,7 @@ from hpo.space import Space, format_value
 from hpo.trial import EndState, TrialRecord, TrialState, losses, pareto_front, ranked
 
 if TYPE_CHECKING:
+    from optuna.pruners import BasePruner
     from optuna.storages import BaseStorage
 
     from hpo.config import Direction
@@ -85,7 +86,7 @@ class StudySettings:
     """The space that was named in place of the task's own."""
 
     first_rung: int | None = None
-    """Epochs before the pruner `sha` stops a trial for the first time; None for its own choice."""
+    """Epochs before the pruner stops a trial for the first time; None for its own choice."""
 
     overrides: tuple[str, ...] = ()
     """The overrides that narrowed the space, as they were written."""
@@ -173,7 +174,7 @@ class Study:
             sampler=build_sampler(
                 settings.strategy, settings.space, seed=settings.seed, num_trials=settings.planned_trials
             ),
-            pruner=build_pruner(settings.pruner, settings.max_epochs, first_rung=settings.first_rung),
+            pruner=_pruner(settings),
         )
 
     @classmethod
@@ -497,7 +498,7 @@ def read_settings(storage: BaseStorage, name: str) -> StudySettings | None:
 def _create(storage: BaseStorage, name: str, settings: StudySettings) -> None:
     # Unknown names must be refused before anything is written.
     build_sampler(settings.strategy, settings.space, seed=settings.seed, num_trials=settings.planned_trials)
-    build_pruner(settings.pruner, settings.max_epochs, first_rung=settings.first_rung)
+    _pruner(settings)
     study = optuna.create_study(
         study_name=name,
         storage=storage,
@@ -505,6 +506,16 @@ def _create(storage: BaseStorage, name: str, settings: StudySettings) -> None:
         load_if_exists=True,
     )
     study.set_user_attr(_SETTINGS, {"format": FORMAT, "settings": settings.to_dict()})
+
+
+def _pruner(settings: StudySettings) -> BasePruner:
+    return build_pruner(
+        settings.pruner,
+        settings.max_epochs,
+        space=settings.space,
+        seed=settings.seed,
+        first_rung=settings.first_rung,
+    )
 
 
 def _state(trial: FrozenTrial) -> TrialState:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 from optuna.trial import TrialState
 from scipy.special import erfcx, ndtr
+from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 from hpo.search.encoding import Encoding
 from hpo.search.gaussian_process import Array, GaussianProcess
@@ -28,6 +30,8 @@ _POINTS_OF_A_CURVE = 3
 
 _HOPELESS = 10.0
 """Losses count as equal where they are this many times as far above the median as the best is below it."""
+
+_BLAS = ThreadpoolController().select(user_api="blas")
 
 _MAX_OBSERVATIONS = 400
 _NUM_CANDIDATES = 512
@@ -54,8 +58,29 @@ class _Curve:
     """Whether it was stopped with nothing to show, or with a last report that is not finite; the worst of all then."""
 
 
+@dataclass(frozen=True)
+class _Belief:
+    """What the observations tell about every configuration."""
+
+    process: GaussianProcess
+    lowest: float
+    """The lowest of its targets."""
+
+    incumbents: Array
+    """(n, p) the configurations observed, the best first."""
+
+
+def _on_one_thread() -> AbstractContextManager[None]:
+    """Keep linear algebra to one thread: for matrices this small two take five times the CPU time, which trials need."""
+    limited: AbstractContextManager[None] = _BLAS.limit(limits=1)
+    return limited
+
+
 class Surrogate:
-    """Proposes configurations for a space from the trials of one study; remembers those that have ended."""
+    """Proposes configurations for a space, and judges trials, from the trials of one study.
+
+    It remembers the trials that have ended.
+    """
 
     def __init__(self, space: Space) -> None:
         self._encoding = Encoding(space)
@@ -69,9 +94,43 @@ class Surrogate:
         `held` fixes some of its values. `sign` is 1 where lower values are better, else -1. What is running counts as
         if it would end as the model expects, so that trials asked for together differ.
         """
-        curves = [curve for trial in trials if (curve := self._curve(trial, sign)) is not None]
-        last_epoch = max((epoch for curve in curves for epoch in curve.epochs), default=1)
-        units, epochs, losses = _observations(curves, last_epoch)
+        curves = self._curves(trials, sign)
+        with _on_one_thread():
+            belief = self._belief(curves, max((epoch for curve in curves for epoch in curve.epochs), default=1))
+            if belief is None:
+                return None
+            return self._encoding.values(self._most_promising(belief, held, rng)[0]) | dict(held)
+
+    def deserves_its_epochs(
+        self,
+        trial: FrozenTrial,
+        others: Sequence[FrozenTrial],
+        held: Mapping[str, Value],
+        *,
+        last_epoch: int,
+        sign: int,
+        rng: np.random.Generator,
+    ) -> bool:
+        """Whether the epochs that a trial has left promise more than as many of a new configuration.
+
+        The measure is the expected improvement an epoch, over `last_epoch` epochs for a new one, some of whose values
+        are `held`. True while the trials cannot be told apart.
+        """
+        own = self._curve(trial, sign)
+        with _on_one_thread():
+            belief = self._belief(self._curves(others, sign), last_epoch, own)
+            if own is None or not own.epochs or belief is None:
+                return True
+            _, elsewhere = self._most_promising(belief, held, rng)
+            here = float(self._log_improvement(belief, own.units[None])[0])
+        return here - math.log(last_epoch - own.epochs[-1]) >= elsewhere - math.log(last_epoch)
+
+    def _belief(self, curves: Sequence[_Curve], last_epoch: int, judged: _Curve | None = None) -> _Belief | None:
+        """What the curves tell about all configurations at the last epoch; None while they are all the same.
+
+        Running trials are believed to end as expected, but for the one that is `judged`, which comes on top.
+        """
+        units, epochs, losses = _observations([*curves, judged] if judged else curves, last_epoch)
         if len(losses) == 0 or losses.min() == losses.max():
             return None
         targets = _standardized(losses)
@@ -81,8 +140,10 @@ class Surrogate:
         running = np.array([curve.units for curve in curves if curve.state == TrialState.RUNNING])
         if len(running):
             process = process.believing(self._at_the_end(running))
-        best = self._most_promising(process, float(targets.min()), units[np.argsort(targets)], held, rng)
-        return self._encoding.values(best) | dict(held)
+        return _Belief(process, float(targets.min()), units[np.argsort(targets)])
+
+    def _curves(self, trials: Sequence[FrozenTrial], sign: int) -> list[_Curve]:
+        return [curve for trial in trials if (curve := self._curve(trial, sign)) is not None]
 
     def _curve(self, trial: FrozenTrial, sign: int) -> _Curve | None:
         if trial.number in self._ended:
@@ -110,15 +171,18 @@ class Surrogate:
     def _at_the_end(self, units: Array) -> Array:
         return np.column_stack([self._encoding.columns(units), np.ones(len(units))])
 
+    def _log_improvement(self, belief: _Belief, units: Array) -> Array:
+        """Logarithm of the expected improvement of configurations (m, p) at the last epoch; (m,)."""
+        mean, deviation = belief.process.predict(self._at_the_end(units))
+        return log_expected_improvement((belief.lowest - mean) / deviation) + np.log(deviation)
+
     def _most_promising(
-        self,
-        process: GaussianProcess,
-        lowest: float,
-        incumbents: Array,
-        held: Mapping[str, Value],
-        rng: np.random.Generator,
-    ) -> Array:
-        """Search the cube at random and around the best observations, then refine what is best; (p,)."""
+        self, belief: _Belief, held: Mapping[str, Value], rng: np.random.Generator
+    ) -> tuple[Array, float]:
+        """Search the cube at random and around the best observations, then refine what is best.
+
+        Gives the configuration (p,) and the logarithm of its expected improvement.
+        """
         encoding = self._encoding
         is_held = np.array([name in held for name in encoding.names])
         base = encoding.units(encoding.space.defaults() | dict(held))
@@ -126,23 +190,20 @@ class Surrogate:
         def allowed(units: Array) -> Array:
             return np.where(is_held, base, encoding.snap(units))
 
-        def improvement(units: Array) -> Array:
-            mean, deviation = process.predict(self._at_the_end(units))
-            return log_expected_improvement((lowest - mean) / deviation) + np.log(deviation)
-
         anywhere = rng.uniform(size=(_NUM_CANDIDATES, len(base)))
-        nearby = incumbents[:_NUM_INCUMBENTS][rng.integers(min(_NUM_INCUMBENTS, len(incumbents)), size=_NUM_CANDIDATES)]
+        incumbents = belief.incumbents[:_NUM_INCUMBENTS]
+        nearby = incumbents[rng.integers(len(incumbents), size=_NUM_CANDIDATES)]
         candidates = allowed(np.concatenate([anywhere, self._mutated(nearby, rng)]))
-        scores = improvement(candidates)
+        scores = self._log_improvement(belief, candidates)
         for step in _REFINEMENTS:
             elite = np.argsort(-scores)[:_NUM_INCUMBENTS]
             offspring = np.repeat(candidates[elite], _OFFSPRING, axis=0)
             offspring += step * rng.normal(size=offspring.shape) * (rng.uniform(size=offspring.shape) < 0.5)
             offspring = allowed(offspring)
             candidates = np.concatenate([candidates[elite], offspring])
-            scores = np.concatenate([scores[elite], improvement(offspring)])
-        best: Array = candidates[np.argmax(scores)]
-        return best
+            scores = np.concatenate([scores[elite], self._log_improvement(belief, offspring)])
+        best = int(np.argmax(scores))
+        return candidates[best], float(scores[best])
 
     def _mutated(self, units: Array, rng: np.random.Generator) -> Array:
         """Points (m, p) with some of their values moved by steps of all sizes, and some of their choices redrawn."""
