@@ -38,7 +38,7 @@ NUM_FULL_TRIALS = 30
 VALIDATION_FRACTION = 0.2
 BOOTSTRAP_SAMPLES = 5000
 
-CONTENDERS = {"priority": "sha", "tpe": "none", "random": "none"}
+CONTENDERS = {"priority": "model", "tpe": "none", "random": "none"}
 """The strategies, each with its pruner."""
 
 Values = NDArray[np.float64]

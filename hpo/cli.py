@@ -89,7 +89,8 @@ study_options = _options(
     click.option(
         "--pruner",
         metavar="NAME",
-        help="model, sha, median, hyperband or none. [default: model with priority, else sha; none with several objectives]",
+        help="model, sha, median, hyperband or none. [default: model with priority, else sha; "
+        "none with several objectives]",
     ),
     click.option(
         "--first-rung",

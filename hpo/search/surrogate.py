@@ -71,7 +71,7 @@ class _Belief:
 
 
 def _on_one_thread() -> AbstractContextManager[None]:
-    """Keep linear algebra to one thread: for matrices this small two take five times the CPU time, which trials need."""
+    """Keep linear algebra to one thread: on small matrices two take five times the CPU time, which the trials need."""
     limited: AbstractContextManager[None] = _BLAS.limit(limits=1)
     return limited
 
