@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from hpo.errors import UnknownNameError, UsageError
 
-OPTIMIZERS = ("sgd", "adam", "adamw", "nadam", "rmsprop")
+OPTIMIZERS = ("sgd", "adam", "adamw", "nadam", "adamax", "adagrad", "rmsprop", "lamb", "muon")
 SCHEDULES = ("constant", "cosine", "one_cycle")
 AUGMENTATIONS = ("none", "flip", "crop", "crop_flip", "crop_flip_cutout")
 LOSSES = ("cross_entropy", "mse")
@@ -51,13 +51,22 @@ class TrainConfig:
     """One of OPTIMIZERS."""
 
     momentum: float = 0.9
-    """Momentum of SGD and RMSprop, in [0, 1)."""
+    """Momentum of SGD, RMSprop and Muon, in [0, 1)."""
 
     nesterov: bool = True
-    """Whether SGD's momentum is Nesterov's; without effect when momentum is 0."""
+    """Whether the momentum of SGD and Muon is Nesterov's; without effect when momentum is 0."""
+
+    beta1: float = 0.9
+    """Decay of the average of the gradients in Adam and its kin (all but SGD, RMSprop and Adagrad), in [0, 1)."""
+
+    beta2: float = 0.999
+    """Decay of the average of the squared gradients, where there is a `beta1`, in [0, 1)."""
+
+    eps: float = 1e-8
+    """What is added to the root of that average, or of RMSprop's or Adagrad's, before dividing by it; above 0."""
 
     weight_decay: float = 0.0
-    """Weight decay (decoupled in AdamW, L2 elsewhere), at least 0; biases and norms are spared."""
+    """Weight decay (decoupled in AdamW, LAMB and Muon, L2 elsewhere), at least 0; biases and norms are spared."""
 
     schedule: str = "cosine"
     """One of SCHEDULES, stepped once a step."""
@@ -122,9 +131,10 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("weight_decay", "clip_norm", "min_delta", "stop_after"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
-        for name in ("momentum", "warmup_fraction", "label_smoothing"):
+        for name in ("momentum", "beta1", "beta2", "warmup_fraction", "label_smoothing"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        self._require("lr", 0 < self.lr < math.inf, "above 0 and finite")
+        for name in ("lr", "eps"):
+            self._require(name, 0 < getattr(self, name) < math.inf, "above 0 and finite")
 
     @property
     def direction(self) -> Direction:

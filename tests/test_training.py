@@ -298,7 +298,7 @@ def test_the_digits_are_learnt() -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_optimizer_learns_under_every_schedule(optimizer: str, schedule: str) -> None:
     momentum = 0.5 if optimizer == "rmsprop" else 0.9
-    lr = 0.05 if optimizer == "sgd" else 0.01
+    lr = 0.05 if optimizer in ("sgd", "adagrad", "lamb") else 0.01
     config = quick_config(optimizer=optimizer, schedule=schedule, momentum=momentum, lr=lr, max_epochs=8, batch_size=16)
     results = list(fit(ImageNet(), image_splits(), config))
     assert results[-1].metrics["train/loss"] < 0.5 * results[0].metrics["train/loss"]
@@ -549,6 +549,7 @@ resumable_configs = st.builds(
     max_epochs=st.just(4),
     batch_size=st.sampled_from([20, 48]),
     optimizer=st.sampled_from(OPTIMIZERS),
+    beta1=st.sampled_from([0.9, 0.5]),
     schedule=st.sampled_from(SCHEDULES),
     augment=st.sampled_from(AUGMENTATIONS),
     weight_decay=st.sampled_from([0.0, 0.01]),
@@ -768,6 +769,8 @@ def test_a_model_without_biases_can_be_optimised(optimizer: str) -> None:
         ("adam", lambda p, c: torch.optim.Adam(p, c.lr)),
         ("adamw", lambda p, c: torch.optim.AdamW(p, c.lr, weight_decay=0)),
         ("nadam", lambda p, c: torch.optim.NAdam(p, c.lr)),
+        ("adamax", lambda p, c: torch.optim.Adamax(p, c.lr)),
+        ("adagrad", lambda p, c: torch.optim.Adagrad(p, c.lr)),
         ("rmsprop", lambda p, c: torch.optim.RMSprop(p, c.lr, momentum=c.momentum)),
     ],
 )
@@ -813,7 +816,7 @@ def rates(config: TrainConfig, num_steps: int) -> tuple[list[float], list[float]
     for step in range(num_steps + 1):
         group = optimizer.param_groups[0]
         lrs.append(group["lr"])
-        momenta.append(group["momentum"] if "momentum" in group else group["betas"][0])
+        momenta.append(group["momentum"] if "momentum" in group else group.get("betas", [0.0])[0])
         if step < num_steps:
             optimizer.step()
             schedule.step()
@@ -1004,7 +1007,7 @@ def compiled_graphs() -> int:
         {"optimizer": "sgd", "momentum": 0.9},
         {"optimizer": "sgd", "momentum": 0.0, "clip_norm": 0.5},
         {"optimizer": "adam", "label_smoothing": 0.1},
-        {"optimizer": "adamw", "clip_norm": 0.5, "label_smoothing": 0.1},
+        {"optimizer": "adamw", "clip_norm": 0.5, "label_smoothing": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )

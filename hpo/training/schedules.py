@@ -41,15 +41,17 @@ def _cosine(progress: float) -> float:
 def _one_cycle(optimizer: Optimizer, config: TrainConfig, num_steps: int) -> OneCycleLR:
     """Up to the peak rate over 30 % of the steps and down to nearly 0, momentum the other way round (arXiv:1708.07120).
 
-    The momentum that the user chose is the highest; torch's ratio of lowest to highest, 0.85 to 0.95, is kept.
+    The momentum that the user chose is the highest; torch's ratio of lowest to highest, 0.85 to 0.95, is kept. Where
+    there is a beta1 instead, it lies between the two: 0.9 gives torch's.
     """
-    max_momentum = config.momentum if "momentum" in optimizer.defaults else 0.95
+    max_momentum = config.momentum if "momentum" in optimizer.defaults else (1 + config.beta1) / 2
     return OneCycleLR(
         optimizer,
         max_lr=config.lr,
         # One point more than there are steps: the end is where the last step leads to. With num_steps points the
         # call after the last step would leave the curve, and a single step would be taken at a rate of nearly 0.
         total_steps=num_steps + 1,
+        cycle_momentum=not optimizer.defaults.keys().isdisjoint(("momentum", "betas")),  # Adagrad has neither
         max_momentum=max_momentum,
         base_momentum=max_momentum * 0.85 / 0.95,
     )
