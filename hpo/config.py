@@ -10,7 +10,7 @@ from typing import Any, Literal
 from hpo.errors import UnknownNameError, UsageError
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "nadam", "adamax", "adagrad", "rmsprop", "lamb", "muon")
-SCHEDULES = ("constant", "cosine", "one_cycle")
+SCHEDULES = ("constant", "step", "exponential", "cosine", "cosine_restarts", "one_cycle", "plateau")
 AUGMENTATIONS = ("none", "flip", "crop", "crop_flip", "crop_flip_cutout")
 LOSSES = ("cross_entropy", "mse")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -69,10 +69,19 @@ class TrainConfig:
     """Weight decay (decoupled in AdamW, LAMB and Muon, L2 elsewhere), at least 0; biases and norms are spared."""
 
     schedule: str = "cosine"
-    """One of SCHEDULES, stepped once a step."""
+    """One of SCHEDULES, stepped once a step; plateau's rate falls at the end of epochs."""
 
     warmup_fraction: float = 0.05
     """Share of all steps over which the rate first rises linearly, in [0, 1); one-cycle has its own rise."""
+
+    decay_factor: float = 0.1
+    """What step and plateau multiply the rate by each time, and where exponential ends, in (0, 1)."""
+
+    num_cycles: int = 3
+    """Cycles of cosine_restarts, each twice as long as the one before, at least 1."""
+
+    plateau_patience: int = 3
+    """Epochs without improvement (see `min_delta`) after which plateau lowers the rate, at least 1."""
 
     clip_norm: float = 0.0
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
@@ -127,12 +136,13 @@ class TrainConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise UnknownNameError(name, str(getattr(self, name)), allowed)
-        for name in ("max_epochs", "batch_size", "patience"):
+        for name in ("max_epochs", "batch_size", "num_cycles", "plateau_patience", "patience"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("weight_decay", "clip_norm", "min_delta", "stop_after"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
         for name in ("momentum", "beta1", "beta2", "warmup_fraction", "label_smoothing"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self._require("decay_factor", 0 < self.decay_factor < 1, "in (0, 1)")
         for name in ("lr", "eps"):
             self._require(name, 0 < getattr(self, name) < math.inf, "above 0 and finite")
 

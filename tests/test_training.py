@@ -551,6 +551,8 @@ resumable_configs = st.builds(
     optimizer=st.sampled_from(OPTIMIZERS),
     beta1=st.sampled_from([0.9, 0.5]),
     schedule=st.sampled_from(SCHEDULES),
+    warmup_fraction=st.sampled_from([0.05, 0.4]),
+    plateau_patience=st.just(1),
     augment=st.sampled_from(AUGMENTATIONS),
     weight_decay=st.sampled_from([0.0, 0.01]),
     clip_norm=st.sampled_from([0.0, 0.5]),
@@ -840,6 +842,8 @@ def test_every_step_is_taken_at_a_rate_above_0_and_at_most_the_peak(
     lrs, momenta = rates(config, num_steps)
     assert all(0 < lr <= 0.1 * (1 + 1e-9) for lr in lrs[:-1])
     assert all(0 <= value <= max(momentum, 0.95) for value in momenta)
+    if schedule == "cosine_restarts":
+        return
     peak = lrs.index(max(lrs))
     assert lrs[: peak + 1] == sorted(lrs[: peak + 1])
     assert lrs[peak:] == sorted(lrs[peak:], reverse=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from test_training import ImageNet, image_splits, quick_config
+from test_training import ImageNet, image_splits, quick_config, rates, scripted
 from torch import Tensor, nn
 
 from hpo.config import OPTIMIZERS, TrainConfig
@@ -170,3 +171,86 @@ def test_betas_and_epsilon_out_of_range_are_refused(change: dict[str, Any], allo
 def test_what_has_no_compiled_formula_stays_eager(optimizer: str) -> None:
     results = list(fit(ImageNet(), image_splits(), quick_config(optimizer=optimizer, compile="step", max_epochs=2)))
     assert [result.settled["compile"] for result in results] == ["off", "off"]
+
+
+# Schedules.
+
+
+def steps_at(**changes: Any) -> list[float]:
+    """The rate of each of 40 steps at a peak of 0.1, and the one after them."""
+    return rates(quick_config(lr=0.1, **({"warmup_fraction": 0.0} | changes)), 40)[0]
+
+
+def test_step_lowers_the_rate_at_one_half_and_at_three_quarters() -> None:
+    assert steps_at(schedule="step", decay_factor=0.2) == pytest.approx([0.1] * 20 + [0.02] * 10 + [0.004] * 11)
+
+
+def test_exponential_loses_the_same_share_in_each_step_and_ends_at_its_factor() -> None:
+    lrs = steps_at(schedule="exponential", decay_factor=0.01)
+    shares = [after / before for before, after in pairwise(lrs)]
+    assert shares == pytest.approx([shares[0]] * 40)
+    assert lrs[-1] == pytest.approx(0.1 * 0.01)
+
+
+def test_cosine_restarts_begins_again_at_the_peak_in_cycles_that_double() -> None:
+    lrs = rates(quick_config(schedule="cosine_restarts", num_cycles=3, warmup_fraction=0.0, lr=0.1), 70)[0]
+    peaks = [step for step, lr in enumerate(lrs) if lr == pytest.approx(0.1, rel=1e-9)]
+    assert peaks == [0, 10, 30]
+    assert lrs[20] == lrs[50] == pytest.approx(0.05)
+    assert lrs[-1] == 0.0
+
+
+def test_one_cycle_of_cosine_restarts_is_cosine() -> None:
+    assert steps_at(schedule="cosine_restarts", num_cycles=1) == pytest.approx(steps_at(schedule="cosine"))
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 41, 1000])
+@pytest.mark.parametrize("num_cycles", [2, 3, 6])
+def test_cosine_restarts_takes_no_step_at_a_rate_of_zero(num_steps: int, num_cycles: int) -> None:
+    config = quick_config(schedule="cosine_restarts", num_cycles=num_cycles, warmup_fraction=0.0, lr=0.1)
+    assert all(lr > 1e-9 for lr in rates(config, num_steps)[0][:-1])
+
+
+@pytest.mark.parametrize("schedule", ["step", "exponential", "cosine", "cosine_restarts", "plateau"])
+def test_a_warm_up_comes_before_the_curve_which_then_begins_at_the_peak(schedule: str) -> None:
+    lrs = steps_at(schedule=schedule, warmup_fraction=0.1)
+    assert lrs[:5] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
+
+
+def test_plateau_lowers_the_rate_after_its_patience_without_improvement() -> None:
+    _, results = scripted(
+        [0.2, 0.4, 0.4, 0.3, 0.6, 0.6, 0.6, 0.6, 0.6], schedule="plateau", plateau_patience=2, decay_factor=0.5, lr=0.1
+    )
+    # `lr` is the rate of an epoch's last step: the epoch after the patience is over is the first at the lower rate.
+    expected = [0.1, 0.1, 0.1, 0.1, 0.05, 0.05, 0.05, 0.025, 0.025]
+    assert [result.metrics["lr"] for result in results] == pytest.approx(expected)
+
+
+def test_plateau_knows_a_metric_to_be_minimised_and_the_least_change_that_counts() -> None:
+    def rates_of(**changes: Any) -> list[float]:
+        config = quick_config(schedule="plateau", plateau_patience=1, max_epochs=5, warmup_fraction=0.0, **changes)
+        return [result.metrics["lr"] for result in fit(ImageNet(), image_splits(), config)]
+
+    falls = rates_of(metric="loss")  # it falls in all five epochs
+    assert falls == [0.01] * 5
+    assert rates_of(metric="loss", min_delta=10.0) == pytest.approx([0.01, 0.01, 1e-3, 1e-4, 1e-5])
+
+
+def test_plateau_does_not_count_the_epochs_of_the_warm_up() -> None:
+    _, results = scripted([0.5] * 6, schedule="plateau", plateau_patience=1, warmup_fraction=0.5, lr=0.1)
+    # Three epochs of warm-up; the third ends it and is the first that counts.
+    assert [result.metrics["lr"] for result in results][3:] == pytest.approx([0.1, 0.01, 0.001])
+
+
+@pytest.mark.parametrize(
+    ("change", "allowed"),
+    [
+        ({"decay_factor": 1.0}, r"in \(0, 1\)"),
+        ({"num_cycles": 0}, "at least 1"),
+        ({"plateau_patience": 0}, "at least 1"),
+    ],
+)
+def test_settings_of_a_schedule_out_of_range_are_refused(change: dict[str, Any], allowed: str) -> None:
+    (name,) = change
+    with pytest.raises(UsageError, match=rf"{name}={change[name]} is not allowed: it must be {allowed}"):
+        quick_config(**change)

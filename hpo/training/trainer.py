@@ -21,7 +21,7 @@ from hpo.training.losses import LossFunction, loss_function, target_scale
 from hpo.training.metrics import EpochMetrics, check_metric
 from hpo.training.optimizers import build_optimizer
 from hpo.training.precision import autocast, has_convolutions, settle_precision
-from hpo.training.schedules import build_schedule
+from hpo.training.schedules import Plateau, build_schedule
 from hpo.training.step import TrainingStep
 from hpo.training.stopping import EarlyStopping
 
@@ -191,6 +191,8 @@ class _Run:
         # The mean of an epoch's losses is finite only where each of them was.
         diverged = not all(math.isfinite(number) for number in (metrics["train/loss"], metrics["val/loss"], value))
         value = math.nan if diverged else value
+        if isinstance(self.schedule, Plateau):
+            self.schedule.end_epoch(value)
         is_best = self.stopping.update(epoch, value)
         if is_best:
             self.best_weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
