@@ -12,7 +12,9 @@ from hpo.errors import UnknownNameError, UsageError
 OPTIMIZERS = ("sgd", "adam", "adamw", "nadam", "adamax", "adagrad", "rmsprop", "lamb", "muon")
 SCHEDULES = ("constant", "step", "exponential", "cosine", "cosine_restarts", "one_cycle", "plateau")
 AUGMENTATIONS = ("none", "flip", "crop", "crop_flip", "crop_flip_cutout")
-LOSSES = ("cross_entropy", "mse")
+LOSSES = ("cross_entropy", "focal", "mse", "mae", "huber", "log_cosh")
+CLASS_WEIGHTS = ("none", "balanced")
+SAMPLINGS = ("uniform", "balanced")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 COMPILE_MODES = ("auto", "off", "step", "graph")
 
@@ -95,6 +97,15 @@ class TrainConfig:
     loss: str = "cross_entropy"
     """One of LOSSES."""
 
+    focal_gamma: float = 2.0
+    """How far focal loss passes over examples that are right already, at least 0; at 0 it is cross-entropy."""
+
+    class_weights: str = "none"
+    """One of CLASS_WEIGHTS: "balanced" makes every class count alike in the training loss, however rare it is."""
+
+    sampling: str = "uniform"
+    """One of SAMPLINGS: "balanced" draws every class equally often, with replacement; "uniform" each example once."""
+
     metric: str = "accuracy"
     """One of METRICS: it decides about stopping and the best epoch, measured on the validation split."""
 
@@ -130,6 +141,8 @@ class TrainConfig:
             ("schedule", SCHEDULES),
             ("augment", AUGMENTATIONS),
             ("loss", LOSSES),
+            ("class_weights", CLASS_WEIGHTS),
+            ("sampling", SAMPLINGS),
             ("metric", METRICS),
             ("precision", PRECISIONS),
             ("compile", COMPILE_MODES),
@@ -138,7 +151,7 @@ class TrainConfig:
                 raise UnknownNameError(name, str(getattr(self, name)), allowed)
         for name in ("max_epochs", "batch_size", "num_cycles", "plateau_patience", "patience"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("weight_decay", "clip_norm", "min_delta", "stop_after"):
+        for name in ("weight_decay", "clip_norm", "focal_gamma", "min_delta", "stop_after"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
         for name in ("momentum", "beta1", "beta2", "warmup_fraction", "label_smoothing"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")

@@ -14,7 +14,7 @@ from hpo.models.preprocessed import build_model
 from hpo.objective import Dataset, SealedSplit
 from hpo.plugins import Task
 from hpo.space import Value
-from hpo.training.losses import loss_function, target_scale
+from hpo.training.losses import training_loss
 from hpo.training.metrics import check_metric
 
 
@@ -60,7 +60,7 @@ def check_task(task: Task, splits: Splits) -> None:
     check_metric(task.objective.metric, len(splits.spec.classes))
     _check_batch_sizes(task, splits)
     _check_model(task, splits)
-    for name in ("loss", "augment"):
+    for name in ("loss", "class_weights", "sampling", "augment"):
         for value in _possible_values(task, name):
             _check_setting(task, splits, name, value)
 
@@ -82,11 +82,13 @@ def _check_batch_sizes(task: Task, splits: Splits) -> None:
 
 
 def _check_setting(task: Task, splits: Splits, name: str, value: Value) -> None:
-    """Every loss and augmentation that may be drawn must fit the data."""
+    """Every loss, sampling and augmentation that may be drawn must fit the data."""
     config = task.train_config({name: value}, batch_size=1)
+    training_loss(config, splits.train, len(splits.spec.classes))
     generator = torch.Generator()
-    loss_function(config, len(splits.spec.classes), target_scale(splits.train))
-    TrainingBatches(splits.train, 1, order=generator, augmentation=generator, augment=config.augment)
+    TrainingBatches(
+        splits.train, 1, order=generator, augmentation=generator, augment=config.augment, sampling=config.sampling
+    )
 
 
 def _check_model(task: Task, splits: Splits) -> None:

@@ -22,13 +22,13 @@ from torch._dynamo.utils import counters
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hpo.config import AUGMENTATIONS, OPTIMIZERS, SCHEDULES, TrainConfig
+from hpo.config import AUGMENTATIONS, CLASS_WEIGHTS, OPTIMIZERS, SAMPLINGS, SCHEDULES, TrainConfig
 from hpo.data.datasets import Splits, split_dataset
 from hpo.errors import CheckpointError, DeviceMemoryError, UnknownNameError, UsageError
 from hpo.objective import Dataset, DataSpec, SealedSplit, Split
 from hpo.training.checkpoint import CheckpointFolder, load_weights, save_weights
 from hpo.training.compiled import let_dropout_vary, settle_compile_mode
-from hpo.training.losses import loss_function, target_scale
+from hpo.training.losses import CLASSIFICATION_LOSSES, loss_function, target_scale
 from hpo.training.metrics import ConfusionMetrics, EpochMetrics, RegressionMetrics
 from hpo.training.optimizers import build_optimizer
 from hpo.training.precision import settle_precision
@@ -554,6 +554,9 @@ resumable_configs = st.builds(
     warmup_fraction=st.sampled_from([0.05, 0.4]),
     plateau_patience=st.just(1),
     augment=st.sampled_from(AUGMENTATIONS),
+    sampling=st.sampled_from(SAMPLINGS),
+    class_weights=st.sampled_from(CLASS_WEIGHTS),
+    loss=st.sampled_from(CLASSIFICATION_LOSSES),
     weight_decay=st.sampled_from([0.0, 0.01]),
     clip_norm=st.sampled_from([0.0, 0.5]),
     patience=st.sampled_from([1, 4]),
@@ -1010,7 +1013,7 @@ def compiled_graphs() -> int:
     [
         {"optimizer": "sgd", "momentum": 0.9},
         {"optimizer": "sgd", "momentum": 0.0, "clip_norm": 0.5},
-        {"optimizer": "adam", "label_smoothing": 0.1},
+        {"optimizer": "adam", "label_smoothing": 0.1, "loss": "focal", "class_weights": "balanced"},
         {"optimizer": "adamw", "clip_norm": 0.5, "label_smoothing": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),

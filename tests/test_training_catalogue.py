@@ -8,12 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import ImageNet, image_splits, quick_config, rates, scripted
+from hypothesis import given
+from hypothesis import strategies as st
+from test_training import ImageNet, Line, image_splits, line_splits, quick_config, rates, regression_config, scripted
 from torch import Tensor, nn
+from torch.nn import functional
 
 from hpo.config import OPTIMIZERS, TrainConfig
+from hpo.data.batches import TrainingBatches
+from hpo.data.datasets import Splits
 from hpo.errors import UsageError
+from hpo.objective import DataSpec, Split
+from hpo.training.losses import loss_function, target_scale, training_loss
 from hpo.training.optimizers import Lamb, build_optimizer
+from hpo.training.step import TrainingStep
 from hpo.training.trainer import fit
 
 # Optimizers.
@@ -254,3 +262,157 @@ def test_settings_of_a_schedule_out_of_range_are_refused(change: dict[str, Any],
     (name,) = change
     with pytest.raises(UsageError, match=rf"{name}={change[name]} is not allowed: it must be {allowed}"):
         quick_config(**change)
+
+
+# Losses.
+
+
+def logits_and_targets(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return 3 * torch.randn(12, 3, generator=generator), torch.randint(3, (12,), generator=generator)
+
+
+@given(gamma=st.floats(0, 5), seed=st.integers(0, 100))
+def test_focal_loss_is_cross_entropy_times_the_power_of_what_the_share_lacks(gamma: float, seed: int) -> None:
+    outputs, targets = logits_and_targets(seed)
+    loss = loss_function(quick_config(loss="focal", focal_gamma=gamma), 3, 1.0)(outputs, targets)
+    shares = outputs.softmax(1)[range(12), targets]
+    torch.testing.assert_close(loss, (-((1 - shares) ** gamma) * shares.log()).mean(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_focal_loss_of_a_sure_and_right_answer_has_a_finite_gradient(gamma: float) -> None:
+    outputs = torch.tensor([[200.0, 0.0, 0.0]], requires_grad=True)
+    loss = loss_function(quick_config(loss="focal", focal_gamma=gamma), 3, 1.0)(outputs, torch.tensor([0]))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert outputs.grad is not None
+    assert outputs.grad.isfinite().all()
+
+
+def test_balanced_weights_give_each_class_the_same_part_of_the_loss() -> None:
+    targets = torch.tensor([0] * 6 + [1] * 3 + [2])
+    train = Split(torch.zeros(10, 1), targets)
+    loss = training_loss(quick_config(class_weights="balanced"), train, 3)
+    each = torch.stack([loss(torch.zeros(1, 3), target[None]) for target in targets])
+    parts = torch.stack([each[targets == label].sum() for label in range(3)])
+    torch.testing.assert_close(parts, parts[:1].expand(3))
+    torch.testing.assert_close(each.mean(), torch.tensor(3.0).log())
+    sklearn_weights = 10 / (3 * torch.tensor([6.0, 3.0, 1.0]))
+    torch.testing.assert_close(each[[0, 6, 9]], sklearn_weights * torch.tensor(3.0).log())
+
+
+def test_class_weights_are_for_the_training_loss_alone() -> None:
+    outputs, targets = logits_and_targets(0)
+    config = quick_config(class_weights="balanced")
+    assert loss_function(config, 3, 1.0)(outputs, targets) == functional.cross_entropy(outputs, targets)
+
+
+def test_a_weighted_batch_in_two_parts_has_the_gradient_of_the_whole() -> None:
+    splits = image_splits()
+    config = quick_config(class_weights="balanced", loss="focal", label_smoothing=0.1, optimizer="sgd", lr=1.0)
+    weights = []
+    for num_parts in (1, 2):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+        nn.init.zeros_(model[1].weight)
+        nn.init.zeros_(model[1].bias)
+        step = TrainingStep(model, training_loss(config, splits.train, 4), build_optimizer(model, config))
+        step.num_parts = num_parts
+        step(splits.train.inputs[:31].float() / 255, splits.train.targets[:31])
+        weights.append(model[1].weight.detach())
+    torch.testing.assert_close(*weights)
+
+
+@pytest.mark.parametrize(
+    ("loss", "torchs"),
+    [
+        ("mae", functional.l1_loss),
+        ("huber", functional.huber_loss),
+        ("log_cosh", lambda outputs, targets: (outputs - targets).double().cosh().log().mean().float()),
+    ],
+)
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_losses_of_a_regression_are_measured_in_deviations_of_the_target(loss: str, torchs: Any, scale: float) -> None:
+    torch.manual_seed(0)
+    targets, outputs = 3 * torch.randn(50), 3 * torch.randn(50)
+    measured = loss_function(regression_config(loss=loss), 0, scale)(scale * outputs.unsqueeze(1), scale * targets)
+    torch.testing.assert_close(measured, torchs(outputs, targets), rtol=1e-4, atol=1e-5)
+
+
+def test_log_cosh_does_not_overflow() -> None:
+    loss = loss_function(regression_config(loss="log_cosh"), 0, 1.0)
+    for error in (-1e4, 1e4):
+        assert loss(torch.tensor([error]), torch.zeros(1)).item() == pytest.approx(1e4, rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["mae", "huber", "log_cosh"])
+def test_outliers_spoil_the_mean_squared_error_and_leave_the_robust_losses_alone(loss: str) -> None:
+    splits = line_splits()
+    splits.train.targets[::10] += 30.0  # one example in ten is wrong
+    scale = target_scale(splits.train)
+
+    def r2_of(loss: str) -> float:
+        *_, last = fit(Line(3, deviation=scale), splits, regression_config(loss=loss, max_epochs=15))
+        return last.metrics["val/r2"]
+
+    assert r2_of(loss) > 0.0 > r2_of("mse")
+
+
+# Rare classes.
+
+
+def rare_class_splits() -> Splits:
+    """Two overlapping clouds of points; one in 25 is of the second."""
+    generator = torch.Generator().manual_seed(0)
+    targets = (torch.arange(4000) % 25 == 0).long()
+    points = torch.randn(4000, 2, generator=generator) + 1.5 * targets[:, None]
+    train, validation = (Split(points[part], targets[part]) for part in (slice(2000), slice(2000, None)))
+    return Splits(train, validation, DataSpec((2,), ("usual", "rare")))
+
+
+def test_accuracy_misleads_where_a_class_is_rare_and_macro_recall_shows_it() -> None:
+    def trained(**changes: Any) -> dict[str, float]:
+        torch.manual_seed(0)
+        config = quick_config(max_epochs=6, batch_size=50, lr=0.03, metric="recall", **changes)
+        *_, last = fit(nn.Linear(2, 2), rare_class_splits(), config)
+        return last.metrics
+
+    plain = trained()
+    assert plain["val/accuracy"] > 0.95
+    assert plain["val/recall"] < 0.65, "it hardly ever finds the rare class"
+    for remedy in ({"class_weights": "balanced"}, {"sampling": "balanced"}):
+        balanced = trained(**remedy)
+        assert balanced["val/recall"] > 0.8, remedy
+        assert balanced["val/accuracy"] < plain["val/accuracy"], remedy
+
+
+def batches_of(split: Split, sampling: str, seed: int = 0) -> TrainingBatches:
+    generators = {name: torch.Generator().manual_seed(seed) for name in ("order", "augmentation")}
+    return TrainingBatches(split, 50, augment="none", sampling=sampling, **generators)
+
+
+def test_balanced_sampling_draws_every_class_equally_often_and_uniform_every_example_once() -> None:
+    train = rare_class_splits().train
+    numbered = Split(torch.arange(2000)[:, None], train.targets)
+    drawn = {name: list(batches_of(numbered, name)) for name in ("uniform", "balanced")}
+    shares = {name: torch.cat([targets for _, targets in batches]).float().mean() for name, batches in drawn.items()}
+    assert shares["uniform"].item() == pytest.approx(0.04)
+    assert shares["balanced"].item() == pytest.approx(0.5, abs=0.05)
+    assert len(drawn["balanced"]) == len(drawn["uniform"]) == 40
+    seen = torch.cat([inputs[:, 0] for inputs, _ in drawn["balanced"]])
+    assert train.targets[seen].equal(torch.cat([targets for _, targets in drawn["balanced"]]))
+    rare = seen[train.targets[seen] == 1].unique()
+    assert len(rare) == 80, "all of the rare examples are used"
+
+
+def test_balanced_sampling_follows_from_the_seed_of_the_order() -> None:
+    train = rare_class_splits().train
+    first, again, other = (next(iter(batches_of(train, "balanced", seed)))[0] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("setting", ["class_weights", "sampling"])
+def test_a_regression_has_no_classes_to_balance(setting: str) -> None:
+    with pytest.raises(UsageError, match=f"{setting}='balanced' is for classes; this task is a regression"):
+        next(iter(fit(Line(3), line_splits(), regression_config(**{setting: "balanced"}))))

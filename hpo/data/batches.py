@@ -20,8 +20,16 @@ class TrainingBatches:
     """
 
     def __init__(
-        self, split: Split, batch_size: int, *, order: torch.Generator, augmentation: torch.Generator, augment: str
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        order: torch.Generator,
+        augmentation: torch.Generator,
+        augment: str,
+        sampling: str = "uniform",
     ) -> None:
+        """With a `sampling` of "balanced" each class is drawn equally often, so that rare examples are repeated."""
         if batch_size > len(split):
             raise UsageError(
                 f"batch_size={batch_size} is larger than the training split of {len(split)} examples; "
@@ -32,6 +40,7 @@ class TrainingBatches:
         self._order = order
         self._augmentation = augmentation
         self._augmentations = _augmentations(augment, split)
+        self._chances = _balanced_chances(split) if sampling == "balanced" else None
 
     def __len__(self) -> int:
         return len(self._split) // self._batch_size
@@ -47,9 +56,22 @@ class TrainingBatches:
         """Indices, then the draws of each augmentation, all in batches on the device."""
         num_used = len(self) * self._batch_size
         size = self._split.inputs.shape[-2:]
-        drawn = [torch.randperm(len(self._split), generator=self._order)[:num_used]]
+        drawn = [self._draw_order()[:num_used]]
         drawn += [augmentation.draw(num_used, size, self._augmentation) for augmentation in self._augmentations]
         return [torch.split(draws.to(self._split.inputs.device), self._batch_size) for draws in drawn]
+
+    def _draw_order(self) -> Tensor:
+        if self._chances is None:
+            return torch.randperm(len(self._split), generator=self._order)
+        return torch.multinomial(self._chances, len(self._split), replacement=True, generator=self._order)
+
+
+def _balanced_chances(split: Split) -> Tensor:
+    """For each example, on the CPU, a chance with which all classes have the same."""
+    if split.targets.is_floating_point():
+        raise UsageError("sampling='balanced' is for classes; this task is a regression: use 'uniform'.")
+    targets = split.targets.cpu()
+    return (1 / torch.bincount(targets).double())[targets]
 
 
 def _augmentations(augment: str, split: Split) -> tuple[Augmentation, ...]:

@@ -17,7 +17,7 @@ from hpo.data.batches import TrainingBatches, evaluation_batches
 from hpo.errors import CheckpointError
 from hpo.objective import Split
 from hpo.training.compiled import CompiledStep, check_compile_mode, settle_compile_mode
-from hpo.training.losses import LossFunction, loss_function, target_scale
+from hpo.training.losses import LossFunction, loss_function, target_scale, training_loss
 from hpo.training.metrics import EpochMetrics, check_metric
 from hpo.training.optimizers import build_optimizer
 from hpo.training.precision import autocast, has_convolutions, settle_precision
@@ -124,6 +124,7 @@ class _Run:
             order=self.order,
             augmentation=self.augmentation,
             augment=config.augment,
+            sampling=config.sampling,
         )
         self.model = model.to(config.device)
         if has_convolutions(model):
@@ -132,7 +133,7 @@ class _Run:
         self.schedule = build_schedule(self.optimizer, config, config.max_epochs * len(self.batches))
         self.step: TrainingStep | CompiledStep = TrainingStep(
             self.model,
-            self.loss_function,
+            training_loss(config, splits.train, self.num_classes),
             self.optimizer,
             clip_norm=config.clip_norm,
             precision=settle_precision(config.precision, model, config.device),
