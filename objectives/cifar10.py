@@ -23,12 +23,23 @@ def model(
     width: int = 64,
     blocks: int = 1,
     activation: str = "relu",
+    init: str = "auto",
     norm: str = "batch",
+    norm_first: bool = True,
     dropout: float = 0.0,
 ) -> nn.Module:
     from hpo.models.convnet import ConvNet
 
-    return ConvNet(spec, width=width, blocks=blocks, activation=activation, norm=norm, dropout=dropout)
+    return ConvNet(
+        spec,
+        width=width,
+        blocks=blocks,
+        activation=activation,
+        init=init,
+        norm=norm,
+        norm_first=norm_first,
+        dropout=dropout,
+    )
 
 
 objective = Objective(

@@ -29,12 +29,23 @@ def model(
     depth: int = 2,
     width: int = 64,
     activation: str = "relu",
+    init: str = "auto",
     norm: str = "none",
+    norm_first: bool = True,
     dropout: float = 0.0,
 ) -> nn.Module:
     from hpo.models.mlp import MLP
 
-    return MLP(spec, depth=depth, width=width, activation=activation, norm=norm, dropout=dropout)
+    return MLP(
+        spec,
+        depth=depth,
+        width=width,
+        activation=activation,
+        init=init,
+        norm=norm,
+        norm_first=norm_first,
+        dropout=dropout,
+    )
 
 
 objective = Objective(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hpo.errors import UnknownNameError, UsageError
 from hpo.models.convnet import ConvNet
-from hpo.models.layers import ACTIVATIONS, IMAGE_NORMS, VECTOR_NORMS
+from hpo.models.layers import ACTIVATIONS, GATED_ACTIVATIONS, IMAGE_NORMS, INITS, VECTOR_NORMS
 from hpo.models.mlp import MLP
 from hpo.models.preprocessed import PreprocessedModel, build_model
 from hpo.objective import DataSpec, Objective, Split
@@ -45,14 +45,16 @@ def task(model: Any, **fields: Any) -> Objective:
 @given(
     depth=st.integers(1, 4),
     width=st.integers(1, 20),
-    activation=st.sampled_from(sorted(ACTIVATIONS)),
+    activation=st.sampled_from(sorted(ACTIVATIONS | GATED_ACTIVATIONS)),
+    init=st.sampled_from(INITS),
     norm=st.sampled_from(sorted(VECTOR_NORMS)),
+    norm_first=st.booleans(),
     spec=st.sampled_from([IMAGES, DIGITS, FEATURES]),
 )
 def test_an_mlp_gives_one_output_a_class_and_every_parameter_a_gradient(
-    depth: int, width: int, activation: str, norm: str, spec: DataSpec
+    depth: int, width: int, activation: str, init: str, norm: str, norm_first: bool, spec: DataSpec
 ) -> None:
-    model = MLP(spec, depth=depth, width=width, activation=activation, norm=norm)
+    model = MLP(spec, depth=depth, width=width, activation=activation, init=init, norm=norm, norm_first=norm_first)
     outputs = model(torch.randn(5, *spec.input_shape))
     assert outputs.shape == (5, spec.num_outputs)
     outputs.sum().backward()
@@ -71,6 +73,57 @@ def test_a_hidden_layer_is_linear_norm_activation_dropout() -> None:
     for layer in model.hidden:
         assert [type(module) for module in layer] == [nn.Linear, nn.BatchNorm1d, nn.GELU, nn.Dropout]
         assert layer[3].p == 0.3
+
+
+def test_a_norm_may_come_after_the_activation_and_the_bias_stays_then() -> None:
+    model = MLP(DIGITS, depth=3, width=8, activation="gelu", norm="batch", norm_first=False)
+    for layer in model.hidden:
+        assert [type(module) for module in layer][:3] == [nn.Linear, nn.GELU, nn.BatchNorm1d]
+        assert layer[0].bias is not None
+    before, after = (ConvNet(DIGITS, width=16, norm_first=norm_first) for norm_first in (True, False))
+    assert [type(m) for m in before.features.modules() if not list(m.children())][:3] == [
+        nn.Conv2d, nn.BatchNorm2d, nn.ReLU,
+    ]  # fmt: skip
+    assert [type(m) for m in after.features.modules() if not list(m.children())][:3] == [
+        nn.Conv2d, nn.ReLU, nn.BatchNorm2d,
+    ]  # fmt: skip
+    assert all(convolution.bias is not None for convolution in modules_of(after, nn.Conv2d))
+
+
+def test_groups_have_sixteen_channels_where_that_comes_out_even() -> None:
+    assert [norm.num_groups for norm in modules_of(MLP(DIGITS, width=64, norm="group"), nn.GroupNorm)] == [4, 4]
+    assert [norm.num_groups for norm in modules_of(MLP(DIGITS, width=100, norm="group"), nn.GroupNorm)] == [1, 1]
+    features = torch.randn(32, 64) * torch.arange(1, 65) + 7
+    groups = VECTOR_NORMS["group"](64)(features).view(32, 4, 16)
+    assert groups.mean(2).abs().max() < 1e-5
+    torch.testing.assert_close(groups.var(2, correction=0), torch.ones(32, 4))
+
+
+def test_swiglu_gates_one_half_of_a_layer_with_the_other() -> None:
+    hidden = MLP(DIGITS, depth=2, width=5, activation="swiglu").hidden
+    assert [(layer[0].in_features, layer[0].out_features) for layer in hidden] == [(64, 10), (5, 10)]
+    inputs = torch.randn(3, 64)
+    values, gates = hidden[0][0](inputs).split(5, dim=1)
+    torch.testing.assert_close(hidden[0](inputs), values * gates * gates.sigmoid())
+
+
+def test_squared_relu_is_the_square_of_relu() -> None:
+    assert ACTIVATIONS["squared_relu"]()(torch.tensor([-2.0, 0.0, 3.0])).tolist() == [0.0, 0.0, 9.0]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_selu_keeps_mean_and_deviation_over_20_layers(dropout: float) -> None:
+    torch.manual_seed(0)
+    signal = torch.randn(1000, 3072)
+    for layer in MLP(IMAGES, depth=20, width=256, activation="selu", dropout=dropout).hidden:
+        signal = layer(signal)
+        assert abs(signal.mean().item()) < 0.1
+        assert 0.8 < signal.std().item() < 1.2
+
+
+def test_dropout_after_selu_is_alpha_dropout() -> None:
+    assert len(modules_of(MLP(DIGITS, activation="selu", dropout=0.1), nn.AlphaDropout)) == 2
+    assert len(modules_of(MLP(DIGITS, activation="elu", dropout=0.1), nn.AlphaDropout)) == 0
 
 
 @pytest.mark.parametrize("norm", VECTOR_NORMS)
@@ -92,13 +145,25 @@ def test_dropout_acts_in_training_only() -> None:
         assert torch.equal(model(inputs), model(inputs))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_weights_are_initialised_to_suit_the_activation(activation: str) -> None:
-    """He: variance 2 / inputs; Glorot: gain^2 * 2 / (inputs + outputs), with the gain 5/3 of tanh."""
-    linear = modules_of(MLP(IMAGES, depth=2, width=512, activation=activation), nn.Linear)[0]
-    expected = 5 / 3 * math.sqrt(2 / (3072 + 512)) if activation == "tanh" else math.sqrt(2 / 3072)
+@pytest.mark.parametrize("activation", ACTIVATIONS | GATED_ACTIVATIONS)
+@pytest.mark.parametrize("init", INITS[:-1])
+def test_weights_are_initialised_as_asked_for_or_to_suit_the_activation(activation: str, init: str) -> None:
+    """He: variance 2 / inputs; LeCun: 1 / inputs; Glorot: 2 / (inputs + outputs), 5/3 larger for tanh."""
+    linear = modules_of(MLP(IMAGES, depth=2, width=512, activation=activation, init=init), nn.Linear)[0]
+    suiting = {"tanh": "glorot", "selu": "lecun"}.get(activation, "he")
+    expected = {
+        "glorot": math.sqrt(2 / (3072 + linear.out_features)) * (5 / 3 if activation == "tanh" else 1),
+        "he": math.sqrt(2 / 3072),
+        "lecun": math.sqrt(1 / 3072),
+    }[suiting if init == "auto" else init]
     assert linear.weight.std().item() == pytest.approx(expected, rel=0.01)
     assert linear.bias.abs().max() == 0
+
+
+def test_orthogonal_weights_keep_lengths_but_for_the_gain_of_the_activation() -> None:
+    for activation, gain in (("relu", math.sqrt(2)), ("selu", 1.0), ("tanh", 5 / 3)):
+        weight = MLP(IMAGES, width=32, activation=activation, init="orthogonal").hidden[1][0].weight
+        torch.testing.assert_close(weight @ weight.T, gain**2 * torch.eye(32), atol=1e-4, rtol=0)
 
 
 def test_a_deep_relu_net_keeps_the_size_of_its_signal() -> None:
@@ -121,13 +186,23 @@ def test_a_network_begins_by_giving_every_class_the_same_chance(network: type[nn
     width=st.integers(1, 24),
     blocks=st.integers(1, 3),
     activation=st.sampled_from(sorted(ACTIVATIONS)),
+    init=st.sampled_from(INITS),
     norm=st.sampled_from(sorted(IMAGE_NORMS)),
+    norm_first=st.booleans(),
     shape=st.tuples(st.sampled_from([1, 3]), st.integers(4, 40), st.integers(4, 40)),
 )
 def test_a_convnet_takes_images_of_any_size(
-    width: int, blocks: int, activation: str, norm: str, shape: tuple[int, int, int]
+    width: int, blocks: int, activation: str, init: str, norm: str, norm_first: bool, shape: tuple[int, int, int]
 ) -> None:
-    model = ConvNet(DataSpec(shape, CLASSES), width=width, blocks=blocks, activation=activation, norm=norm)
+    model = ConvNet(
+        DataSpec(shape, CLASSES),
+        width=width,
+        blocks=blocks,
+        activation=activation,
+        init=init,
+        norm=norm,
+        norm_first=norm_first,
+    )
     outputs = model(torch.randn(3, *shape))
     assert outputs.shape == (3, 10)
     outputs.square().sum().backward()
@@ -164,6 +239,7 @@ def test_a_convnet_is_for_images() -> None:
         ({"dropout": -0.1}, "dropout=-0.1 is not allowed"),
         ({"dropout": float("nan")}, "dropout=nan is not allowed"),
         ({"activation": "rleu"}, "no activation 'rleu'; did you mean 'relu'"),
+        ({"init": "xavier"}, "no init 'xavier'. Available: auto, glorot, he, lecun, orthogonal"),
         ({"norm": "batchnorm"}, "no norm 'batchnorm'; did you mean 'batch'"),
     ],
 )

@@ -34,7 +34,9 @@ ARGUMENTS = {
     "width": (8, 16),
     "blocks": (1, 2),
     "activation": ("relu", "silu"),
+    "init": ("he", "lecun"),
     "norm": ("none", "layer"),
+    "norm_first": (True, False),
     "dropout": (0.0, 0.5),
 }
 NUM_TRAIN = {"digits": 1149, "fashion_mnist": 48_000, "cifar10": 40_000, "diabetes": 282}
@@ -87,16 +89,18 @@ def test_every_parameter_is_a_setting_of_the_trainer_or_an_argument_of_the_model
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_argument_of_a_model_but_a_norm_is_searched(name: str) -> None:
-    assert objective_of(name).model_parameters() - space_of(name).parameters.keys() <= {"norm"}
+def test_every_argument_of_a_model_but_norm_and_initialisation_is_searched(name: str) -> None:
+    left_out = objective_of(name).model_parameters() - space_of(name).parameters.keys()
+    assert left_out <= {"init", "norm", "norm_first"}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_argument_of_a_task_reaches_its_network(name: str) -> None:
     objective = objective_of(name)
     for argument in objective.model_parameters():
-        first, other = ({argument: value} for value in ARGUMENTS[argument])
-        assert repr(objective.model(SPECS[name], **first)) != repr(objective.model(SPECS[name], **other)), argument
+        first, other = (build_model(objective, SPECS[name], {argument: v}, seed=0) for v in ARGUMENTS[argument])
+        weights, other_weights = (torch.cat([p.flatten() for p in m.parameters()]) for m in (first, other))
+        assert repr(first) != repr(other) or not torch.equal(weights, other_weights), argument
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -19,6 +19,7 @@ from hpo.data.batches import TrainingBatches
 from hpo.data.datasets import Splits
 from hpo.errors import UsageError
 from hpo.objective import DataSpec, Split
+from hpo.training.compiled import settle_compile_mode
 from hpo.training.losses import loss_function, target_scale, training_loss
 from hpo.training.optimizers import Lamb, build_optimizer
 from hpo.training.step import TrainingStep
@@ -179,6 +180,18 @@ def test_betas_and_epsilon_out_of_range_are_refused(change: dict[str, Any], allo
 def test_what_has_no_compiled_formula_stays_eager(optimizer: str) -> None:
     results = list(fit(ImageNet(), image_splits(), quick_config(optimizer=optimizer, compile="step", max_epochs=2)))
     assert [result.settled["compile"] for result in results] == ["off", "off"]
+
+
+def test_a_compiled_step_is_another_for_another_rate_of_alpha_dropout_alone() -> None:
+    def mode(wanted: str, dropout: nn.Module) -> str:
+        model = nn.Sequential(nn.Linear(7, 7), dropout)
+        step = TrainingStep(model, functional.cross_entropy, torch.optim.SGD(model.parameters(), lr=0.1))
+        return settle_compile_mode(wanted, step, batch_shape=(3, 7), seconds_a_step=1e-3, steps_left=10)
+
+    for kind, other_rate in ((nn.Dropout, "step"), (nn.AlphaDropout, "off")):
+        assert mode("step", kind(0.1)) == "step"  # it is compiled by now
+        assert mode("auto", kind(0.1)) == "step"
+        assert mode("auto", kind(0.2)) == other_rate
 
 
 # Schedules.

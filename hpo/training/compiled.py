@@ -132,7 +132,7 @@ def settle_compile_mode(
     has_formula = type(step.optimizer) in _FORMULAS and step.num_parts == 1 and step.precision != "fp16"
     if wanted == "off" or not has_formula:
         return "off"
-    architecture = re.sub(r"Dropout\(p=.*?\)", "_Dropout()", str(step.model))
+    architecture = re.sub(r"\bDropout\(p=.*?\)", "_Dropout()", str(step.model))
     signature = (architecture, type(step.optimizer), batch_shape, step.precision, step.clip_norm > 0)
     if wanted == "auto":
         is_on_cpu = next(step.model.parameters()).device.type == "cpu"  # the figures are a CPU's
