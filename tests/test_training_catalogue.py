@@ -293,6 +293,18 @@ def test_focal_loss_is_cross_entropy_times_the_power_of_what_the_share_lacks(gam
     torch.testing.assert_close(loss, (-((1 - shares) ** gamma) * shares.log()).mean(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"loss": "focal"}, {"class_weights": "balanced"}, {"label_smoothing": 0.1}], ids=str
+)
+def test_losses_of_outputs_in_half_precision_are_computed_in_fp32(changes: dict[str, Any]) -> None:
+    outputs, targets = logits_and_targets(0)
+    loss = training_loss(quick_config(**changes), Split(outputs, targets), 3)
+    with torch.autocast("cpu", torch.float16):
+        measured = loss(outputs.half(), targets)
+    assert measured.dtype == torch.float32
+    torch.testing.assert_close(measured, loss(outputs.half().float(), targets))
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_focal_loss_of_a_sure_and_right_answer_has_a_finite_gradient(gamma: float) -> None:
     outputs = torch.tensor([[200.0, 0.0, 0.0]], requires_grad=True)

@@ -73,7 +73,7 @@ def _cross_entropy(
     4). Weights (num_classes,): an example counts with its class's. The mean is over the examples, not their weights, so
     that half a batch is half of a batch's gradient.
     """
-    log_shares = functional.log_softmax(outputs, dim=1)
+    log_shares = functional.log_softmax(outputs.float(), dim=1)  # autocast leaves some of these operations in fp16
     surprise = -log_shares.gather(1, targets[:, None]).squeeze(1)  # (B,)
     losses = surprise
     if smoothing is not None:
@@ -104,7 +104,7 @@ def target_scale(train: Split) -> float:
 
 def _scaled(loss: LossFunction, scale: float, outputs: Tensor, targets: Tensor) -> Tensor:
     # (B, 1) against (B,) would silently broadcast to (B, B).
-    return loss(outputs.reshape(targets.shape) / scale, targets / scale)
+    return loss(outputs.reshape(targets.shape).float() / scale, targets / scale)
 
 
 def _log_cosh(outputs: Tensor, targets: Tensor) -> Tensor:
