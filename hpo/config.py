@@ -88,6 +88,19 @@ class TrainConfig:
     clip_norm: float = 0.0
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
 
+    clip_value: float = 0.0
+    """Each element of a gradient is cut off at this size, before `clip_norm` acts; 0 turns it off."""
+
+    l1: float = 0.0
+    """The gradient of this times the sum of absolute weights is added, at least 0; biases and norms are spared."""
+
+    max_norm: float = 0.0
+    """The weights into each unit are scaled down to this norm after a step; 0 turns it off."""
+
+    ema_decay: float = 0.0
+    """What an average of the weights keeps of itself in each step, in [0, 1); 0 turns it off. Where it is on, the
+    average is what is measured, kept and deployed."""
+
     label_smoothing: float = 0.0
     """Share of the target spread over all classes, in [0, 1)."""
 
@@ -151,9 +164,18 @@ class TrainConfig:
                 raise UnknownNameError(name, str(getattr(self, name)), allowed)
         for name in ("max_epochs", "batch_size", "num_cycles", "plateau_patience", "patience"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("weight_decay", "clip_norm", "focal_gamma", "min_delta", "stop_after"):
+        for name in (
+            "weight_decay",
+            "clip_norm",
+            "clip_value",
+            "l1",
+            "max_norm",
+            "focal_gamma",
+            "min_delta",
+            "stop_after",
+        ):
             self._require(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
-        for name in ("momentum", "beta1", "beta2", "warmup_fraction", "label_smoothing"):
+        for name in ("momentum", "beta1", "beta2", "warmup_fraction", "label_smoothing", "ema_decay"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._require("decay_factor", 0 < self.decay_factor < 1, "in (0, 1)")
         for name in ("lr", "eps"):

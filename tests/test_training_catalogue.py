@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,11 +20,12 @@ from hpo.data.batches import TrainingBatches
 from hpo.data.datasets import Splits
 from hpo.errors import UsageError
 from hpo.objective import DataSpec, Split
+from hpo.training.averaging import AveragedWeights
 from hpo.training.compiled import settle_compile_mode
 from hpo.training.losses import loss_function, target_scale, training_loss
 from hpo.training.optimizers import Lamb, build_optimizer
 from hpo.training.step import TrainingStep
-from hpo.training.trainer import fit
+from hpo.training.trainer import evaluate, fit
 
 # Optimizers.
 
@@ -441,3 +443,138 @@ def test_balanced_sampling_follows_from_the_seed_of_the_order() -> None:
 def test_a_regression_has_no_classes_to_balance(setting: str) -> None:
     with pytest.raises(UsageError, match=f"{setting}='balanced' is for classes; this task is a regression"):
         next(iter(fit(Line(3), line_splits(), regression_config(**{setting: "balanced"}))))
+
+
+# Regularisation.
+
+
+def stepped(config: TrainConfig, model: nn.Module, gradient: float) -> None:
+    """Take a step with a loss whose gradient is the same for every weight."""
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return gradient * sum(parameter.sum() for parameter in model.parameters())
+
+    settings = {name: getattr(config, name) for name in ("clip_norm", "clip_value", "l1", "max_norm")}
+    TrainingStep(model, loss, build_optimizer(model, config), **settings)(torch.ones(1, 3), torch.zeros(1))
+
+
+def test_clipping_by_value_cuts_each_element_of_a_gradient_off() -> None:
+    model = nn.Linear(3, 2)
+    before = model.weight.detach().clone()
+    model.weight.register_hook(lambda gradient: gradient * torch.tensor([0.1, 5.0, -5.0]))
+    stepped(quick_config(optimizer="sgd", momentum=0.0, lr=1.0, clip_value=0.5), model, 1.0)
+    torch.testing.assert_close(before - model.weight, torch.tensor([[0.1, 0.5, -0.5]] * 2))
+
+
+def test_a_norm_is_clipped_after_the_values() -> None:
+    model = nn.Linear(3, 2, bias=False)
+    before = model.weight.detach().clone()
+    model.weight.register_hook(lambda gradient: gradient * torch.tensor([0.0, 0.0, 100.0]))
+    stepped(quick_config(optimizer="sgd", momentum=0.0, lr=1.0, clip_value=3.0, clip_norm=1.0), model, 1.0)
+    assert (before - model.weight).norm().item() == pytest.approx(1.0)
+
+
+def test_l1_pulls_weights_towards_zero_at_a_constant_rate_and_spares_biases() -> None:
+    model = nn.Linear(3, 1)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, -2.0, 0.0]]))
+        model.bias.fill_(1.0)
+    stepped(quick_config(optimizer="sgd", momentum=0.0, lr=0.1, l1=0.5), model, 0.0)
+    assert model.weight.tolist() == [pytest.approx([0.95, -1.95, 0.0])]
+    assert model.bias.item() == 1.0
+
+
+def test_l1_leaves_only_the_features_that_matter() -> None:
+    def weights(l1: float) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        features = torch.randn(400, 20, generator=generator)
+        targets = features[:, 0] - features[:, 1] + 0.5 * torch.randn(400, generator=generator)
+        splits = Splits(Split(features[:300], targets[:300]), Split(features[300:], targets[300:]), DataSpec((20,)))
+        model = Line(20)
+        config = regression_config(optimizer="sgd", momentum=0.0, lr=0.02, l1=l1, max_epochs=20, metric="loss")
+        list(fit(model, splits, config))
+        return model.linear.weight.detach()[0].abs()
+
+    free, pulled = weights(0.0), weights(0.1)
+    assert pulled[2:].max() < 0.01 < free[2:].max()
+    assert pulled[:2].min() > 0.5
+
+
+def test_max_norm_bounds_the_weights_into_each_unit() -> None:
+    model = nn.Linear(3, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[3.0, 4.0, 0.0], [0.3, 0.4, 0.0]]))
+        model.bias.fill_(9.0)
+    stepped(quick_config(optimizer="sgd", lr=0.1, max_norm=2.0), model, 0.0)
+    torch.testing.assert_close(model.weight.detach(), torch.tensor([[1.2, 1.6, 0.0], [0.3, 0.4, 0.0]]))
+    assert model.bias.tolist() == [9.0, 9.0]
+
+
+@pytest.mark.parametrize("changes", [{"clip_value": 0.1}, {"l1": 0.01}, {"max_norm": 1.0}], ids=str)
+def test_what_the_compiled_step_does_not_have_keeps_it_eager(changes: dict[str, float]) -> None:
+    config = quick_config(compile="step", max_epochs=2, **changes)
+    assert [result.settled["compile"] for result in fit(ImageNet(), image_splits(), config)] == ["off", "off"]
+
+
+# Averaged weights.
+
+
+def test_an_average_keeps_its_share_of_itself_in_each_step_and_takes_the_buffers_as_they_are() -> None:
+    model = ImageNet()
+    expected = model.output.weight.detach().clone()
+    average = AveragedWeights(model, 0.9)
+    for step in range(1, 4):
+        with torch.no_grad():
+            model.output.weight += step
+        average.update(model)
+        expected = 0.9 * expected + 0.1 * model.output.weight.detach()
+    torch.testing.assert_close(average.model.output.weight, expected)
+
+    plain = nn.Sequential(nn.Linear(2, 2))
+    plain.register_buffer("count", torch.tensor(1))
+    average = AveragedWeights(plain, 0.9)
+    plain.count += 4
+    assert average.settle(plain, (), "fp32").count == 5
+
+
+def test_the_averaged_weights_are_those_that_are_measured_and_kept() -> None:
+    splits = image_splits()
+    config = quick_config(max_epochs=5, ema_decay=0.9, metric="loss", lr=0.05)
+    model = ImageNet(dropout=0.2)
+    results = list(fit(model, splits, config))
+    best = results[results[-1].best_epoch - 1]
+    measured = evaluate(model, splits.validation, config, 4)
+    assert measured == {name: best.metrics[f"val/{name}"] for name in measured}
+    plain = ImageNet(dropout=0.2)
+    others = list(fit(plain, splits, replace(config, ema_decay=0.0)))
+    assert [result.metrics["train/loss"] for result in results] == [result.metrics["train/loss"] for result in others]
+    assert not torch.equal(model.output.weight, plain.output.weight)
+
+
+def test_batch_norms_see_the_training_split_through_the_averaged_weights() -> None:
+    splits, model = image_splits(), ImageNet()
+    list(fit(model, splits, quick_config(max_epochs=1, ema_decay=0.99, lr=0.1)))
+    hidden = model.hidden(splits.train.inputs.flatten(1) / 255.0)
+    torch.testing.assert_close(model.norm.running_mean, hidden.mean(0), rtol=1e-4, atol=1e-5)
+    assert model.norm.momentum == 0.1
+
+
+def test_averaging_steadies_a_training_with_a_rate_that_is_too_high() -> None:
+    def losses(ema_decay: float) -> list[float]:
+        config = quick_config(
+            optimizer="sgd", schedule="constant", lr=0.5, batch_size=8, max_epochs=8, ema_decay=ema_decay
+        )
+        return [result.metrics["val/loss"] for result in fit(ImageNet(), image_splits(), config)][4:]
+
+    assert sum(losses(0.95)) < 0.9 * sum(losses(0.0))
+
+
+def test_a_compiled_step_is_averaged_as_the_eager_one() -> None:
+    weights = []
+    for mode in ("off", "step"):
+        model = ImageNet(dropout=0.0)
+        model.dropout = nn.Dropout(1e-9)  # which a compiled step replaces by a module with a buffer
+        model.hidden.bias = None
+        list(fit(model, image_splits(), quick_config(optimizer="sgd", max_epochs=3, ema_decay=0.9, compile=mode)))
+        weights.append(model.output.weight.detach())
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)

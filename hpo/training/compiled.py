@@ -129,8 +129,8 @@ def settle_compile_mode(
     wanted: str, step: TrainingStep, *, batch_shape: tuple[int, ...], seconds_a_step: float, steps_left: int
 ) -> str:
     """How the remaining steps are compiled: "off" where that is impossible, or for "auto" where it does not pay."""
-    has_formula = type(step.optimizer) in _FORMULAS and step.num_parts == 1 and step.precision != "fp16"
-    if wanted == "off" or not has_formula:
+    has_formula = type(step.optimizer) in _FORMULAS and step.is_plain
+    if wanted == "off" or not has_formula or step.num_parts > 1 or step.precision == "fp16":
         return "off"
     architecture = re.sub(r"\bDropout\(p=.*?\)", "_Dropout()", str(step.model))
     signature = (architecture, type(step.optimizer), batch_shape, step.precision, step.clip_norm > 0)

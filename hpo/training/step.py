@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 from hpo.errors import DeviceMemoryError
 from hpo.training.precision import autocast
@@ -47,17 +47,28 @@ class TrainingStep:
         optimizer: Optimizer,
         *,
         clip_norm: float = 0.0,
+        clip_value: float = 0.0,
+        l1: float = 0.0,
+        max_norm: float = 0.0,
         precision: str = "fp32",
     ) -> None:
-        """A `clip_norm` of 0 leaves the gradients as they are."""
+        """Numbers of 0 leave gradients and weights as they are; TrainConfig says what others do."""
         self.model = model
         self.loss_function = loss_function
         self.optimizer = optimizer
         self.clip_norm = clip_norm
+        self.clip_value = clip_value
+        self.l1 = l1
+        self.max_norm = max_norm
         self.precision = precision
         self.num_parts = 1
         """Parts that a batch is taken in."""
         self.scaler = _scaler(model, precision)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but `clip_norm` comes between the gradients and the optimizer, or after it."""
+        return self.clip_value == self.l1 == self.max_norm == 0
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training goes on with, as plain data."""
@@ -101,10 +112,14 @@ class TrainingStep:
             for part, part_targets in zip(inputs.chunk(self.num_parts), targets.chunk(self.num_parts), strict=True)
         ]
         self.scaler.unscale_(self.optimizer)
-        grad_norm = _clip_gradients(self.optimizer, self.clip_norm)
+        grad_norm = _clip_gradients(self.optimizer, self.clip_norm, self.clip_value)
         if self.scaler.is_enabled():
             grad_norm = grad_norm.nan_to_num(0.0, 0.0, 0.0)  # the scaler passes over a step that overflowed
+        if self.l1 > 0:
+            _add_l1(self.optimizer, self.l1)
         self.scaler.step(self.optimizer)
+        if self.max_norm > 0:
+            _limit_weights(self.optimizer, self.max_norm)
         self.scaler.update()
         if len(parts) == 1:
             return StepResult(*parts[0], grad_norm)
@@ -126,11 +141,33 @@ def _scaler(model: nn.Module, precision: str) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(next(model.parameters()).device.type, enabled=precision == "fp16")
 
 
-def _clip_gradients(optimizer: Optimizer, clip_norm: float) -> Tensor:
-    """The global norm of all gradients, which are scaled down to `clip_norm` where they exceed it."""
+def _clip_gradients(optimizer: Optimizer, clip_norm: float, clip_value: float) -> Tensor:
+    """The global norm of all gradients; elements beyond `clip_value`, then a norm beyond `clip_norm`, are cut down."""
     # The optimizer's lists, because walking a deep model for its parameters takes as long as a small layer.
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     grad_norm = get_total_norm([p.grad for p in parameters])
+    if clip_value > 0:
+        clip_grad_value_(parameters, clip_value)
     if clip_norm > 0:
-        clip_grads_with_norm_(parameters, clip_norm, grad_norm)
+        clipped_norm = get_total_norm([p.grad for p in parameters]) if clip_value > 0 else grad_norm
+        clip_grads_with_norm_(parameters, clip_norm, clipped_norm)
     return grad_norm
+
+
+def _matrices(optimizer: Optimizer) -> list[Tensor]:
+    """Matrices and kernels: all that is neither a bias nor of a norm."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.ndim > 1]
+
+
+def _add_l1(optimizer: Optimizer, l1: float) -> None:
+    """The gradient of the lasso's penalty (Tibshirani 1996), after clipping, as the optimizers add L2."""
+    for parameter in _matrices(optimizer):
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach().sign(), alpha=l1)
+
+
+@torch.no_grad()
+def _limit_weights(optimizer: Optimizer, max_norm: float) -> None:
+    """Bring the weights into each unit to this norm at most (Srivastava et al. 2014, JMLR 15, section 5.1)."""
+    for parameter in _matrices(optimizer):
+        parameter.renorm_(p=2, dim=0, maxnorm=max_norm)

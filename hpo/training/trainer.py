@@ -16,6 +16,7 @@ from hpo.config import derive_seed
 from hpo.data.batches import TrainingBatches, evaluation_batches
 from hpo.errors import CheckpointError
 from hpo.objective import Split
+from hpo.training.averaging import AveragedWeights
 from hpo.training.compiled import CompiledStep, check_compile_mode, settle_compile_mode
 from hpo.training.losses import LossFunction, loss_function, target_scale, training_loss
 from hpo.training.metrics import EpochMetrics, check_metric
@@ -136,10 +137,14 @@ class _Run:
             training_loss(config, splits.train, self.num_classes),
             self.optimizer,
             clip_norm=config.clip_norm,
+            clip_value=config.clip_value,
+            l1=config.l1,
+            max_norm=config.max_norm,
             precision=settle_precision(config.precision, model, config.device),
         )
         check_compile_mode(config.compile, self.step.precision, config.device)
         self.compile_mode = "off"
+        self.average = AveragedWeights(self.model, config.ema_decay) if config.ema_decay > 0 else None
         self.stopping = EarlyStopping(
             config.direction, patience=config.patience, min_delta=config.min_delta, stop_after=config.stop_after
         )
@@ -152,8 +157,9 @@ class _Run:
         self._seed(epoch)
         with _algorithms(deterministic=self.config.deterministic):
             train, grad_norm = self._train()
+            candidate = self._candidate()
             validation = _evaluate(
-                self.model, self.splits.validation, self.loss_function, self.num_classes, precision=self.step.precision
+                candidate, self.splits.validation, self.loss_function, self.num_classes, precision=self.step.precision
             )
         metrics = _read({**_prefixed("train/", train), **_prefixed("val/", validation), "grad_norm": grad_norm})
         metrics["lr"] = float(self.optimizer.param_groups[0]["lr"])
@@ -167,7 +173,7 @@ class _Run:
                 seconds_a_step=metrics["time/epoch_s"] / len(self.batches),
                 steps_left=(self.config.max_epochs - epoch) * len(self.batches),
             )
-        return self._judge(epoch, metrics)
+        return self._judge(epoch, metrics, candidate)
 
     def _seed(self, epoch: int) -> None:
         """Give each epoch its own streams: a checkpoint needs no random state, and no draw of the caller disturbs."""
@@ -183,11 +189,17 @@ class _Run:
         for inputs, targets in self.batches:
             step = self.step(inputs, targets)
             self.schedule.step()
+            if self.average:
+                self.average.update(self.model)
             metrics.update(step.outputs, targets, step.loss)
             grad_norm_sum += step.grad_norm
         return metrics.compute(), grad_norm_sum / len(self.batches)
 
-    def _judge(self, epoch: int, metrics: dict[str, float]) -> EpochResult:
+    def _candidate(self) -> nn.Module:
+        """What is measured, and kept where it is the best."""
+        return self.average.settle(self.model, self.batches, self.step.precision) if self.average else self.model
+
+    def _judge(self, epoch: int, metrics: dict[str, float], candidate: nn.Module) -> EpochResult:
         value = metrics[f"val/{self.config.metric}"]
         # The mean of an epoch's losses is finite only where each of them was.
         diverged = not all(math.isfinite(number) for number in (metrics["train/loss"], metrics["val/loss"], value))
@@ -196,7 +208,7 @@ class _Run:
             self.schedule.end_epoch(value)
         is_best = self.stopping.update(epoch, value)
         if is_best:
-            self.best_weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            self.best_weights = {name: tensor.clone() for name, tensor in candidate.state_dict().items()}
         return EpochResult(
             epoch=epoch,
             metrics=metrics,
@@ -222,6 +234,7 @@ class _Run:
             "config": _comparable(self.config),
             "result": asdict(result),
             "model": self.model.state_dict(),
+            "average": self.average.model.state_dict() if self.average else None,
             "best_weights": self.best_weights,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -238,6 +251,8 @@ class _Run:
         _, state = saved
         self._check_config(state["config"], checkpoint)
         self.model.load_state_dict(state["model"])
+        if self.average:
+            self.average.model.load_state_dict(state["average"])
         self.best_weights = state["best_weights"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
