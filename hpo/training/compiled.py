@@ -11,6 +11,7 @@ import logging
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -132,8 +133,7 @@ def settle_compile_mode(
     has_formula = type(step.optimizer) in _FORMULAS and step.is_plain
     if wanted == "off" or not has_formula or step.num_parts > 1 or step.precision == "fp16":
         return "off"
-    architecture = re.sub(r"\bDropout\(p=.*?\)", "_Dropout()", str(step.model))
-    signature = (architecture, type(step.optimizer), batch_shape, step.precision, step.clip_norm > 0)
+    signature = _signature(step, batch_shape)
     if wanted == "auto":
         is_on_cpu = next(step.model.parameters()).device.type == "cpu"  # the figures are a CPU's
         if not is_on_cpu or (signature not in _known and not _pays(step, seconds_a_step, steps_left)):
@@ -145,6 +145,18 @@ def settle_compile_mode(
         _known.clear()
     _known.add(signature)
     return "step" if wanted == "auto" else wanted
+
+
+def _signature(step: TrainingStep, batch_shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """What a graph depends on: trials that agree in it share one."""
+    architecture = re.sub(r"\bDropout\(p=.*?\)", "_Dropout()", str(step.model))
+    loss = step.loss_function
+    if isinstance(loss, partial):
+        loss_form = (loss.func, *(isinstance(argument, torch.Tensor) or argument for argument in loss.args))
+    else:
+        loss_form = (loss,)
+    is_nesterov = bool(step.optimizer.param_groups[0].get("nesterov"))
+    return architecture, loss_form, type(step.optimizer), is_nesterov, batch_shape, step.precision, step.clip_norm > 0
 
 
 def _pays(step: TrainingStep, seconds_a_step: float, steps_left: int) -> bool:
