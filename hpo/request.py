@@ -89,14 +89,15 @@ def find_means(
     given = {"precision": precision, "compile": compile, "deterministic": deterministic or None}
     trainer: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     TrainConfig(**trainer)  # raises where one of them is not allowed
+    chosen_device = choose_device(device)
     if executor == "local":
-        check_compile_mode(compile or "auto", precision or "auto", choose_device(device))
+        check_compile_mode(compile or "auto", precision or "auto", chosen_device)
     means = Means(
         home=find_home(home),
         storage=find_storage(storage),
         tracking_uri=tracking_uri,
         data_dir=find_data_dir(data_dir),
-        device=choose_device(device),
+        device=chosen_device,
         workers=workers,
         keep=keep,
         timeout_s=timeout,

@@ -54,7 +54,9 @@ class CompiledStep:
         self.mode = mode
         self.precision = step.precision
         self._eager = step
-        self._groups = [_Group.of(step.optimizer, group) for group in _nonempty_groups(step.optimizer)]
+        # An optimizer's group may be empty; schedules change those that are not in place.
+        self._settings_of_groups = [group for group in step.optimizer.param_groups if group["params"]]
+        self._groups = [_Group.of(step.optimizer, group) for group in self._settings_of_groups]
         self._num_steps = _steps_so_far(step.optimizer)
         self._run = _compiled_step(mode)
 
@@ -79,8 +81,7 @@ class CompiledStep:
         return self._eager(inputs, targets)
 
     def _compiled(self, inputs: Tensor, targets: Tensor) -> StepResult:
-        groups = _nonempty_groups(self._eager.optimizer)
-        rows = [self._settings(group, self._num_steps + 1) for group in groups]
+        rows = [self._settings(group, self._num_steps + 1) for group in self._settings_of_groups]
         # From pinned memory, so that a GPU is not waited for.
         settings = torch.tensor(rows, pin_memory=inputs.is_cuda).to(inputs.device, non_blocking=True)
         outputs, loss, grad_norm = self._run(
@@ -92,7 +93,7 @@ class CompiledStep:
             inputs,
             targets,
             clips=self._eager.clip_norm > 0,
-            is_nesterov=bool(groups[0].get("nesterov")),
+            is_nesterov=_is_nesterov(self._eager.optimizer),
             precision=self.precision,
         )
         self._num_steps += 1
@@ -155,7 +156,7 @@ def _signature(step: TrainingStep, batch_shape: tuple[int, ...]) -> tuple[Any, .
         loss_form = (loss.func, *(isinstance(argument, torch.Tensor) or argument for argument in loss.args))
     else:
         loss_form = (loss,)
-    is_nesterov = bool(step.optimizer.param_groups[0].get("nesterov"))
+    is_nesterov = _is_nesterov(step.optimizer)
     return architecture, loss_form, type(step.optimizer), is_nesterov, batch_shape, step.precision, step.clip_norm > 0
 
 
@@ -176,8 +177,8 @@ def _can_trace() -> bool:
     return hasattr(torch._dynamo.config, "trace_autograd_ops")
 
 
-def _nonempty_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    return [group for group in optimizer.param_groups if group["params"]]
+def _is_nesterov(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(optimizer.param_groups[0].get("nesterov"))
 
 
 def _steps_so_far(optimizer: torch.optim.Optimizer) -> int:
