@@ -11,7 +11,18 @@ from hpo.errors import UnknownNameError, UsageError
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "nadam", "adamax", "adagrad", "rmsprop", "lamb", "muon")
 SCHEDULES = ("constant", "step", "exponential", "cosine", "cosine_restarts", "one_cycle", "plateau")
-AUGMENTATIONS = ("none", "flip", "crop", "crop_flip", "crop_flip_cutout")
+AUGMENTATIONS = (
+    "flip",
+    "crop",
+    "rotation",
+    "zoom",
+    "translation",
+    "contrast",
+    "colour_jitter",
+    "cutout",
+    "randaugment",
+    "trivial_augment",
+)
 LOSSES = ("cross_entropy", "focal", "mse", "mae", "huber", "log_cosh")
 CLASS_WEIGHTS = ("none", "balanced")
 SAMPLINGS = ("uniform", "balanced")
@@ -105,7 +116,17 @@ class TrainConfig:
     """Share of the target spread over all classes, in [0, 1)."""
 
     augment: str = "none"
-    """One of AUGMENTATIONS, drawn for each example of each batch; images only."""
+    """Names of AUGMENTATIONS joined by "+", done in this order, or "none"; drawn anew for each example; images only."""
+
+    augment_strength: float = 0.5
+    """How far rotation, zoom, translation, contrast, colour_jitter and randaugment go, in (0, 1]."""
+
+    mixup: float = 0.0
+    """Examples are mixed in pairs by shares of the beta distribution with these parameters; 0 turns it off."""
+
+    cutmix: float = 0.0
+    """A rectangle of another image is put in, its area by the beta distribution with these parameters; 0 turns it off.
+    Where `mixup` is on as well, each example gets one of the two by chance."""
 
     loss: str = "cross_entropy"
     """One of LOSSES."""
@@ -152,7 +173,6 @@ class TrainConfig:
         for name, allowed in (
             ("optimizer", OPTIMIZERS),
             ("schedule", SCHEDULES),
-            ("augment", AUGMENTATIONS),
             ("loss", LOSSES),
             ("class_weights", CLASS_WEIGHTS),
             ("sampling", SAMPLINGS),
@@ -162,6 +182,7 @@ class TrainConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise UnknownNameError(name, str(getattr(self, name)), allowed)
+        augmentation_names(self.augment)
         for name in ("max_epochs", "batch_size", "num_cycles", "plateau_patience", "patience"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in (
@@ -170,6 +191,8 @@ class TrainConfig:
             "clip_value",
             "l1",
             "max_norm",
+            "mixup",
+            "cutmix",
             "focal_gamma",
             "min_delta",
             "stop_after",
@@ -178,6 +201,7 @@ class TrainConfig:
         for name in ("momentum", "beta1", "beta2", "warmup_fraction", "label_smoothing", "ema_decay"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._require("decay_factor", 0 < self.decay_factor < 1, "in (0, 1)")
+        self._require("augment_strength", 0 < self.augment_strength <= 1, "in (0, 1]")
         for name in ("lr", "eps"):
             self._require(name, 0 < getattr(self, name) < math.inf, "above 0 and finite")
 
@@ -195,6 +219,15 @@ class TrainConfig:
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
             raise UsageError(f"{name}={getattr(self, name)!r} is not allowed: it must be {allowed}.")
+
+
+def augmentation_names(augment: str) -> tuple[str, ...]:
+    """The names in a value of `augment`, none for "none". Raises UnknownNameError for one that is not there."""
+    names = () if augment == "none" else tuple(augment.split("+"))
+    for name in names:
+        if name not in AUGMENTATIONS:
+            raise UnknownNameError("augment", name, ["none", *AUGMENTATIONS])
+    return names
 
 
 def config_fields() -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 
 from hpo.data.batches import TrainingBatches
 from hpo.data.datasets import Splits
+from hpo.data.mixing import build_mixing
 from hpo.errors import DataError, HpoError, SpaceError, UnknownNameError, UsageError
 from hpo.models.preprocessed import build_model
 from hpo.objective import Dataset, SealedSplit
@@ -60,7 +61,7 @@ def check_task(task: Task, splits: Splits) -> None:
     check_metric(task.objective.metric, len(splits.spec.classes))
     _check_batch_sizes(task, splits)
     _check_model(task, splits)
-    for name in ("loss", "class_weights", "sampling", "augment"):
+    for name in ("loss", "class_weights", "sampling", "augment", "mixup", "cutmix"):
         for value in _possible_values(task, name):
             _check_setting(task, splits, name, value)
 
@@ -84,10 +85,17 @@ def _check_batch_sizes(task: Task, splits: Splits) -> None:
 def _check_setting(task: Task, splits: Splits, name: str, value: Value) -> None:
     """Every loss, sampling and augmentation that may be drawn must fit the data."""
     config = task.train_config({name: value}, batch_size=1)
-    training_loss(config, splits.train, len(splits.spec.classes))
+    num_classes = len(splits.spec.classes)
+    training_loss(config, splits.train, num_classes)
     generator = torch.Generator()
     TrainingBatches(
-        splits.train, 1, order=generator, augmentation=generator, augment=config.augment, sampling=config.sampling
+        splits.train,
+        1,
+        order=generator,
+        augmentation=generator,
+        augment=config.augment,
+        mixing=build_mixing(config, num_classes),
+        sampling=config.sampling,
     )
 
 

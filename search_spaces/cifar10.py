@@ -19,7 +19,7 @@ space = Space(
     ),
     Group(
         "regularization",
-        augment=Choice("none", "flip", "crop_flip", "crop_flip_cutout", default="flip"),
+        augment=Choice("none", "flip", "crop+flip", "crop+flip+cutout", default="flip"),
         weight_decay=Float(1e-6, 1e-2, log=True, default=5e-4),
         label_smoothing=Float(0.0, 0.2, default=0.0),
         dropout=Float(0.0, 0.5, default=0.0),

@@ -23,6 +23,6 @@ space = Space(
         dropout=Float(0.0, 0.5, default=0.0),
         weight_decay=Float(1e-6, 1e-1, log=True, default=1e-4),
         label_smoothing=Float(0.0, 0.2, default=0.0),
-        augment=Choice("none", "flip", "crop_flip", default="none"),
+        augment=Choice("none", "flip", "crop+flip", default="none"),
     ),
 )

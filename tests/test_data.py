@@ -25,13 +25,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from torch import Tensor
-from torch.nn import functional
 from torchvision.datasets import CIFAR10, FashionMNIST
 
-from hpo import config
 from hpo.data import vision
-from hpo.data.augment import AUGMENTATIONS, Crop, Cutout, Flip
 from hpo.data.batches import TrainingBatches, evaluation_batches
 from hpo.data.cache import cached_split
 from hpo.data.datasets import hold_out, split_dataset
@@ -208,7 +204,7 @@ def test_each_epoch_has_an_order_of_its_own_that_follows_from_the_seed() -> None
 def test_generators_restored_between_epochs_repeat_what_follows() -> None:
     split = Split(torch.randint(256, (12, 3, 16, 16), dtype=torch.uint8), torch.arange(12))
     order, augmentation = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
-    batches = TrainingBatches(split, 5, order=order, augmentation=augmentation, augment="crop_flip_cutout")
+    batches = TrainingBatches(split, 5, order=order, augmentation=augmentation, augment="crop+flip+cutout")
     list(batches)
     states = order.get_state(), augmentation.get_state()
     expected = list(batches)
@@ -248,98 +244,6 @@ def test_evaluation_sees_every_example_once_in_order(count: int, batch_size: int
     assert torch.cat([targets for _, targets in batches]).tolist() == list(range(count))
     assert all(torch.equal(inputs[:, 0].long(), targets) for inputs, targets in batches)
     assert all(len(targets) == batch_size for _, targets in batches[:-1])
-
-
-# --- Augmentation
-
-
-def random_images(count: int, channels: int, height: int, width: int) -> Tensor:
-    generator = torch.Generator().manual_seed(height * width)
-    return torch.randint(256, (count, channels, height, width), dtype=torch.uint8, generator=generator)
-
-
-def augmented(name: str, images: Tensor, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    for augmentation in AUGMENTATIONS[name]:
-        images = augmentation.apply(images, augmentation.draw(len(images), images.shape[-2:], generator))
-    return images
-
-
-def test_every_augmentation_of_the_settings_is_there() -> None:
-    assert tuple(AUGMENTATIONS) == config.AUGMENTATIONS
-
-
-@pytest.mark.parametrize("name", AUGMENTATIONS)
-@pytest.mark.parametrize("size", [(1, 1), (5, 9), (8, 8), (28, 28), (33, 40)])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_an_augmentation_keeps_shape_and_type_and_leaves_its_input_alone(
-    name: str, size: tuple[int, int], dtype: torch.dtype
-) -> None:
-    images = random_images(6, 3, *size).to(dtype)
-    before = images.clone()
-    changed = augmented(name, images)
-    assert (changed.shape, changed.dtype) == (images.shape, images.dtype)
-    assert torch.equal(images, before)
-
-
-@given(height=st.integers(1, 40), width=st.integers(1, 40), channels=st.integers(1, 3), seed=st.integers(0, 2**32 - 1))
-def test_a_crop_is_a_window_of_the_reflected_image(height: int, width: int, channels: int, seed: int) -> None:
-    images = random_images(4, channels, height, width)
-    draws = Crop().draw(4, (height, width), torch.Generator().manual_seed(seed))
-    vertical, horizontal = height // 8, width // 8
-    padded = functional.pad(images.float(), (horizontal, horizontal, vertical, vertical), mode="reflect")
-    for image, window, (top, left) in zip(padded, Crop().apply(images, draws), draws.tolist(), strict=True):
-        assert torch.equal(window.float(), image[:, top : top + height, left : left + width])
-
-
-def test_a_crop_reaches_every_position_and_one_of_them_is_the_image_itself() -> None:
-    draws = Crop().draw(4000, (32, 32), torch.Generator().manual_seed(0))
-    assert len(draws.unique(dim=0)) == 9 * 9
-    assert draws.min() == 0
-    assert draws.max() == 8
-    images = random_images(1, 3, 32, 32)
-    assert torch.equal(Crop().apply(images, torch.tensor([[4, 4]])), images)
-
-
-@given(height=st.integers(1, 12), width=st.integers(1, 12), seed=st.integers(0, 2**32 - 1))
-def test_a_flip_mirrors_an_image_or_leaves_it_and_never_changes_its_counts(height: int, width: int, seed: int) -> None:
-    images = random_images(8, 2, height, width)
-    draws = Flip().draw(8, (height, width), torch.Generator().manual_seed(seed))
-    for image, flipped, drawn in zip(images, Flip().apply(images, draws), draws.flatten().tolist(), strict=True):
-        assert torch.equal(flipped, image.flip(-1) if drawn else image)
-        assert torch.equal(flipped.flatten().bincount(), image.flatten().bincount())
-
-
-def test_half_of_the_images_are_flipped() -> None:
-    assert Flip().draw(10_000, (8, 8), torch.Generator().manual_seed(0)).float().mean() == pytest.approx(0.5, abs=0.02)
-
-
-@given(side=st.integers(4, 40), seed=st.integers(0, 2**32 - 1))
-def test_a_cutout_covers_one_square_with_the_mean_colour_and_nothing_else(side: int, seed: int) -> None:
-    images = random_images(4, 3, side, side)
-    draws = Cutout().draw(4, (side, side), torch.Generator().manual_seed(seed))
-    for image, cut, centre in zip(images, Cutout().apply(images, draws), draws.tolist(), strict=True):
-        (top, bottom), (left, right) = ((max(0, c - side // 4), c - side // 4 + side // 2) for c in centre)
-        colour = image.float().mean((1, 2)).to(torch.uint8)
-        assert torch.equal(
-            cut[:, top:bottom, left:right], colour[:, None, None].expand_as(cut[:, top:bottom, left:right])
-        )
-        cut[:, top:bottom, left:right] = image[:, top:bottom, left:right]
-        assert torch.equal(cut, image)
-
-
-@pytest.mark.parametrize("name", [name for name in AUGMENTATIONS if name != "none"])
-def test_each_image_of_a_batch_is_drawn_by_itself(name: str) -> None:
-    images = random_images(1, 3, 32, 32).expand(64, -1, -1, -1)
-    distinct = {augmented_image.numpy().tobytes() for augmented_image in augmented(name, images)}
-    assert len(distinct) == 2 if name == "flip" else len(distinct) > 30
-
-
-@pytest.mark.parametrize("name", [name for name in AUGMENTATIONS if name != "none"])
-def test_an_augmentation_follows_from_its_seed(name: str) -> None:
-    images = random_images(16, 3, 32, 32)
-    assert torch.equal(augmented(name, images, seed=1), augmented(name, images, seed=1))
-    assert not torch.equal(augmented(name, images, seed=1), augmented(name, images, seed=2))
 
 
 # --- The cache

@@ -346,7 +346,7 @@ def test_a_result_holds_exactly_the_documented_metrics_as_plain_values_that_pick
 
 
 def test_two_trainings_with_one_seed_are_bit_equal_whatever_the_caller_draws_in_between() -> None:
-    config = quick_config(augment="crop_flip_cutout", seed=5)
+    config = quick_config(augment="crop+flip+cutout", seed=5)
     quiet, disturbed = ImageNet(dropout=0.3), ImageNet(dropout=0.3)
     expected = [without_time(result) for result in fit(quiet, image_splits(), config)]
     actual = []
@@ -392,11 +392,14 @@ class Syncs(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("augment", AUGMENTATIONS)
-def test_the_number_of_syncs_does_not_grow_with_the_number_of_steps(augment: str) -> None:
+@pytest.mark.parametrize("cutmix", [0.0, 1.0])
+@pytest.mark.parametrize("augment", ["none", "+".join(AUGMENTATIONS)])
+def test_the_number_of_syncs_does_not_grow_with_the_number_of_steps(augment: str, cutmix: float) -> None:
     counts = []
     for batch_size in (96, 4):
-        config = quick_config(batch_size=batch_size, max_epochs=1, augment=augment, clip_norm=1.0)
+        config = quick_config(
+            batch_size=batch_size, max_epochs=1, augment=augment, mixup=cutmix, cutmix=cutmix, clip_norm=1.0
+        )
         with Syncs() as syncs:
             list(fit(ImageNet(), image_splits(), config))
         counts.append(syncs.count)
@@ -553,7 +556,9 @@ resumable_configs = st.builds(
     schedule=st.sampled_from(SCHEDULES),
     warmup_fraction=st.sampled_from([0.05, 0.4]),
     plateau_patience=st.just(1),
-    augment=st.sampled_from(AUGMENTATIONS),
+    augment=st.lists(st.sampled_from(AUGMENTATIONS), max_size=3).map(lambda names: "+".join(names) or "none"),
+    mixup=st.sampled_from([0.0, 0.3]),
+    cutmix=st.sampled_from([0.0, 1.0]),
     sampling=st.sampled_from(SAMPLINGS),
     class_weights=st.sampled_from(CLASS_WEIGHTS),
     loss=st.sampled_from(CLASSIFICATION_LOSSES),
@@ -1248,7 +1253,7 @@ def test_nothing_of_a_training_is_alive_after_it(mode: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("augment", ["none", "crop_flip_cutout"])
+@pytest.mark.parametrize("augment", ["none", "crop+flip+cutout"])
 def test_a_training_on_a_gpu_is_resumed_there_and_its_weights_load_on_a_cpu(tmp_path: Path, augment: str) -> None:
     config = quick_config(device="cuda", augment=augment)
     folder = CheckpointFolder(tmp_path / "run")

@@ -23,6 +23,7 @@ from hpo.objective import DataSpec, Split
 from hpo.training.averaging import AveragedWeights
 from hpo.training.compiled import settle_compile_mode
 from hpo.training.losses import loss_function, target_scale, training_loss
+from hpo.training.metrics import ConfusionMetrics
 from hpo.training.optimizers import Lamb, build_optimizer
 from hpo.training.step import TrainingStep
 from hpo.training.trainer import evaluate, fit
@@ -293,6 +294,36 @@ def test_focal_loss_is_cross_entropy_times_the_power_of_what_the_share_lacks(gam
     loss = loss_function(quick_config(loss="focal", focal_gamma=gamma), 3, 1.0)(outputs, targets)
     shares = outputs.softmax(1)[range(12), targets]
     torch.testing.assert_close(loss, (-((1 - shares) ** gamma) * shares.log()).mean(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"label_smoothing": 0.1}, {"loss": "focal", "class_weights": "balanced"}], ids=str
+)
+def test_the_loss_of_a_mixed_example_is_that_of_its_classes_by_their_shares(changes: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    outputs, first, second = torch.randn(12, 3), torch.randint(3, (12,)), torch.randint(3, (12,))
+    loss = training_loss(quick_config(**changes), Split(outputs, torch.tensor([0, 0, 1, 1, 1, 2])), 3)
+    shares = 0.3 * functional.one_hot(first, 3) + 0.7 * functional.one_hot(second, 3)
+    torch.testing.assert_close(loss(outputs, shares), 0.3 * loss(outputs, first) + 0.7 * loss(outputs, second))
+
+
+def test_a_mixed_example_counts_for_each_of_its_classes_by_its_share() -> None:
+    metrics = ConfusionMetrics(3, "cpu")
+    outputs = torch.tensor([[9.0, 0.0, 0.0], [9.0, 0.0, 0.0], [0.0, 9.0, 0.0]])
+    metrics.update(outputs, torch.tensor([[0.75, 0.25, 0.0], [0.0, 0.5, 0.5], [0.0, 1.0, 0.0]]))
+    values = metrics.compute()
+    assert values["accuracy"].item() == pytest.approx((0.75 + 0 + 1) / 3)
+    # Of class 1 there are 1.75 examples, 1 of which is found; of class 0 all, of class 2 none.
+    assert values["recall"].item() == pytest.approx((1 + 1 / 1.75 + 0) / 3)
+
+
+@pytest.mark.parametrize("compile_mode", ["off", "step"])
+def test_a_training_on_mixed_examples_learns_what_it_is_validated_on(compile_mode: str) -> None:
+    config = quick_config(mixup=0.3, cutmix=1.0, max_epochs=8, lr=0.03, batch_size=16, compile=compile_mode)
+    results = list(fit(ImageNet(), image_splits(), config))
+    assert results[-1].settled["compile"] == compile_mode
+    assert max(result.value for result in results) > 0.9
+    assert results[-1].metrics["train/accuracy"] < results[-1].metrics["val/accuracy"], "the mixed are harder"
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hpo.data.augment import AUGMENTATIONS, Augmentation
-from hpo.errors import UnknownNameError, UsageError
+from hpo.data.augment import Augmentation, build_augmentations
+from hpo.data.mixing import Mixing
+from hpo.errors import UsageError
 from hpo.objective import Split
 
 
@@ -27,6 +28,8 @@ class TrainingBatches:
         order: torch.Generator,
         augmentation: torch.Generator,
         augment: str,
+        augment_strength: float = 0.5,
+        mixing: Mixing | None = None,
         sampling: str = "uniform",
     ) -> None:
         """With a `sampling` of "balanced" each class is drawn equally often, so that rare examples are repeated."""
@@ -39,7 +42,10 @@ class TrainingBatches:
         self._batch_size = batch_size
         self._order = order
         self._augmentation = augmentation
-        self._augmentations = _augmentations(augment, split)
+        self._augmentations = _augmentations(augment, augment_strength, split)
+        self._mixing = mixing
+        if mixing:
+            mixing.check(split)
         self._chances = _balanced_chances(split) if sampling == "balanced" else None
 
     def __len__(self) -> int:
@@ -47,17 +53,18 @@ class TrainingBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for indices, *draws in zip(*self._draw_epoch(), strict=True):
-            inputs = self._split.inputs.index_select(0, indices)
-            for augmentation, drawn in zip(self._augmentations, draws, strict=True):
+            inputs, targets = (values.index_select(0, indices) for values in (self._split.inputs, self._split.targets))
+            for augmentation, drawn in zip(self._augmentations, draws, strict=False):  # the mixing's come last
                 inputs = augmentation.apply(inputs, drawn)
-            yield inputs, self._split.targets.index_select(0, indices)
+            yield self._mixing.apply(inputs, targets, draws[-1]) if self._mixing else (inputs, targets)
 
     def _draw_epoch(self) -> list[tuple[Tensor, ...]]:
-        """Indices, then the draws of each augmentation, all in batches on the device."""
+        """Indices, then the draws of each augmentation and of the mixing, all in batches on the device."""
         num_used = len(self) * self._batch_size
         size = self._split.inputs.shape[-2:]
         drawn = [self._draw_order()[:num_used]]
-        drawn += [augmentation.draw(num_used, size, self._augmentation) for augmentation in self._augmentations]
+        changes: list[Augmentation | Mixing] = [*self._augmentations, *([self._mixing] if self._mixing else [])]
+        drawn += [change.draw(num_used, size, self._augmentation) for change in changes]
         return [torch.split(draws.to(self._split.inputs.device), self._batch_size) for draws in drawn]
 
     def _draw_order(self) -> Tensor:
@@ -74,12 +81,11 @@ def _balanced_chances(split: Split) -> Tensor:
     return (1 / torch.bincount(targets).double())[targets]
 
 
-def _augmentations(augment: str, split: Split) -> tuple[Augmentation, ...]:
-    if augment not in AUGMENTATIONS:
-        raise UnknownNameError("augment", augment, AUGMENTATIONS)
-    if augment != "none" and split.inputs.ndim != 4:
+def _augmentations(augment: str, strength: float, split: Split) -> tuple[Augmentation, ...]:
+    augmentations = build_augmentations(augment, strength)
+    if augmentations and split.inputs.ndim != 4:
         raise UsageError(f"augment={augment!r} is for images (C, H, W); this task's examples are vectors: use 'none'.")
-    return AUGMENTATIONS[augment]
+    return augmentations
 
 
 def evaluation_batches(split: Split, batch_size: int = 2048) -> Iterator[tuple[Tensor, Tensor]]:

@@ -128,13 +128,22 @@ def check_compile_mode(wanted: str, precision: str, device: str) -> None:
 
 
 def settle_compile_mode(
-    wanted: str, step: TrainingStep, *, batch_shape: tuple[int, ...], seconds_a_step: float, steps_left: int
+    wanted: str,
+    step: TrainingStep,
+    *,
+    batch_shape: tuple[int, ...],
+    is_mixed: bool = False,
+    seconds_a_step: float,
+    steps_left: int,
 ) -> str:
-    """How the remaining steps are compiled: "off" where that is impossible, or for "auto" where it does not pay."""
+    """How the remaining steps are compiled: "off" where that is impossible, or for "auto" where it does not pay.
+
+    `is_mixed` says that the batches have shares of classes as their targets (hpo.data.mixing).
+    """
     has_formula = type(step.optimizer) in _FORMULAS and step.is_plain
     if wanted == "off" or not has_formula or step.num_parts > 1 or step.precision == "fp16":
         return "off"
-    signature = _signature(step, batch_shape)
+    signature = (*_signature(step, batch_shape), is_mixed)
     if wanted == "auto":
         is_on_cpu = next(step.model.parameters()).device.type == "cpu"  # the figures are a CPU's
         if not is_on_cpu or (signature not in _known and not _pays(step, seconds_a_step, steps_left)):

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from hpo.objective import Split
 
 LossFunction = Callable[["Tensor", "Tensor"], "Tensor"]
-"""From outputs (B, num_outputs) and targets (B,) to the mean over the batch, a scalar on their device."""
+"""From outputs (B, num_outputs) and targets (B,) to the mean over the batch, a scalar on their device.
+
+Those for classes also take targets (B, num_classes): the share that an example has of each, when examples are mixed."""
 
 CLASSIFICATION_LOSSES = ("cross_entropy", "focal")
 
@@ -70,20 +72,21 @@ def _cross_entropy(
 
     Smoothing: each class gets its part of the target (Szegedy et al. 2016, arXiv:1512.00567, section 7). Gamma: an
     example counts with the power of what its class lacks to a share of 1 (Lin et al. 2017, arXiv:1708.02002, equation
-    4). Weights (num_classes,): an example counts with its class's. The mean is over the examples, not their weights, so
-    that half a batch is half of a batch's gradient.
+    4). Weights (num_classes,): an example counts with its class's. An example of several classes has their losses by
+    its shares. The mean is over the examples, not their weights, so that half a batch is half of a batch's gradient.
     """
     log_shares = functional.log_softmax(outputs.float(), dim=1)  # autocast leaves some of these operations in fp16
-    surprise = -log_shares.gather(1, targets[:, None]).squeeze(1)  # (B,)
-    losses = surprise
+    losses = surprise = -log_shares  # (B, num_classes), for each class as if it were the right one
     if smoothing is not None:
-        losses = (1 - smoothing) * surprise - smoothing * log_shares.mean(1)
+        losses = (1 - smoothing) * surprise - smoothing * log_shares.mean(1, keepdim=True)
     if gamma is not None:
         # Kept off 0, where the power's slope is infinite for a gamma below 1.
         losses = losses * (-torch.expm1(-surprise)).clamp(min=1e-6) ** gamma
     if class_weights is not None:
-        losses = losses * class_weights[targets]
-    return losses.mean()
+        losses = losses * class_weights
+    if targets.is_floating_point():
+        return (losses * targets).sum(1).mean()
+    return losses.gather(1, targets[:, None]).mean()
 
 
 def _balanced_weights(train: Split, num_classes: int) -> Tensor:

@@ -58,24 +58,29 @@ class ConfusionMetrics:
 
     def __init__(self, num_classes: int, device: torch.device | str) -> None:
         self._num_classes = num_classes
-        self._counts = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
+        self._counts = torch.zeros(num_classes**2, dtype=torch.float64, device=device)
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
-        """Take in logits (B, num_classes) and class indices (B,)."""
-        cells = targets * self._num_classes + outputs.argmax(1)
+        """Take in logits (B, num_classes) and class indices (B,), or the shares (B, num_classes) of mixed examples:
+        each is counted in the row of every class that it has a share of, by that share."""
+        predicted = outputs.argmax(1)
         # Not bincount: on a GPU it waits for the largest index, on a CPU it takes twice as long.
-        self._counts.index_add_(0, cells, torch.ones_like(cells))
+        if targets.is_floating_point():
+            self._counts.view(self._num_classes, -1).index_add_(1, predicted, targets.T.double())
+        else:
+            cells = targets * self._num_classes + predicted
+            self._counts.index_add_(0, cells, torch.ones_like(cells, dtype=torch.float64))
 
     def compute(self) -> dict[str, Tensor]:
         """A class that is neither a target nor predicted is left out of the averages; 0 / 0 is 0 for the others."""
-        confusion = self._counts.double().view(self._num_classes, self._num_classes)  # [target, prediction]
+        confusion = self._counts.view(self._num_classes, self._num_classes)  # [target, prediction]
         correct, actual, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
         num_classes_seen = (actual + predicted > 0).sum()
         return {
             "accuracy": correct.sum() / confusion.sum(),
-            "precision": (correct / predicted.clamp(min=1)).sum() / num_classes_seen,
-            "recall": (correct / actual.clamp(min=1)).sum() / num_classes_seen,
-            "f1": (2 * correct / (actual + predicted).clamp(min=1)).sum() / num_classes_seen,
+            "precision": (correct / predicted).nan_to_num().sum() / num_classes_seen,
+            "recall": (correct / actual).nan_to_num().sum() / num_classes_seen,
+            "f1": (2 * correct / (actual + predicted)).nan_to_num().sum() / num_classes_seen,
         }
 
 

@@ -14,6 +14,7 @@ import torch
 
 from hpo.config import derive_seed
 from hpo.data.batches import TrainingBatches, evaluation_batches
+from hpo.data.mixing import build_mixing
 from hpo.errors import CheckpointError
 from hpo.objective import Split
 from hpo.training.averaging import AveragedWeights
@@ -119,12 +120,15 @@ class _Run:
         self.loss_function = loss_function(config, self.num_classes, target_scale(splits.train))
         self.splits = splits.to(config.device)
         self.order, self.augmentation = torch.Generator(), torch.Generator()
+        self.mixing = build_mixing(config, self.num_classes)
         self.batches = TrainingBatches(
             self.splits.train,
             config.batch_size,
             order=self.order,
             augmentation=self.augmentation,
             augment=config.augment,
+            augment_strength=config.augment_strength,
+            mixing=self.mixing,
             sampling=config.sampling,
         )
         self.model = model.to(config.device)
@@ -170,6 +174,7 @@ class _Run:
                 self.config.compile,
                 self.step,
                 batch_shape=(self.config.batch_size, *self.splits.spec.input_shape),
+                is_mixed=self.mixing is not None,
                 seconds_a_step=metrics["time/epoch_s"] / len(self.batches),
                 steps_left=(self.config.max_epochs - epoch) * len(self.batches),
             )
