@@ -272,8 +272,9 @@ def space(task: str, overrides: tuple[str, ...], space: str | None, as_json: boo
     from hpo.plugins import load_task
     from hpo.report import print_space
 
-    narrowed = load_task(task, space).narrow(overrides).space
-    _print_json(narrowed.to_dict()) if as_json else print_space(_console(), narrowed)
+    found = load_task(task, space)
+    narrowed = found.narrow(overrides).space
+    _print_json(narrowed.to_dict()) if as_json else print_space(_console(), narrowed, found.space.closed_groups)
 
 
 @cli.command()

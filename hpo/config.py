@@ -112,6 +112,10 @@ class TrainConfig:
     """What an average of the weights keeps of itself in each step, in [0, 1); 0 turns it off. Where it is on, the
     average is what is measured, kept and deployed."""
 
+    swa_start: float = 0.0
+    """Share of `max_epochs`, in [0, 1), from which on the weights at the ends of epochs are averaged, all alike, and
+    the average is what is measured, kept and deployed; 0 turns it off. Not together with `ema_decay`."""
+
     label_smoothing: float = 0.0
     """Share of the target spread over all classes, in [0, 1)."""
 
@@ -198,8 +202,9 @@ class TrainConfig:
             "stop_after",
         ):
             self._require(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
-        for name in ("momentum", "beta1", "beta2", "warmup_fraction", "label_smoothing", "ema_decay"):
+        for name in ("momentum", "beta1", "beta2", "warmup_fraction", "label_smoothing", "ema_decay", "swa_start"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self._require("swa_start", self.swa_start == 0 or self.ema_decay == 0, "0 where ema_decay averages the weights")
         self._require("decay_factor", 0 < self.decay_factor < 1, "in (0, 1)")
         self._require("augment_strength", 0 < self.augment_strength <= 1, "in (0, 1]")
         for name in ("lr", "eps"):

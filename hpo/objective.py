@@ -92,7 +92,10 @@ class Objective:
     """Read the data set below the data directory; raises DataError when it is missing or damaged."""
 
     model: Callable[..., nn.Module]
-    """`model(spec, **parameters)`: a network from normalised inputs (B, *input_shape) to outputs (B, num_outputs)."""
+    """`model(spec, **parameters)`: a network from normalised inputs (B, *input_shape) to outputs (B, num_outputs).
+
+    Where the network has a method `initialize_from_data(inputs)`, it is called with the first 512 normalised training
+    examples before the training begins. hpo.models.networks has some that ship."""
 
     loss: str = "cross_entropy"
     """One of `hpo.config.LOSSES`."""

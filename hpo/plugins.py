@@ -183,7 +183,7 @@ def _check_parameters(task: Task) -> None:
     """Every parameter must set the trainer or build the model: one that does neither would be searched in vain."""
     settings = config_fields().keys() - NOT_TUNABLE
     accepted = settings | task.objective.model_parameters()
-    for name in task.space.parameters:
+    for name in task.space.declared:
         if name in NOT_TUNABLE:
             raise SpaceError(
                 f"{name} (in '{task.space.group_of(name)}') cannot be searched; use its command-line option."
@@ -203,7 +203,7 @@ def _check_parameters(task: Task) -> None:
 def _check_ranges(task: Task) -> None:
     """Both ends of every range must be accepted by the trainer, before a trial finds out."""
     task.train_config(task.space.defaults())
-    for name, parameter in task.space.parameters.items():
+    for name, parameter in task.space.declared.items():
         if name not in config_fields():
             continue
         for value in parameter.extremes():

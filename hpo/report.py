@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from hpo.search.session import living_sessions
 from hpo.search.storage import read_storage
 from hpo.search.study import Study, list_studies
 from hpo.search.winner import Winner, find_winner, front_rows
-from hpo.space import Space, describe_conditions, format_value
+from hpo.space import Group, Parameter, Space, describe_conditions, format_value
 from hpo.trial import ranked
 
 if TYPE_CHECKING:
@@ -78,15 +78,21 @@ def print_tasks(console: Console, rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def print_space(console: Console, space: Space) -> None:
-    """The groups in the order in which they are tuned."""
+def print_space(console: Console, space: Space, closed_groups: Sequence[Group]) -> None:
+    """The groups in the order in which they are tuned, then what is closed and can be opened."""
     for priority, group in enumerate(space.groups, start=1):
-        table = _table("parameter", "range", "default", "active when", title=f"{priority}. {group.name}")
-        for name, parameter in group.parameters.items():
-            table.add_row(
-                name, parameter.describe(), format_value(parameter.default), describe_conditions(parameter.when)
-            )
-        console.print(table)
+        console.print(_parameter_table(f"{priority}. {group.name}", group.parameters))
+    for group in closed_groups:
+        closed = {name: parameter for name, parameter in group.parameters.items() if name not in space.parameters}
+        if closed:
+            console.print(_parameter_table(f"{group.name}: closed, -p NAME=VALUES opens a parameter", closed))
+
+
+def _parameter_table(title: str, parameters: Mapping[str, Parameter]) -> Table:
+    table = _table("parameter", "range", "default", "active when", title=title)
+    for name, parameter in parameters.items():
+        table.add_row(name, parameter.describe(), format_value(parameter.default), describe_conditions(parameter.when))
+    return table
 
 
 def study_rows(home: Path | None, storage: str | None = None) -> list[dict[str, Any]]:

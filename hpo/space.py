@@ -202,31 +202,40 @@ Parameter = Float | Int | Choice
 
 
 class Group:
-    """Parameters of one tuning priority: `Group("step size", lr=Float(...), batch_size=Choice(...))`."""
+    """Parameters of one tuning priority: `Group("step size", lr=Float(...), batch_size=Choice(...))`.
 
-    def __init__(self, name: str, /, **parameters: Parameter) -> None:
+    A closed group is not searched: each of its parameters is opened by an override that names it, and until then the
+    trainer's, or the model's, own default holds.
+    """
+
+    def __init__(self, name: str, /, *, closed: bool = False, **parameters: Parameter) -> None:
         self.name = name
+        self.closed = closed
         self.parameters = parameters
 
 
 class Space:
     """Groups of parameters; the order of the groups is the tuning priority.
 
-    Raises SpaceError, naming the parameter and its group, when a range, a default or a condition makes no sense.
+    `groups` and `parameters` are what is searched, `closed_groups` what `narrow` can add, and `declared` holds the
+    parameters of both. Raises SpaceError, naming the parameter and its group, when a range, a default or a condition
+    makes no sense.
     """
 
     def __init__(self, *groups: Group) -> None:
-        self.groups = groups
-        self.parameters: dict[str, Parameter] = {}
+        self.groups = tuple(group for group in groups if not group.closed)
+        self.closed_groups = tuple(group for group in groups if group.closed)
+        self.declared: dict[str, Parameter] = {}
         names = [group.name for group in groups]
         for group in groups:
             if names.count(group.name) > 1:
                 raise SpaceError(f"two groups are named '{group.name}'; a group's name belongs to one priority.")
             for name, parameter in group.parameters.items():
                 self._add(name, parameter)
+        self.parameters = {name: self.declared[name] for group in self.groups for name in group.parameters}
 
     def _add(self, name: str, parameter: Parameter) -> None:
-        if name in self.parameters:
+        if name in self.declared:
             raise self._error(name, f"is already in '{self.group_of(name)}'; a parameter belongs to one group")
         if not isinstance(parameter, Parameter):
             raise self._error(name, f"{parameter!r} is not a Float, Int or Choice")
@@ -236,12 +245,12 @@ class Space:
             raise self._error(name, str(problem)) from None
         for parent, values in parameter.when.items():
             self._check_condition(name, parent, _as_tuple(values))
-        self.parameters[name] = parameter
+        self.declared[name] = parameter
 
     def _check_condition(self, name: str, parent: str, values: tuple[Value, ...]) -> None:
-        choice = self.parameters.get(parent)
+        choice = self.declared.get(parent)
         if not isinstance(choice, Choice):
-            known = ", ".join(n for n, p in self.parameters.items() if isinstance(p, Choice)) or "none"
+            known = ", ".join(n for n, p in self.declared.items() if isinstance(p, Choice)) or "none"
             raise self._error(name, f"when={{'{parent}': ...}} must name a Choice declared before it: {known}")
         for value in values:
             if not choice.contains(value):
@@ -253,7 +262,7 @@ class Space:
 
     def group_of(self, name: str) -> str:
         """Name of the group that a parameter belongs to."""
-        return next(group.name for group in self.groups if name in group.parameters)
+        return next(group.name for group in (*self.groups, *self.closed_groups) if name in group.parameters)
 
     def defaults(self) -> dict[str, Value]:
         """The default configuration: a value for every parameter."""
@@ -270,12 +279,15 @@ class Space:
     def narrow(self, overrides: Iterable[str]) -> Space:
         """The space after overrides such as `lr=1e-3:1e-1`, `optimizer=sgd,adamw` or `batch_size=256`.
 
-        A parameter whose condition can no longer hold is dropped. Raises SpaceError for a malformed override, an
-        unknown parameter, values outside the declared range, and an override of a parameter that another one drops.
+        An override of a parameter in a closed group opens it; closed groups are dropped, and so is a parameter whose
+        condition can no longer hold. Raises SpaceError for a malformed override, an unknown parameter, values outside
+        the declared range, and an override of a parameter that another one drops.
         """
-        texts = self._parse_assignments("-p", overrides, "NAME=VALUE, NAME=LOW:HIGH or NAME=A,B,C")
+        texts = self._parse_assignments("-p", overrides, "NAME=VALUE, NAME=LOW:HIGH or NAME=A,B,C", self.declared)
         kept: dict[str, Parameter] = {}
-        for name, parameter in self.parameters.items():
+        for name, parameter in self.declared.items():
+            if name not in self.parameters and name not in texts:
+                continue
             when = _still_possible(parameter.when, kept)
             if not all(when.values()):
                 if name in texts:
@@ -284,7 +296,10 @@ class Space:
                     )
                 continue
             kept[name] = self._narrow_one(name, texts).with_when(when)
-        groups = (Group(g.name, **{name: kept[name] for name in g.parameters if name in kept}) for g in self.groups)
+        groups = (
+            Group(group.name, closed=False, **{name: kept[name] for name in group.parameters if name in kept})
+            for group in (*self.groups, *self.closed_groups)
+        )
         return Space(*(group for group in groups if group.parameters))
 
     def configure(self, text: str) -> dict[str, Value]:
@@ -293,7 +308,7 @@ class Space:
         Raises SpaceError for malformed text, a value that is not allowed, and one that would be without effect because
         its condition does not hold; UnknownNameError for an unknown parameter.
         """
-        texts = self._parse_assignments("--try", text.split(","), "NAME=VALUE,NAME=VALUE,...")
+        texts = self._parse_assignments("--try", text.split(","), "NAME=VALUE,NAME=VALUE,...", self.parameters)
         values = self.defaults()
         for name, written in texts.items():
             try:
@@ -309,27 +324,29 @@ class Space:
 
     def _narrow_one(self, name: str, texts: Mapping[str, str]) -> Parameter:
         if name not in texts:
-            return self.parameters[name]
+            return self.declared[name]
         try:
-            return self.parameters[name].narrow(texts[name])
+            return self.declared[name].narrow(texts[name])
         except ValueError as problem:
             raise self._error(name, f"{problem} (-p {name}={texts[name]})") from None
 
-    def _parse_assignments(self, option: str, assignments: Iterable[str], wanted: str) -> dict[str, str]:
+    def _parse_assignments(
+        self, option: str, assignments: Iterable[str], wanted: str, known: Mapping[str, Parameter]
+    ) -> dict[str, str]:
         texts: dict[str, str] = {}
         for assignment in assignments:
             name, equals, text = (part.strip() for part in assignment.partition("="))
             if not (name and equals and text):
                 raise SpaceError(f"{option} '{assignment}' is not {wanted}.")
-            if name not in self.parameters:
-                raise UnknownNameError("parameter", name, self.parameters)
+            if name not in known:
+                raise UnknownNameError("parameter", name, known)
             if name in texts:
                 raise SpaceError(f"{name} is given twice: {option} {name}={texts[name]} and {option} {name}={text}.")
             texts[name] = text
         return texts
 
     def to_dict(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """The declaration as plain data, group by group; two spaces are the same exactly when this is."""
+        """What is searched as plain data, group by group; two spaces are the same exactly when this is."""
         return {
             group.name: {
                 name: parameter.to_dict() | {"when": {key: list(_as_tuple(v)) for key, v in parameter.when.items()}}
@@ -343,7 +360,11 @@ class Space:
         """The space that `to_dict` described."""
         return cls(
             *(
-                Group(group, **{name: _parameter_from_dict(described) for name, described in parameters.items()})
+                Group(
+                    group,
+                    closed=False,
+                    **{name: _parameter_from_dict(described) for name, described in parameters.items()},
+                )
                 for group, parameters in declaration.items()
             )
         )

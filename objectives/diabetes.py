@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from hpo.objective import Dataset, DataSpec, Objective
-
-if TYPE_CHECKING:
-    from torch import nn
+from hpo.models.networks import mlp
+from hpo.objective import Dataset, Objective
 
 
 def load(data_dir: Path) -> Dataset:
@@ -23,36 +20,11 @@ def load(data_dir: Path) -> Dataset:
     return hold_out(features, targets, classes=())
 
 
-def model(
-    spec: DataSpec,
-    *,
-    depth: int = 2,
-    width: int = 64,
-    activation: str = "relu",
-    init: str = "auto",
-    norm: str = "none",
-    norm_first: bool = True,
-    dropout: float = 0.0,
-) -> nn.Module:
-    from hpo.models.mlp import MLP
-
-    return MLP(
-        spec,
-        depth=depth,
-        width=width,
-        activation=activation,
-        init=init,
-        norm=norm,
-        norm_first=norm_first,
-        dropout=dropout,
-    )
-
-
 objective = Objective(
     name="diabetes",
     description="progression of diabetes from ten measurements (442 patients, no download): regression with an MLP",
     load=load,
-    model=model,
+    model=mlp,
     loss="mse",
     metric="r2",
     settings={"max_epochs": 60, "patience": 15},

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from hpo.objective import Dataset, DataSpec, Objective
-
-if TYPE_CHECKING:
-    from torch import nn
+from hpo.models.networks import mlp
+from hpo.objective import Dataset, Objective
 
 
 def load(data_dir: Path) -> Dataset:
@@ -23,35 +20,10 @@ def load(data_dir: Path) -> Dataset:
     return hold_out(images, torch.from_numpy(digits.target), classes=[str(name) for name in digits.target_names])
 
 
-def model(
-    spec: DataSpec,
-    *,
-    depth: int = 2,
-    width: int = 128,
-    activation: str = "relu",
-    init: str = "auto",
-    norm: str = "none",
-    norm_first: bool = True,
-    dropout: float = 0.0,
-) -> nn.Module:
-    from hpo.models.mlp import MLP
-
-    return MLP(
-        spec,
-        depth=depth,
-        width=width,
-        activation=activation,
-        init=init,
-        norm=norm,
-        norm_first=norm_first,
-        dropout=dropout,
-    )
-
-
 objective = Objective(
     name="digits",
     description="handwritten digits, 8x8 pixels (1 797 images, no download), with an MLP",
     load=load,
-    model=model,
+    model=mlp,
     settings={"max_epochs": 20, "patience": 6},
 )

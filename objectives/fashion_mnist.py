@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from hpo.objective import Dataset, DataSpec, Objective
-
-if TYPE_CHECKING:
-    from torch import nn
+from hpo.models.networks import mlp
+from hpo.objective import Dataset, Objective
 
 
 def load(data_dir: Path) -> Dataset:
@@ -17,35 +14,10 @@ def load(data_dir: Path) -> Dataset:
     return load_fashion_mnist(data_dir)
 
 
-def model(
-    spec: DataSpec,
-    *,
-    depth: int = 2,
-    width: int = 256,
-    activation: str = "relu",
-    init: str = "auto",
-    norm: str = "none",
-    norm_first: bool = True,
-    dropout: float = 0.0,
-) -> nn.Module:
-    from hpo.models.mlp import MLP
-
-    return MLP(
-        spec,
-        depth=depth,
-        width=width,
-        activation=activation,
-        init=init,
-        norm=norm,
-        norm_first=norm_first,
-        dropout=dropout,
-    )
-
-
 objective = Objective(
     name="fashion_mnist",
     description="clothes, 28x28 pixels (70 000 images, 30 MB), with an MLP",
     load=load,
-    model=model,
+    model=mlp,
     settings={"max_epochs": 15, "patience": 5},
 )

@@ -24,4 +24,16 @@ space = Space(
         weight_decay=Float(1e-6, 1.0, log=True, default=1e-2),
         clip_norm=Float(0.1, 10.0, log=True, default=1.0),
     ),
+    Group(
+        "fine tuning",
+        closed=True,
+        beta1=Float(0.8, 0.99, default=0.9, when={"optimizer": ("adam", "adamw")}),
+        beta2=Float(0.9, 0.9999, default=0.999, when={"optimizer": ("adam", "adamw")}),
+        eps=Float(1e-10, 1e-3, log=True, default=1e-8, when={"optimizer": ("adam", "adamw")}),
+        warmup_fraction=Float(0.0, 0.2, default=0.05),
+        ema_decay=Float(0.0, 0.999, default=0.0),
+        init=Choice("auto", "glorot", "he", "lecun", "orthogonal", "lsuv", default="auto"),
+        norm_first=Choice(True, False, default=True),
+        dropout_type=Choice("dropout", "dropconnect", default="dropout"),
+    ),
 )

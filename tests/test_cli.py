@@ -20,19 +20,22 @@ BROKEN_FILES = {
     "empty.py": "",
     "wrong_type.py": "objective = 3",
     "no_space.py": """
-from objectives.digits import load, model
+from hpo.models.networks import mlp as model
+from objectives.digits import load
 from hpo.objective import Objective
 objective = Objective(name="mine", description="", load=load, model=model)
 """,
     "dead_parameter.py": """
-from objectives.digits import load, model
+from hpo.models.networks import mlp as model
+from objectives.digits import load
 from hpo.objective import Objective
 from hpo.space import Float, Group, Space
 space = Space(Group("g", learning_rate=Float(0.1, 1, default=0.1)))
 objective = Objective(name="mine", description="", load=load, model=model, space=space)
 """,
     "bad_range.py": """
-from objectives.digits import load, model
+from hpo.models.networks import mlp as model
+from objectives.digits import load
 from hpo.objective import Objective
 from hpo.space import Float, Group, Space
 space = Space(Group("g", lr=Float(0, 1, default=0.1)))
@@ -49,14 +52,16 @@ space = Space(Group("g", lr=Float(0.1, 1, default=0.1)))
 objective = Objective(name="mine", description="", load=load, model=model, space=space)
 """,
     "bad_metric.py": """
-from objectives.digits import load, model
+from hpo.models.networks import mlp as model
+from objectives.digits import load
 from hpo.objective import Objective
 from hpo.space import Float, Group, Space
 space = Space(Group("g", lr=Float(0.1, 1, default=0.1)))
 objective = Objective(name="mine", description="", load=load, model=model, space=space, metric="acuracy")
 """,
     "epochs_searched.py": """
-from objectives.digits import load, model
+from hpo.models.networks import mlp as model
+from objectives.digits import load
 from hpo.objective import Objective
 from hpo.space import Int, Group, Space
 space = Space(Group("budget", max_epochs=Int(1, 9, default=3)))
@@ -66,7 +71,8 @@ objective = Objective(name="mine", description="", load=load, model=model, space
 
 MINE = """
 import dataclasses
-from objectives.digits import load, model
+from hpo.models.networks import mlp as model
+from objectives.digits import load
 from hpo.objective import Objective
 from hpo.space import Float, Group, Space
 space = Space(Group("g", lr=Float(0.1, 1, default=0.1)))

@@ -11,10 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 
 from hpo.errors import UnknownNameError, UsageError
-from hpo.models.convnet import ConvNet
-from hpo.models.layers import ACTIVATIONS, GATED_ACTIVATIONS, IMAGE_NORMS, INITS, VECTOR_NORMS
+from hpo.models.convnet import ConvNet, ResidualBlock
+from hpo.models.layers import ACTIVATIONS, GATED_ACTIVATIONS, IMAGE_NORMS, INITS, VECTOR_NORMS, DropConnectLinear
 from hpo.models.mlp import MLP
 from hpo.models.preprocessed import PreprocessedModel, build_model
 from hpo.objective import DataSpec, Objective, Split
@@ -126,6 +127,41 @@ def test_dropout_after_selu_is_alpha_dropout() -> None:
     assert len(modules_of(MLP(DIGITS, activation="elu", dropout=0.1), nn.AlphaDropout)) == 0
 
 
+def test_dropconnect_drops_weights_and_keeps_the_expectation() -> None:
+    torch.manual_seed(0)
+    linear, *_ = modules_of(MLP(FEATURES, dropout=0.25, dropout_type="dropconnect"), DropConnectLinear)
+    of_each_weight = torch.stack([linear(torch.eye(6)).T for _ in range(2000)]) / linear.weight
+    assert of_each_weight.abs().round(decimals=3).unique().tolist() == pytest.approx([0, 1.333])
+    assert of_each_weight.mean().item() == pytest.approx(1, abs=0.01)
+    assert of_each_weight.mean((1, 2)).std() > 0.01, "each step drops others"
+
+
+def test_spatial_dropout_drops_whole_channels() -> None:
+    channels = ConvNet(IMAGES, dropout=0.5, dropout_type="spatial").features[2].residual[2](torch.ones(8, 64, 16, 16))
+    assert channels.flatten(2).unique(dim=2).shape[2] == 1
+    assert (channels == 0).float().mean().item() == pytest.approx(0.5, abs=0.1)
+
+
+def test_dropblock_drops_squares() -> None:
+    torch.manual_seed(0)
+    outputs = ConvNet(IMAGES, dropout=0.1, dropout_type="dropblock").features[2].residual[2](torch.ones(8, 64, 16, 16))
+    dropped = (outputs == 0).float()
+    # Whatever is dropped lies in a full square of 3x3 dropped positions.
+    squares = -functional.max_pool2d(-dropped, 3, stride=1)
+    covered = functional.max_pool2d(functional.pad(squares, (2, 2, 2, 2)), 3, stride=1)
+    assert torch.equal(covered, dropped)
+    assert 0.03 < dropped.mean() < 0.2
+
+
+def test_a_block_is_skipped_the_more_often_the_deeper_it_is() -> None:
+    torch.manual_seed(0)
+    model = ConvNet(IMAGES, width=16, blocks=2, stochastic_depth=0.8)
+    for depth, block in enumerate(modules_of(model, ResidualBlock), start=1):
+        inputs = torch.randn(500, block.residual[0][0].in_channels, 4, 4)
+        is_skipped = (block.residual(inputs) == 0).flatten(1).all(1)
+        assert is_skipped.float().mean().item() == pytest.approx(0.2 * depth, abs=0.07)
+
+
 @pytest.mark.parametrize("norm", VECTOR_NORMS)
 def test_a_bias_is_dropped_where_a_norm_follows(norm: str) -> None:
     *hidden, output = modules_of(MLP(DIGITS, depth=2, norm=norm), nn.Linear)
@@ -137,7 +173,14 @@ def test_a_bias_is_dropped_where_a_norm_follows(norm: str) -> None:
 
 
 def test_dropout_acts_in_training_only() -> None:
-    for model in (MLP(DIGITS, dropout=0.5), ConvNet(DIGITS, dropout=0.5)):
+    for model in (
+        MLP(DIGITS, dropout=0.5),
+        MLP(DIGITS, dropout=0.5, dropout_type="dropconnect"),
+        ConvNet(DIGITS, dropout=0.5),
+        ConvNet(DIGITS, dropout=0.5, dropout_type="spatial"),
+        ConvNet(DIGITS, dropout=0.3, dropout_type="dropblock"),
+        ConvNet(DIGITS, stochastic_depth=0.5),
+    ):
         inputs = torch.randn(4, 1, 8, 8)
         model.train()
         assert not torch.equal(model(inputs), model(inputs))
@@ -146,7 +189,7 @@ def test_dropout_acts_in_training_only() -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS | GATED_ACTIVATIONS)
-@pytest.mark.parametrize("init", INITS[:-1])
+@pytest.mark.parametrize("init", ["auto", "glorot", "he", "lecun"])
 def test_weights_are_initialised_as_asked_for_or_to_suit_the_activation(activation: str, init: str) -> None:
     """He: variance 2 / inputs; LeCun: 1 / inputs; Glorot: 2 / (inputs + outputs), 5/3 larger for tanh."""
     linear = modules_of(MLP(IMAGES, depth=2, width=512, activation=activation, init=init), nn.Linear)[0]
@@ -164,6 +207,38 @@ def test_orthogonal_weights_keep_lengths_but_for_the_gain_of_the_activation() ->
     for activation, gain in (("relu", math.sqrt(2)), ("selu", 1.0), ("tanh", 5 / 3)):
         weight = MLP(IMAGES, width=32, activation=activation, init="orthogonal").hidden[1][0].weight
         torch.testing.assert_close(weight @ weight.T, gain**2 * torch.eye(32), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        MLP(DIGITS, depth=12, width=64, activation="tanh", init="lsuv"),
+        MLP(DIGITS, depth=3, activation="swiglu", init="lsuv"),
+        ConvNet(DIGITS, norm="none", init="lsuv"),
+    ],
+    ids=["tanh", "swiglu", "convnet"],
+)
+def test_lsuv_gives_each_layer_outputs_of_unit_variance_on_the_training_data(network: nn.Module) -> None:
+    torch.manual_seed(0)
+    images = torch.randint(16, (600, 1, 8, 8), dtype=torch.uint8)
+    model = PreprocessedModel(network, DIGITS)
+    model.fit_statistics(Split(images, torch.arange(600) % 10))
+    variances: list[float] = []
+    *hidden, _ = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    for layer in hidden:
+        layer.register_forward_hook(lambda *call: variances.append(call[2].var().item()))
+    model(images[:512])
+    assert variances == pytest.approx([1.0] * len(hidden), abs=0.1)
+    assert network.training
+
+
+def test_lsuv_keeps_the_directions_of_orthogonal_weights() -> None:
+    torch.manual_seed(0)
+    model = PreprocessedModel(MLP(DIGITS, width=32, init="lsuv"), DIGITS)
+    model.fit_statistics(Split(torch.randint(16, (600, 1, 8, 8), dtype=torch.uint8), torch.arange(600) % 10))
+    weight = modules_of(model, nn.Linear)[1].weight
+    gram = weight @ weight.T
+    torch.testing.assert_close(gram, gram[0, 0] * torch.eye(32), atol=1e-4, rtol=0)
 
 
 def test_a_deep_relu_net_keeps_the_size_of_its_signal() -> None:
@@ -239,8 +314,9 @@ def test_a_convnet_is_for_images() -> None:
         ({"dropout": -0.1}, "dropout=-0.1 is not allowed"),
         ({"dropout": float("nan")}, "dropout=nan is not allowed"),
         ({"activation": "rleu"}, "no activation 'rleu'; did you mean 'relu'"),
-        ({"init": "xavier"}, "no init 'xavier'. Available: auto, glorot, he, lecun, orthogonal"),
+        ({"init": "xavier"}, "no init 'xavier'. Available: auto, glorot, he, lecun, orthogonal, lsuv"),
         ({"norm": "batchnorm"}, "no norm 'batchnorm'; did you mean 'batch'"),
+        ({"dropout_type": "dropoff"}, "no dropout_type 'dropoff'; did you mean 'dropout'"),
     ],
 )
 def test_an_impossible_argument_is_named(network: type[nn.Module], arguments: dict[str, Any], problem: str) -> None:

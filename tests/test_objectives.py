@@ -38,6 +38,7 @@ ARGUMENTS = {
     "norm": ("none", "layer"),
     "norm_first": (True, False),
     "dropout": (0.0, 0.5),
+    "stochastic_depth": (0.0, 0.5),
 }
 NUM_TRAIN = {"digits": 1149, "fashion_mnist": 48_000, "cifar10": 40_000, "diabetes": 282}
 
@@ -85,20 +86,21 @@ def test_a_task_is_named_like_its_module_and_described_in_a_line(name: str) -> N
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_is_a_setting_of_the_trainer_or_an_argument_of_the_model(name: str) -> None:
     known = config_fields().keys() | objective_of(name).model_parameters()
-    assert space_of(name).parameters.keys() <= known
+    assert space_of(name).declared.keys() <= known
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_argument_of_a_model_but_norm_and_initialisation_is_searched(name: str) -> None:
-    left_out = objective_of(name).model_parameters() - space_of(name).parameters.keys()
-    assert left_out <= {"init", "norm", "norm_first"}
+def test_every_argument_of_a_model_is_searched_or_can_be_opened(name: str) -> None:
+    assert objective_of(name).model_parameters() <= space_of(name).declared.keys()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_argument_of_a_task_reaches_its_network(name: str) -> None:
     objective = objective_of(name)
     for argument in objective.model_parameters():
-        first, other = (build_model(objective, SPECS[name], {argument: v}, seed=0) for v in ARGUMENTS[argument])
+        values = bounds(space_of(name).declared[argument])[:2] if argument == "dropout_type" else ARGUMENTS[argument]
+        given = {"dropout": 0.5} if argument == "dropout_type" else {}
+        first, other = (build_model(objective, SPECS[name], given | {argument: v}, seed=0) for v in values)
         weights, other_weights = (torch.cat([p.flatten() for p in m.parameters()]) for m in (first, other))
         assert repr(first) != repr(other) or not torch.equal(weights, other_weights), argument
 
@@ -106,6 +108,7 @@ def test_every_argument_of_a_task_reaches_its_network(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_groups_are_in_the_order_of_priority(name: str) -> None:
     groups = space_of(name).groups
+    assert [group.name for group in space_of(name).closed_groups] == ["fine tuning"]
     assert [group.name for group in groups] == ["step size", "architecture and optimizer", "regularization"]
     assert list(groups[0].parameters) == ["lr", "batch_size"]
 

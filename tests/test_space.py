@@ -50,6 +50,42 @@ def test_a_parameter_is_active_only_where_its_condition_holds(space: Space, opti
     assert space.active(values).keys() == {"lr", "batch_size", "depth", "optimizer"} | active
 
 
+@pytest.fixture
+def half_closed(space: Space) -> Space:
+    fine = Group(
+        "fine tuning",
+        closed=True,
+        beta2=Float(0.9, 0.9999, default=0.999, when={"optimizer": "adam"}),
+        eps=Float(1e-10, 1e-3, log=True, default=1e-8),
+    )
+    return Space(*space.groups, fine)
+
+
+def test_a_closed_group_is_not_searched(space: Space, half_closed: Space) -> None:
+    assert half_closed.parameters == space.parameters
+    assert half_closed.defaults() == space.defaults()
+    assert half_closed.narrow([]).to_dict() == half_closed.to_dict() == space.to_dict()
+
+
+def test_an_override_opens_its_parameter_of_a_closed_group_at_the_last_priority(half_closed: Space) -> None:
+    narrowed = half_closed.narrow(["eps=1e-9:1e-4", "optimizer=adam"])
+    assert [group.name for group in narrowed.groups] == ["step size", "architecture and optimizer", "fine tuning"]
+    assert list(narrowed.groups[-1].parameters) == ["eps"]
+    assert narrowed.defaults()["eps"] == 1e-8
+    assert Space.from_dict(narrowed.to_dict()).to_dict() == narrowed.to_dict()
+    with pytest.raises(SpaceError, match=r"beta2.*is active only when optimizer is adam, which -p excludes"):
+        half_closed.narrow(["beta2=0.95", "optimizer=sgd"])
+    with pytest.raises(SpaceError, match=r"eps.*outside"):
+        half_closed.narrow(["eps=1"])
+
+
+def test_what_is_closed_is_checked_like_the_rest(space: Space) -> None:
+    with pytest.raises(SpaceError, match=r"eps \(in 'fine tuning'\): has no default"):
+        Space(*space.groups, Group("fine tuning", closed=True, eps=Float(1e-9, 1)))
+    with pytest.raises(SpaceError, match=r"lr .* is already in 'step size'"):
+        Space(*space.groups, Group("fine tuning", closed=True, lr=Float(1e-9, 1, default=1)))
+
+
 def test_a_condition_on_an_inactive_choice_does_not_hold() -> None:
     space = Space(
         Group(

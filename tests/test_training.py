@@ -547,6 +547,7 @@ def test_a_regression_refuses_what_is_for_classes(changes: dict[str, Any]) -> No
 
 # Exact resume.
 
+averages: list[dict[str, Any]] = [{}, {"ema_decay": 0.9}, {"swa_start": 0.5}]
 resumable_configs = st.builds(
     quick_config,
     max_epochs=st.just(4),
@@ -567,7 +568,6 @@ resumable_configs = st.builds(
     clip_value=st.sampled_from([0.0, 0.1]),
     l1=st.sampled_from([0.0, 0.001]),
     max_norm=st.sampled_from([0.0, 1.0]),
-    ema_decay=st.sampled_from([0.0, 0.9]),
     patience=st.sampled_from([1, 4]),
     precision=st.sampled_from(["auto", "bf16", "fp16"]),
     seed=st.integers(0, 3),
@@ -575,7 +575,11 @@ resumable_configs = st.builds(
 
 
 @settings(max_examples=25, deadline=None, phases=[Phase.generate])  # shrinking would train for minutes
-@given(config=resumable_configs, dropout=st.sampled_from([0.0, 0.4]), stops=st.sets(st.integers(1, 4), min_size=1))
+@given(
+    config=st.builds(lambda config, average: replace(config, **average), resumable_configs, st.sampled_from(averages)),
+    dropout=st.sampled_from([0.0, 0.4]),
+    stops=st.sets(st.integers(1, 4), min_size=1),
+)
 def test_a_training_stopped_after_any_epoch_and_resumed_is_bit_equal(
     tmp_path_factory: pytest.TempPathFactory, config: TrainConfig, dropout: float, stops: set[int]
 ) -> None:

@@ -5,13 +5,24 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_training import ImageNet, Line, image_splits, line_splits, quick_config, rates, regression_config, scripted
+from test_training import (
+    NUM_CLASSES,
+    ImageNet,
+    Line,
+    image_splits,
+    line_splits,
+    quick_config,
+    rates,
+    regression_config,
+    scripted,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -21,6 +32,7 @@ from hpo.data.datasets import Splits
 from hpo.errors import UsageError
 from hpo.objective import DataSpec, Split
 from hpo.training.averaging import AveragedWeights
+from hpo.training.checkpoint import CheckpointFolder
 from hpo.training.compiled import settle_compile_mode
 from hpo.training.losses import loss_function, target_scale, training_loss
 from hpo.training.metrics import ConfusionMetrics
@@ -553,17 +565,17 @@ def test_what_the_compiled_step_does_not_have_keeps_it_eager(changes: dict[str, 
 def test_an_average_keeps_its_share_of_itself_in_each_step_and_takes_the_buffers_as_they_are() -> None:
     model = ImageNet()
     expected = model.output.weight.detach().clone()
-    average = AveragedWeights(model, 0.9)
+    average = AveragedWeights(model, quick_config(ema_decay=0.9))
     for step in range(1, 4):
         with torch.no_grad():
             model.output.weight += step
-        average.update(model)
+        average.end_step(model)
         expected = 0.9 * expected + 0.1 * model.output.weight.detach()
     torch.testing.assert_close(average.model.output.weight, expected)
 
     plain = nn.Sequential(nn.Linear(2, 2))
     plain.register_buffer("count", torch.tensor(1))
-    average = AveragedWeights(plain, 0.9)
+    average = AveragedWeights(plain, quick_config(ema_decay=0.9))
     plain.count += 4
     assert average.settle(plain, (), "fp32").count == 5
 
@@ -609,3 +621,23 @@ def test_a_compiled_step_is_averaged_as_the_eager_one() -> None:
         list(fit(model, image_splits(), quick_config(optimizer="sgd", max_epochs=3, ema_decay=0.9, compile=mode)))
         weights.append(model.output.weight.detach())
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
+
+
+def test_swa_is_the_mean_of_the_weights_at_the_ends_of_the_late_epochs(tmp_path: Path) -> None:
+    config = quick_config(max_epochs=5, swa_start=0.6, metric="loss", lr=0.02, optimizer="sgd")
+    model, ends = ImageNet(dropout=0.0), []
+    folder = CheckpointFolder(tmp_path)
+    for result in fit(model, image_splits(), config, checkpoint=folder):
+        ends.append(deepcopy(model.state_dict()))
+        assert result.is_best, "so that the last average is what is kept"
+        measured = evaluate(deepcopy(model), image_splits().validation, config, NUM_CLASSES)["loss"]
+        assert (measured == pytest.approx(result.metrics["val/loss"], abs=1e-6)) == (result.epoch < 3)
+    for name in ("hidden.weight", "output.bias"):
+        by_hand = torch.stack([weights[name] for weights in ends[2:]]).mean(0)
+        torch.testing.assert_close(model.state_dict()[name], by_hand)
+        assert not torch.allclose(by_hand, ends[-1][name])
+
+
+def test_two_ways_of_averaging_at_once_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"swa_start=0\.5 is not allowed: it must be 0 where ema_decay"):
+        quick_config(swa_start=0.5, ema_decay=0.9)

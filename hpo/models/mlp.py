@@ -7,17 +7,22 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from hpo.errors import UnknownNameError
 from hpo.models.layers import (
     ACTIVATIONS,
     GATED_ACTIVATIONS,
     VECTOR_NORMS,
+    DropConnectLinear,
     choose,
     dropout_layer,
     initialize_hidden,
     initialize_output,
     require_at_least_one,
+    scale_to_unit_variance,
 )
 from hpo.objective import DataSpec
+
+DROPOUT_TYPES = ("dropout", "dropconnect")
 
 
 class MLP(nn.Module):
@@ -25,7 +30,7 @@ class MLP(nn.Module):
 
     Images are flattened. There is no shortcut: a deep one (20 layers of 100 SiLU units, say) needs a norm, or care.
     `norm_first` says whether the norm comes before the activation. SwiGLU's layers have a gate for each unit, and so
-    twice the weights.
+    twice the weights. With a `dropout_type` of "dropconnect" it is the weights of hidden layers that are dropped.
     """
 
     def __init__(
@@ -39,12 +44,19 @@ class MLP(nn.Module):
         norm: str = "none",
         norm_first: bool = True,
         dropout: float = 0.0,
+        dropout_type: str = "dropout",
     ) -> None:
         super().__init__()
         require_at_least_one(depth=depth, width=width)
+        if dropout_type not in DROPOUT_TYPES:
+            raise UnknownNameError("dropout_type", dropout_type, DROPOUT_TYPES)
+        self._init = init
         sizes = [prod(spec.input_shape), *[width] * depth]
         self.hidden = nn.Sequential(
-            *(_hidden_layer(inputs, width, activation, init, norm, norm_first, dropout) for inputs in sizes[:-1])
+            *(
+                _hidden_layer(inputs, width, activation, init, norm, norm_first, dropout, dropout_type)
+                for inputs in sizes[:-1]
+            )
         )
         self.output = nn.Linear(width, spec.num_outputs)
         initialize_output(self.output)
@@ -52,12 +64,29 @@ class MLP(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         return cast(Tensor, self.output(self.hidden(inputs.flatten(1))))
 
+    def initialize_from_data(self, inputs: Tensor) -> None:
+        """The second half of `init="lsuv"`."""
+        if self._init == "lsuv":
+            scale_to_unit_variance(self, [m for m in self.hidden.modules() if isinstance(m, nn.Linear)], inputs)
+
 
 def _hidden_layer(
-    num_inputs: int, width: int, activation: str, init: str, norm: str, norm_first: bool, dropout: float
+    num_inputs: int,
+    width: int,
+    activation: str,
+    init: str,
+    norm: str,
+    norm_first: bool,
+    dropout: float,
+    dropout_type: str,
 ) -> nn.Sequential:
     num_features = 2 * width if activation in GATED_ACTIVATIONS else width
-    linear = nn.Linear(num_inputs, num_features, bias=norm == "none" or not norm_first)  # a norm has its own bias
+    bias = norm == "none" or not norm_first  # a norm has its own
+    linear: nn.Linear
+    if dropout_type == "dropconnect":
+        linear, dropout = DropConnectLinear(num_inputs, num_features, bias=bias, dropout=dropout), 0.0
+    else:
+        linear = nn.Linear(num_inputs, num_features, bias=bias)
     initialize_hidden(linear, activation, init)
     activate = choose("activation", activation, ACTIVATIONS | GATED_ACTIVATIONS)()
     normalise = choose("norm", norm, VECTOR_NORMS)(num_features if norm_first else width)

@@ -40,15 +40,20 @@ class PreprocessedModel(nn.Module):
         return self.spec.classes
 
     def forward(self, inputs: Tensor) -> Tensor:
-        # The subtraction converts integers on its way; dividing in place spares a tensor as large as the batch.
-        normalised = (inputs - self.input_mean).to(self.input_mean.dtype).div_(self.input_std)
-        outputs = cast(Tensor, self.network(normalised))
+        outputs = cast(Tensor, self.network(self._normalised(inputs)))
         if self.classes:
             return outputs
         return outputs.squeeze(-1) * self.target_std + self.target_mean
 
+    def _normalised(self, inputs: Tensor) -> Tensor:
+        # The subtraction converts integers on its way; dividing in place spares a tensor as large as the batch.
+        return (inputs - self.input_mean).to(self.input_mean.dtype).div_(self.input_std)
+
     def fit_statistics(self, train: Split) -> None:
-        """Take mean and standard deviation from the training split; what does not vary is only centred."""
+        """Take mean and standard deviation from the training split; what does not vary is only centred.
+
+        A network with a method `initialize_from_data` is then shown the first 512 normalised examples.
+        """
         mean, std = _uint8_statistics(train.inputs) if train.inputs.dtype == torch.uint8 else _statistics(train.inputs)
         self.input_mean.copy_(mean.view_as(self.input_mean))
         self.input_std.copy_(std.view_as(self.input_std))
@@ -56,6 +61,8 @@ class PreprocessedModel(nn.Module):
             mean, std = _statistics(train.targets[:, None])
             self.target_mean.copy_(mean.squeeze())
             self.target_std.copy_(std.squeeze())
+        if initialize := getattr(self.network, "initialize_from_data", None):
+            initialize(self._normalised(train.inputs[:512]))
 
     @torch.inference_mode()
     def predict(self, inputs: Tensor) -> list[str] | list[float]:

@@ -1,34 +1,48 @@
-"""The weights averaged over the steps of a training, which often do better than the last ones."""
+"""The weights averaged over a training, which often do better than the last ones."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import torch
-from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn, update_bn
 
 from hpo.training.precision import autocast
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from hpo.config import TrainConfig
+
 
 class AveragedWeights:
-    """A copy of a model whose parameters follow its own as an exponential moving average.
+    """A copy of a model whose parameters are the average of its own.
 
-    Polyak and Juditsky 1992, https://doi.org/10.1137/0330046; exponential in Tarvainen and Valpola 2017,
-    arXiv:1703.01780. torch's AveragedModel pairs buffers by their order, which a compiled step changes.
+    Over the steps, as an exponential moving average (Polyak and Juditsky 1992, https://doi.org/10.1137/0330046;
+    exponential in Tarvainen and Valpola 2017, arXiv:1703.01780); or over the ends of the epochs from one on, all alike:
+    SWA (Izmailov et al. 2018, arXiv:1803.05407). torch's AveragedModel pairs buffers by their order, which a compiled
+    step changes.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         self.model = deepcopy(model)
-        self._average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        self.first_epoch = max(1, math.ceil(config.swa_start * config.max_epochs))
+        """The first after which there is an average."""
+        self._ema = get_ema_multi_avg_fn(config.ema_decay) if config.ema_decay > 0 else None  # type: ignore[no-untyped-call]
+        self._swa = get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
 
-    def update(self, model: nn.Module) -> None:
+    def end_step(self, model: nn.Module) -> None:
         """Take in the parameters after a step."""
-        self._average(list(self.model.parameters()), list(model.parameters()), None)
+        if self._ema:
+            self._ema(list(self.model.parameters()), list(model.parameters()), None)
+
+    def end_epoch(self, model: nn.Module, epoch: int) -> None:
+        """Take in the parameters after an epoch, from `first_epoch` on."""
+        if not self._ema:
+            self._swa(list(self.model.parameters()), list(model.parameters()), epoch - self.first_epoch)
 
     @torch.no_grad()
     def settle(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], precision: str) -> nn.Module:

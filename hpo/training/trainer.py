@@ -148,7 +148,8 @@ class _Run:
         )
         check_compile_mode(config.compile, self.step.precision, config.device)
         self.compile_mode = "off"
-        self.average = AveragedWeights(self.model, config.ema_decay) if config.ema_decay > 0 else None
+        averages = config.ema_decay > 0 or config.swa_start > 0
+        self.average = AveragedWeights(self.model, config) if averages else None
         self.stopping = EarlyStopping(
             config.direction, patience=config.patience, min_delta=config.min_delta, stop_after=config.stop_after
         )
@@ -161,7 +162,7 @@ class _Run:
         self._seed(epoch)
         with _algorithms(deterministic=self.config.deterministic):
             train, grad_norm = self._train()
-            candidate = self._candidate()
+            candidate = self._candidate(epoch)
             validation = _evaluate(
                 candidate, self.splits.validation, self.loss_function, self.num_classes, precision=self.step.precision
             )
@@ -195,14 +196,17 @@ class _Run:
             step = self.step(inputs, targets)
             self.schedule.step()
             if self.average:
-                self.average.update(self.model)
+                self.average.end_step(self.model)
             metrics.update(step.outputs, targets, step.loss)
             grad_norm_sum += step.grad_norm
         return metrics.compute(), grad_norm_sum / len(self.batches)
 
-    def _candidate(self) -> nn.Module:
+    def _candidate(self, epoch: int) -> nn.Module:
         """What is measured, and kept where it is the best."""
-        return self.average.settle(self.model, self.batches, self.step.precision) if self.average else self.model
+        if not self.average or epoch < self.average.first_epoch:
+            return self.model
+        self.average.end_epoch(self.model, epoch)
+        return self.average.settle(self.model, self.batches, self.step.precision)
 
     def _judge(self, epoch: int, metrics: dict[str, float], candidate: nn.Module) -> EpochResult:
         value = metrics[f"val/{self.config.metric}"]
