@@ -415,6 +415,25 @@ def test_a_model_takes_raw_examples_in_any_float_type(inputs: Tensor) -> None:
 # --- Building and loading
 
 
+def test_monte_carlo_dropout_is_the_mean_of_passes_with_dropout_and_nothing_else_of_a_training() -> None:
+    torch.manual_seed(0)
+    model = PreprocessedModel(MLP(DIGITS, norm="batch", dropout=0.4), DIGITS)
+    nn.init.normal_(model.network.output.weight, std=0.5)
+    statistics = [norm.running_mean.clone() for norm in modules_of(model, nn.BatchNorm1d)]
+    images = torch.randint(16, (6, 1, 8, 8), dtype=torch.uint8)
+    plain = model.probabilities(images)
+    torch.testing.assert_close(plain, model(images).softmax(1))
+    sampled = [model.probabilities(images, dropout_samples=n) for n in (1, 500, 500)]
+    assert (sampled[0] - plain).abs().max() > 0.05
+    torch.testing.assert_close(sampled[1], sampled[2], atol=0.05, rtol=0)
+    assert all(probabilities.sum(1).tolist() == pytest.approx([1.0] * 6) for probabilities in sampled)
+    after = [norm.running_mean for norm in modules_of(model, nn.BatchNorm1d)]
+    assert all(torch.equal(*pair) for pair in zip(statistics, after, strict=True))
+    assert not any(module.training for module in model.modules())
+    with pytest.raises(UsageError, match="a regression has no probabilities"):
+        PreprocessedModel(MLP(FEATURES), FEATURES).probabilities(torch.randn(2, 6))
+
+
 def test_weights_follow_from_the_seed_alone() -> None:
     torch.manual_seed(1)
     first = build_model(task(MLP), DIGITS, {"width": 16}, seed=5)

@@ -7,7 +7,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
+from hpo.errors import UsageError
 from hpo.objective import DataSpec, Objective, Split
 
 
@@ -71,6 +73,26 @@ class PreprocessedModel(nn.Module):
         if not self.classes:
             return cast(list[float], outputs.tolist())
         return [self.classes[index] for index in outputs.argmax(1).tolist()]
+
+    @torch.inference_mode()
+    def probabilities(self, inputs: Tensor, *, dropout_samples: int = 0) -> Tensor:
+        """The probability of each class for a batch of raw examples: (B, num_classes), in evaluation mode.
+
+        With `dropout_samples` it is the mean over that many passes, in which the dropout layers alone act as in
+        training: Monte-Carlo dropout (Gal and Ghahramani 2016, arXiv:1506.02142), often slower to be sure of a mistake.
+        Raises UsageError for a regression.
+        """
+        if not self.classes:
+            raise UsageError("a regression has no probabilities; call the model itself for its values.")
+        self.eval()
+        inputs = inputs.to(self.input_mean.device)
+        if not dropout_samples:
+            return cast(Tensor, self(inputs).softmax(1))
+        for module in self.modules():
+            module.training = isinstance(module, _DropoutNd)
+        mean = torch.stack([self(inputs).softmax(1) for _ in range(dropout_samples)]).mean(0)
+        self.eval()
+        return mean
 
 
 def build_model(objective: Objective, spec: DataSpec, parameters: Mapping[str, Any], seed: int) -> PreprocessedModel:
