@@ -13,12 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+from hpo.config import TrainConfig
+from hpo.data.datasets import Splits
 from hpo.errors import UnknownNameError, UsageError
+from hpo.models.airnet import AirNet
 from hpo.models.convnet import ConvNet, ResidualBlock
 from hpo.models.layers import ACTIVATIONS, GATED_ACTIVATIONS, IMAGE_NORMS, INITS, VECTOR_NORMS, DropConnectLinear
 from hpo.models.mlp import MLP
 from hpo.models.preprocessed import PreprocessedModel, build_model
 from hpo.objective import DataSpec, Objective, Split
+from hpo.training.trainer import fit
 
 CLASSES = tuple(f"class {label}" for label in range(10))
 IMAGES = DataSpec((3, 32, 32), CLASSES)
@@ -331,6 +335,55 @@ def test_counts_below_one_are_named() -> None:
         ConvNet(DIGITS, blocks=0)
     with pytest.raises(UnknownNameError):
         MLP(DIGITS, activation="")
+
+
+# --- AirNet
+
+
+def correlated_images(count: int) -> Tensor:
+    """Images whose neighbouring pixels and channels are alike, as photographs are."""
+    noise = torch.randn(count, 1, 36, 36, generator=torch.Generator().manual_seed(0))
+    smooth = functional.avg_pool2d(noise, 5, stride=1)
+    return torch.cat([smooth, smooth + 0.1 * noise[:, :, 2:-2, 2:-2], -smooth + 0.3 * noise[:, :, 4:, 4:]], dim=1)
+
+
+def test_the_whitening_layer_decorrelates_patches_and_gives_each_filter_and_its_negative() -> None:
+    model, images = AirNet(IMAGES, width=8), correlated_images(64)
+    assert (torch.corrcoef(images.transpose(0, 1).flatten(1)) - torch.eye(3)).abs().max() > 0.5
+    model.initialize_from_data(images / images.std())
+    outputs = model.whitening(images / images.std()).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(outputs[:12], -outputs[12:])
+    covariance = outputs[:12] @ outputs[:12].T / outputs.shape[1]
+    off_diagonal = covariance - covariance.diagonal().diag()
+    assert off_diagonal.abs().max() < 0.01
+    assert covariance.diagonal().max().item() == pytest.approx(1, abs=0.01)
+
+
+def test_an_airnet_begins_as_the_identity_and_trains_neither_its_filters_nor_the_scale_of_its_norms() -> None:
+    model = AirNet(IMAGES)
+    assert num_parameters(model) == 1_972_792
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    norms = {name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    assert frozen == {"whitening.weight", *(f"{name}.weight" for name in norms)}
+    first = modules_of(model, nn.Conv2d)[1]
+    signal = torch.randn(2, 24, 9, 9)
+    torch.testing.assert_close(first(signal)[:, :24], signal)
+
+
+def test_an_airnet_learns_while_its_frozen_layer_stays() -> None:
+    torch.manual_seed(0)
+    images = (correlated_images(64) * 200 + 128).clamp(0, 255).to(torch.uint8)
+    targets = (images.float().mean((1, 2, 3)) > 128).long()
+    data = Split(images, targets)
+    spec = DataSpec((3, 32, 32), ("dark", "bright"))
+    model = PreprocessedModel(AirNet(spec, width=8), spec)
+    model.fit_statistics(data)
+    before = model.network.whitening.weight.clone()
+    config = TrainConfig(optimizer="sgd", lr=0.5, batch_size=16, max_epochs=6, schedule="one_cycle", weight_decay=1e-3)
+    *_, last = fit(model, Splits(data, data, spec), config)
+    assert last.best_value is not None
+    assert last.best_value > 0.9
+    assert torch.equal(model.network.whitening.weight, before)
 
 
 # --- Preprocessing

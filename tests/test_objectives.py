@@ -28,6 +28,7 @@ SPECS = {
     "fashion_mnist": DataSpec((1, 28, 28), tuple("0123456789")),
     "cifar10": DataSpec((3, 32, 32), tuple("0123456789")),
     "diabetes": DataSpec((10,)),
+    "airnet": DataSpec((3, 32, 32), tuple("0123456789")),
 }
 ARGUMENTS = {
     "depth": (1, 2),
@@ -40,7 +41,7 @@ ARGUMENTS = {
     "dropout": (0.0, 0.5),
     "stochastic_depth": (0.0, 0.5),
 }
-NUM_TRAIN = {"digits": 1149, "fashion_mnist": 48_000, "cifar10": 40_000, "diabetes": 282}
+NUM_TRAIN = {"digits": 1149, "fashion_mnist": 48_000, "cifar10": 40_000, "airnet": 40_000, "diabetes": 282}
 
 
 def objective_of(name: str) -> Objective:

@@ -66,3 +66,10 @@ def convnet(
         dropout_type=dropout_type,
         stochastic_depth=stochastic_depth,
     )
+
+
+def airnet(spec: DataSpec, *, width: int = 64, dropout: float = 0.0) -> nn.Module:
+    """A convolutional network that learns small photographs in few epochs; see hpo.models.airnet.AirNet."""
+    from hpo.models.airnet import AirNet
+
+    return AirNet(spec, width=width, dropout=dropout)
