@@ -26,7 +26,7 @@ from hpo.config import AUGMENTATIONS, CLASS_WEIGHTS, OPTIMIZERS, SAMPLINGS, SCHE
 from hpo.data.datasets import Splits, split_dataset
 from hpo.errors import CheckpointError, DeviceMemoryError, UnknownNameError, UsageError
 from hpo.objective import Dataset, DataSpec, SealedSplit, Split
-from hpo.training.checkpoint import CheckpointFolder, load_weights, save_weights
+from hpo.training.checkpoint import CheckpointFolder
 from hpo.training.compiled import let_dropout_vary, settle_compile_mode
 from hpo.training.losses import CLASSIFICATION_LOSSES, loss_function, target_scale
 from hpo.training.metrics import ConfusionMetrics, EpochMetrics, RegressionMetrics
@@ -1251,21 +1251,3 @@ def test_nothing_of_a_training_is_alive_after_it(mode: str) -> None:
         list(fit(ImageNet(dropout=0.1), splits, quick_config(seed=seed, compile=mode)))
         counts.append(tensors())
     assert counts[3] == counts[2] == counts[1]  # the first one may fill caches
-
-
-# On a GPU.
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("augment", ["none", "crop+flip+cutout"])
-def test_a_training_on_a_gpu_is_resumed_there_and_its_weights_load_on_a_cpu(tmp_path: Path, augment: str) -> None:
-    config = quick_config(device="cuda", augment=augment)
-    folder = CheckpointFolder(tmp_path / "run")
-    next(iter(fit(ImageNet(dropout=0.2), image_splits(), config, checkpoint=folder)))
-    model = ImageNet(dropout=0.2)
-    results = list(fit(model, image_splits(), config, checkpoint=folder))
-    assert [result.epoch for result in results] == [1, 2, 3]
-    assert all(math.isfinite(value) for result in results for value in result.metrics.values())
-    assert next(model.parameters()).is_cuda
-    digest = save_weights(model.state_dict(), tmp_path / "best.pt")
-    ImageNet(dropout=0.2).load_state_dict(load_weights(tmp_path / "best.pt", digest))
