@@ -116,6 +116,12 @@ class TrainConfig:
     """Share of `max_epochs`, in [0, 1), from which on the weights at the ends of epochs are averaged, all alike, and
     the average is what is measured, kept and deployed; 0 turns it off. Not together with `ema_decay`."""
 
+    thaw_epoch: int = 0
+    """Epoch, from 1, at whose start the frozen layers of a pretrained model begin to train; 0 leaves them frozen."""
+
+    backbone_lr_factor: float = 1.0
+    """What the rate of all layers of a pretrained model but its head is multiplied by, in (0, 1]."""
+
     label_smoothing: float = 0.0
     """Share of the target spread over all classes, in [0, 1)."""
 
@@ -200,11 +206,13 @@ class TrainConfig:
             "focal_gamma",
             "min_delta",
             "stop_after",
+            "thaw_epoch",
         ):
             self._require(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
         for name in ("momentum", "beta1", "beta2", "warmup_fraction", "label_smoothing", "ema_decay", "swa_start"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._require("swa_start", self.swa_start == 0 or self.ema_decay == 0, "0 where ema_decay averages the weights")
+        self._require("backbone_lr_factor", 0 < self.backbone_lr_factor <= 1, "in (0, 1]")
         self._require("decay_factor", 0 < self.decay_factor < 1, "in (0, 1)")
         self._require("augment_strength", 0 < self.augment_strength <= 1, "in (0, 1]")
         for name in ("lr", "eps"):

@@ -14,14 +14,15 @@ from hpo.errors import UnknownNameError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from hpo.data.mapped import MappedImages
     from hpo.space import Space
 
 
 @dataclass(frozen=True)
 class Split:
-    """Examples of one split, in memory."""
+    """Examples of one split, in memory; images that do not fit there stay in a file, and are read when indexed."""
 
-    inputs: Tensor  # (N, C, H, W) uint8 images or (N, F) float32 features
+    inputs: Tensor | MappedImages  # (N, C, H, W) uint8 images or (N, F) float32 features
     targets: Tensor  # (N,) int64 class indices or (N,) float32 values
 
     def __len__(self) -> int:

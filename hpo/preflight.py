@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from hpo.config import config_fields
 from hpo.data.batches import TrainingBatches
 from hpo.data.datasets import Splits
 from hpo.data.mixing import build_mixing
@@ -14,9 +17,10 @@ from hpo.errors import DataError, HpoError, SpaceError, UnknownNameError, UsageE
 from hpo.models.preprocessed import build_model
 from hpo.objective import Dataset, SealedSplit
 from hpo.plugins import Task
-from hpo.space import Value
+from hpo.space import Choice, Value, format_value
 from hpo.training.losses import training_loss
 from hpo.training.metrics import check_metric
+from hpo.training.trainer import check_fine_tuning
 
 
 def choose_device(given: str) -> str:
@@ -61,6 +65,7 @@ def check_task(task: Task, splits: Splits) -> None:
     check_metric(task.objective.metric, len(splits.spec.classes))
     _check_batch_sizes(task, splits)
     _check_model(task, splits)
+    _check_choices(task, splits)
     for name in ("loss", "class_weights", "sampling", "augment", "mixup", "cutmix"):
         for value in _possible_values(task, name):
             _check_setting(task, splits, name, value)
@@ -101,18 +106,38 @@ def _check_setting(task: Task, splits: Splits, name: str, value: Value) -> None:
 
 def _check_model(task: Task, splits: Splits) -> None:
     """Build the default configuration and let it see two examples, so that a mistake in a task is found at once."""
-    parameters = task.model_parameters(task.space.active(task.space.defaults()))
-    try:
-        model = build_model(task.objective, splits.spec, parameters, seed=0).eval()
+    values = task.space.active(task.space.defaults())
+    with _blamed_on(task, "the default configuration"):
+        model = build_model(task.objective, splits.spec, task.model_parameters(values), seed=0).eval()
         model.fit_statistics(splits.train)
         shape = tuple(model(splits.train.inputs[:2]).shape)
-    except (Exception, SystemExit) as error:  # the model is a stranger's code and may raise anything
-        raise UsageError(
-            f"the model of task '{task.objective.name}' fails with the default configuration: "
-            f"{type(error).__name__}: {error}"
-        ) from error
     wanted = (2, splits.spec.num_outputs) if splits.spec.classes else (2,)
     if shape != wanted:
         raise UsageError(
             f"the model of task '{task.objective.name}' gives outputs of shape {shape} for 2 examples, not {wanted}."
         )
+    check_fine_tuning(model, task.train_config(values))
+
+
+def _check_choices(task: Task, splits: Splits) -> None:
+    """Every choice must build the model: an architecture, above all, for which there are no pretrained weights."""
+    for name, parameter in task.space.parameters.items():
+        if not isinstance(parameter, Choice) or name in config_fields():
+            continue
+        for value in (choice for choice in parameter.choices if choice != parameter.default):
+            parameters = task.model_parameters(task.space.active(task.space.defaults() | {name: value}))
+            with _blamed_on(task, f"{name}={format_value(value)}"):
+                build_model(task.objective, splits.spec, parameters, seed=0)
+
+
+@contextmanager
+def _blamed_on(task: Task, configuration: str) -> Iterator[None]:
+    """Whatever the model raises, told as a UsageError."""
+    try:
+        yield
+    except DataError:  # no pretrained weights; it says what to do
+        raise
+    except (Exception, SystemExit) as error:  # the model is a stranger's code and may raise anything
+        raise UsageError(
+            f"the model of task '{task.objective.name}' fails with {configuration}: {type(error).__name__}: {error}"
+        ) from error

@@ -198,6 +198,22 @@ class Choice:
         raise ValueError(f"'{text.strip()}' is not one of {self._listing}")
 
 
+class Setting(Choice):
+    """A value that is not searched; `-p` puts others of its type in its place: `Setting("default")`, `Setting(224)`."""
+
+    def __init__(self, value: str | int | float, *, when: Conditions | None = None) -> None:
+        super().__init__(value, default=value, when=when)
+
+    def narrow(self, text: str) -> Choice:
+        """What an override says, be it one value or `A,B,C`."""
+        kind = type(self.choices[0])
+        try:
+            values = list(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
+        except ValueError:
+            raise ValueError(f"'{text}' is not of type {kind.__name__}") from None
+        return Choice(*values, default=values[0], when=self.when)
+
+
 Parameter = Float | Int | Choice
 
 

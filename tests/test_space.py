@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpo.errors import SpaceError, UnknownNameError
-from hpo.space import Choice, Float, Group, Int, Space, format_value
+from hpo.space import Choice, Float, Group, Int, Setting, Space, format_value
 
 
 @pytest.fixture
@@ -259,3 +259,16 @@ def test_any_override_text_is_understood_or_refused_in_one_line(text: str) -> No
 )
 def test_a_value_is_written_as_a_person_would(value: object, text: str) -> None:
     assert format_value(value) == text
+
+
+def test_a_setting_is_fixed_until_an_override_gives_other_values_of_its_type() -> None:
+    space = Space(Group("model", weights=Setting("default"), size=Setting(0)))
+    assert all(parameter.is_fixed for parameter in space.parameters.values())
+    narrowed = space.narrow(["weights=a/b.pth", "size=64, 128"])
+    assert narrowed.defaults() == {"weights": "a/b.pth", "size": 64}
+    assert narrowed.parameters["size"].extremes() == (64, 128)
+    assert Space.from_dict(narrowed.to_dict()).to_dict() == narrowed.to_dict()
+    with pytest.raises(SpaceError, match=r"size \(in 'model'\): 'large' is not of type int \(-p size=large\)"):
+        space.narrow(["size=large"])
+    with pytest.raises(SpaceError, match="'mine' is not one of default"):
+        space.configure("weights=mine")

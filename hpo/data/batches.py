@@ -1,8 +1,13 @@
-"""Batches of a split that lies on the device as a whole: picked by index, augmented there, without workers."""
+"""Batches of a split, picked by index and augmented on the device, without workers.
+
+A split lies on the device as a whole where its memory allows. Else it stays where it is, in memory or in a file, and
+its batches are streamed: the same batches, bit by bit.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +16,33 @@ from hpo.data.augment import Augmentation, build_augmentations
 from hpo.data.mixing import Mixing
 from hpo.errors import UsageError
 from hpo.objective import Split
+
+if TYPE_CHECKING:
+    from hpo.data.datasets import Splits
+
+DEVICE_SHARE = 0.5
+"""Of the device's free memory, what splits that stay there may take."""
+
+_SMALL_EXAMPLE = 3 * 32 * 32  # values
+_Rows = Tensor | slice
+
+
+def place(splits: Splits, device: torch.device | str) -> Splits:
+    """The splits on the device, where they leave it room to train; else as they are, to be streamed."""
+    is_mapped = not all(isinstance(split.inputs, Tensor) for split in (splits.train, splits.validation))
+    if is_mapped or splits.num_bytes > DEVICE_SHARE * _free_memory(torch.device(device)):
+        return splits
+    return splits.to(device)
+
+
+def _free_memory(device: torch.device) -> float:
+    """Bytes that this process may still take; on a CPU what is in memory is on the device already."""
+    if device.type != "cuda":
+        return float("inf")
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    own_limit = torch.cuda.get_per_process_memory_fraction(device) * total - reserved
+    return min(free, own_limit) + reserved - torch.cuda.memory_allocated(device)
 
 
 class TrainingBatches:
@@ -31,8 +63,12 @@ class TrainingBatches:
         augment_strength: float = 0.5,
         mixing: Mixing | None = None,
         sampling: str = "uniform",
+        device: torch.device | str | None = None,
     ) -> None:
-        """With a `sampling` of "balanced" each class is drawn equally often, so that rare examples are repeated."""
+        """With a `sampling` of "balanced" each class is drawn equally often, so that rare examples are repeated.
+
+        The batches are on `device`, by default where the split is.
+        """
         if batch_size > len(split):
             raise UsageError(
                 f"batch_size={batch_size} is larger than the training split of {len(split)} examples; "
@@ -40,6 +76,7 @@ class TrainingBatches:
             )
         self._split = split
         self._batch_size = batch_size
+        self._device = torch.device(device or split.targets.device)
         self._order = order
         self._augmentation = augmentation
         self._augmentations = _augmentations(augment, augment_strength, split)
@@ -52,20 +89,20 @@ class TrainingBatches:
         return len(self._split) // self._batch_size
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for indices, *draws in zip(*self._draw_epoch(), strict=True):
-            inputs, targets = (values.index_select(0, indices) for values in (self._split.inputs, self._split.targets))
-            for augmentation, drawn in zip(self._augmentations, draws, strict=False):  # the mixing's come last
-                inputs = augmentation.apply(inputs, drawn)
-            yield self._mixing.apply(inputs, targets, draws[-1]) if self._mixing else (inputs, targets)
+        order, *draws = self._draw_epoch()
+        for (inputs, targets), *drawn in zip(_fetched(self._split, order, self._device), *draws, strict=True):
+            for augmentation, of_batch in zip(self._augmentations, drawn, strict=False):  # the mixing's come last
+                inputs = augmentation.apply(inputs, of_batch)
+            yield self._mixing.apply(inputs, targets, drawn[-1]) if self._mixing else (inputs, targets)
 
     def _draw_epoch(self) -> list[tuple[Tensor, ...]]:
-        """Indices, then the draws of each augmentation and of the mixing, all in batches on the device."""
+        """Batches of indices, where the split is, and of the draws of each augmentation and of the mixing, on the device."""
         num_used = len(self) * self._batch_size
         size = self._split.inputs.shape[-2:]
-        drawn = [self._draw_order()[:num_used]]
+        drawn = [self._draw_order()[:num_used].to(self._split.targets.device)]
         changes: list[Augmentation | Mixing] = [*self._augmentations, *([self._mixing] if self._mixing else [])]
-        drawn += [change.draw(num_used, size, self._augmentation) for change in changes]
-        return [torch.split(draws.to(self._split.inputs.device), self._batch_size) for draws in drawn]
+        drawn += [change.draw(num_used, size, self._augmentation).to(self._device) for change in changes]
+        return [torch.split(draws, self._batch_size) for draws in drawn]
 
     def _draw_order(self) -> Tensor:
         if self._chances is None:
@@ -88,6 +125,59 @@ def _augmentations(augment: str, strength: float, split: Split) -> tuple[Augment
     return augmentations
 
 
-def evaluation_batches(split: Split, batch_size: int = 2048) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every example once, in order; the last batch may be smaller."""
-    return zip(torch.split(split.inputs, batch_size), torch.split(split.targets, batch_size), strict=True)
+def evaluation_batches(
+    split: Split, batch_size: int = 2048, device: torch.device | str | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every example once, in order, on `device` (by default where the split is); the last batch may be smaller."""
+    rows = [slice(first, first + batch_size) for first in range(0, len(split), batch_size)]
+    return _fetched(split, rows, torch.device(device or split.targets.device))
+
+
+def evaluation_batch_size(split: Split, training_batch_size: int) -> int:
+    """2048 for small examples, and a training's batch of large ones: what fits with gradients fits without."""
+    return 2048 if split.inputs.shape[1:].numel() <= _SMALL_EXAMPLE else training_batch_size
+
+
+def _fetched(split: Split, batches: Iterable[_Rows], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The examples in the rows of each batch, on the device."""
+    if device.type == "cuda" and split.targets.device.type != "cuda":
+        yield from _streamed(split, batches, device)
+    else:
+        for rows in batches:
+            yield _taken(split, rows)
+
+
+def _streamed(split: Split, batches: Iterable[_Rows], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches on their way to a GPU one ahead of the one at work: through pinned memory, on a stream of their own."""
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def send(rows: _Rows) -> tuple[tuple[Tensor, Tensor], torch.cuda.Event]:
+        # torch keeps pinned memory for the next batch, and gives it out only when the copy is done.
+        inputs, targets = (part.pin_memory() for part in _taken(split, rows))
+        with torch.cuda.stream(stream):
+            sent = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+            return sent, stream.record_event()
+
+    def receive(sent: tuple[Tensor, Tensor], arrival: torch.cuda.Event) -> tuple[Tensor, Tensor]:
+        at_work = torch.cuda.current_stream(device)
+        at_work.wait_event(arrival)
+        for part in sent:
+            part.record_stream(at_work)  # or its memory would be given to a later batch while it is in use
+        return sent
+
+    ahead = None
+    for rows in batches:
+        following = send(rows)
+        if ahead:
+            yield receive(*ahead)
+        ahead = following
+    if ahead:
+        yield receive(*ahead)
+
+
+def _taken(split: Split, rows: _Rows) -> tuple[Tensor, Tensor]:
+    if isinstance(rows, slice):
+        return split.inputs[rows], split.targets[rows]
+    if isinstance(split.inputs, Tensor):
+        return split.inputs.index_select(0, rows), split.targets.index_select(0, rows)
+    return split.inputs[rows], split.targets.index_select(0, rows)

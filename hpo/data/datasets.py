@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hpo.config import derive_seed
+from hpo.data.mapped import MappedImages
 from hpo.errors import DataError, UsageError
 from hpo.objective import Dataset, DataSpec, SealedSplit, Split
+
+MEMORY_SHARE = 0.25
+"""Of the machine's memory, what images from a file may take; more of them stay in the file."""
 
 Indices = NDArray[np.int64]
 
@@ -29,9 +35,10 @@ class Splits:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all tensors."""
+        """Size of all tensors; images that stay in their file are none."""
         splits = (self.train, self.validation)
-        return sum(tensor.nbytes for split in splits for tensor in (split.inputs, split.targets))
+        parts = (part for split in splits for part in (split.inputs, split.targets))
+        return sum(part.nbytes for part in parts if isinstance(part, Tensor))
 
     def to(self, device: torch.device | str) -> Splits:
         return replace(self, train=_moved(self.train, device), validation=_moved(self.validation, device))
@@ -43,7 +50,7 @@ def save_splits(splits: Splits, path: Path) -> None:
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
         with unfinished.open("wb") as file:
-            tensors = {name: vars(getattr(splits, name)) for name in ("train", "validation")}
+            tensors = {name: _to_plain(getattr(splits, name)) for name in ("train", "validation")}
             torch.save({**tensors, "spec": asdict(splits.spec)}, file)
         unfinished.replace(path)
     finally:
@@ -57,10 +64,25 @@ def load_splits(path: Path) -> Splits:
     """
     saved = torch.load(path, mmap=True, weights_only=True)
     spec = DataSpec(**{name: tuple(values) for name, values in saved["spec"].items()})
-    return Splits(Split(**saved["train"]), Split(**saved["validation"]), spec)
+    return Splits(_from_plain(saved["train"]), _from_plain(saved["validation"]), spec)
+
+
+def _to_plain(split: Split) -> dict[str, Any]:
+    inputs = split.inputs
+    if isinstance(inputs, Tensor):
+        return {"inputs": inputs, "targets": split.targets}
+    mapped = {"file": str(inputs.file), "num_images": inputs.num_images, "image_shape": tuple(inputs.shape[1:])}
+    return {"mapped": mapped | {"rows": inputs.rows}, "targets": split.targets}
+
+
+def _from_plain(saved: dict[str, Any]) -> Split:
+    if mapped := saved.get("mapped"):
+        return Split(MappedImages(**mapped | {"file": Path(mapped["file"])}), saved["targets"])
+    return Split(**saved)
 
 
 def _moved(split: Split, device: torch.device | str) -> Split:
+    assert isinstance(split.inputs, Tensor), "images in a file have no device"
     return Split(split.inputs.to(device), split.targets.to(device))
 
 
@@ -81,13 +103,15 @@ def split_dataset(dataset: Dataset, *, validation_fraction: float, seed: int, li
     kept = _stratified_order(dataset.train, dataset.classes, derive_seed(seed, "split"))[:limit]
     num_validation = math.ceil(len(kept) * validation_fraction)
     train, validation = _select(dataset.train, kept[num_validation:]), _select(dataset.train, kept[:num_validation])
+    if isinstance(train.inputs, MappedImages) and len(kept) * train.inputs[:1].nbytes <= MEMORY_SHARE * _memory():
+        train, validation = _read(train), _read(validation)
     for name, split in (("training", train), ("validation", validation)):
         _require_all_classes(name, split, dataset.classes, len(kept))
     return Splits(train, validation, dataset.spec)
 
 
 def hold_out(
-    inputs: Tensor, targets: Tensor, classes: Sequence[str], *, test_fraction: float = 0.2, seed: int = 0
+    inputs: Tensor | MappedImages, targets: Tensor, classes: Sequence[str], *, test_fraction: float = 0.2, seed: int = 0
 ) -> Dataset:
     """A data set whose test split is taken out of its own examples, for data that come without an official one.
 
@@ -118,12 +142,12 @@ def _stratified_order(split: Split, classes: Sequence[str], seed: int) -> Indice
 def _require_sound(split: Split, classes: Sequence[str]) -> None:
     """Raise DataError for what would end every trial, and on a GPU without a word about the cause."""
     inputs, targets = split.inputs, split.targets
-    if not (isinstance(inputs, Tensor) and isinstance(targets, Tensor)):
+    if not (isinstance(inputs, Tensor | MappedImages) and isinstance(targets, Tensor)):
         given = f"{type(inputs).__name__} and {type(targets).__name__}"
         raise DataError(f"inputs and targets must be torch tensors, not {given}.")
     if len(inputs) != len(targets):
         raise DataError(f"the data have {len(inputs)} inputs for {len(targets)} targets.")
-    if inputs.is_floating_point() and not inputs.isfinite().all():
+    if isinstance(inputs, Tensor) and inputs.is_floating_point() and not inputs.isfinite().all():
         raise DataError("the data's inputs hold NaN or infinite values; fill them in or leave those examples out.")
     given = f"{targets.dtype} of shape {tuple(targets.shape)}"
     if classes:
@@ -153,4 +177,15 @@ def _require_all_classes(name: str, split: Split, classes: Sequence[str], num_ex
 
 def _select(split: Split, indices: Indices) -> Split:
     rows = torch.from_numpy(indices)
-    return Split(split.inputs[rows], split.targets[rows])
+    inputs = split.inputs[rows] if isinstance(split.inputs, Tensor) else split.inputs.select(rows)
+    return Split(inputs, split.targets[rows])
+
+
+def _read(split: Split) -> Split:
+    """The split with its images in memory."""
+    return Split(split.inputs[:], split.targets)
+
+
+def _memory() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -81,6 +81,6 @@ def load_trial(
     folder = store.download(store.find_trial_run(study.name, number), CHECKPOINT)
     description = TrialDescription.read(folder)
     objective = load_objective(task or study.task_reference)
-    model = build_model(objective, description.spec, description.model_parameters, seed=0)
+    model = build_model(objective, description.spec, description.model_parameters, seed=0, pretrained=False)
     model.load_state_dict(load_weights(folder / BEST_WEIGHTS, description.weights_sha256))
     return LoadedTrial(model.eval().to(device), replace(description.config, device=device))

@@ -169,4 +169,5 @@ def scale_to_unit_variance(network: nn.Module, layers: Iterable[nn.Module], inpu
 def initialize_output(layer: nn.Linear) -> None:
     """Small weights, so that every class begins with about the same chance (Goyal et al. 2017, arXiv:1706.02677)."""
     nn.init.normal_(layer.weight, std=0.01)
-    nn.init.zeros_(layer.bias)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)

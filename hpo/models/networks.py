@@ -73,3 +73,23 @@ def airnet(spec: DataSpec, *, width: int = 64, dropout: float = 0.0) -> nn.Modul
     from hpo.models.airnet import AirNet
 
     return AirNet(spec, width=width, dropout=dropout)
+
+
+def pretrained(
+    spec: DataSpec,
+    *,
+    architecture: str = "resnet18",
+    weights: str = "default",
+    image_size: int = 0,
+    trainable_layers: int = -1,
+) -> nn.Module:
+    """A classification model of torchvision's, for photos; see hpo.models.pretrained.PretrainedNetwork."""
+    from hpo.models.pretrained import PretrainedNetwork
+
+    return PretrainedNetwork(
+        spec,
+        architecture=architecture,
+        weights=weights,
+        image_size=image_size,
+        trainable_layers=trainable_layers,
+    )

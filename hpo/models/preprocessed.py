@@ -10,7 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from hpo.errors import UsageError
+from hpo.models.pretrained import PretrainedNetwork, find_pretrained
 from hpo.objective import DataSpec, Objective, Split
+
+SAMPLE_SIZE = 4096
+"""Images that the statistics of those in a file are taken from; a split is in random order."""
 
 
 class PreprocessedModel(nn.Module):
@@ -54,9 +58,11 @@ class PreprocessedModel(nn.Module):
     def fit_statistics(self, train: Split) -> None:
         """Take mean and standard deviation from the training split; what does not vary is only centred.
 
-        A network with a method `initialize_from_data` is then shown the first 512 normalised examples.
+        A pretrained network keeps to the inputs' statistics that its weights were trained with. Of images that are not
+        in memory a random sample is taken. A network with a method `initialize_from_data` is then shown the first 512
+        normalised examples.
         """
-        mean, std = _uint8_statistics(train.inputs) if train.inputs.dtype == torch.uint8 else _statistics(train.inputs)
+        mean, std = self._input_statistics(train)
         self.input_mean.copy_(mean.view_as(self.input_mean))
         self.input_std.copy_(std.view_as(self.input_std))
         if not self.classes:
@@ -65,6 +71,12 @@ class PreprocessedModel(nn.Module):
             self.target_std.copy_(std.squeeze())
         if initialize := getattr(self.network, "initialize_from_data", None):
             initialize(self._normalised(train.inputs[:512]))
+
+    def _input_statistics(self, train: Split) -> tuple[Tensor, Tensor]:
+        if isinstance(self.network, PretrainedNetwork) and self.network.weights != "none":
+            return torch.tensor(self.network.input_mean), torch.tensor(self.network.input_std)
+        inputs = train.inputs if isinstance(train.inputs, Tensor) else train.inputs[:SAMPLE_SIZE]
+        return _uint8_statistics(inputs) if inputs.dtype == torch.uint8 else _statistics(inputs)
 
     @torch.inference_mode()
     def predict(self, inputs: Tensor) -> list[str] | list[float]:
@@ -95,14 +107,20 @@ class PreprocessedModel(nn.Module):
         return mean
 
 
-def build_model(objective: Objective, spec: DataSpec, parameters: Mapping[str, Any], seed: int) -> PreprocessedModel:
+def build_model(
+    objective: Objective, spec: DataSpec, parameters: Mapping[str, Any], seed: int, *, pretrained: bool = True
+) -> PreprocessedModel:
     """The task's model with weights that follow from the seed, on the CPU; torch's global generator is left alone.
 
-    Its statistics are those of no data: call `fit_statistics`, or load a state dict that has them.
+    Its statistics are those of no data: call `fit_statistics`, or load a state dict that has them. Who loads one has no
+    need of `pretrained` weights, which may have to be downloaded; DataError says where that fails.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would seed the GPUs as well
-        return PreprocessedModel(objective.model(spec, **parameters), spec)
+        model = PreprocessedModel(objective.model(spec, **parameters), spec)
+    if pretrained and (network := find_pretrained(model)):
+        network.load_pretrained()
+    return model
 
 
 def _uint8_statistics(inputs: Tensor) -> tuple[Tensor, Tensor]:

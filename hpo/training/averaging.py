@@ -8,7 +8,8 @@ from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import torch
-from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn, update_bn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from hpo.training.precision import autocast
 
@@ -51,5 +52,23 @@ class AveragedWeights:
         for name, buffer in self.model.named_buffers():
             buffer.copy_(model.get_buffer(name))
         with autocast(precision, next(model.parameters()).device):
-            update_bn(batches, self.model)
+            _renew_batch_norms(self.model, batches)
         return self.model
+
+
+def _renew_batch_norms(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Take the statistics of batch norms anew, from a pass over `batches`.
+
+    It is torch's update_bn, but for frozen norms, which stay in evaluation mode and keep theirs.
+    """
+    model.train()
+    momenta = {m: m.momentum for m in model.modules() if isinstance(m, _BatchNorm) and m.training}
+    if not momenta:
+        return
+    for norm in momenta:
+        norm.reset_running_stats()
+        norm.momentum = None
+    for inputs, _ in batches:
+        model(inputs)
+    for norm, momentum in momenta.items():
+        norm.momentum = momentum

@@ -141,7 +141,8 @@ def settle_compile_mode(
     `is_mixed` says that the batches have shares of classes as their targets (hpo.data.mixing).
     """
     has_formula = type(step.optimizer) in _FORMULAS and step.is_plain
-    if wanted == "off" or not has_formula or step.num_parts > 1 or step.precision == "fp16":
+    trains_all = all(p.requires_grad for p in step.model.parameters())
+    if wanted == "off" or not has_formula or not trains_all or step.num_parts > 1 or step.precision == "fp16":
         return "off"
     signature = (*_signature(step, batch_shape), is_mixed)
     if wanted == "auto":
@@ -166,7 +167,11 @@ def _signature(step: TrainingStep, batch_shape: tuple[int, ...]) -> tuple[Any, .
     else:
         loss_form = (loss,)
     is_nesterov = _is_nesterov(step.optimizer)
-    return architecture, loss_form, type(step.optimizer), is_nesterov, batch_shape, step.precision, step.clip_norm > 0
+    groups = tuple(len(group["params"]) for group in step.optimizer.param_groups)
+    return (
+        architecture, loss_form, type(step.optimizer), groups, is_nesterov, batch_shape, step.precision,
+        step.clip_norm > 0,
+    )  # fmt: skip
 
 
 def _pays(step: TrainingStep, seconds_a_step: float, steps_left: int) -> bool:

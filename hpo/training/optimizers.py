@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import optim
 
+from hpo.models.pretrained import find_pretrained
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> optim.Optimizer:
     The weight decay of AdamW, LAMB and Muon is decoupled (Loshchilov and Hutter 2019, arXiv:1711.05101): it shrinks the
     weights, and the averages do not see it. Elsewhere it is L2, a part of the gradient.
     """
-    groups = _parameter_groups(model, config.weight_decay)
+    groups = _parameter_groups(model, config)
     nesterov = config.nesterov and config.momentum > 0
     betas = (config.beta1, config.beta2)
     match config.optimizer:
@@ -115,12 +117,29 @@ class MuonWithAdamW(optim.Optimizer):
         self._share()
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and kernels with weight decay; biases and the parameters of norms (one dimension or none) without."""
-    parameters = list(model.parameters())
+def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """Matrices and kernels with weight decay; biases and the parameters of norms (one dimension or none) without.
+
+    In a pretrained model the head comes first, then the backbone with its own rate. What is frozen of it has groups of
+    its own, because a fused optimizer wants a state for all parameters of a group or for none.
+    """
+    network = find_pretrained(model)
+    backbone = network.backbone_parameters() if network else []
+    in_backbone = {id(p) for p in backbone}
+    backbone_lr = config.lr * config.backbone_lr_factor
+    parts = [
+        ([p for p in model.parameters() if id(p) not in in_backbone], config.lr),
+        ([p for p in backbone if p.requires_grad], backbone_lr),
+        ([p for p in backbone if not p.requires_grad], backbone_lr),
+    ]
     return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        group
+        for parameters, lr in parts
+        if parameters
+        for group in (
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay, "lr": lr},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "lr": lr},
+        )
     ]
 
 
@@ -130,8 +149,11 @@ def _split_off_matrices(groups: list[dict[str, Any]]) -> tuple[list[dict[str, An
     The last matrix is the output layer's, which Muon's authors leave to AdamW; torch's Muon takes no kernels of
     convolutions.
     """
-    decayed, spared = groups
-    matrices = [p for p in decayed["params"] if p.ndim == 2][:-1]
-    own = {id(p) for p in matrices}
-    others = [p for p in decayed["params"] if id(p) not in own]
-    return [decayed | {"params": matrices}], [decayed | {"params": others}, spared]
+    decayed = groups[::2]
+    matrices = [[p for p in group["params"] if p.ndim == 2] for group in decayed]
+    del matrices[0][-1:]
+    own = {id(p) for of_group in matrices for p in of_group}
+    return (
+        [group | {"params": of_group} for group, of_group in zip(decayed, matrices, strict=True)],
+        [group | {"params": [p for p in group["params"] if id(p) not in own]} for group in groups],
+    )

@@ -117,7 +117,7 @@ def _one_cycle(optimizer: Optimizer, config: TrainConfig, num_steps: int) -> One
     max_momentum = config.momentum if "momentum" in optimizer.defaults else (1 + config.beta1) / 2
     return OneCycleLR(
         optimizer,
-        max_lr=config.lr,
+        max_lr=[group["lr"] for group in optimizer.param_groups],
         # One point more than there are steps: the end is where the last step leads to. With num_steps points the
         # call after the last step would leave the curve, and a single step would be taken at a rate of nearly 0.
         total_steps=num_steps + 1,

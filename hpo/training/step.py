@@ -155,8 +155,8 @@ def _clip_gradients(optimizer: Optimizer, clip_norm: float, clip_value: float) -
 
 
 def _matrices(optimizer: Optimizer) -> list[Tensor]:
-    """Matrices and kernels: all that is neither a bias nor of a norm."""
-    return [p for group in optimizer.param_groups for p in group["params"] if p.ndim > 1]
+    """Matrices and kernels that are trained: all that is neither a bias nor of a norm, nor frozen."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.ndim > 1 and p.requires_grad]
 
 
 def _add_l1(optimizer: Optimizer, l1: float) -> None:

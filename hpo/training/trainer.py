@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hpo.config import derive_seed
-from hpo.data.batches import TrainingBatches, evaluation_batches
+from hpo.data.batches import TrainingBatches, evaluation_batch_size, evaluation_batches, place
 from hpo.data.mixing import build_mixing
-from hpo.errors import CheckpointError
-from hpo.objective import Split
+from hpo.errors import CheckpointError, UsageError
+from hpo.models.pretrained import find_pretrained
 from hpo.training.averaging import AveragedWeights
 from hpo.training.compiled import CompiledStep, check_compile_mode, settle_compile_mode
 from hpo.training.losses import LossFunction, loss_function, target_scale, training_loss
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from hpo.config import TrainConfig
     from hpo.data.datasets import Splits
+    from hpo.objective import Split
     from hpo.training.checkpoint import CheckpointFolder
 
 
@@ -105,9 +106,8 @@ def evaluate(
     In fp32, as the model is deployed. A regression's loss is in units of `target_scale`, as in `fit` with
     `losses.target_scale(splits.train)`; all other metrics are in the target's units.
     """
-    on_device = Split(split.inputs.to(config.device), split.targets.to(config.device))
     loss = loss_function(config, num_classes, target_scale)
-    return _read(_evaluate(model.to(config.device), on_device, loss, num_classes, precision="fp32"))
+    return _read(_evaluate(model.to(config.device), split, config, loss, num_classes, precision="fp32"))
 
 
 class _Run:
@@ -118,7 +118,7 @@ class _Run:
         check_metric(config.metric, self.num_classes)
         self.config = config
         self.loss_function = loss_function(config, self.num_classes, target_scale(splits.train))
-        self.splits = splits.to(config.device)
+        self.splits = place(splits, config.device)
         self.order, self.augmentation = torch.Generator(), torch.Generator()
         self.mixing = build_mixing(config, self.num_classes)
         self.batches = TrainingBatches(
@@ -130,7 +130,9 @@ class _Run:
             augment_strength=config.augment_strength,
             mixing=self.mixing,
             sampling=config.sampling,
+            device=config.device,
         )
+        check_fine_tuning(model, config)
         self.model = model.to(config.device)
         if has_convolutions(model):
             self.model = self.model.to(memory_format=torch.channels_last)
@@ -160,11 +162,17 @@ class _Run:
         if self.compile_mode != "off" and isinstance(self.step, TrainingStep):
             self.step = CompiledStep(self.step, self.compile_mode)
         self._seed(epoch)
+        self._thaw(epoch)
         with _algorithms(deterministic=self.config.deterministic):
             train, grad_norm = self._train()
             candidate = self._candidate(epoch)
             validation = _evaluate(
-                candidate, self.splits.validation, self.loss_function, self.num_classes, precision=self.step.precision
+                candidate,
+                self.splits.validation,
+                self.config,
+                self.loss_function,
+                self.num_classes,
+                precision=self.step.precision,
             )
         metrics = _read({**_prefixed("train/", train), **_prefixed("val/", validation), "grad_norm": grad_norm})
         metrics["lr"] = float(self.optimizer.param_groups[0]["lr"])
@@ -172,7 +180,7 @@ class _Run:
         if isinstance(self.step, TrainingStep):
             # The first epoch is never compiled: it fills the optimizer's state and shows how long a step takes.
             self.compile_mode = settle_compile_mode(
-                self.config.compile,
+                "off" if self.config.thaw_epoch else self.config.compile,  # one count of steps serves all parameters
                 self.step,
                 batch_shape=(self.config.batch_size, *self.splits.spec.input_shape),
                 is_mixed=self.mixing is not None,
@@ -186,6 +194,13 @@ class _Run:
         torch.manual_seed(derive_seed(self.config.seed, "dropout", epoch))
         self.order.manual_seed(derive_seed(self.config.seed, "order", epoch))
         self.augmentation.manual_seed(derive_seed(self.config.seed, "augmentation", epoch))
+
+    def _thaw(self, epoch: int) -> None:
+        """Let frozen layers train from `thaw_epoch` on, after a resume too."""
+        if 0 < self.config.thaw_epoch <= epoch:
+            for model in (self.model, self.average.model if self.average else None):
+                if model and (network := find_pretrained(model)):
+                    network.thaw()
 
     def _train(self) -> tuple[dict[str, Tensor], Tensor]:
         """Metrics and the mean gradient norm of a pass over the training split, on the device."""
@@ -283,6 +298,17 @@ class _Run:
             )
 
 
+def check_fine_tuning(model: nn.Module, config: TrainConfig) -> None:
+    """Raise UsageError for settings of pretrained models where the model is none."""
+    if find_pretrained(model):
+        return
+    for name, off in (("thaw_epoch", 0), ("backbone_lr_factor", 1.0)):
+        if getattr(config, name) != off:
+            raise UsageError(
+                f"{name}={getattr(config, name)} is for pretrained models (hpo.models.pretrained); leave it at {off}."
+            )
+
+
 def _comparable(config: TrainConfig) -> dict[str, Any]:
     """The settings that a run cannot change on the way; it may well go on on another device, in what was settled."""
     free = ("device", "precision", "compile", "deterministic")
@@ -305,12 +331,18 @@ def _algorithms(*, deterministic: bool) -> Iterator[None]:
 
 @torch.inference_mode()
 def _evaluate(
-    model: nn.Module, split: Split, loss_function: LossFunction, num_classes: int, *, precision: str
+    model: nn.Module,
+    split: Split,
+    config: TrainConfig,
+    loss_function: LossFunction,
+    num_classes: int,
+    *,
+    precision: str,
 ) -> dict[str, Tensor]:
-    """Loss and metrics on a split, everything on one device; leaves the model in evaluation mode."""
+    """Loss and metrics on a split; leaves the model, which is on the config's device, in evaluation mode."""
     model.eval()
-    metrics = EpochMetrics(num_classes, split.targets.device)
-    for inputs, targets in evaluation_batches(split):
+    metrics = EpochMetrics(num_classes, config.device)
+    for inputs, targets in evaluation_batches(split, evaluation_batch_size(split, config.batch_size), config.device):
         with autocast(precision, inputs.device):
             outputs = model(inputs)
             loss = loss_function(outputs, targets)

@@ -1,0 +1,60 @@
+"""Images that stay in their file: what is read of it is what a batch needs, and the page cache keeps what it can."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hpo.errors import DataError
+
+
+class MappedImages:
+    """Some rows of a file of uint8 images that all have one shape; indexed like a tensor, it gives tensors.
+
+    It is plain data in which the images are not: a few bytes a row that travel to other processes, which read the same
+    pages of memory. Raises DataError where the file is missing or has another length.
+    """
+
+    dtype = torch.uint8
+
+    def __init__(self, file: Path, num_images: int, image_shape: tuple[int, ...], rows: Tensor) -> None:
+        """`rows` (N,) int64 says which of the file's images are meant, in which order."""
+        size = num_images * prod(image_shape)
+        if not file.is_file() or file.stat().st_size != size:
+            raise DataError(f"{file} is missing or damaged; delete it and run again: the photos are read once more.")
+        self.file = file
+        self.rows = rows
+        self._images = torch.from_file(str(file), shared=False, size=size, dtype=self.dtype)
+        self._images = self._images.view(num_images, *image_shape)
+
+    @property
+    def num_images(self) -> int:
+        """Images in the file."""
+        return len(self._images)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((len(self.rows), *self._images.shape[1:]))
+
+    @property
+    def ndim(self) -> int:
+        return self._images.ndim
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the images if they were in memory."""
+        return self.shape.numel()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: slice | Tensor) -> Tensor:
+        """The images of a slice, or of indices (B,), read now."""
+        return self._images.index_select(0, self.rows[index])
+
+    def select(self, indices: Tensor) -> MappedImages:
+        """Those of them alone; nothing is read."""
+        return MappedImages(self.file, self.num_images, tuple(self.shape[1:]), self.rows[indices])

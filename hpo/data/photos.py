@@ -1,0 +1,250 @@
+"""A user's own photographs, of any size, in a folder for each class.
+
+    photos/<class>/**/*.jpg|png|...                 a fifth is held out as the test split
+    photos/{train,test}/<class>/**/*.jpg|png|...    test/ is the test split; val/ is added to train/
+    photos/{train,val}/<class>/**/*.jpg|png|...     val/ is the test split
+
+Each photo is decoded once: the square out of its middle, SIDE pixels wide, goes into a file in `photos/hpo-cache/` that
+trainings map into memory. So an epoch decodes nothing, workers share one copy, and what does not fit into memory is
+read from the disk as it is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import torch
+from filelock import FileLock
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from hpo.data.datasets import hold_out
+from hpo.data.mapped import MappedImages
+from hpo.errors import DataError
+from hpo.files import write_atomically
+from hpo.objective import Dataset, SealedSplit, Split
+
+logger = logging.getLogger(__name__)
+
+SIDE = 256
+"""Pixels that most pretrained networks' photos are resized to before they are cropped."""
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+MAX_DAMAGED = 0.05
+"""Share of the photos that may be damaged and left out; more look like a mistake."""
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+_CACHE = "hpo-cache"
+_NUM_NAMED = 5  # damaged files that a message names
+
+
+def load_image_folder(data_dir: Path, side: int = SIDE) -> Dataset:
+    """The photos of a folder with a folder for each class, (N, 3, side, side) uint8; the classes are sorted by name.
+
+    Damaged photos are left out, and named in a warning each time. Raises DataError where more than MAX_DAMAGED of them
+    are, and where there are fewer than two classes or a class without photos.
+    """
+    train_folders, test_folder = _find_splits(data_dir)
+    classes = sorted({folder.name for parent in train_folders for folder in _folders(parent)})
+    if len(classes) < 2:
+        raise DataError(
+            f"{data_dir} must hold a folder of photos for each of two or more classes, but holds "
+            f"{len(classes) or 'none'}; name the right folder with --data-dir."
+        )
+    photos = [photo for parent in train_folders for photo in _list_photos(parent, classes)]
+    num_train = len(photos)
+    if test_folder:
+        photos += _list_photos(test_folder, classes)
+    _require_all_classes(data_dir, photos[:num_train], classes)
+    album = _Album(data_dir, [path for path, _ in photos], side)
+    sound = album.open()
+    targets = torch.tensor([label for _, label in photos])
+
+    def split(rows: Tensor) -> Split:
+        return Split(album.images(rows), targets[rows])
+
+    if test_folder is None:
+        return hold_out(album.images(sound), targets[sound], classes)
+    train, test = sound[sound < num_train], sound[sound >= num_train]
+    return Dataset(split(train), SealedSplit(lambda: split(test), len(test)), tuple(classes))
+
+
+def read_photos(paths: Iterable[str | Path], side: int = SIDE) -> Tensor:
+    """Photos of any size as a model that was trained on a folder takes them, (N, 3, side, side) uint8.
+
+    Raises DataError for one that is missing or damaged.
+    """
+    images = []
+    for path in paths:
+        try:
+            images.append(_read(Path(path), side))
+        except Exception as problem:  # a stranger's file: its decoder may raise anything
+            raise DataError(f"{path} cannot be read ({problem}); name another photo.") from problem
+    return torch.stack(images)
+
+
+def _find_splits(data_dir: Path) -> tuple[list[Path], Path | None]:
+    """The folders that hold training photos, and the one with test photos where there is one."""
+    if not data_dir.is_dir():
+        raise DataError(f"there is no folder {data_dir}; name the one that holds a folder of photos for each class.")
+    names = {folder.name for folder in _folders(data_dir)}
+    if not ("train" in names and len(names) > 1 and names <= {"train", "val", "test"}):
+        return [data_dir], None
+    test = "test" if "test" in names else "val"
+    return [data_dir / name for name in ("train", "val") if name in names - {test}], data_dir / test
+
+
+def _folders(parent: Path) -> list[Path]:
+    return sorted(path for path in parent.iterdir() if path.is_dir() and path.name != _CACHE and path.name[0] != ".")
+
+
+def _list_photos(parent: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
+    """Every photo below `parent/<class>/` with the index of its class, by name."""
+    photos, num_others = [], 0
+    for folder in _folders(parent):
+        if folder.name not in classes:
+            raise DataError(f"{folder} is not a class of the training photos; they have {', '.join(classes)}.")
+        label = classes.index(folder.name)
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name[0] != "."]
+        found = [(path, label) for path in files if path.suffix.lower() in SUFFIXES]
+        photos += found
+        num_others += len(files) - len(found)
+    if num_others:
+        logger.warning("%d files in %s are passed over: photos are %s.", num_others, parent, ", ".join(SUFFIXES))
+    return photos
+
+
+def _require_all_classes(data_dir: Path, photos: Sequence[tuple[Path, int]], classes: Sequence[str]) -> None:
+    there = {label for _, label in photos}
+    empty = [name for label, name in enumerate(classes) if label not in there]
+    if empty:
+        raise DataError(f"class '{empty[0]}' in {data_dir} has no photos ({', '.join(SUFFIXES)}); put some there.")
+
+
+@dataclass(frozen=True)
+class _Album:
+    """The file with all photos of a folder, made where it is missing or the folder has changed."""
+
+    data_dir: Path
+    paths: Sequence[Path]
+    side: int
+
+    def images(self, rows: Tensor) -> MappedImages:
+        return MappedImages(self._file, len(self.paths), (3, self.side, self.side), rows)
+
+    def open(self) -> Tensor:
+        """Indices of the photos that are sound; the others are named in a warning."""
+        try:
+            self._file.parent.mkdir(exist_ok=True)
+            with FileLock(self._file.parent / ".photos.lock"):
+                if not self._index.exists():
+                    self._make()
+        except OSError as problem:
+            raise DataError(
+                f"the photos cannot be kept in {self._file.parent} ({problem.strerror}); they need "
+                f"{self._num_bytes / 1e6:.0f} MB there. Make room, or name a folder that links to the classes' folders."
+            ) from problem
+        damaged: dict[str, str] = json.loads(self._index.read_bytes())
+        if damaged:
+            logger.warning(
+                "%d of %d photos in %s are damaged and left out: %s. %s names them all.",
+                len(damaged), len(self.paths), self.data_dir, _listed(damaged), self._index,
+            )  # fmt: skip
+        names = (self._name(path) for path in self.paths)
+        return torch.tensor([row for row, name in enumerate(names) if name not in damaged])
+
+    def _make(self) -> None:
+        logger.info("%d photos are read; the next time this is spared.", len(self.paths))
+        for outdated in self._file.parent.glob(f"photos-{self.side}.*"):
+            outdated.unlink()
+        unfinished = self._file.with_name(f".{self._file.name}.{uuid4().hex}.tmp")
+        try:
+            with unfinished.open("xb") as file:
+                os.posix_fallocate(file.fileno(), 0, self._num_bytes)  # on a full disk writing to a map would kill us
+                damaged = self._decode_into(unfinished)
+                self._require_few(damaged)
+                os.fsync(file.fileno())
+            unfinished.replace(self._file)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        write_atomically(self._index, json.dumps(damaged, indent=2).encode())
+
+    def _decode_into(self, file: Path) -> dict[str, str]:
+        """Write each photo to its row; what is wrong with those that could not be read, by name."""
+        images = torch.from_file(str(file), shared=True, size=self._num_bytes, dtype=torch.uint8)
+        images = images.view(len(self.paths), 3, self.side, self.side)
+
+        def decode(row: int) -> str | None:
+            try:
+                images[row] = _read(self.paths[row], self.side)
+            except UnidentifiedImageError:
+                return "not an image"
+            except Exception as problem:  # a stranger's file: its decoder may raise anything
+                return str(problem) or type(problem).__name__
+            return None
+
+        damaged = {}
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:  # Pillow lets go of the GIL while it works
+            for row, problem in enumerate(threads.map(decode, range(len(self.paths)))):
+                if problem:
+                    damaged[self._name(self.paths[row])] = problem
+                if (row + 1) % 10_000 == 0:
+                    logger.info("%d of %d photos read.", row + 1, len(self.paths))
+        return damaged
+
+    def _require_few(self, damaged: dict[str, str]) -> None:
+        if len(damaged) > MAX_DAMAGED * len(self.paths):
+            raise DataError(
+                f"{len(damaged)} of {len(self.paths)} photos in {self.data_dir} are damaged, more than "
+                f"{MAX_DAMAGED:.0%} of them: replace or delete them. They are {_listed(damaged)}."
+            )
+
+    @property
+    def _num_bytes(self) -> int:
+        return len(self.paths) * 3 * self.side**2
+
+    @property
+    def _file(self) -> Path:
+        return self.data_dir / _CACHE / f"photos-{self.side}.{self._fingerprint}.bin"
+
+    @property
+    def _index(self) -> Path:
+        """Names the damaged photos. It is written last: where it is, the file is whole."""
+        return self._file.with_suffix(".json")
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Changes when a photo is added, removed, renamed, resized or written to."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            status = path.stat()
+            digest.update(f"{self._name(path)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        return digest.hexdigest()[:16]
+
+    def _name(self, path: Path) -> str:
+        return str(path.relative_to(self.data_dir))
+
+
+def _listed(damaged: dict[str, str]) -> str:
+    named = "; ".join(f"{name} ({problem})" for name, problem in list(damaged.items())[:_NUM_NAMED])
+    return f"{named} and {len(damaged) - _NUM_NAMED} more" if len(damaged) > _NUM_NAMED else named
+
+
+def _read(path: Path, side: int) -> Tensor:
+    """The square out of the middle of a photo, upright and in colour, (3, side, side) uint8."""
+    # Whatever it is called, Pillow would hand a file that begins as PostScript to Ghostscript.
+    with Image.open(path, formats=_FORMATS) as photo:
+        photo.draft(None, (side, side))  # a JPEG is decoded at a half or a quarter of its size where that suffices
+        upright = ImageOps.exif_transpose(photo).convert("RGB")
+    square = ImageOps.fit(upright, (side, side), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)

@@ -1,0 +1,23 @@
+"""A folder of your own photos, with a folder for each class: transfer learning from ImageNet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hpo.models.networks import pretrained
+from hpo.objective import Dataset, Objective
+
+
+def load(data_dir: Path) -> Dataset:
+    from hpo.data.photos import load_image_folder
+
+    return load_image_folder(data_dir)
+
+
+objective = Objective(
+    name="image_folder",
+    description="your own photos, a folder for each class below --data-dir, with a pretrained model of torchvision's",
+    load=load,
+    model=pretrained,
+    settings={"max_epochs": 12, "patience": 4},
+)
