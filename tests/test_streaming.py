@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,9 @@ def in_file(mapped: MappedImages, monkeypatch: pytest.MonkeyPatch) -> Splits:
     return split_dataset(dataset(mapped), validation_fraction=0.2, seed=0)
 
 
-def test_images_in_a_file_are_indexed_like_a_tensor(images: Tensor, mapped: MappedImages) -> None:
+def test_images_in_a_file_are_taken_as_from_a_tensor(images: Tensor, mapped: MappedImages) -> None:
     rows = torch.tensor([5, 80, 5, 0])
-    assert torch.equal(mapped[rows], images[rows])
+    assert torch.equal(mapped.index_select(0, rows), images[rows])
     assert torch.equal(mapped[3:7], images[3:7])
     some = mapped.select(rows)
     assert (len(some), some.shape, some.ndim, some.dtype, some.nbytes) == (4, (4, *SHAPE), 4, torch.uint8, 4 * 192)
@@ -71,6 +72,14 @@ def test_a_file_that_was_cut_off_is_named(mapped: MappedImages) -> None:
         file.truncate(1000)
     with pytest.raises(DataError, match=r"images\.bin is missing or damaged"):
         mapped.select(torch.tensor([0]))
+
+
+def test_a_file_may_be_larger_than_the_memory(tmp_path: Path) -> None:
+    num_images = 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 192
+    with (tmp_path / "sparse.bin").open("wb") as file:
+        file.truncate(num_images * 192)
+    images = MappedImages(tmp_path / "sparse.bin", num_images, SHAPE, torch.tensor([0, num_images - 1]))
+    assert images[:].sum() == 0
 
 
 def test_images_from_a_file_are_read_where_they_fit_into_memory(resident: Splits, mapped: MappedImages) -> None:

@@ -136,6 +136,13 @@ def test_photos_are_decoded_once_and_again_when_the_folder_changes(
     assert len(list((folder / "hpo-cache").glob("photos-8.*.bin"))) == 1
 
 
+def test_a_file_of_photos_that_was_cut_off_is_made_anew(folder: Path) -> None:
+    whole = load_image_folder(folder, side=8).train.inputs[:]
+    (file,) = (folder / "hpo-cache").glob("*.bin")
+    os.truncate(file, 1000)
+    assert torch.equal(load_image_folder(folder, side=8).train.inputs[:], whole)
+
+
 def test_a_photo_to_predict_is_read_as_those_of_the_training(folder: Path) -> None:
     dataset = load_image_folder(folder, side=16)
     blue = read_photos(sorted((folder / "blue").iterdir()), side=16)
@@ -406,7 +413,7 @@ def test_frozen_layers_thaw_at_their_epoch_with_every_optimizer(optimizer: str, 
 def test_a_training_that_thaws_goes_on_bit_equal_after_any_epoch(
     settings: dict[str, Any], weights: str, tmp_path: Path
 ) -> None:
-    splits, chosen = photo_splits(16), config(thaw_epoch=3, patience=9, **settings)
+    splits, chosen = photo_splits(16), config(max_epochs=3, thaw_epoch=2, **settings)
 
     def run(folder: Path) -> Iterator[Any]:
         model = pretrained(weights=weights, trainable_layers=1)
@@ -415,7 +422,7 @@ def test_a_training_that_thaws_goes_on_bit_equal_after_any_epoch(
 
     whole = list(run(tmp_path / "whole"))
     pieces = []
-    for epoch in range(4):  # each epoch in a training of its own, which begins with the last saved result
+    for epoch in range(3):  # each epoch in a training of its own, which begins with the last saved result
         part = run(tmp_path / "pieces")
         pieces.append([next(part) for _ in range(2 if epoch else 1)][-1])
         part.close()

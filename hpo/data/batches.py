@@ -178,6 +178,4 @@ def _streamed(split: Split, batches: Iterable[_Rows], device: torch.device) -> I
 def _taken(split: Split, rows: _Rows) -> tuple[Tensor, Tensor]:
     if isinstance(rows, slice):
         return split.inputs[rows], split.targets[rows]
-    if isinstance(split.inputs, Tensor):
-        return split.inputs.index_select(0, rows), split.targets.index_select(0, rows)
-    return split.inputs[rows], split.targets.index_select(0, rows)
+    return split.inputs.index_select(0, rows), split.targets.index_select(0, rows)

@@ -12,7 +12,7 @@ from hpo.errors import DataError
 
 
 class MappedImages:
-    """Some rows of a file of uint8 images that all have one shape; indexed like a tensor, it gives tensors.
+    """Some rows of a file of uint8 images that all have one shape; a slice of it is a tensor.
 
     It is plain data in which the images are not: a few bytes a row that travel to other processes, which read the same
     pages of memory. Raises DataError where the file is missing or has another length.
@@ -24,10 +24,11 @@ class MappedImages:
         """`rows` (N,) int64 says which of the file's images are meant, in which order."""
         size = num_images * prod(image_shape)
         if not file.is_file() or file.stat().st_size != size:
-            raise DataError(f"{file} is missing or damaged; delete it and run again: the photos are read once more.")
+            raise DataError(f"{file} is missing or damaged; run again, and it is made anew.")
         self.file = file
         self.rows = rows
-        self._images = torch.from_file(str(file), shared=False, size=size, dtype=self.dtype)
+        # Shared, though nothing is written: Linux refuses private maps of more than the machine's memory.
+        self._images = torch.from_file(str(file), shared=True, size=size, dtype=self.dtype)
         self._images = self._images.view(num_images, *image_shape)
 
     @property
@@ -51,9 +52,13 @@ class MappedImages:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: slice | Tensor) -> Tensor:
-        """The images of a slice, or of indices (B,), read now."""
+    def __getitem__(self, index: slice) -> Tensor:
+        """The images of a slice, read now."""
         return self._images.index_select(0, self.rows[index])
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """The images of indices (B,), read now; `dim` is 0."""
+        return self._images.index_select(dim, self.rows[index])
 
     def select(self, indices: Tensor) -> MappedImages:
         """Those of them alone; nothing is read."""

@@ -147,7 +147,7 @@ class _Album:
         try:
             self._file.parent.mkdir(exist_ok=True)
             with FileLock(self._file.parent / ".photos.lock"):
-                if not self._index.exists():
+                if not self._is_made():
                     self._make()
         except OSError as problem:
             raise DataError(
@@ -162,6 +162,10 @@ class _Album:
             )  # fmt: skip
         names = (self._name(path) for path in self.paths)
         return torch.tensor([row for row, name in enumerate(names) if name not in damaged])
+
+    def _is_made(self) -> bool:
+        are_there = self._index.is_file() and self._file.is_file()
+        return are_there and self._file.stat().st_size == self._num_bytes
 
     def _make(self) -> None:
         logger.info("%d photos are read; the next time this is spared.", len(self.paths))
@@ -219,7 +223,7 @@ class _Album:
 
     @property
     def _index(self) -> Path:
-        """Names the damaged photos. It is written last: where it is, the file is whole."""
+        """Names the damaged photos."""
         return self._file.with_suffix(".json")
 
     @cached_property
