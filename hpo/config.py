@@ -13,6 +13,7 @@ OPTIMIZERS = ("sgd", "adam", "adamw", "nadam", "adamax", "adagrad", "rmsprop", "
 SCHEDULES = ("constant", "step", "exponential", "cosine", "cosine_restarts", "one_cycle", "plateau")
 AUGMENTATIONS = (
     "flip",
+    "alternating_flip",
     "crop",
     "rotation",
     "zoom",

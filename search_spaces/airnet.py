@@ -17,7 +17,13 @@ space = Space(
     ),
     Group(
         "regularization",
-        augment=Choice("flip", "crop+flip", "crop+flip+cutout", default="crop+flip"),
+        augment=Choice(
+            "alternating_flip",
+            "crop+flip",
+            "crop+alternating_flip",
+            "crop+alternating_flip+cutout",
+            default="crop+alternating_flip",
+        ),
         weight_decay=Float(1e-5, 1e-2, log=True, default=1.3e-3),
         label_smoothing=Float(0.0, 0.3, default=0.2),
         dropout=Float(0.0, 0.5, default=0.0),

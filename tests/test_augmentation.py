@@ -16,7 +16,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import adjust_brightness, adjust_contrast, adjust_saturation, affine
 
 from hpo import config
-from hpo.data.augment import AUGMENTATIONS, Crop, Cutout, Distortion, Flip, build_augmentations
+from hpo.data.augment import AUGMENTATIONS, AlternatingFlip, Crop, Cutout, Distortion, Flip, build_augmentations
 from hpo.data.mixing import Mixing
 from hpo.errors import UsageError
 from hpo.objective import Split
@@ -32,7 +32,9 @@ def random_images(count: int, channels: int, height: int, width: int) -> Tensor:
 def augmented(name: str, images: Tensor, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     for augmentation in build_augmentations(name, strength=0.5):
-        images = augmentation.apply(images, augmentation.draw(len(images), images.shape[-2:], generator))
+        images = augmentation.apply(
+            images, augmentation.draw(torch.arange(len(images)), images.shape[-2:], 1, generator)
+        )
     return images
 
 
@@ -56,7 +58,7 @@ def test_an_augmentation_keeps_shape_and_type_and_leaves_its_input_alone(
 @given(height=st.integers(1, 40), width=st.integers(1, 40), channels=st.integers(1, 3), seed=st.integers(0, 2**32 - 1))
 def test_a_crop_is_a_window_of_the_reflected_image(height: int, width: int, channels: int, seed: int) -> None:
     images = random_images(4, channels, height, width)
-    draws = Crop().draw(4, (height, width), torch.Generator().manual_seed(seed))
+    draws = Crop().draw(torch.arange(4), (height, width), 1, torch.Generator().manual_seed(seed))
     vertical, horizontal = height // 8, width // 8
     padded = functional.pad(images.float(), (horizontal, horizontal, vertical, vertical), mode="reflect")
     for image, window, (top, left) in zip(padded, Crop().apply(images, draws), draws.tolist(), strict=True):
@@ -64,7 +66,7 @@ def test_a_crop_is_a_window_of_the_reflected_image(height: int, width: int, chan
 
 
 def test_a_crop_reaches_every_position_and_one_of_them_is_the_image_itself() -> None:
-    draws = Crop().draw(4000, (32, 32), torch.Generator().manual_seed(0))
+    draws = Crop().draw(torch.arange(4000), (32, 32), 1, torch.Generator().manual_seed(0))
     assert len(draws.unique(dim=0)) == 9 * 9
     assert draws.min() == 0
     assert draws.max() == 8
@@ -75,20 +77,35 @@ def test_a_crop_reaches_every_position_and_one_of_them_is_the_image_itself() -> 
 @given(height=st.integers(1, 12), width=st.integers(1, 12), seed=st.integers(0, 2**32 - 1))
 def test_a_flip_mirrors_an_image_or_leaves_it_and_never_changes_its_counts(height: int, width: int, seed: int) -> None:
     images = random_images(8, 2, height, width)
-    draws = Flip().draw(8, (height, width), torch.Generator().manual_seed(seed))
+    draws = Flip().draw(torch.arange(8), (height, width), 1, torch.Generator().manual_seed(seed))
     for image, flipped, drawn in zip(images, Flip().apply(images, draws), draws.flatten().tolist(), strict=True):
         assert torch.equal(flipped, image.flip(-1) if drawn else image)
         assert torch.equal(flipped.flatten().bincount(), image.flatten().bincount())
 
 
 def test_half_of_the_images_are_flipped() -> None:
-    assert Flip().draw(10_000, (8, 8), torch.Generator().manual_seed(0)).float().mean() == pytest.approx(0.5, abs=0.02)
+    assert Flip().draw(
+        torch.arange(10_000), (8, 8), 1, torch.Generator().manual_seed(0)
+    ).float().mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_an_alternating_flip_mirrors_one_half_in_one_epoch_and_the_other_half_in_the_next() -> None:
+    generator = torch.Generator()
+    shuffled = torch.randperm(10_000)
+    first, second, third = (
+        AlternatingFlip().draw(torch.arange(10_000), (8, 8), epoch, generator).flatten() for epoch in (1, 2, 3)
+    )
+    assert torch.equal(first, ~second)
+    assert torch.equal(first, third)
+    assert first.float().mean() == pytest.approx(0.5, abs=0.02)
+    assert (first[1:] == first[:-1]).float().mean() == pytest.approx(0.5, abs=0.05), "no pattern along the indices"
+    assert torch.equal(AlternatingFlip().draw(shuffled, (8, 8), 1, generator).flatten(), first[shuffled])
 
 
 @given(side=st.integers(4, 40), seed=st.integers(0, 2**32 - 1))
 def test_a_cutout_covers_one_square_with_the_mean_colour_and_nothing_else(side: int, seed: int) -> None:
     images = random_images(4, 3, side, side)
-    draws = Cutout().draw(4, (side, side), torch.Generator().manual_seed(seed))
+    draws = Cutout().draw(torch.arange(4), (side, side), 1, torch.Generator().manual_seed(seed))
     for image, cut, centre in zip(images, Cutout().apply(images, draws), draws.tolist(), strict=True):
         (top, bottom), (left, right) = ((max(0, c - side // 4), c - side // 4 + side // 2) for c in centre)
         colour = image.float().mean((1, 2)).to(torch.uint8)
@@ -103,10 +120,10 @@ def test_a_cutout_covers_one_square_with_the_mean_colour_and_nothing_else(side: 
 def test_each_image_of_a_batch_is_drawn_by_itself(name: str) -> None:
     images = random_images(1, 3, 32, 32).expand(64, -1, -1, -1)
     distinct = {augmented_image.numpy().tobytes() for augmented_image in augmented(name, images)}
-    assert len(distinct) == 2 if name == "flip" else len(distinct) > 30
+    assert len(distinct) == 2 if name.endswith("flip") and "+" not in name else len(distinct) > 30
 
 
-@pytest.mark.parametrize("name", [*AUGMENTATIONS, "crop+flip+cutout"])
+@pytest.mark.parametrize("name", [*sorted({*AUGMENTATIONS} - {"alternating_flip"}), "crop+flip+cutout"])
 def test_an_augmentation_follows_from_its_seed(name: str) -> None:
     images = random_images(16, 3, 32, 32)
     assert torch.equal(augmented(name, images, seed=1), augmented(name, images, seed=1))
@@ -160,7 +177,7 @@ def test_a_distortion_of_no_amount_changes_nothing(name: str, seed: int) -> None
 def test_a_warp_shows_nothing_that_the_image_does_not_have(name: str, strength: float, seed: int) -> None:
     images = random_images(4, 2, 9, 14) // 4 + 64  # between 64 and 127
     augmentation = AUGMENTATIONS[name](strength)
-    draws = augmentation.draw(4, (9, 14), torch.Generator().manual_seed(seed))
+    draws = augmentation.draw(torch.arange(4), (9, 14), 1, torch.Generator().manual_seed(seed))
     warped = augmentation.apply(images, draws)
     assert warped.min() >= 64
     assert warped.max() <= 127
@@ -168,7 +185,7 @@ def test_a_warp_shows_nothing_that_the_image_does_not_have(name: str, strength: 
 
 def test_amounts_keep_to_the_strength_and_reach_it() -> None:
     augmentation = AUGMENTATIONS["rotation"](0.5)
-    draws = augmentation.draw(5000, (8, 8), torch.Generator().manual_seed(0))
+    draws = augmentation.draw(torch.arange(5000), (8, 8), 1, torch.Generator().manual_seed(0))
     assert draws[:, 0].abs().max().item() == pytest.approx(math.radians(15), rel=0.01)
     assert abs(draws[:, 0].mean().item()) < 0.01
     assert not draws[:, 1:].any()
@@ -177,7 +194,9 @@ def test_amounts_keep_to_the_strength_and_reach_it() -> None:
 def test_randaugment_does_two_operations_by_the_strength_and_a_trivial_one_does_one_by_any() -> None:
     generator = torch.Generator().manual_seed(0)
     drawn = {
-        name: AUGMENTATIONS[name](0.5).draw(5000, (8, 8), generator) for name in AUGMENTATIONS if "augment" in name
+        name: AUGMENTATIONS[name](0.5).draw(torch.arange(5000), (8, 8), 1, generator)
+        for name in AUGMENTATIONS
+        if "augment" in name
     }
     num_done = {name: (draws != 0).sum(1) for name, draws in drawn.items()}
     assert {name: counts.max().item() for name, counts in num_done.items()} == {"randaugment": 2, "trivial_augment": 1}
@@ -190,7 +209,7 @@ def test_randaugment_does_two_operations_by_the_strength_and_a_trivial_one_does_
 
 
 def mixed(images: Tensor, targets: Tensor, mixing: Mixing, seed: int = 0) -> tuple[Tensor, Tensor]:
-    draws = mixing.draw(len(images), images.shape[-2:], torch.Generator().manual_seed(seed))
+    draws = mixing.draw(torch.arange(len(images)), images.shape[-2:], 1, torch.Generator().manual_seed(seed))
     return mixing.apply(images, targets, draws)
 
 
@@ -230,7 +249,7 @@ def test_the_values_of_a_regression_are_mixed_as_its_inputs_are() -> None:
 
 
 def test_with_both_an_example_gets_one_of_the_two_by_chance() -> None:
-    draws = Mixing(0.2, 1.0, 10).draw(4000, (8, 8), torch.Generator().manual_seed(0))
+    draws = Mixing(0.2, 1.0, 10).draw(torch.arange(4000), (8, 8), 1, torch.Generator().manual_seed(0))
     assert draws[:, 1].mean().item() == pytest.approx(0.5, abs=0.03)
     shares = {cut: draws[draws[:, 1] == cut, 0] for cut in (0, 1)}
     assert [share.var().item() for share in shares.values()] == pytest.approx([0.25 / 1.4, 1 / 12], rel=0.1)

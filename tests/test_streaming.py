@@ -139,7 +139,7 @@ def assert_same(training: tuple[list[float], dict[str, Tensor]], other: tuple[li
 
 @pytest.mark.parametrize(
     "settings",
-    [{"augment": "crop_flip_cutout", "ema_decay": 0.5}, {"sampling": "balanced", "optimizer": "sgd"}],
+    [{"augment": "crop+flip+cutout", "ema_decay": 0.5}, {"sampling": "balanced", "optimizer": "sgd"}],
     ids=str,
 )
 def test_a_training_from_a_file_is_bit_equal_to_one_from_memory(
@@ -151,7 +151,7 @@ def test_a_training_from_a_file_is_bit_equal_to_one_from_memory(
 
 def test_a_training_from_a_file_goes_on_bit_equal(in_file: Splits, resident: Splits, tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path / "run")
-    settings: dict[str, Any] = {"augment": "crop_flip", "max_epochs": 3}
+    settings: dict[str, Any] = {"augment": "crop+flip", "max_epochs": 3}
     whole = trained(resident, **settings)
     torch.manual_seed(0)
     model = PreprocessedModel(Net(), in_file.spec)
@@ -198,7 +198,7 @@ def test_splits_that_would_fill_the_device_are_left_where_they_are(
 def test_streamed_to_a_gpu_a_training_is_bit_equal_to_one_on_it(
     kind: str, resident: Splits, in_file: Splits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings: dict[str, Any] = {"augment": "crop_flip_cutout", "ema_decay": 0.5, "deterministic": True}
+    settings: dict[str, Any] = {"augment": "crop+flip+cutout", "ema_decay": 0.5, "deterministic": True}
     settings |= {"device": "cuda"}
     on_device = trained(resident, **settings)
     monkeypatch.setattr(batches_module, "DEVICE_SHARE", 0.0)

@@ -406,7 +406,7 @@ def test_frozen_layers_thaw_at_their_epoch_with_every_optimizer(optimizer: str, 
     "settings",
     [
         {"optimizer": "sgd", "schedule": "one_cycle", "ema_decay": 0.5, "backbone_lr_factor": 0.1},
-        {"optimizer": "adamw", "schedule": "plateau", "augment": "crop_flip_cutout"},
+        {"optimizer": "adamw", "schedule": "plateau", "augment": "crop+flip+cutout"},
     ],
     ids=lambda settings: settings["optimizer"],
 )

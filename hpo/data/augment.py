@@ -22,8 +22,8 @@ from hpo.config import augmentation_names
 class Augmentation(Protocol):
     """A change of images that keeps their labels."""
 
-    def draw(self, num_images: int, size: Sequence[int], generator: torch.Generator) -> Tensor:
-        """What is random about it, (num_images, ...) on the CPU, for images of `size` (H, W)."""
+    def draw(self, images: Tensor, size: Sequence[int], epoch: int, generator: torch.Generator) -> Tensor:
+        """What is random about it, (N, ...) on the CPU, for the images of these indices (N,) and `size` (H, W)."""
 
     def apply(self, images: Tensor, draws: Tensor) -> Tensor:
         """The changed images, given the draws of each (on the images' device)."""
@@ -32,8 +32,21 @@ class Augmentation(Protocol):
 class Flip:
     """Mirrors an image left to right, with probability 1/2."""
 
-    def draw(self, num_images: int, size: Sequence[int], generator: torch.Generator) -> Tensor:
-        return torch.randint(2, (num_images, 1, 1, 1), generator=generator, dtype=torch.bool)
+    def draw(self, images: Tensor, size: Sequence[int], epoch: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(2, (len(images), 1, 1, 1), generator=generator, dtype=torch.bool)
+
+    def apply(self, images: Tensor, draws: Tensor) -> Tensor:
+        return torch.where(draws, images.flip(-1), images)
+
+
+class AlternatingFlip:
+    """Mirrors a random half of the images in one epoch and the other half in the next, so that two epochs see each
+    image both ways (Jordan 2024, arXiv:2404.00498, section 3.6). The halves are the same in every training."""
+
+    def draw(self, images: Tensor, size: Sequence[int], epoch: int, generator: torch.Generator) -> Tensor:
+        # A middle bit of the product: Fibonacci hashing (Knuth, The Art of Computer Programming 3, section 6.4).
+        bits = (images * 0x9E3779B1 >> 16) + epoch
+        return (bits % 2 == 0).view(-1, 1, 1, 1)
 
     def apply(self, images: Tensor, draws: Tensor) -> Tensor:
         return torch.where(draws, images.flip(-1), images)
@@ -45,8 +58,8 @@ class Crop:
     On 32 pixels it is the usual crop out of an image padded by 4 (He et al. 2016, arXiv:1512.03385, section 4.2).
     """
 
-    def draw(self, num_images: int, size: Sequence[int], generator: torch.Generator) -> Tensor:
-        shifts = [torch.randint(2 * (side // 8) + 1, (num_images,), generator=generator) for side in size]
+    def draw(self, images: Tensor, size: Sequence[int], epoch: int, generator: torch.Generator) -> Tensor:
+        shifts = [torch.randint(2 * (side // 8) + 1, (len(images),), generator=generator) for side in size]
         return torch.stack(shifts, dim=1)
 
     def apply(self, images: Tensor, draws: Tensor) -> Tensor:
@@ -72,8 +85,8 @@ class Cutout:
     DeVries and Taylor 2017, arXiv:1708.04552: 16 of CIFAR-10's 32 pixels, and less where the square leaves the image.
     """
 
-    def draw(self, num_images: int, size: Sequence[int], generator: torch.Generator) -> Tensor:
-        return torch.stack([torch.randint(side, (num_images,), generator=generator) for side in size], dim=1)
+    def draw(self, images: Tensor, size: Sequence[int], epoch: int, generator: torch.Generator) -> Tensor:
+        return torch.stack([torch.randint(side, (len(images),), generator=generator) for side in size], dim=1)
 
     def apply(self, images: Tensor, draws: Tensor) -> Tensor:
         height, width = images.shape[-2:]
@@ -111,9 +124,9 @@ class Distortion:
     saturation: float = 0.0
     """Share of each pixel's grey."""
 
-    def draw(self, num_images: int, size: Sequence[int], generator: torch.Generator) -> Tensor:
-        """Amounts (num_images, 9), in the order of `limits`."""
-        return (2 * torch.rand(num_images, len(self.limits), generator=generator) - 1) * torch.tensor(self.limits)
+    def draw(self, images: Tensor, size: Sequence[int], epoch: int, generator: torch.Generator) -> Tensor:
+        """Amounts (N, 9), in the order of `limits`."""
+        return (2 * torch.rand(len(images), len(self.limits), generator=generator) - 1) * torch.tensor(self.limits)
 
     def apply(self, images: Tensor, draws: Tensor) -> Tensor:
         if any(self.limits[:_NUM_WARPS]):
@@ -144,13 +157,13 @@ class RandomOperations(Distortion):
     num_operations: int
     is_trivial: bool
 
-    def draw(self, num_images: int, size: Sequence[int], generator: torch.Generator) -> Tensor:
-        amounts = torch.tensor(self.limits).expand(num_images, -1)
+    def draw(self, images: Tensor, size: Sequence[int], epoch: int, generator: torch.Generator) -> Tensor:
+        amounts = torch.tensor(self.limits).expand(len(images), -1)
         if self.is_trivial:
             amounts = amounts * torch.rand(amounts.shape, generator=generator)
         signs = 2 * torch.randint(2, amounts.shape, generator=generator) - 1
         # One more than there are: doing nothing is an operation, too.
-        chosen = torch.randint(len(self.limits) + 1, (num_images, self.num_operations), generator=generator)
+        chosen = torch.randint(len(self.limits) + 1, (len(images), self.num_operations), generator=generator)
         is_done = functional.one_hot(chosen, len(self.limits) + 1).amax(1)[:, :-1]
         return amounts * signs * is_done
 
@@ -215,6 +228,7 @@ def _randomly(num_operations: int, strength: float, *, is_trivial: bool) -> Rand
 
 AUGMENTATIONS: dict[str, Callable[[float], Augmentation]] = {
     "flip": lambda strength: Flip(),
+    "alternating_flip": lambda strength: AlternatingFlip(),
     "crop": lambda strength: Crop(),
     "rotation": lambda strength: Distortion(rotation=30 * strength),
     "zoom": lambda strength: Distortion(zoom=math.log(1.5) * strength),

@@ -49,7 +49,8 @@ class TrainingBatches:
     """The batches of an epoch, in an order and with an augmentation that are new in each iteration.
 
     `order` and `augmentation` are CPU generators, drawn from at the start of an epoch only: their states between epochs
-    are all that an exact resume needs. The last batch is dropped where it would be smaller.
+    are all that an exact resume needs, with `epoch`, the number of the epoch, from 1, which the caller sets. The last
+    batch is dropped where it would be smaller.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class TrainingBatches:
                 f"batch_size={batch_size} is larger than the training split of {len(split)} examples; "
                 f"choose at most {len(split)}."
             )
+        self.epoch = 1
         self._split = split
         self._batch_size = batch_size
         self._device = torch.device(device or split.targets.device)
@@ -96,13 +98,12 @@ class TrainingBatches:
             yield self._mixing.apply(inputs, targets, drawn[-1]) if self._mixing else (inputs, targets)
 
     def _draw_epoch(self) -> list[tuple[Tensor, ...]]:
-        """Batches of indices, where the split is, and of the draws of each augmentation and of the mixing, on the device."""
-        num_used = len(self) * self._batch_size
+        """Indices, where the split is, and the draws of augmentations and mixing on the device, all in batches."""
+        order = self._draw_order()[: len(self) * self._batch_size]
         size = self._split.inputs.shape[-2:]
-        drawn = [self._draw_order()[:num_used].to(self._split.targets.device)]
         changes: list[Augmentation | Mixing] = [*self._augmentations, *([self._mixing] if self._mixing else [])]
-        drawn += [change.draw(num_used, size, self._augmentation).to(self._device) for change in changes]
-        return [torch.split(draws, self._batch_size) for draws in drawn]
+        draws = [change.draw(order, size, self.epoch, self._augmentation).to(self._device) for change in changes]
+        return [torch.split(drawn, self._batch_size) for drawn in (order.to(self._split.targets.device), *draws)]
 
     def _draw_order(self) -> Tensor:
         if self._chances is None:

@@ -34,14 +34,14 @@ class Mixing:
         if self.cutmix > 0 and split.inputs.ndim != 4:
             raise UsageError(f"cutmix={self.cutmix} is for images (C, H, W); this task's examples are vectors: use 0.")
 
-    def draw(self, num_examples: int, size: Sequence[int], generator: torch.Generator) -> Tensor:
+    def draw(self, examples: Tensor, size: Sequence[int], epoch: int, generator: torch.Generator) -> Tensor:
         """For each example, on the CPU: its own share, whether it is cut (0 or 1), and the cut's centre (y, x)."""
         # RandomState's stream is frozen (NEP 19); torch draws no beta from a generator.
         stream = np.random.RandomState(int(torch.randint(2**31, (), generator=generator)))
         chance = 0.5 if self.mixup > 0 and self.cutmix > 0 else float(self.cutmix > 0)
-        is_cut = stream.uniform(size=num_examples) < chance
-        shares = [stream.beta(alpha, alpha, num_examples) if alpha > 0 else 0 for alpha in (self.mixup, self.cutmix)]
-        draws = (np.where(is_cut, shares[1], shares[0]), is_cut, *stream.uniform(size=(2, num_examples)))
+        is_cut = stream.uniform(size=len(examples)) < chance
+        shares = [stream.beta(alpha, alpha, len(examples)) if alpha > 0 else 0 for alpha in (self.mixup, self.cutmix)]
+        draws = (np.where(is_cut, shares[1], shares[0]), is_cut, *stream.uniform(size=(2, len(examples))))
         return torch.from_numpy(np.stack(draws, axis=1)).float()
 
     def apply(self, inputs: Tensor, targets: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:

@@ -194,6 +194,7 @@ class _Run:
         torch.manual_seed(derive_seed(self.config.seed, "dropout", epoch))
         self.order.manual_seed(derive_seed(self.config.seed, "order", epoch))
         self.augmentation.manual_seed(derive_seed(self.config.seed, "augmentation", epoch))
+        self.batches.epoch = epoch
 
     def _thaw(self, epoch: int) -> None:
         """Let frozen layers train from `thaw_epoch` on, after a resume too."""
