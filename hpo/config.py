@@ -24,7 +24,7 @@ AUGMENTATIONS = (
     "randaugment",
     "trivial_augment",
 )
-LOSSES = ("cross_entropy", "focal", "mse", "mae", "huber", "log_cosh")
+LOSSES = ("cross_entropy", "binary_cross_entropy", "focal", "mse", "mae", "huber", "log_cosh")
 CLASS_WEIGHTS = ("none", "balanced")
 SAMPLINGS = ("uniform", "balanced")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")

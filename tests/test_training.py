@@ -1027,6 +1027,7 @@ def compiled_graphs() -> int:
         {"optimizer": "sgd", "momentum": 0.9},
         {"optimizer": "sgd", "momentum": 0.0, "clip_norm": 0.5},
         {"optimizer": "adam", "label_smoothing": 0.1, "loss": "focal", "class_weights": "balanced"},
+        {"optimizer": "adam", "label_smoothing": 0.1, "loss": "binary_cross_entropy", "class_weights": "balanced"},
         {"optimizer": "adamw", "clip_norm": 0.5, "label_smoothing": 0.1, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),

@@ -309,7 +309,14 @@ def test_focal_loss_is_cross_entropy_times_the_power_of_what_the_share_lacks(gam
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"label_smoothing": 0.1}, {"loss": "focal", "class_weights": "balanced"}], ids=str
+    "changes",
+    [
+        {},
+        {"label_smoothing": 0.1},
+        {"loss": "focal", "class_weights": "balanced"},
+        {"loss": "binary_cross_entropy", "label_smoothing": 0.1},
+    ],
+    ids=str,
 )
 def test_the_loss_of_a_mixed_example_is_that_of_its_classes_by_their_shares(changes: dict[str, Any]) -> None:
     torch.manual_seed(0)
@@ -339,7 +346,9 @@ def test_a_training_on_mixed_examples_learns_what_it_is_validated_on(compile_mod
 
 
 @pytest.mark.parametrize(
-    "changes", [{"loss": "focal"}, {"class_weights": "balanced"}, {"label_smoothing": 0.1}], ids=str
+    "changes",
+    [{"loss": "focal"}, {"loss": "binary_cross_entropy"}, {"class_weights": "balanced"}, {"label_smoothing": 0.1}],
+    ids=str,
 )
 def test_losses_of_outputs_in_half_precision_are_computed_in_fp32(changes: dict[str, Any]) -> None:
     outputs, targets = logits_and_targets(0)
@@ -360,6 +369,23 @@ def test_focal_loss_of_a_sure_and_right_answer_has_a_finite_gradient(gamma: floa
     assert outputs.grad.isfinite().all()
 
 
+@given(smoothing=st.sampled_from([0.0, 0.1, 0.5]), seed=st.integers(0, 100))
+def test_binary_cross_entropy_is_torchs_on_one_hot_targets(smoothing: float, seed: int) -> None:
+    outputs, targets = logits_and_targets(seed)
+    config = quick_config(loss="binary_cross_entropy", label_smoothing=smoothing)
+    wanted = (1 - smoothing) * functional.one_hot(targets, 3).float() + smoothing / 3
+    expected = functional.binary_cross_entropy_with_logits(outputs, wanted)
+    torch.testing.assert_close(loss_function(config, 3, 1.0)(outputs, targets), expected)
+
+
+def test_binary_cross_entropy_learns_each_class_against_all_others() -> None:
+    model, splits = ImageNet(), image_splits()
+    model.output.bias.data.fill_(3.0)  # a softmax would not mind it
+    list(fit(model, splits, quick_config(loss="binary_cross_entropy", lr=0.1, max_epochs=20, metric="loss")))
+    says_yes = model(splits.validation.inputs).sigmoid() > 0.5
+    assert (says_yes == functional.one_hot(splits.validation.targets, 4)).float().mean() > 0.9
+
+
 def test_balanced_weights_give_each_class_the_same_part_of_the_loss() -> None:
     targets = torch.tensor([0] * 6 + [1] * 3 + [2])
     train = Split(torch.zeros(10, 1), targets)
@@ -378,9 +404,10 @@ def test_class_weights_are_for_the_training_loss_alone() -> None:
     assert loss_function(config, 3, 1.0)(outputs, targets) == functional.cross_entropy(outputs, targets)
 
 
-def test_a_weighted_batch_in_two_parts_has_the_gradient_of_the_whole() -> None:
+@pytest.mark.parametrize("loss", ["focal", "binary_cross_entropy"])
+def test_a_weighted_batch_in_two_parts_has_the_gradient_of_the_whole(loss: str) -> None:
     splits = image_splits()
-    config = quick_config(class_weights="balanced", loss="focal", label_smoothing=0.1, optimizer="sgd", lr=1.0)
+    config = quick_config(class_weights="balanced", loss=loss, label_smoothing=0.1, optimizer="sgd", lr=1.0)
     weights = []
     for num_parts in (1, 2):
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))

@@ -23,7 +23,7 @@ LossFunction = Callable[["Tensor", "Tensor"], "Tensor"]
 
 Those for classes also take targets (B, num_classes): the share that an example has of each, when examples are mixed."""
 
-CLASSIFICATION_LOSSES = ("cross_entropy", "focal")
+CLASSIFICATION_LOSSES = ("cross_entropy", "binary_cross_entropy", "focal")
 
 
 def training_loss(config: TrainConfig, train: Split, num_classes: int) -> LossFunction:
@@ -60,6 +60,8 @@ def loss_function(
 
     smoothing = as_tensor(config.label_smoothing, matters=config.label_smoothing > 0)
     gamma = as_tensor(config.focal_gamma, matters=config.loss == "focal")
+    if config.loss == "binary_cross_entropy":
+        return partial(_binary_cross_entropy, smoothing, class_weights)
     if smoothing is gamma is class_weights is None:
         return functional.cross_entropy
     return partial(_cross_entropy, smoothing, gamma, class_weights)
@@ -87,6 +89,22 @@ def _cross_entropy(
     if targets.is_floating_point():
         return (losses * targets).sum(1).mean()
     return losses.gather(1, targets[:, None]).mean()
+
+
+def _binary_cross_entropy(
+    smoothing: Tensor | None, class_weights: Tensor | None, outputs: Tensor, targets: Tensor
+) -> Tensor:
+    """Each class against all others, a sigmoid for each logit; the mean over classes and examples.
+
+    For ImageNet in Wightman et al. 2021, arXiv:2110.00476. Smoothing is that of `_cross_entropy`, and an example counts
+    with its class's weight, or with the mean of several by its shares.
+    """
+    shares = targets
+    if not targets.is_floating_point():
+        shares = torch.zeros_like(outputs, dtype=torch.float32).scatter(1, targets[:, None], 1.0)
+    wanted = shares if smoothing is None else (1 - smoothing) * shares + smoothing / outputs.shape[1]
+    losses = functional.binary_cross_entropy_with_logits(outputs.float(), wanted, reduction="none").mean(1)  # (B,)
+    return losses.mean() if class_weights is None else (losses * (shares @ class_weights)).mean()
 
 
 def _balanced_weights(train: Split, num_classes: int) -> Tensor:
