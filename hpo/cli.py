@@ -102,11 +102,14 @@ study_options = _options(
     click.option("--limit", type=int, metavar="N", help="Use N of the training examples only. [default: all]"),
     click.option("--space", metavar="NAME|FILE", help="Search another space than the task's own."),
     click.option(
+        "--metric", metavar="NAME", help="What decides, on the validation split: f1, auroc, ... [default: the task's]"
+    ),
+    click.option(
         "--objective",
         "objectives",
         multiple=True,
         metavar="NAME",
-        help="For a Pareto front: val/METRIC, then params or latency. Repeatable. [default: the task's metric alone]",
+        help="For a Pareto front: val/METRIC, then params or latency. Repeatable. [default: the metric alone]",
     ),
     click.option(
         "--try",

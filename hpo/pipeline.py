@@ -92,6 +92,7 @@ def run_search(
     seed: int | None = None,
     limit: int | None = None,
     space: str | None = None,
+    metric: str | None = None,
     objectives: Sequence[str] = (),
     tries: Sequence[str] = (),
     warm_starts: Sequence[str] = (),
@@ -132,7 +133,9 @@ def run_search(
         compile=compile,
         deterministic=deterministic,
     )
-    given = _study_fields(trials, epochs, overrides, strategy, pruner, first_rung, seed, limit, space, objectives)
+    given = _study_fields(
+        trials, epochs, overrides, strategy, pruner, first_rung, seed, limit, space, metric, objectives
+    )
     found, name, settings = agree(means, task, study, given)
     proposals = find_proposals(means, name, settings, tries, warm_starts)
     return _search(found, name, settings, trials, proposals, means, observer or Observer())
@@ -151,6 +154,7 @@ def submit_study(
     seed: int | None = None,
     limit: int | None = None,
     space: str | None = None,
+    metric: str | None = None,
     objectives: Sequence[str] = (),
     tries: Sequence[str] = (),
     warm_starts: Sequence[str] = (),
@@ -167,7 +171,9 @@ def submit_study(
     require_registered(OBJECTIVES, task)
     if space is not None:
         require_registered(SEARCH_SPACES, space)
-    given = _study_fields(trials, epochs, overrides, strategy, pruner, first_rung, seed, limit, space, objectives)
+    given = _study_fields(
+        trials, epochs, overrides, strategy, pruner, first_rung, seed, limit, space, metric, objectives
+    )
     _, name, settings = agree(means, task, study, given)
     proposals = find_proposals(means, name, settings, tries, warm_starts)
     agreed_tracking_uri(means, None)  # those who join will need one, too
@@ -234,6 +240,7 @@ def _study_fields(
     seed: int | None,
     limit: int | None,
     space: str | None,
+    metric: str | None,
     objectives: Sequence[str],
 ) -> dict[str, Any]:
     """The options of `hpo search` as fields of StudySettings."""
@@ -247,6 +254,7 @@ def _study_fields(
         "first_rung": first_rung,
         "seed": seed,
         "limit": limit,
+        "metric": metric,
         "objectives": tuple(objectives) or None,
     }
 

@@ -56,6 +56,10 @@ class Task:
     def narrow(self, overrides: tuple[str, ...]) -> Task:
         return replace(self, space=self.space.narrow(overrides))
 
+    def judged_by(self, metric: str) -> Task:
+        """The task with another metric that decides."""
+        return replace(self, objective=replace(self.objective, metric=metric))
+
 
 def load_task(reference: str, space_reference: str | None = None) -> Task:
     """The task of that name, FILE.py or module:attribute, with its own or another search space.

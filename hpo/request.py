@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpo.config import COSTS, TrainConfig
+from hpo.config import COSTS, METRICS, TrainConfig
 from hpo.database import without_password
 from hpo.errors import StudyMismatchError, UnknownNameError, UsageError
 from hpo.home import check_study_name, find_data_dir, find_home, find_storage
@@ -148,7 +148,7 @@ def agree(means: Means, task: str, study: str | None, given: Mapping[str, Any]) 
             require_registered(SEARCH_SPACES, earlier.settings.space_reference)
         found = load_task(task, earlier.settings.space_reference)
     settings = _settle(found, earlier.settings if earlier else None, given)
-    return found.narrow(settings.overrides), name, settings
+    return found.narrow(settings.overrides).judged_by(settings.metric), name, settings
 
 
 def _settle(task: Task, stored: StudySettings | None, given: Mapping[str, Any]) -> StudySettings:
@@ -164,6 +164,7 @@ def _settle(task: Task, stored: StudySettings | None, given: Mapping[str, Any]) 
         "first_rung": None,
         "seed": 0,
         "limit": None,
+        "metric": task.objective.metric,
         "objectives": (),
     }
     known = {name: getattr(stored, name) for name in defaults} if stored else defaults
@@ -173,18 +174,17 @@ def _settle(task: Task, stored: StudySettings | None, given: Mapping[str, Any]) 
             raise UsageError(f"{option} {chosen[name]} is not allowed: it must be at least 1.")
     if chosen["seed"] < 0:
         raise UsageError(f"--seed {chosen['seed']} is not allowed: it must be at least 0.")
-    for kind, names in (("strategy", STRATEGIES), ("pruner", PRUNERS)):
+    for kind, names in (("strategy", STRATEGIES), ("pruner", PRUNERS), ("metric", METRICS)):
         if chosen[kind] not in names:
             raise UnknownNameError(kind, chosen[kind], names)
-    chosen["objectives"] = _check_objectives(chosen["objectives"], task.objective.metric)
+    chosen["objectives"] = _check_objectives(chosen["objectives"], chosen["metric"])
     if chosen["objectives"]:
         _suit_several_objectives(chosen, given)
     check_first_rung(chosen["pruner"], chosen["max_epochs"], chosen["first_rung"])
     return StudySettings(
         task=task.objective.name,
         space=task.narrow(chosen["overrides"]).space,
-        metric=task.objective.metric,
-        direction=task.objective.direction,
+        direction=METRICS[chosen["metric"]],
         **chosen,
     )
 
@@ -193,6 +193,9 @@ def _check_objectives(objectives: tuple[str, ...], metric: str) -> tuple[str, ..
     """The objectives where there are several; none where the metric is the only one."""
     first = f"val/{metric}"
     for position, objective in enumerate(objectives):
+        if objective.removeprefix("val/") in METRICS and objective != first:
+            other = objective.removeprefix("val/")
+            raise UsageError(f"--objective {objective} needs --metric {other}: {metric} is what decides.")
         if objective not in (first, *COSTS):
             raise UnknownNameError("objective", objective, (first, *COSTS))
         if objective in objectives[:position]:

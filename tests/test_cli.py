@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hpo.cli import main
+from hpo.training.metrics import CLASSIFICATION_METRICS
 
 BROKEN_FILES = {
     "syntax.py": "objective = (",
@@ -166,6 +167,10 @@ BAD_INPUT = [
         "search digits --objective params",
         "--objective params cannot be the first: give --objective val/accuracy",
     ),
+    ("search digits --metric acuracy", "no metric 'acuracy'; did you mean 'accuracy'"),
+    ("search diabetes --metric f1", "no regression metric 'f1'. Available: loss, mse, rmse, mae, r2"),
+    ("search digits --objective val/f1 --objective params", "--objective val/f1 needs --metric f1: accuracy is what"),
+    ("search digits --metric f1 --objective val/accuracy", "--objective val/accuracy needs --metric accuracy: f1 is"),
     ("search digits --objective val/accuracy --objective params --objective params", "params is given twice"),
     (
         "search digits --objective val/accuracy --objective params --pruner sha",
@@ -330,7 +335,8 @@ def test_json_is_json_and_says_the_same(searched: Answer, hpo: Callable[[str], A
     assert study["best"] == winner["validation"] == max(trial["value"] for trial in facts["trials"])
     assert facts["counts"]["complete"] == 3
     assert facts["trials"][winner["trial"]]["values"].items() >= winner["configuration"].items()
-    assert winner["test"].keys() == {"accuracy", "precision", "recall", "f1"}
+    assert winner["test"].keys() == set(CLASSIFICATION_METRICS)
+    assert sum(map(sum, winner["confusion"]["counts"])) == 360
     outcome = hpo("search digits --json")
     assert json.loads(outcome.out)["winner"] == winner
     assert "study 'digits' goes on: 3/3 trials" in outcome.err

@@ -79,6 +79,8 @@ objective = Objective(
 """
 
 
+PLOTS = ("confusion_matrix", "history", "importances", "learning_curves", "slices")
+
 # One trial after the other, so that a test can say which one is under way.
 ALONE: dict[str, Any] = {"trials": 3, "pruner": "none", "workers": 1}
 
@@ -149,6 +151,10 @@ def curve(home: Path, run: Run, key: str = "val/accuracy") -> list[int]:
     return sorted(metric.step for metric in open_store(home).client.get_metric_history(run.info.run_id, key))
 
 
+def values(home: Path, run: Run, key: str) -> list[float]:
+    return [metric.value for metric in open_store(home).client.get_metric_history(run.info.run_id, key)]
+
+
 def test_a_search_leaves_runs_curves_checkpoints_and_a_summary(
     search: Callable[..., SearchOutcome], home: Path
 ) -> None:
@@ -167,7 +173,7 @@ def test_a_search_leaves_runs_curves_checkpoints_and_a_summary(
     (summary,) = runs(home, "tags.`hpo.kind` = 'study'")
     assert summary.info.status == "FINISHED"
     plots = {file.path for file in client.list_artifacts(summary.info.run_id, "plots")}
-    assert {f"plots/{name}.png" for name in ("history", "importances", "learning_curves", "slices")} == plots
+    assert {f"plots/{name}.png" for name in PLOTS} == plots
     assert outcome.winner is not None
     assert summary.data.tags["hpo.winner"] == str(outcome.winner.trial)
     assert outcome.winner.test is not None
@@ -192,6 +198,53 @@ def test_the_winner_is_the_best_on_validation_and_its_model_scores_what_was_said
         accuracy = (model(test.inputs).argmax(1) == test.targets).double().mean().item()
     assert outcome.winner.test is not None
     assert accuracy == pytest.approx(outcome.winner.test["accuracy"])
+
+
+RARE_TASK = """
+import torch
+from hpo.models.mlp import MLP
+from hpo.objective import Dataset, Objective, SealedSplit, Split
+from hpo.space import Choice, Group, Space
+
+
+def load(data_dir):
+    points = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
+    targets = (torch.arange(1000) % 25 == 0).long()
+    examples = Split(points + 1.5 * targets[:, None], targets)
+    return Dataset(examples, SealedSplit(lambda: examples, 1000), ("usual", "rare"))
+
+
+def model(spec):
+    return MLP(spec, depth=1, width=8, activation="relu", norm="none", dropout=0.0)
+
+
+objective = Objective(
+    name="rare", description="one example in 25 is of the second class", load=load, model=model,
+    settings={"max_epochs": 10, "batch_size": 50, "lr": 0.01},
+    space=Space(Group("imbalance", class_weights=Choice("none", "balanced", default="none"))),
+)
+"""
+
+
+def test_the_metric_that_is_given_decides_about_the_winner(tmp_path: Path, home: Path) -> None:
+    path = tmp_path / "rare.py"
+    path.write_text(RARE_TASK)
+    both = {"home": home, "trials": 2, "tries": ["class_weights=balanced"], "pruner": "none", "workers": 1}
+    outcome = run_search(str(path), metric="recall", **both)
+    assert outcome.winner is not None
+    assert outcome.winner.configuration == {"class_weights": "balanced"}
+    assert outcome.winner.metric == "recall"
+    by_accuracy = [max(values(home, run, "val/accuracy")) for run in runs(home, name="rare")]
+    assert by_accuracy[0] > by_accuracy[1] + 0.05, "accuracy would have chosen the other one"
+    assert [run.data.metrics["best/recall"] for run in runs(home, name="rare")] == [
+        pytest.approx(max(values(home, run, "val/recall"))) for run in runs(home, name="rare")
+    ]
+    assert outcome.winner.confusion is not None
+    assert [sum(row) for row in outcome.winner.confusion["counts"]] == [960, 40]
+    # The study remembers it.
+    assert run_search(str(path), **both).winner == outcome.winner
+    with pytest.raises(StudyMismatchError, match="--metric recall, not f1"):
+        run_search(str(path), metric="f1", **both)
 
 
 def test_the_test_split_is_opened_once_for_each_winner(

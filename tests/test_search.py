@@ -827,7 +827,7 @@ def with_group(**parameters: Any) -> StudySettings:
         (changed(strategy="tpe"), "--strategy priority, not tpe"),
         (changed(pruner="sha"), "--pruner none, not sha"),
         (changed(max_epochs=30), "--epochs 3, not 30"),
-        (changed(metric="loss", direction="minimize"), "metric accuracy, not loss; direction maximize, not minimize"),
+        (changed(metric="loss", direction="minimize"), "--metric accuracy, not loss"),
         (changed(limit=500), "no --limit, not 500"),
         (changed(space=SPACE.narrow(["lr=1e-3:0.1"])), "lr (in 'step size') 0.0001:1 (log), not 0.001:0.1 (log)"),
         (changed(space=SPACE.narrow(["optimizer=sgd"]), seed=2), "--seed 0, not 2; optimizer (in 'archi"),

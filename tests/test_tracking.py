@@ -714,6 +714,18 @@ def all_plots(records: list[TrialRecord], direction: Any = "maximize") -> dict[s
     }
 
 
+@pytest.mark.parametrize("num_classes", [2, 30])
+def test_a_confusion_matrix_shows_shares_of_the_class_and_its_counts_while_they_fit(num_classes: int) -> None:
+    counts = [[3 if row == column else 1 for column in range(num_classes)] for row in range(num_classes)]
+    counts[1] = [0] * num_classes  # a class that no example has
+    axes = media.plot_confusion([f"class {label}" for label in range(num_classes)], counts).axes[0]
+    shares = axes.images[0].get_array()
+    assert shares is not None
+    assert shares[0, 0] == pytest.approx(3 / (2 + num_classes))
+    assert shares[1].sum() == 0
+    assert [text.get_text() for text in axes.texts] == (["3", "1"] if num_classes == 2 else [])
+
+
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_plot_can_be_drawn_and_nothing_is_cut_off(study: str, direction: str, tmp_path: Path) -> None:

@@ -29,13 +29,13 @@ from hpo.objective import Dataset, DataSpec, SealedSplit, Split
 from hpo.training.checkpoint import CheckpointFolder
 from hpo.training.compiled import let_dropout_vary, settle_compile_mode
 from hpo.training.losses import CLASSIFICATION_LOSSES, loss_function, target_scale
-from hpo.training.metrics import ConfusionMetrics, EpochMetrics, RegressionMetrics
+from hpo.training.metrics import CLASSIFICATION_METRICS, ConfusionMetrics, EpochMetrics, RegressionMetrics, auroc
 from hpo.training.optimizers import build_optimizer
 from hpo.training.precision import settle_precision
 from hpo.training.schedules import build_schedule
 from hpo.training.step import TrainingStep
 from hpo.training.stopping import EarlyStopping
-from hpo.training.trainer import EpochResult, evaluate, fit
+from hpo.training.trainer import EpochResult, confusion_matrix, evaluate, fit
 
 NUM_CLASSES = 4
 IMAGE_SHAPE = (1, 8, 8)
@@ -335,7 +335,8 @@ def test_a_result_holds_exactly_the_documented_metrics_as_plain_values_that_pick
         return measured | {"lr", "grad_norm", "time/epoch_s"}
 
     result = next(iter(fit(ImageNet(), image_splits(), quick_config())))
-    assert result.metrics.keys() == names_for("accuracy", "precision", "recall", "f1")
+    averages = ("accuracy", "precision", "recall", "f1", "precision_weighted", "f1_weighted")
+    assert result.metrics.keys() == {*names_for(*averages), "val/auroc"}
     assert result.value == result.metrics["val/accuracy"]
     assert {type(value) for value in result.metrics.values()} == {float}
     assert {type(value) for value in vars(result).values()} <= {int, float, bool, dict, type(None)}
@@ -514,7 +515,7 @@ def test_the_gradient_norm_is_measured_before_clipping_and_averaged_over_the_ste
 def test_evaluation_of_any_split_gives_the_metrics_without_prefix() -> None:
     splits = image_splits()
     measured = evaluate(ImageNet(), splits.validation, quick_config(), NUM_CLASSES)
-    assert measured.keys() == {"loss", "accuracy", "precision", "recall", "f1"}
+    assert measured.keys() == {"loss", *CLASSIFICATION_METRICS}
     splits = line_splits()
     measured = evaluate(Line(3), splits.validation, regression_config(), 0, target_scale=2.0)
     assert measured["loss"] == pytest.approx(measured["mse"] / 4)
@@ -950,8 +951,53 @@ def test_classification_metrics_equal_torchmetrics(
         "precision": reference.precision(outputs, targets, "multiclass", num_classes=num_classes, average="macro"),
         "recall": reference.recall(outputs, targets, "multiclass", num_classes=num_classes, average="macro"),
         "f1": reference.f1_score(outputs, targets, "multiclass", num_classes=num_classes, average="macro"),
+        "precision_weighted": reference.precision(
+            outputs, targets, "multiclass", num_classes=num_classes, average="weighted"
+        ),
+        "f1_weighted": reference.f1_score(outputs, targets, "multiclass", num_classes=num_classes, average="weighted"),
     }
     assert ours == pytest.approx({name: value.item() for name, value in theirs.items()}, abs=1e-6)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    num_classes=st.integers(2, 12),
+    num_examples=st.integers(2, 60),
+    num_ties=st.integers(0, 30),
+)
+@settings(deadline=None)
+@pytest.mark.filterwarnings("ignore:(No|Average precision) .*:UserWarning")
+def test_auroc_equals_torchmetrics_with_ties_and_missing_classes(
+    seed: int, num_classes: int, num_examples: int, num_ties: int
+) -> None:
+    from torchmetrics import functional as reference
+
+    generator = torch.Generator().manual_seed(seed)
+    outputs = torch.randn(num_examples, num_classes, generator=generator)
+    outputs[:num_ties] = outputs[0]
+    targets = torch.randint(num_classes, (num_examples,), generator=generator)
+    targets[:2] = torch.tensor([0, 1])
+    theirs = reference.auroc(outputs.double().softmax(1), targets, "multiclass", num_classes=num_classes, average=None)
+    assert theirs is not None
+    counts = targets.bincount(minlength=num_classes)
+    is_defined = (counts > 0) & (counts < num_examples)  # torchmetrics says 0 for the others
+    assert auroc(outputs, targets).item() == pytest.approx(theirs[is_defined].mean().item(), abs=1e-6)
+
+
+def test_auroc_tells_sure_answers_apart() -> None:
+    outputs = torch.tensor([[0.0, 20.0], [0.0, 25.0], [0.0, 30.0], [0.0, 35.0]])
+    assert outputs.softmax(1)[:, 1].unique().item() == 1.0
+    assert auroc(outputs, torch.tensor([0, 0, 1, 1])) == 1.0
+
+
+def test_the_confusion_matrix_has_a_row_for_each_class_and_a_column_for_what_it_is_taken_for() -> None:
+    splits, model = image_splits(), ImageNet().eval()
+    counts = torch.tensor(confusion_matrix(model, splits.validation, quick_config(), NUM_CLASSES))
+    assert counts.sum(1).equal(splits.validation.targets.bincount(minlength=NUM_CLASSES))
+    by_hand = torch.zeros_like(counts)
+    for target, prediction in zip(splits.validation.targets, model(splits.validation.inputs).argmax(1), strict=True):
+        by_hand[target, prediction] += 1
+    assert counts.equal(by_hand)
 
 
 @given(

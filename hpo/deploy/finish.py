@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hpo.deploy.load import load_trial
 from hpo.errors import HpoError, SearchError
 from hpo.search.findings import findings, importances
-from hpo.search.winner import TEST_READINGS, Winner, find_winner, front_rows
-from hpo.tracking.media import plot_curves, plot_front, plot_history, plot_importances, plot_slices
-from hpo.training.trainer import evaluate
+from hpo.search.winner import MAX_CONFUSED, TEST_CONFUSIONS, TEST_READINGS, Winner, find_winner, front_rows
+from hpo.tracking.media import plot_confusion, plot_curves, plot_front, plot_history, plot_importances, plot_slices
+from hpo.training.trainer import confusion_matrix, evaluate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,10 +31,18 @@ def crown_winner(study: Study, store: TrackingStore, test: SealedSplit, device: 
     if winner is None or winner.test is not None:
         return winner
     trained = load_trial(store, study, winner.trial, device, task)
-    scores = evaluate(trained.model, _opened(test), trained.config, len(trained.model.classes))
+    examples, classes = _opened(test), trained.model.classes
+    scores = evaluate(trained.model, examples, trained.config, len(classes))
     del scores["loss"]  # of use in training alone
-    study.record(TEST_READINGS, {**(study.recorded(TEST_READINGS) or {}), str(winner.trial): scores})
+    if 0 < len(classes) <= MAX_CONFUSED:
+        counts = confusion_matrix(trained.model, examples, trained.config, len(classes))
+        _record(study, TEST_CONFUSIONS, winner.trial, {"classes": classes, "counts": counts})
+    _record(study, TEST_READINGS, winner.trial, scores)
     return find_winner(study)
+
+
+def _record(study: Study, key: str, trial: int, fact: Mapping[str, Any]) -> None:
+    study.record(key, {**(study.recorded(key) or {}), str(trial): fact})
 
 
 def _opened(test: SealedSplit) -> Split:
@@ -70,6 +78,8 @@ def write_summary(study: Study, summary: SummaryRun, winner: Winner | None) -> N
             trials, [row["trial"] for row in front], metric=metric, direction=direction, costs=settings.costs
         )
         summary.log_dict({"front": front}, "front.json")
+    if winner and winner.confusion:
+        figures["confusion_matrix"] = plot_confusion(winner.confusion["classes"], winner.confusion["counts"])
     for name, figure in figures.items():
         summary.log_figure(f"plots/{name}.png", figure)
     learned = _what_was_learned(findings(study), by_group)

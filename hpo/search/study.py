@@ -536,8 +536,7 @@ def _differences(made: StudySettings, asked: StudySettings) -> Iterator[str]:
     """How the settings differ, as a user wrote them: "--seed 0, not 1"."""
     for field, written in (
         ("task", "task"),
-        ("metric", "metric"),
-        ("direction", "direction"),
+        ("metric", "--metric"),
         ("objectives", "--objective"),
         ("seed", "--seed"),
         ("strategy", "--strategy"),

@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from hpo.search.study import Study
 
 TEST_READINGS = "test_readings"
+TEST_CONFUSIONS = "test_confusions"
+
+MAX_CONFUSED = 50
+"""Classes of which a confusion matrix can be looked at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +26,9 @@ class Winner:
     best_epoch: int
     test: dict[str, float] | None
     """Scores on the test split; None until the search has reached its end."""
+    confusion: dict[str, Any] | None
+    """What the test split's classes are taken for: `classes` and `counts`, a row of counts for each class. None for a
+    regression, and with more than MAX_CONFUSED classes."""
     num_test_readings: int
     """How often this study has read the test split: once for each winner that it had at an end."""
 
@@ -34,6 +41,7 @@ def find_winner(study: Study) -> Winner | None:
     assert best.value is not None, "the best trial has a value"
     assert best.best_epoch is not None, "the best trial has a best epoch"
     readings: dict[str, dict[str, float]] = study.recorded(TEST_READINGS) or {}
+    confusions: dict[str, dict[str, Any]] = study.recorded(TEST_CONFUSIONS) or {}
     return Winner(
         trial=best.number,
         configuration={name: value for name, value in best.values.items() if name not in best.inactive},
@@ -41,6 +49,7 @@ def find_winner(study: Study) -> Winner | None:
         validation=best.value,
         best_epoch=best.best_epoch,
         test=readings.get(str(best.number)),
+        confusion=confusions.get(str(best.number)),
         num_test_readings=len(readings),
     )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, cycle
+from itertools import accumulate, cycle, product
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -173,6 +173,9 @@ def plot_importances(importances: Mapping[str, Mapping[str, float]]) -> Figure:
     return figure
 
 
+_MAX_COUNTED = 20
+"""Classes in a confusion matrix with room for its counts."""
+
 _COST_UNITS = {"latency": "ms", "params": "trainable"}
 
 
@@ -203,6 +206,29 @@ def plot_front(
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(f"{cost} ({_COST_UNITS[cost]}, lower is better)")
         _finish_value_axis(axes, metric, direction, limits, empty=False)
+    return figure
+
+
+def plot_confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> Figure:
+    """What each class, a row, is taken for, a column: as shares of the class, with the counts where they fit."""
+    side = max(4.5, 1.5 + 0.45 * len(classes))
+    figure = Figure(figsize=(side + 1, side), dpi=_DPI, layout="constrained")
+    figure.suptitle("Confusion matrix of the winner on the test split", fontweight="bold")
+    axes = figure.subplots()
+    shares = [[count / max(1, sum(row)) for count in row] for row in counts]
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the class")
+    ticks = range(len(classes))
+    crowded = sum(map(len, classes)) > 30
+    axes.set_xticks(ticks, classes, rotation=90 if crowded else 0)
+    axes.set_yticks(ticks, classes)
+    axes.set_xlabel("taken for")
+    axes.set_ylabel("class")
+    if len(classes) <= _MAX_COUNTED:
+        for row, column in product(ticks, ticks):
+            if count := counts[row][column]:
+                colour = "white" if shares[row][column] > 0.5 else _BLACK
+                axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=9)
     return figure
 
 

@@ -104,7 +104,7 @@ def _binary_cross_entropy(
         shares = torch.zeros_like(outputs, dtype=torch.float32).scatter(1, targets[:, None], 1.0)
     wanted = shares if smoothing is None else (1 - smoothing) * shares + smoothing / outputs.shape[1]
     losses = functional.binary_cross_entropy_with_logits(outputs.float(), wanted, reduction="none").mean(1)  # (B,)
-    return losses.mean() if class_weights is None else (losses * (shares @ class_weights)).mean()
+    return losses.mean() if class_weights is None else (losses * (shares * class_weights).sum(1)).mean()
 
 
 def _balanced_weights(train: Split, num_classes: int) -> Tensor:

@@ -44,9 +44,9 @@ class EpochResult:
     """From 1."""
 
     metrics: dict[str, float]
-    """`train/loss`, `val/loss` and every other metric of the task for both, `lr` at the epoch's end, `grad_norm` (mean
-    over the steps, before clipping) and `time/epoch_s`. The train values are means over the epoch as the weights
-    change, with dropout and augmentation."""
+    """`train/loss`, `val/loss` and every other metric of the task for both (`auroc` for the validation alone), `lr` at
+    the epoch's end, `grad_norm` (mean over the steps, before clipping) and `time/epoch_s`. The train values are means
+    over the epoch as the weights change, with dropout and augmentation."""
 
     value: float
     """The metric that decides, on the validation split; NaN where the epoch diverged."""
@@ -106,8 +106,22 @@ def evaluate(
     In fp32, as the model is deployed. A regression's loss is in units of `target_scale`, as in `fit` with
     `losses.target_scale(splits.train)`; all other metrics are in the target's units.
     """
+    return _read(_measure(model, split, config, num_classes, target_scale).compute())
+
+
+def confusion_matrix(model: nn.Module, split: Split, config: TrainConfig, num_classes: int) -> list[list[int]]:
+    """Examples of any split by class, a row each, and by what `model` takes them for, a column each; as `evaluate`."""
+    confusion = _measure(model, split, config, num_classes, target_scale=1.0).confusion
+    assert confusion is not None, "there are classes"
+    counts: list[list[int]] = confusion.long().tolist()
+    return counts
+
+
+def _measure(
+    model: nn.Module, split: Split, config: TrainConfig, num_classes: int, target_scale: float
+) -> EpochMetrics:
     loss = loss_function(config, num_classes, target_scale)
-    return _read(_evaluate(model.to(config.device), split, config, loss, num_classes, precision="fp32"))
+    return _evaluate(model.to(config.device), split, config, loss, num_classes, precision="fp32")
 
 
 class _Run:
@@ -174,7 +188,8 @@ class _Run:
                 self.num_classes,
                 precision=self.step.precision,
             )
-        metrics = _read({**_prefixed("train/", train), **_prefixed("val/", validation), "grad_norm": grad_norm})
+        measured = {**_prefixed("train/", train), **_prefixed("val/", validation.compute()), "grad_norm": grad_norm}
+        metrics = _read(measured)
         metrics["lr"] = float(self.optimizer.param_groups[0]["lr"])
         metrics["time/epoch_s"] = time.perf_counter() - started
         if isinstance(self.step, TrainingStep):
@@ -339,16 +354,16 @@ def _evaluate(
     num_classes: int,
     *,
     precision: str,
-) -> dict[str, Tensor]:
+) -> EpochMetrics:
     """Loss and metrics on a split; leaves the model, which is on the config's device, in evaluation mode."""
     model.eval()
-    metrics = EpochMetrics(num_classes, config.device)
+    metrics = EpochMetrics(num_classes, config.device, with_auroc=True)
     for inputs, targets in evaluation_batches(split, evaluation_batch_size(split, config.batch_size), config.device):
         with autocast(precision, inputs.device):
             outputs = model(inputs)
             loss = loss_function(outputs, targets)
         metrics.update(outputs, targets, loss)
-    return metrics.compute()
+    return metrics
 
 
 def _prefixed(prefix: str, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
