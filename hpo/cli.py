@@ -89,8 +89,8 @@ study_options = _options(
     click.option(
         "--pruner",
         metavar="NAME",
-        help="model, sha, median, hyperband or none. [default: model with priority, else sha; "
-        "none with several objectives]",
+        help="model, sha, median, hyperband, wilcoxon or none. [default: model with priority, else sha; "
+        "wilcoxon with --folds; none with several objectives]",
     ),
     click.option(
         "--first-rung",
@@ -103,6 +103,12 @@ study_options = _options(
     click.option("--space", metavar="NAME|FILE", help="Search another space than the task's own."),
     click.option(
         "--metric", metavar="NAME", help="What decides, on the validation split: f1, auroc, ... [default: the task's]"
+    ),
+    click.option(
+        "--folds",
+        type=int,
+        metavar="K",
+        help="For small data: a trial is the mean of K trainings, each judged by another part. [default: one part]",
     ),
     click.option(
         "--objective",

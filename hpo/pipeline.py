@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from hpo.data.datasets import save_splits, split_dataset
-from hpo.deploy.finish import crown_winner, write_summary
+from hpo.data.datasets import check_folds, save_splits, split_dataset
+from hpo.deploy.finish import crown_winner, refit_winner, write_summary
 from hpo.errors import SearchError, StoreError, UsageError
 from hpo.execution.coordinator import Coordinator
 from hpo.execution.local import LocalWorkers, warm_up
@@ -93,6 +93,7 @@ def run_search(
     limit: int | None = None,
     space: str | None = None,
     metric: str | None = None,
+    folds: int | None = None,
     objectives: Sequence[str] = (),
     tries: Sequence[str] = (),
     warm_starts: Sequence[str] = (),
@@ -134,7 +135,7 @@ def run_search(
         deterministic=deterministic,
     )
     given = _study_fields(
-        trials, epochs, overrides, strategy, pruner, first_rung, seed, limit, space, metric, objectives
+        trials, epochs, overrides, strategy, pruner, first_rung, seed, limit, space, metric, folds, objectives
     )
     found, name, settings = agree(means, task, study, given)
     proposals = find_proposals(means, name, settings, tries, warm_starts)
@@ -155,6 +156,7 @@ def submit_study(
     limit: int | None = None,
     space: str | None = None,
     metric: str | None = None,
+    folds: int | None = None,
     objectives: Sequence[str] = (),
     tries: Sequence[str] = (),
     warm_starts: Sequence[str] = (),
@@ -172,7 +174,7 @@ def submit_study(
     if space is not None:
         require_registered(SEARCH_SPACES, space)
     given = _study_fields(
-        trials, epochs, overrides, strategy, pruner, first_rung, seed, limit, space, metric, objectives
+        trials, epochs, overrides, strategy, pruner, first_rung, seed, limit, space, metric, folds, objectives
     )
     _, name, settings = agree(means, task, study, given)
     proposals = find_proposals(means, name, settings, tries, warm_starts)
@@ -241,6 +243,7 @@ def _study_fields(
     limit: int | None,
     space: str | None,
     metric: str | None,
+    folds: int | None,
     objectives: Sequence[str],
 ) -> dict[str, Any]:
     """The options of `hpo search` as fields of StudySettings."""
@@ -255,6 +258,7 @@ def _study_fields(
         "seed": seed,
         "limit": limit,
         "metric": metric,
+        "folds": folds,
         "objectives": tuple(objectives) or None,
     }
 
@@ -278,7 +282,10 @@ def _search(
         warm_up()  # the workers' server imports torch while the data are read
     observer.note(f"loading the data of {task.objective.name}")
     dataset = load_dataset(task, means.data_dir)
-    splits = split_dataset(dataset, validation_fraction=VALIDATION_FRACTION, seed=settings.seed, limit=settings.limit)
+    fraction = 1 / settings.folds if settings.folds else VALIDATION_FRACTION
+    splits = split_dataset(dataset, validation_fraction=fraction, seed=settings.seed, limit=settings.limit)
+    if settings.folds:
+        check_folds(splits, settings.folds)
     check_task(task, splits)
     require_space(means.home, splits.num_bytes)
     session_id = uuid4().hex
@@ -324,6 +331,8 @@ def _search(
                 observer=observer,
             )
             crown = partial(crown_winner, study, store, dataset.test, means.device, task.reference)
+            if settings.folds:
+                crown = partial(crown, partial(refit_winner, study, store, splits, task, means.device, means.trainer))
             winner = _run_and_crown(coordinator, session, study, runs, crown, presence.close, observer)
         store.optimise()
     return SearchOutcome(
@@ -403,7 +412,8 @@ def _run_and_crown(
     summary = session.exclusively(runs.summary_run)
     try:
         coordinator.run()
-        observer.note("drawing the plots" + (" and testing the winner" if coordinator.is_done else ""))
+        ending = "training the winner on all examples" if study.settings.folds else "testing the winner"
+        observer.note("drawing the plots" + (f" and {ending}" if coordinator.is_done else ""))
         runs.flush()
         coordinator.remove_old_checkpoints()
         leave()
@@ -436,10 +446,11 @@ def _await_others(session: Session) -> None:
 def _open_runs(store: TrackingStore, study: Study, task: Task, session: Session) -> StudyRuns:
     settings = study.settings
     best_first = "descending" if settings.direction == "maximize" else "ascending"
+    value = f", the mean of {settings.folds} folds" if settings.folds else ""
     note = (
-        f"{task.objective.description}\n\nSorted by `best/{settings.metric}` ({best_first}), the best trial is on top; "
-        "its curves are under *Model metrics*, its weights in the artifacts. The run *study summary* holds the plots, "
-        "the search space and the winner."
+        f"{task.objective.description}\n\nSorted by `best/{settings.metric}`{value} ({best_first}), the best trial is "
+        "on top; its curves are under *Model metrics*, its weights in the artifacts. The run *study summary* holds the "
+        "plots, the search space and the winner."
     )
     return StudyRuns(
         store,

@@ -148,6 +148,7 @@ def study_facts(name: str, home: Path | None, storage: str | None = None, top: i
             "epochs": study.settings.max_epochs,
             "seed": study.settings.seed,
             "limit": study.settings.limit,
+            "folds": study.settings.folds,
             "counts": study.counts(),
             "importances": {group: asdict(importance) for group, importance in importances(study).items()},
             "findings": [asdict(finding) for finding in findings(study)],
@@ -159,11 +160,13 @@ def study_facts(name: str, home: Path | None, storage: str | None = None, top: i
 
 def print_study(console: Console, facts: dict[str, Any]) -> None:
     console.print(
-        f"{facts['study']}: {facts['metric']} ({facts['direction']}), strategy {facts['strategy']}, "
+        f"{facts['study']}: {facts['metric']} ({facts['direction']}){_over_folds(facts['folds'])}, "
+        f"strategy {facts['strategy']}, "
         f"pruner {facts['pruner']}, {facts['epochs']} epochs, seed {facts['seed']}; {describe_counts(facts['counts'])}"
     )
     costs = facts["objectives"][1:]
-    table = _table("trial", "state", facts["metric"], *costs, "best epoch", "epochs", "configuration")
+    steps = "folds" if facts["folds"] else "epochs"
+    table = _table("trial", "state", facts["metric"], *costs, "best epoch", steps, "configuration")
     for trial in facts["trials"]:
         table.add_row(
             str(trial["number"]),
@@ -245,11 +248,16 @@ def _print_front(console: Console, rows: list[dict[str, Any]]) -> None:
 
 def _print_winner(console: Console, winner: Winner) -> None:
     table = Table.grid(padding=(0, 2))
-    table.add_row("Best", f"trial {winner.trial}, epoch {winner.best_epoch}")
+    epoch = f"trained on all examples for {winner.best_epoch} epochs" if winner.folds else f"epoch {winner.best_epoch}"
+    table.add_row("Best", f"trial {winner.trial}, {epoch}")
     table.add_row("Configuration", format_configuration(winner.configuration))
-    table.add_row("Validation", f"{winner.metric} {winner.validation:.4f}")
+    table.add_row("Validation", f"{winner.metric} {winner.validation:.4f}{_over_folds(winner.folds)}")
     table.add_row("Test", _describe_test(winner))
     console.print(table)
+
+
+def _over_folds(num_folds: int | None) -> str:
+    return f", mean of {num_folds} folds" if num_folds else ""
 
 
 def _describe_test(winner: Winner) -> str:

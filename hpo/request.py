@@ -15,7 +15,7 @@ from hpo.errors import StudyMismatchError, UnknownNameError, UsageError
 from hpo.home import check_study_name, find_data_dir, find_home, find_storage
 from hpo.plugins import SEARCH_SPACES, Task, load_task, require_registered
 from hpo.preflight import choose_device
-from hpo.search.pruners import PRUNERS, check_first_rung
+from hpo.search.pruners import PRUNERS, check_first_rung, check_folds_pruner
 from hpo.search.samplers import STRATEGIES
 from hpo.search.storage import read_storage
 from hpo.search.study import Study, StudySettings, read_settings
@@ -159,19 +159,21 @@ def _settle(task: Task, stored: StudySettings | None, given: Mapping[str, Any]) 
         "planned_trials": DEFAULT_TRIALS,
         "max_epochs": task.train_config({}).max_epochs,
         "strategy": "priority",
-        # Of another strategy's trials `model` would demand what its own proposals are worth.
-        "pruner": "model" if given.get("strategy") in (None, "priority") else "sha",
+        "pruner": _default_pruner(given),
         "first_rung": None,
         "seed": 0,
         "limit": None,
         "metric": task.objective.metric,
         "objectives": (),
+        "folds": None,
     }
     known = {name: getattr(stored, name) for name in defaults} if stored else defaults
     chosen = known | {name: value for name, value in given.items() if value is not None}
     for option, name in (("--trials", "planned_trials"), ("--epochs", "max_epochs"), ("--limit", "limit")):
         if chosen[name] is not None and chosen[name] < 1:
             raise UsageError(f"{option} {chosen[name]} is not allowed: it must be at least 1.")
+    if chosen["folds"] is not None and chosen["folds"] < 2:
+        raise UsageError(f"--folds {chosen['folds']} is not allowed: it must be at least 2.")
     if chosen["seed"] < 0:
         raise UsageError(f"--seed {chosen['seed']} is not allowed: it must be at least 0.")
     for kind, names in (("strategy", STRATEGIES), ("pruner", PRUNERS), ("metric", METRICS)):
@@ -180,6 +182,7 @@ def _settle(task: Task, stored: StudySettings | None, given: Mapping[str, Any]) 
     chosen["objectives"] = _check_objectives(chosen["objectives"], chosen["metric"])
     if chosen["objectives"]:
         _suit_several_objectives(chosen, given)
+    check_folds_pruner(chosen["pruner"], chosen["folds"])
     check_first_rung(chosen["pruner"], chosen["max_epochs"], chosen["first_rung"])
     return StudySettings(
         task=task.objective.name,
@@ -187,6 +190,13 @@ def _settle(task: Task, stored: StudySettings | None, given: Mapping[str, Any]) 
         direction=METRICS[chosen["metric"]],
         **chosen,
     )
+
+
+def _default_pruner(given: Mapping[str, Any]) -> str:
+    if given.get("folds"):
+        return "wilcoxon"
+    # Of another strategy's trials `model` would demand what its own proposals are worth.
+    return "model" if given.get("strategy") in (None, "priority") else "sha"
 
 
 def _check_objectives(objectives: tuple[str, ...], metric: str) -> tuple[str, ...]:

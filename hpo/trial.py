@@ -27,7 +27,8 @@ class TrialRecord:
     """How the trial ended, or `running`, or `queued` where a configuration was given and has yet to be tried."""
 
     value: float | None
-    """The monitored metric at the best epoch; None where no epoch was finished."""
+    """The monitored metric at the best epoch, the mean over the folds where there are any; None where no epoch, or
+    fold, was finished."""
 
     values: dict[str, Any]
     """Every parameter, the inactive ones too."""
@@ -36,10 +37,10 @@ class TrialRecord:
     """Names of parameters whose `when` does not hold in this trial."""
 
     curve: dict[int, float]
-    """The monitored metric by epoch; NaN where it was not finite."""
+    """The monitored metric by epoch, or by fold where there are any; NaN where it was not finite."""
 
     best_epoch: int | None
-    """Epoch that `value` was reached in."""
+    """Epoch that `value` was reached in, the mean over the folds where there are any."""
 
     stage: str
     """Group of parameters, or step of the strategy, that this trial searched."""

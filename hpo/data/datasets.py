@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,36 @@ def split_dataset(dataset: Dataset, *, validation_fraction: float, seed: int, li
     return Splits(train, validation, dataset.spec)
 
 
+def all_examples(splits: Splits) -> Split:
+    """Those that are trained on and those that are validated on, in an order that is stratified by class."""
+    parts = (splits.validation, splits.train)  # as split_dataset has taken them from its order
+    return Split(_joined([part.inputs for part in parts]), torch.cat([part.targets for part in parts]))
+
+
+def folds(splits: Splits, num_folds: int) -> Iterator[Splits]:
+    """All examples of `splits` divided anew for a cross-validation: each is validated on in one fold.
+
+    The folds are of the same size, but for one example, and hold the classes in proportion.
+    """
+    examples = all_examples(splits)
+    ends = [len(examples) * number // num_folds for number in range(num_folds + 1)]
+    for begin, end in pairwise(ends):
+        left_out = np.arange(begin, end)
+        others = np.delete(np.arange(len(examples)), left_out)
+        yield Splits(_select(examples, others), _select(examples, left_out), splits.spec)
+
+
+def check_folds(splits: Splits, num_folds: int) -> None:
+    """Raise UsageError where there are too few examples, of a class perhaps, for each fold to have one."""
+    examples = all_examples(splits)
+    classes = splits.spec.classes
+    counts = dict(zip(classes, torch.bincount(examples.targets).tolist(), strict=True)) if classes else {}
+    for name, count in {"": len(examples), **counts}.items():
+        if count < num_folds:
+            of_what = f"examples of '{name}'" if name else "examples"
+            raise UsageError(f"--folds {num_folds} is not allowed: there are only {count} {of_what}.")
+
+
 def hold_out(
     inputs: Tensor | MappedImages, targets: Tensor, classes: Sequence[str], *, test_fraction: float = 0.2, seed: int = 0
 ) -> Dataset:
@@ -173,6 +204,16 @@ def _require_all_classes(name: str, split: Split, classes: Sequence[str], num_ex
             f"{num_examples} examples of {len(classes)} classes leave none of '{missing[0]}' for {name}; "
             f"there must be more, or a larger --limit."
         )
+
+
+def _joined(inputs: Sequence[Tensor | MappedImages]) -> Tensor | MappedImages:
+    """The examples of both; mapped images are of the same file."""
+    first, second = inputs
+    if isinstance(first, MappedImages) and isinstance(second, MappedImages):
+        return first.join(second)
+    assert isinstance(first, Tensor), "a data set lies in one place"
+    assert isinstance(second, Tensor), "a data set lies in one place"
+    return torch.cat((first, second))
 
 
 def _select(split: Split, indices: Indices) -> Split:

@@ -63,3 +63,7 @@ class MappedImages:
     def select(self, indices: Tensor) -> MappedImages:
         """Those of them alone; nothing is read."""
         return MappedImages(self.file, self.num_images, tuple(self.shape[1:]), self.rows[indices])
+
+    def join(self, others: MappedImages) -> MappedImages:
+        """These and then others of the same file; nothing is read."""
+        return MappedImages(self.file, self.num_images, tuple(self.shape[1:]), torch.cat((self.rows, others.rows)))

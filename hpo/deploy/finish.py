@@ -1,35 +1,51 @@
-"""The end of a study: its winner is tested, once."""
+"""The end of a study: its winner is trained on all examples where its folds were not, and tested, once."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from hpo.deploy.load import load_trial
 from hpo.errors import HpoError, SearchError
+from hpo.execution.messages import Assignment
+from hpo.execution.worker import CHECKPOINT, refit
 from hpo.search.findings import findings, importances
 from hpo.search.winner import MAX_CONFUSED, TEST_CONFUSIONS, TEST_READINGS, Winner, find_winner, front_rows
 from hpo.tracking.media import plot_confusion, plot_curves, plot_front, plot_history, plot_importances, plot_slices
 from hpo.training.trainer import confusion_matrix, evaluate
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+    from hpo.data.datasets import Splits
     from hpo.objective import SealedSplit, Split
+    from hpo.plugins import Task
     from hpo.search.findings import Finding, GroupImportance
     from hpo.search.study import Study
     from hpo.tracking.recorder import SummaryRun
     from hpo.tracking.store import TrackingStore
 
 
-def crown_winner(study: Study, store: TrackingStore, test: SealedSplit, device: str, task: str) -> Winner | None:
+def crown_winner(
+    study: Study,
+    store: TrackingStore,
+    test: SealedSplit,
+    device: str,
+    task: str,
+    retrain: Callable[[Winner], None] | None = None,
+) -> Winner | None:
     """The winner with its test scores. The test split is opened only if this winner has not been tested before.
 
-    `task` finds the code of its model. The caller holds the study's lock, so that no two crown it.
+    `task` finds the code of its model. What has been cross-validated has no model before `retrain` has made it; where
+    that is cut short it is made anew. The caller holds the study's lock, so that no two crown it.
     """
     winner = find_winner(study)
     if winner is None or winner.test is not None:
         return winner
+    if retrain:
+        retrain(winner)
     trained = load_trial(store, study, winner.trial, device, task)
     examples, classes = _opened(test), trained.model.classes
     scores = evaluate(trained.model, examples, trained.config, len(classes))
@@ -39,6 +55,30 @@ def crown_winner(study: Study, store: TrackingStore, test: SealedSplit, device: 
         _record(study, TEST_CONFUSIONS, winner.trial, {"classes": classes, "counts": counts})
     _record(study, TEST_READINGS, winner.trial, scores)
     return find_winner(study)
+
+
+def refit_winner(
+    study: Study,
+    store: TrackingStore,
+    splits: Splits,
+    task: Task,
+    device: str,
+    trainer: Mapping[str, Any],
+    winner: Winner,
+) -> None:
+    """Train the winner of a cross-validation on all examples, and give its run the model."""
+    config = task.train_config(
+        winner.configuration,
+        max_epochs=study.settings.max_epochs,
+        seed=study.trial_seed(winner.trial),
+        device=device,
+        **trainer,
+    )
+    parameters = task.model_parameters(winner.configuration)
+    with TemporaryDirectory() as folder:
+        assignment = Assignment(number=winner.trial, model_parameters=parameters, config=config, folder=Path(folder))
+        refit(assignment, task.objective, splits, num_epochs=winner.best_epoch, value=winner.validation)
+        store.upload(store.find_trial_run(study.name, winner.trial), Path(folder), CHECKPOINT)
 
 
 def _record(study: Study, key: str, trial: int, fact: Mapping[str, Any]) -> None:
@@ -64,7 +104,7 @@ def write_summary(study: Study, summary: SummaryRun, winner: Winner | None) -> N
     by_group = importances(study)
     figures = {
         "history": plot_history(trials, metric=metric, direction=direction),
-        "learning_curves": plot_curves(trials, metric=metric, direction=direction),
+        "learning_curves": plot_curves(trials, metric=metric, direction=direction, has_folds=bool(settings.folds)),
         "slices": plot_slices(trials, settings.space, metric=metric, direction=direction),
         "importances": plot_importances(
             {
@@ -97,9 +137,14 @@ def write_summary(study: Study, summary: SummaryRun, winner: Winner | None) -> N
 def _in_words(study: Study, winner: Winner) -> str:
     rows = "".join(f"| {name} | {value} |\n" for name, value in winner.configuration.items())
     test = "not read yet" if winner.test is None else ", ".join(f"{k} {v:.4f}" for k, v in winner.test.items())
+    judged = (
+        f"the mean of {winner.folds} folds; trained on all examples for {winner.best_epoch} epochs"
+        if winner.folds
+        else f"on the validation split at epoch {winner.best_epoch}"
+    )
     return (
-        f"**Winner: trial {winner.trial}**, {winner.metric} {winner.validation:.4f} on the validation split at epoch "
-        f"{winner.best_epoch}; test split: {test}.\n\n| parameter | value |\n| --- | --- |\n{rows}\n"
+        f"**Winner: trial {winner.trial}**, {winner.metric} {winner.validation:.4f} {judged}; "
+        f"test split: {test}.\n\n| parameter | value |\n| --- | --- |\n{rows}\n"
         f'Load it: `hpo.load_best("{study.name}")`. Plots, settings and search space are in the artifacts.'
     )
 

@@ -14,6 +14,7 @@ from hpo.models.preprocessed import PreprocessedModel, build_model
 from hpo.plugins import OBJECTIVES, load_objective, require_registered
 from hpo.search.storage import read_storage
 from hpo.search.study import Study
+from hpo.search.winner import TEST_READINGS
 from hpo.tracking.store import home_store_uri, open_store
 from hpo.training.checkpoint import load_weights
 
@@ -39,7 +40,8 @@ def load_best(
     names it (as on the command line) where it is no longer where the search found it. `storage` is the URL of a shared
     database; a task that is named there alone must be a registered one.
 
-    Raises UnknownNameError for an unknown study, UsageError while no trial has finished, CheckpointError for damage.
+    Raises UnknownNameError for an unknown study, UsageError while no trial has finished and for a cross-validated trial
+    that is not the winner, CheckpointError for damage.
     """
     home = find_home(home)
     storage = find_storage(storage)
@@ -51,8 +53,14 @@ def load_best(
         raise UsageError(f"study '{study}' has no finished trial yet; let `hpo search` run on.")
     if trial is not None and all(record.number != trial for record in opened.trials()):
         raise UsageError(f"study '{study}' has no trial {trial}; `hpo show {study}` lists its trials.")
+    number = best.number if trial is None else trial
+    if opened.settings.folds and str(number) not in (opened.recorded(TEST_READINGS) or {}):
+        raise UsageError(
+            f"trial {number} of study '{study}' has no model of its own: with --folds the winner alone gets one, "
+            "trained on all examples when the search has all its trials."
+        )
     store = open_store(home, find_runs(opened, home, tracking_uri, is_shared=storage is not None))
-    return load_trial(store, opened, best.number if trial is None else trial, device, task).model
+    return load_trial(store, opened, number, device, task).model
 
 
 def find_runs(study: Study, home: Path, given: str | None, *, is_shared: bool) -> str | None:

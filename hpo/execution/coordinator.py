@@ -131,7 +131,7 @@ class Coordinator:
         best = self._study.best()
         return Standing(
             study=self._study.name,
-            metric=self._study.settings.metric,
+            metric=f"mean {self._study.settings.metric}" if self._study.settings.folds else self._study.settings.metric,
             direction=self._study.settings.direction,
             num_trials=self._study.num_trials,
             counts=self._study.counts(),
@@ -192,6 +192,7 @@ class Coordinator:
                 ),
                 folder=attempt.folder,
                 costs=self._study.settings.costs,
+                folds=self._study.settings.folds,
             )
         )
 
@@ -239,16 +240,26 @@ class Coordinator:
         if result.diverged:
             return attempt.end("diverged", f"the loss was not finite in epoch {result.epoch}")
         try:
-            is_weak = self._study.report(attempt.number, result.epoch, result.value)
+            is_weak = self._report(attempt.number, result)
         except TrialTakenError:
             return attempt.end("interrupted", _TAKEN)
         if is_weak:
-            return attempt.end("pruned", f"weaker than the others at epoch {result.epoch}")
+            where = f"in {result.fold} folds" if result.fold else f"at epoch {result.epoch}"
+            return attempt.end("pruned", f"weaker than the others {where}")
         if self.interrupted:
             return attempt.end("interrupted", "stopped by hand")
         if self._time_is_up():
             return attempt.end("interrupted", "the time was up")
         return Decision.GO_ON
+
+    def _report(self, number: int, result: EpochResult) -> bool:
+        """Tell the study of an epoch, or of a fold that is over; whether the trial is too weak to go on."""
+        if result.fold is None:
+            return self._study.report(number, result.epoch, result.value)
+        if not result.is_last:
+            return False
+        assert result.fold_value is not None, "a fold that did not diverge has a value"
+        return self._study.report(number, result.fold, result.fold_value)
 
     def _mourn(self, attempt: _Attempt, reason: str) -> None:
         """A trial whose worker died is begun again, unless it kills one worker after another at the same place."""
@@ -262,9 +273,10 @@ class Coordinator:
     def _write_down(self, attempt: _Attempt) -> None:
         """MLflow's spool first, Optuna second: after a kill in between the trial simply ends again."""
         # A trial that cannot win has no value in the table of runs, which is sorted by it, and needs no weights.
-        value = attempt.best_value if attempt.state in CROWNABLE else None
+        value = self._value_of(attempt) if attempt.state in CROWNABLE else None
         outdone = [] if value is None else self._best.add(attempt.number, value, attempt.costs)
-        if value is not None and attempt.number not in outdone:
+        has_weights = not self._study.settings.folds  # else the winner alone, when it is trained on all examples
+        if value is not None and attempt.number not in outdone and has_weights:
             for name in (BEST_WEIGHTS, DESCRIPTION):
                 attempt.run.log_file(attempt.folder / name, CHECKPOINT)
         attempt.run.finish(attempt.state, value=value, reason=attempt.reason, costs=attempt.costs)
@@ -278,6 +290,11 @@ class Coordinator:
         if attempt.state != "interrupted":
             self.remove_old_checkpoints()
         self._observer.trial_ended(attempt.suggestion, attempt.state, attempt.last, attempt.reason)
+
+    def _value_of(self, attempt: _Attempt) -> float | None:
+        if attempt.state == "pruned" and self._study.settings.folds:
+            return self._study.estimated_mean(attempt.number)
+        return attempt.best_value
 
     def _tell(self, attempt: _Attempt, value: float | None) -> bool:
         """Tell the study how a trial ended; False where another machine has taken it over."""

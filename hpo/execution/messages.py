@@ -56,6 +56,8 @@ class Assignment:
     """Where the trial's checkpoints are, and in the end its best weights."""
     costs: tuple[str, ...] = ()
     """What is to be measured when the training has ended, some of hpo.config.COSTS."""
+    folds: int | None = None
+    """Folds of a cross-validation over all examples; None for one training, judged by the validation split."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"folder": str(self.folder)}

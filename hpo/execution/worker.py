@@ -8,18 +8,20 @@ import os
 import queue
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import torch
+from torch import nn
 
 from hpo.config import TrainConfig, derive_seed
-from hpo.data.datasets import Splits, load_splits
-from hpo.errors import CheckpointError, HpoError
+from hpo.data.datasets import Splits, all_examples, folds, load_splits
+from hpo.errors import CheckpointError, HpoError, SearchError
 from hpo.execution.messages import (
     Alive,
     Assignment,
@@ -34,12 +36,13 @@ from hpo.execution.messages import (
     encode,
 )
 from hpo.files import write_atomically
-from hpo.models.preprocessed import build_model
+from hpo.models.preprocessed import PreprocessedModel, build_model
 from hpo.objective import DataSpec, Objective
 from hpo.plugins import load_objective
 from hpo.space import Value
 from hpo.training.checkpoint import CheckpointFolder, save_weights
 from hpo.training.costs import measure_costs
+from hpo.training.cross_validation import fit_folds
 from hpo.training.trainer import EpochResult, fit
 
 CHECKPOINT = "checkpoint"  # folder of a run's artifacts that holds the next two
@@ -161,16 +164,19 @@ def run_trial(
     """Train until the trainer ends or `report` says so; the costs of the model that the assignment asks for.
 
     A trial that was begun before goes on from its checkpoint. Unless it is left to be continued, its folder then holds
-    the weights of the best epoch (`best.pt`) and all that is needed to rebuild the model (`trial.json`).
+    the weights of the best epoch (`best.pt`) and all that is needed to rebuild the model (`trial.json`); but not with
+    folds, where each had a model of its own.
     """
     config = assignment.config
-    model = build_model(
-        objective, splits.spec, assignment.model_parameters, seed=derive_seed(config.seed, "initialisation")
+    build = partial(_build, objective, assignment.model_parameters)
+    model = build(splits, config)
+    results = (
+        fit_folds(build, folds(splits, assignment.folds), config, checkpoints=assignment.folder)
+        if assignment.folds
+        else fit(model, splits, config, checkpoint=CheckpointFolder(assignment.folder))
     )
-    model.fit_statistics(splits.train)
-    model.to(config.device)
     # Closed before the weights are saved: it is then that the model gets those of the best epoch.
-    with closing(fit(model, splits, config, checkpoint=CheckpointFolder(assignment.folder))) as results:
+    with closing(results):
         for result in results:
             decision = report(result)
             if decision is Decision.LEAVE:
@@ -179,13 +185,45 @@ def run_trial(
                 break
     if result.best_epoch is None or result.best_value is None:
         return {}
+    if not assignment.folds:
+        _save(model, assignment, splits.spec, result.best_epoch, result.best_value)
+    return measure_costs(model, splits.train.inputs[:1].to(config.device), assignment.costs)
+
+
+def refit(assignment: Assignment, objective: Objective, splits: Splits, *, num_epochs: int, value: float) -> None:
+    """Train on all examples, with nothing left to judge by: for as many epochs as the folds needed, who gave `value`.
+
+    The folder then holds what that of a trial without folds does. Raises SearchError where the training diverges.
+    """
+    config = assignment.config
+    # What is measured after each epoch are the training examples; a `plateau` schedule goes by them.
+    everything = Splits(all_examples(splits), all_examples(splits), splits.spec)
+    model = _build(objective, assignment.model_parameters, everything, config)
+    for result in fit(model, everything, config, num_epochs=num_epochs):
+        if result.diverged:
+            raise SearchError(
+                f"trial {assignment.number}, the winner, diverged when it was trained on all examples; "
+                "search again with smaller learning rates: -p lr=LOW:HIGH in a new --study."
+            )
+    _save(model, assignment, splits.spec, num_epochs, value)
+
+
+def _build(
+    objective: Objective, parameters: Mapping[str, Value], splits: Splits, config: TrainConfig
+) -> PreprocessedModel:
+    """The model as a training begins with it."""
+    model = build_model(objective, splits.spec, parameters, seed=derive_seed(config.seed, "initialisation"))
+    model.fit_statistics(splits.train)
+    return model.to(config.device)
+
+
+def _save(model: nn.Module, assignment: Assignment, spec: DataSpec, best_epoch: int, best_value: float) -> None:
     TrialDescription(
         trial=assignment.number,
-        spec=splits.spec,
+        spec=spec,
         model_parameters=assignment.model_parameters,
-        config=config,
-        best_epoch=result.best_epoch,
-        best_value=result.best_value,
+        config=assignment.config,
+        best_epoch=best_epoch,
+        best_value=best_value,
         weights_sha256=save_weights(model.state_dict(), assignment.folder / BEST_WEIGHTS),
     ).write(assignment.folder)
-    return measure_costs(model, splits.train.inputs[:1].to(config.device), assignment.costs)

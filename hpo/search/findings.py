@@ -152,20 +152,21 @@ def find_training_length(study: Study) -> Iterator[Finding]:
 
 
 def find_savings(study: Study) -> Iterator[Finding]:
-    """The share of epochs that pruning saved, of those that all trials together might have run."""
-    max_epochs = study.settings.max_epochs
+    """The share of epochs, or folds, that pruning saved, of those that all trials together might have run."""
+    steps, num_steps = "folds" if study.settings.folds else "epochs", study.settings.num_steps
     ended = [record for record in study.trials() if record.state in (*CROWNABLE, "diverged")]
     unspent = {"pruned": 0, "complete": 0, "diverged": 0}
     for record in ended:
-        unspent[record.state] += max_epochs - len(record.curve)
-    planned = len(ended) * max_epochs
+        unspent[record.state] += num_steps - len(record.curve)
+    planned = len(ended) * num_steps
     if not unspent["pruned"]:
         return
     others = unspent["complete"] + unspent["diverged"]
+    other_reasons = "divergence" if study.settings.folds else "early stopping and divergence"
     yield Finding(
         topic="epochs saved",
-        text=f"Pruning saved {unspent['pruned'] / planned:.0%} of the {planned} epochs that {len(ended)} trials of "
-        f"{max_epochs} might have run; early stopping and divergence saved {others / planned:.0%}.",
+        text=f"Pruning saved {unspent['pruned'] / planned:.0%} of the {planned} {steps} that {len(ended)} trials of "
+        f"{num_steps} might have run; {other_reasons} saved {others / planned:.0%}.",
         data={"planned": planned, "trained": planned - sum(unspent.values()), "saved": unspent},
     )
 

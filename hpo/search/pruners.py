@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
-from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.exceptions import ExperimentalWarning
+from optuna.pruners import (
+    BasePruner,
+    HyperbandPruner,
+    MedianPruner,
+    NopPruner,
+    SuccessiveHalvingPruner,
+    WilcoxonPruner,
+)
 from optuna.study import StudyDirection
 
 from hpo.config import derive_seed
@@ -20,8 +29,14 @@ if TYPE_CHECKING:
 
     from hpo.space import Space
 
-PRUNERS = ("model", "sha", "median", "hyperband", "none")
+PRUNERS = ("model", "sha", "median", "hyperband", "wilcoxon", "none")
+FOLD_PRUNERS = ("wilcoxon", "none")
+"""Those that judge a trial between the folds of a cross-validation; all but the last judge nothing else."""
+
 _WITH_RUNGS = ("model", "sha")
+
+FOLD_LEVEL = 0.2
+"""The smallest p-value of n folds is 2**-n: the level lets three folds that are all worse stop a trial, two do not."""
 
 NUM_HALVED_TRIALS = 8
 """Trials before the model may stop any: from fewer curves it does not know how they bend."""
@@ -38,6 +53,8 @@ def build_pruner(
     median     from the sixth complete trial on, after the first tenth of the epochs: a trial goes on while its best
                epoch is not worse than the median of the others at this epoch
     hyperband  successive halving in brackets with a first cut after 1, 3, 9, ... epochs (Li et al., 2018)
+    wilcoxon   after a fold of a cross-validation: a trial goes on unless its folds are worse than the same folds of the
+               best trial, by Wilcoxon's signed-rank test at a level of FOLD_LEVEL
     none       every trial runs to its end
 
     `first_rung` is a fifth of the epochs unless given, and a sixth with `model`. Where the first epochs tell the good
@@ -56,9 +73,20 @@ def build_pruner(
         return MedianPruner(n_startup_trials=5, n_warmup_steps=math.ceil(max_epochs / 10) + 1)
     if name == "hyperband":
         return HyperbandPruner(min_resource=1, max_resource=max_epochs, reduction_factor=3)
+    if name == "wilcoxon":
+        with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+            return WilcoxonPruner(p_threshold=FOLD_LEVEL)
     if name == "none":
         return NopPruner()
     raise UnknownNameError("pruner", name, PRUNERS)
+
+
+def check_folds_pruner(name: str, num_folds: int | None) -> None:
+    """Raise UsageError where the pruner does not fit folds, or the lack of them."""
+    if num_folds and name not in FOLD_PRUNERS:
+        raise UsageError(f"--pruner {name} stops trials between epochs; with --folds use {' or '.join(FOLD_PRUNERS)}.")
+    if name == "wilcoxon" and not num_folds:
+        raise UsageError("--pruner wilcoxon stops trials between folds; give --folds 5 with it, or use another pruner.")
 
 
 def check_first_rung(name: str, max_epochs: int, first_rung: int | None) -> None:

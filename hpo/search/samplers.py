@@ -34,8 +34,10 @@ STRATEGIES = ("priority", "tpe", "gp", "random", "grid", "qmc", "cmaes")
 GRID_STEPS = 5
 
 
-def build_sampler(strategy: str, space: Space, *, seed: int, num_trials: int) -> BaseSampler:
+def build_sampler(strategy: str, space: Space, *, seed: int, num_trials: int, has_curves: bool = True) -> BaseSampler:
     """The sampler of that name; all but `grid` begin with the default configuration.
+
+    `has_curves` says whether what trials report are learning curves, and matters to `priority` alone.
 
     priority  see hpo.search.strategy; `num_trials` is what the study was planned with, and matters here alone
     tpe       tree-structured Parzen estimators (Watanabe, 2023, arXiv:2304.11127) after 10 random trials
@@ -46,7 +48,7 @@ def build_sampler(strategy: str, space: Space, *, seed: int, num_trials: int) ->
     cmaes     CMA-ES (Hansen, 2016, arXiv:1604.00772) for numbers, random for choices; learns from complete trials only
     """
     if strategy == "priority":
-        return PrioritySampler(space, seed=seed, num_trials=num_trials)
+        return PrioritySampler(space, seed=seed, num_trials=num_trials, has_curves=has_curves)
     if strategy == "grid":
         return GridSampler(space, seed=seed)
     if strategy == "qmc":

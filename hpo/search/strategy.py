@@ -92,13 +92,22 @@ class PrioritySampler(PinningSampler):
 
     Every trial must suggest every parameter of the space; what else it suggests is drawn by the base. `num_trials` is
     the number of trials that the study was planned with; the stages follow from it, so it must not change when more are
-    added later. `base` draws what the model of the learning curves does not propose; without one it is TPE.
+    added later. `base` draws what the model of the learning curves does not propose; without one it is TPE. Without
+    curves, as where trials report folds, the model learns from final values alone.
 
     A trial depends on the seed, its number and the trials before it alone: any number of workers may ask, and a restart
     changes nothing.
     """
 
-    def __init__(self, space: Space, *, seed: int = 0, num_trials: int = 100, base: BaseSampler | None = None) -> None:
+    def __init__(
+        self,
+        space: Space,
+        *,
+        seed: int = 0,
+        num_trials: int = 100,
+        base: BaseSampler | None = None,
+        has_curves: bool = True,
+    ) -> None:
         super().__init__(base or TrialSeededSampler(lambda trial_seed: TPESampler(seed=trial_seed), seed))
         self._groups = list(tunable_groups(space).values())
         self._defaults = space.defaults()
@@ -107,7 +116,8 @@ class PrioritySampler(PinningSampler):
         self._seed = seed
         self._encoding = Encoding(space)
         self._space = space
-        self._surrogate = Surrogate(space)
+        self._has_curves = has_curves
+        self._surrogate = Surrogate(space, has_curves=has_curves)
         self._surrogate_study: tuple[BaseStorage, int] | None = None
 
     def pin(self, study: Study, trial: FrozenTrial) -> Mapping[str, Value]:
@@ -155,7 +165,7 @@ class PrioritySampler(PinningSampler):
         # It remembers the trials of one study; a sampler may serve several.
         key = (study._storage, study._study_id)
         if self._surrogate_study != key:
-            self._surrogate, self._surrogate_study = Surrogate(self._space), key
+            self._surrogate, self._surrogate_study = Surrogate(self._space, has_curves=self._has_curves), key
         return self._surrogate
 
     def _sequence_point(self, number: int) -> dict[str, Value]:

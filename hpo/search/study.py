@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Self, get_args
 
 import optuna
@@ -25,6 +26,7 @@ from hpo.trial import EndState, TrialRecord, TrialState, losses, pareto_front, r
 
 if TYPE_CHECKING:
     from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
     from optuna.storages import BaseStorage
 
     from hpo.config import Direction
@@ -46,6 +48,7 @@ _STAGE = "stage"
 _BEST_EPOCH = "best_epoch"
 _REASON = "reason"
 _DIVERGED = "diverged"
+_WAS_PRUNED = "was_pruned"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +97,14 @@ class StudySettings:
     objectives: tuple[str, ...] = ()
     """Where there are several: the metric as `val/METRIC`, then some of hpo.config.COSTS. Empty for just the metric."""
 
+    folds: int | None = None
+    """Folds of the cross-validation whose mean is a trial's value; None where a validation split gives it."""
+
+    @property
+    def num_steps(self) -> int:
+        """What a trial reports at the most: its folds, or else its epochs."""
+        return self.folds or self.max_epochs
+
     @property
     def costs(self) -> tuple[str, ...]:
         """What is minimised beside the metric."""
@@ -137,7 +148,7 @@ class Suggestion:
 class _RunningTrial:
     handle: optuna.Trial
     reported: set[int]
-    """Epochs that a result is stored for, those of earlier attempts too."""
+    """Epochs, or folds, that a result is stored for, those of earlier attempts too."""
 
 
 class TrialTakenError(HpoError):
@@ -171,9 +182,7 @@ class Study:
         self._optuna = optuna.load_study(
             study_name=name,
             storage=storage,
-            sampler=build_sampler(
-                settings.strategy, settings.space, seed=settings.seed, num_trials=settings.planned_trials
-            ),
+            sampler=_sampler(settings),
             pruner=_pruner(settings),
         )
 
@@ -224,8 +233,12 @@ class Study:
             values=values,
             active_values=active_values,
             stage=self._stage(handle),
-            seed=derive_seed(self.settings.seed, handle.number),
+            seed=self.trial_seed(handle.number),
         )
+
+    def trial_seed(self, number: int) -> int:
+        """Seed of everything random in a trial."""
+        return derive_seed(self.settings.seed, number)
 
     @_explained()
     def enqueue(self, configurations: Iterable[Mapping[str, Value]], stage: str) -> None:
@@ -252,29 +265,29 @@ class Study:
         return [name for name in values if name not in active]
 
     @_explained()
-    def report(self, number: int, epoch: int, value: float) -> bool:
-        """Store the metric after an epoch, counted from 1; whether the trial is too weak to go on.
+    def report(self, number: int, step: int, value: float) -> bool:
+        """Store the metric after an epoch, or a fold, counted from 1; whether the trial is too weak to go on.
 
         Raises TrialTakenError where another session has ended the trial, while this one was cut off.
 
-        An epoch that an earlier attempt has reported keeps its value. NaN is stored and never judged: the trainer
-        knows whether a trial has diverged. Nothing is gained by stopping a trial in its last epoch.
+        A step that an earlier attempt has reported keeps its value. NaN is stored and never judged: the trainer
+        knows whether a trial has diverged. Nothing is gained by stopping a trial in its last step.
         """
         running = self._running[number]
-        if epoch not in running.reported:
+        if step not in running.reported:
             try:
-                self._store_value(running, epoch, value)
+                self._store_value(running, step, value)
             except UpdateFinishedTrialError as error:
                 raise TrialTakenError(f"trial {number} has ended elsewhere") from error
-            running.reported.add(epoch)
-        can_be_pruned = not self.settings.costs and epoch < self.settings.max_epochs
+            running.reported.add(step)
+        can_be_pruned = not self.settings.costs and step < self.settings.num_steps
         return not math.isnan(value) and can_be_pruned and running.handle.should_prune()
 
-    def _store_value(self, running: _RunningTrial, epoch: int, value: float) -> None:
+    def _store_value(self, running: _RunningTrial, step: int, value: float) -> None:
         if self.settings.costs:  # Optuna reports, and prunes, where there is one objective alone
-            self._storage.set_trial_intermediate_value(running.handle._trial_id, epoch, value)
+            self._storage.set_trial_intermediate_value(running.handle._trial_id, step, value)
         else:
-            running.handle.report(value, epoch)
+            running.handle.report(value, step)
 
     @_explained()
     def tell(
@@ -289,6 +302,8 @@ class Study:
     ) -> None:
         """Write down how a trial ended; `value` is the metric of its best epoch, which a complete trial must have.
 
+        With folds `value` and `best_epoch` are means over them, and a pruned trial must have an `estimated_mean`.
+
         With several objectives it has `costs` too, one for each of the settings' `costs`.
 
         An interrupted trial goes back to the queue: `ask` gives it again. A diverged one counts as worse than any
@@ -298,10 +313,16 @@ class Study:
         # None is written too: it replaces what an interrupted attempt has left.
         running.handle.set_user_attr(_BEST_EPOCH, best_epoch)
         running.handle.set_user_attr(_REASON, reason)
+        if self.settings.folds:
+            running.handle.set_user_attr(_WAS_PRUNED, state == "pruned")
         match state:
             case "complete":
                 assert value is not None, "a complete trial has a value"
                 self._optuna.tell(number, [value, *((costs or {})[name] for name in self.settings.costs)])
+            case "pruned" if self.settings.folds:
+                # Optuna's samplers learn from an estimated mean when the trial is complete for them, as its
+                # WilcoxonPruner advises; of one that was pruned they would take the last fold.
+                self._optuna.tell(number, value)
             case "pruned":
                 self._optuna.tell(number, state=OptunaState.PRUNED)
             case "diverged":
@@ -312,6 +333,17 @@ class Study:
             case "interrupted":
                 self._requeue(number)
         del self._running[number]
+
+    def estimated_mean(self, number: int) -> float:
+        """What the folds that a trial has say of its mean over all, when there is a complete trial to compare with.
+
+        It is the best complete trial's mean and the mean difference to it in the same folds: with folds of which some
+        are easier than others, the mean of the first few says little.
+        """
+        trials = self.trials()
+        best = ranked([trial for trial in trials if trial.state == "complete"], self.settings.direction)[0]
+        assert best.value is not None, "a complete trial has a value"
+        return best.value + fmean(value - best.curve[fold] for fold, value in trials[number].curve.items())
 
     def _mark_diverged(self, running: _RunningTrial) -> None:
         # TPE ranks pruned trials by how far they came: one that diverged in epoch 30 would beat all that were pruned in
@@ -435,8 +467,13 @@ class Study:
 
     def _record(self, trial: FrozenTrial) -> TrialRecord:
         curve = dict(sorted(trial.intermediate_values.items()))
-        best_epoch: int | None = trial.user_attrs.get(_BEST_EPOCH) or self._best_epoch(curve)
-        best_value = None if best_epoch is None else curve.get(best_epoch)
+        best_epoch: int | None = trial.user_attrs.get(_BEST_EPOCH)
+        if self.settings.folds:
+            finite = [value for value in curve.values() if math.isfinite(value)]
+            best_value = fmean(finite) if finite else None
+        else:
+            best_epoch = best_epoch or self._best_epoch(curve)
+            best_value = None if best_epoch is None else curve.get(best_epoch)
         return TrialRecord(
             number=trial.number,
             state=_state(trial),
@@ -497,7 +534,7 @@ def read_settings(storage: BaseStorage, name: str) -> StudySettings | None:
 
 def _create(storage: BaseStorage, name: str, settings: StudySettings) -> None:
     # Unknown names must be refused before anything is written.
-    build_sampler(settings.strategy, settings.space, seed=settings.seed, num_trials=settings.planned_trials)
+    _sampler(settings)
     _pruner(settings)
     study = optuna.create_study(
         study_name=name,
@@ -506,6 +543,16 @@ def _create(storage: BaseStorage, name: str, settings: StudySettings) -> None:
         load_if_exists=True,
     )
     study.set_user_attr(_SETTINGS, {"format": FORMAT, "settings": settings.to_dict()})
+
+
+def _sampler(settings: StudySettings) -> BaseSampler:
+    return build_sampler(
+        settings.strategy,
+        settings.space,
+        seed=settings.seed,
+        num_trials=settings.planned_trials,
+        has_curves=not settings.folds,
+    )
 
 
 def _pruner(settings: StudySettings) -> BasePruner:
@@ -521,7 +568,7 @@ def _pruner(settings: StudySettings) -> BasePruner:
 def _state(trial: FrozenTrial) -> TrialState:
     match trial.state:
         case OptunaState.COMPLETE:
-            return "complete"
+            return "pruned" if trial.user_attrs.get(_WAS_PRUNED) else "complete"
         case OptunaState.PRUNED:
             return "diverged" if _DIVERGED in trial.constraints else "pruned"
         case OptunaState.FAIL:
@@ -538,6 +585,7 @@ def _differences(made: StudySettings, asked: StudySettings) -> Iterator[str]:
         ("task", "task"),
         ("metric", "--metric"),
         ("objectives", "--objective"),
+        ("folds", "--folds"),
         ("seed", "--seed"),
         ("strategy", "--strategy"),
         ("pruner", "--pruner"),

@@ -79,10 +79,11 @@ def _on_one_thread() -> AbstractContextManager[None]:
 class Surrogate:
     """Proposes configurations for a space, and judges trials, from the trials of one study.
 
-    It remembers the trials that have ended.
+    It remembers the trials that have ended. Without curves a trial's final value is all that counts.
     """
 
-    def __init__(self, space: Space) -> None:
+    def __init__(self, space: Space, *, has_curves: bool = True) -> None:
+        self._has_curves = has_curves
         self._encoding = Encoding(space)
         self._ended: dict[int, _Curve] = {}
 
@@ -151,13 +152,14 @@ class Surrogate:
         if trial.state in (TrialState.FAIL, TrialState.WAITING) or not self._encoding.contains(trial.params):
             return None
         reported = sorted(trial.intermediate_values.items())
-        finite = [(epoch, sign * value) for epoch, value in reported if math.isfinite(value)]
+        curve = reported if self._has_curves else []
+        finite = [(epoch, sign * value) for epoch, value in curve if math.isfinite(value)]
         losses = np.minimum.accumulate([loss for _, loss in finite]) if finite else np.empty(0)
         epochs = [max(1, epoch) for epoch, _ in finite]
         has_result = trial.state == TrialState.COMPLETE and trial.value is not None and math.isfinite(trial.value)
         if has_result:
             epochs, losses = [*epochs, max(epochs, default=1)], np.append(losses, sign * trial.values[0])
-        curve = _Curve(
+        shown = _Curve(
             units=self._encoding.units(trial.params),
             epochs=tuple(epochs),
             losses=tuple(losses.tolist()),
@@ -165,8 +167,8 @@ class Surrogate:
             diverged=trial.state.is_finished() and not has_result and _ends_undefined(reported),
         )
         if trial.state.is_finished():
-            self._ended[trial.number] = curve
-        return curve
+            self._ended[trial.number] = shown
+        return shown
 
     def _at_the_end(self, units: Array) -> Array:
         return np.column_stack([self._encoding.columns(units), np.ones(len(units))])

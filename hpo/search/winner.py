@@ -23,7 +23,10 @@ class Winner:
     configuration: dict[str, Any]
     metric: str
     validation: float
+    """The metric at the best epoch on the validation split; the mean over the folds where there are any."""
     best_epoch: int
+    """With folds the mean over them, rounded: for so many epochs the model is trained on all examples."""
+    folds: int | None
     test: dict[str, float] | None
     """Scores on the test split; None until the search has reached its end."""
     confusion: dict[str, Any] | None
@@ -48,6 +51,7 @@ def find_winner(study: Study) -> Winner | None:
         metric=study.settings.metric,
         validation=best.value,
         best_epoch=best.best_epoch,
+        folds=study.settings.folds,
         test=readings.get(str(best.number)),
         confusion=confusions.get(str(best.number)),
         num_test_readings=len(readings),

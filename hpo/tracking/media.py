@@ -73,10 +73,15 @@ def plot_history(records: Sequence[TrialRecord], *, metric: str, direction: Dire
 
 
 def plot_curves(
-    records: Sequence[TrialRecord], *, metric: str, direction: Direction, num_best: int = len(_CURVE_COLOURS)
+    records: Sequence[TrialRecord],
+    *,
+    metric: str,
+    direction: Direction,
+    num_best: int = len(_CURVE_COLOURS),
+    has_folds: bool = False,
 ) -> Figure:
-    """Learning curves: the best trials by name, the other pruned and diverged ones in the background."""
-    figure, axes = _figure("Learning curves", width=9, height=5)
+    """Learning curves, or values by fold: the best trials by name, other pruned and diverged ones in the background."""
+    figure, axes = _figure("Folds" if has_folds else "Learning curves", width=9, height=5)
     best = ranked(records, direction)[:num_best]
     stopped = [r for r in records if r.state in ("pruned", "diverged") and r.curve and r not in best]
     shown = [value for record in stopped + best for value in record.curve.values() if math.isfinite(value)]
@@ -87,7 +92,7 @@ def plot_curves(
     for rank, (colour, record) in enumerate(zip(cycle(_CURVE_COLOURS), best, strict=False)):
         _draw_curve(axes, record, limits, color=colour, linewidth=2, markersize=4, zorder=4 - rank / len(best))
         handles.append(Line2D([], [], color=colour, label=f"trial {record.number}: {record.value:.4g}"))
-        if record.best_epoch in record.curve:
+        if record.best_epoch in record.curve and not has_folds:
             best_value = _clip(record.curve[record.best_epoch], limits)
             axes.plot(
                 record.best_epoch, best_value, "*", color=colour, markersize=13, markeredgecolor="white", zorder=5
@@ -96,10 +101,10 @@ def plot_curves(
         count = sum(record.state == state for record in stopped)
         if count:
             handles.append(Line2D([], [], color=_LOOKS[state][0], alpha=0.6, label=f"{count} {state}"))
-    axes.set_xlabel("epoch")
+    axes.set_xlabel("fold" if has_folds else "epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _finish_value_axis(axes, metric, direction, limits, empty=not shown)
-    if best:
+    if best and not has_folds:
         handles.append(Line2D([], [], color=_GREY, marker="*", linestyle="", markersize=11, label="best epoch"))
     if handles:
         figure.legend(handles=handles, loc="outside right upper", frameon=False)

@@ -129,6 +129,11 @@ class TrackingStore:
             files = self._artifacts(run_id).list_artifacts(folder)
         return {file.path: file.file_size or 0 for file in files if not file.is_dir}
 
+    def upload(self, run_id: str, folder: Path, artifact_path: str) -> None:
+        """Copy the files of a folder to a run's artifacts; what has their names there is replaced."""
+        with explained(self.uri):
+            self.client.log_artifacts(run_id, str(folder), artifact_path)
+
     def remove_file(self, run_id: str, artifact_path: str) -> None:
         """Delete one of a run's files; one that is not there is no error."""
         with explained(self.uri):

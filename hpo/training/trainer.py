@@ -65,9 +65,23 @@ class EpochResult:
     settled: dict[str, str]
     """What the trainer has settled by itself: `precision`, and `compile` (off, step or graph)."""
 
+    is_last: bool = False
+    """Whether the training ends here, or with folds that of the fold, if the caller does not end it before."""
+
+    fold: int | None = None
+    """Fold of a cross-validation that the epoch belongs to, from 1; None without folds."""
+
+    fold_value: float | None = None
+    """The best value up to here in this fold alone."""
+
 
 def fit(
-    model: nn.Module, splits: Splits, config: TrainConfig, *, checkpoint: CheckpointFolder | None = None
+    model: nn.Module,
+    splits: Splits,
+    config: TrainConfig,
+    *,
+    checkpoint: CheckpointFolder | None = None,
+    num_epochs: int | None = None,
 ) -> Generator[EpochResult, None, None]:
     """Train `model` and yield the result of each epoch, until max_epochs, early stopping or divergence.
 
@@ -79,17 +93,20 @@ def fit(
     last saved epoch and is bit-equal to one that was not; for that the caller passes the same model, splits and config.
     Its first result is then the saved one once more: whoever was killed may not have got it.
 
+    With `num_epochs` nothing is judged by the validation split: the training ends after so many of the `max_epochs`
+    that its schedule is made for, and the model has the last weights.
+
     The global random state is seeded anew for each epoch. Raises UsageError before any work where the config does not
     fit the data or the device, CheckpointError where the folder holds a run with another config, and DeviceMemoryError
     where half a batch does not fit either.
     """
-    run = _Run(model, splits, config)
+    run = _Run(model, splits, config, num_epochs)
     saved = run.resume(checkpoint) if checkpoint else None
     try:
         result = saved
         if result:
             yield result
-        while result is None or not run.is_over(result):
+        while result is None or not result.is_last:
             result = run.next_epoch(result.epoch + 1 if result else 1)
             if checkpoint:
                 checkpoint.save(run.state_dict(result), result.epoch)
@@ -127,7 +144,9 @@ def _measure(
 class _Run:
     """A training under way: all that changes from epoch to epoch."""
 
-    def __init__(self, model: nn.Module, splits: Splits, config: TrainConfig) -> None:
+    def __init__(self, model: nn.Module, splits: Splits, config: TrainConfig, num_epochs: int | None) -> None:
+        self.is_judged = num_epochs is None
+        self.last_epoch = config.max_epochs if num_epochs is None else num_epochs
         self.num_classes = len(splits.spec.classes)
         check_metric(config.metric, self.num_classes)
         self.config = config
@@ -200,7 +219,7 @@ class _Run:
                 batch_shape=(self.config.batch_size, *self.splits.spec.input_shape),
                 is_mixed=self.mixing is not None,
                 seconds_a_step=metrics["time/epoch_s"] / len(self.batches),
-                steps_left=(self.config.max_epochs - epoch) * len(self.batches),
+                steps_left=(self.last_epoch - epoch) * len(self.batches),
             )
         return self._judge(epoch, metrics, candidate)
 
@@ -247,7 +266,7 @@ class _Run:
         if isinstance(self.schedule, Plateau):
             self.schedule.end_epoch(value)
         is_best = self.stopping.update(epoch, value)
-        if is_best:
+        if is_best or (not self.is_judged and epoch == self.last_epoch):
             self.best_weights = {name: tensor.clone() for name, tensor in candidate.state_dict().items()}
         return EpochResult(
             epoch=epoch,
@@ -258,10 +277,8 @@ class _Run:
             is_best=is_best,
             diverged=diverged,
             settled={"precision": self.step.precision, "compile": self.step.mode},
+            is_last=diverged or epoch >= self.last_epoch or (self.is_judged and self.stopping.should_stop),
         )
-
-    def is_over(self, result: EpochResult) -> bool:
-        return result.diverged or result.epoch >= self.config.max_epochs or self.stopping.should_stop
 
     def restore_best_weights(self) -> None:
         self.model.eval()
