@@ -111,6 +111,7 @@ def test_the_value_is_the_mean_of_the_folds_trained_by_themselves(tmp_path: Path
     assert [r.epoch for r in results] == [4 * number + r.epoch for number, fold in enumerate(alone) for r in fold]
     assert [r.fold for r in results if r.is_last] == [1, 2, 3]
     assert [r.fold_value for r in results if r.is_last] == [fold[-1].best_value for fold in alone]
+    assert [r.metrics["fold/accuracy"] for r in results if r.is_last] == [fold[-1].best_value for fold in alone]
     assert results[-1].best_value == fmean(fold[-1].best_value or 0.0 for fold in alone)
     assert results[-1].best_epoch == round(fmean(fold[-1].best_epoch or 0 for fold in alone))
     assert len({fold_config(CONFIG, number).seed for number in (1, 2, 3)}) == 3

@@ -152,14 +152,14 @@ class Surrogate:
         if trial.state in (TrialState.FAIL, TrialState.WAITING) or not self._encoding.contains(trial.params):
             return None
         reported = sorted(trial.intermediate_values.items())
-        curve = reported if self._has_curves else []
-        finite = [(epoch, sign * value) for epoch, value in curve if math.isfinite(value)]
+        learnt_from = reported if self._has_curves else []
+        finite = [(epoch, sign * value) for epoch, value in learnt_from if math.isfinite(value)]
         losses = np.minimum.accumulate([loss for _, loss in finite]) if finite else np.empty(0)
         epochs = [max(1, epoch) for epoch, _ in finite]
         has_result = trial.state == TrialState.COMPLETE and trial.value is not None and math.isfinite(trial.value)
         if has_result:
             epochs, losses = [*epochs, max(epochs, default=1)], np.append(losses, sign * trial.values[0])
-        shown = _Curve(
+        curve = _Curve(
             units=self._encoding.units(trial.params),
             epochs=tuple(epochs),
             losses=tuple(losses.tolist()),
@@ -167,8 +167,8 @@ class Surrogate:
             diverged=trial.state.is_finished() and not has_result and _ends_undefined(reported),
         )
         if trial.state.is_finished():
-            self._ended[trial.number] = shown
-        return shown
+            self._ended[trial.number] = curve
+        return curve
 
     def _at_the_end(self, units: Array) -> Array:
         return np.column_stack([self._encoding.columns(units), np.ones(len(units))])

@@ -30,8 +30,9 @@ def fit_folds(
     """Train a model of its own on each fold, and yield their epochs one after the other.
 
     Epochs are counted through: those of fold k come after (k - 1) * max_epochs. `best_value` is the mean over the folds
-    so far of the best value in each, and `best_epoch` the mean of the epochs in which they had it, rounded. Each fold
-    stops early by itself, and has a seed of its own; one that diverges ends everything.
+    so far of the best value in each, and `best_epoch` the mean of the epochs in which they had it, rounded. The metrics
+    have that value as `fold/METRIC` where a fold ends. Each fold stops early by itself, and has a seed of its own; one
+    that diverges ends everything.
 
     The state is saved below `checkpoints`. A run that was interrupted goes on after the last saved epoch, bit-equal;
     first it yields the last result of each fold that was over once more.
@@ -40,7 +41,7 @@ def fit_folds(
     for fold, splits in enumerate(folds, start=1):
         own = fold_config(config, fold)
         for result in fit(build(splits, own), splits, own, checkpoint=CheckpointFolder(checkpoints / f"fold-{fold}")):
-            yield _counted_through(result, fold, over, config.max_epochs)
+            yield _counted_through(result, fold, over, config)
         if result.diverged:
             return
         over.append(result)
@@ -51,15 +52,19 @@ def fold_config(config: TrainConfig, fold: int) -> TrainConfig:
     return replace(config, seed=derive_seed(config.seed, "fold", fold))
 
 
-def _counted_through(result: EpochResult, fold: int, over: list[EpochResult], max_epochs: int) -> EpochResult:
+def _counted_through(result: EpochResult, fold: int, over: list[EpochResult], config: TrainConfig) -> EpochResult:
     """The result of a fold's epoch as that of the whole, after the folds that are `over`."""
     so_far = [*over, result]
     best_values = [each.best_value for each in so_far if each.best_value is not None]
     best_epochs = [each.best_epoch for each in so_far if each.best_epoch is not None]
     is_known = len(best_values) == len(so_far)
+    metrics = dict(result.metrics)
+    if result.is_last and result.best_value is not None:
+        metrics[f"fold/{config.metric}"] = result.best_value
     return replace(
         result,
-        epoch=(fold - 1) * max_epochs + result.epoch,
+        epoch=(fold - 1) * config.max_epochs + result.epoch,
+        metrics=metrics,
         best_value=fmean(best_values) if is_known else None,
         best_epoch=round(fmean(best_epochs)) if is_known else None,
         fold=fold,
