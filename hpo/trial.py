@@ -57,6 +57,9 @@ class TrialRecord:
     costs: dict[str, float] = field(default_factory=dict)
     """What else is minimised, by name; empty with one objective, and while the trial is not complete."""
 
+    symptoms: dict[str, float] = field(default_factory=dict)
+    """What went wrong in its training by its last epoch; see `hpo.training.symptoms`."""
+
 
 def ranked(records: Iterable[TrialRecord], direction: Direction) -> list[TrialRecord]:
     """The trials that can be the winner, the best first, the earlier of equals first."""

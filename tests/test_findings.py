@@ -20,6 +20,7 @@ from hpo.search.findings import (
     find_divergence,
     find_edges,
     find_savings,
+    find_symptoms,
     find_training_length,
     findings,
     importances,
@@ -267,6 +268,53 @@ def test_the_share_of_epochs_that_pruning_saved_is_told_apart_from_other_savings
 
 def test_without_pruned_trials_pruning_saved_nothing() -> None:
     assert list(find_savings(a_study(3, lambda _: ("complete", [0.5] * 5)))) == []
+
+
+# --- what goes wrong in trainings ---------------------------------------------------------------------------------------
+
+
+def with_symptoms(study_symptoms: Sequence[dict[str, float]]) -> Study:
+    """Complete trials with these symptoms; the first one is the best."""
+    study = Study.open(InMemoryStorage(), "s", SETTINGS)
+    for number, symptoms in enumerate(study_symptoms):
+        suggestion = study.ask()
+        study.report(suggestion.number, 1, -float(number))
+        study.tell(suggestion.number, "complete", value=-float(number), best_epoch=1, symptoms=symptoms)
+    return study
+
+
+def test_what_goes_wrong_in_the_best_trial_is_told() -> None:
+    study = with_symptoms([{"overfits_from": 6, "vanishing_layers": 3, "dead_units": 0.7}, {}, {}, {}])
+
+    assert [text.partition(":")[0] for text in texts(find_symptoms(study))] == [
+        "Trial 0, the best, overfits from epoch 6",
+        "Trial 0, the best, has gradients that vanish up to layer 3",
+        "Trial 0, the best, has 70% dead units, which answer to no example",
+    ]
+
+
+def test_what_goes_wrong_in_many_other_trials_is_told_with_their_number() -> None:
+    study = with_symptoms([{}, *({"vanishing_layers": depth} for depth in (2, 4, 9)), *[{"exploding": 50.0}] * 2])
+
+    (finding,) = find_symptoms(study)
+
+    assert finding.text == (
+        "3 of 6 trials have gradients that vanish, in the median up to layer 4: use a norm, another initialisation or "
+        "fewer layers."
+    )
+    assert finding.data == {"value": 4, "trials": [1, 2, 3], "of": 6}
+
+
+def test_every_symptom_has_its_sentence() -> None:
+    every = dict.fromkeys(("overfits_from", "stalls_from", "vanishing_layers", "exploding", "dead_units"), 1.0)
+    for study in (with_symptoms([every]), with_symptoms([{}, *[every] * 3])):
+        topics = [finding.topic for finding in find_symptoms(study)]
+        assert topics == ["overfitting", "plateau", "vanishing gradients", "exploding gradients", "dead units"]
+
+
+def test_symptoms_of_a_few_trials_of_many_are_not_told() -> None:
+    assert list(find_symptoms(with_symptoms([*[{}] * 10, *[{"stalls_from": 3}] * 3]))) == []
+    assert list(find_symptoms(with_symptoms([{}, {"stalls_from": 3}]))) == []
 
 
 # --- importances ------------------------------------------------------------------------------------------------------

@@ -308,6 +308,7 @@ class Coordinator:
             best_epoch=attempt.last.best_epoch if attempt.last else None,
             reason=attempt.reason,
             costs=attempt.costs,
+            symptoms=attempt.last.symptoms if attempt.last else None,
         )
         return True
 

@@ -49,11 +49,27 @@ MAX_RESAMPLE = 200
 """Trials in a resample at the most; with more, the evaluation of 50 of them takes seconds."""
 
 
+COMMON = 0.25
+"""Share of the trials from which on something is told that the best one does not suffer from."""
+
+Topic = Literal[
+    "edge of range",
+    "divergence",
+    "training length",
+    "overfitting",
+    "plateau",
+    "vanishing gradients",
+    "exploding gradients",
+    "dead units",
+    "epochs saved",
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     """Something that a user may act on."""
 
-    topic: Literal["edge of range", "divergence", "training length", "epochs saved"]
+    topic: Topic
     text: str
     """One sentence."""
     data: dict[str, Any]
@@ -77,7 +93,13 @@ class GroupImportance(Importance):
 
 def findings(study: Study) -> list[Finding]:
     """What the study found beside its winner; empty where nothing can be told."""
-    return [*find_edges(study), *find_divergence(study), *find_training_length(study), *find_savings(study)]
+    return [
+        *find_edges(study),
+        *find_divergence(study),
+        *find_training_length(study),
+        *find_symptoms(study),
+        *find_savings(study),
+    ]
 
 
 def find_edges(study: Study) -> Iterator[Finding]:
@@ -149,6 +171,63 @@ def find_training_length(study: Study) -> Iterator[Finding]:
         text=f"The best trials are at their best in epoch {middle:g} of {max_epochs}: {advice}.",
         data={"epoch": middle, "epochs": max_epochs, "trials": len(epochs)},
     )
+
+
+def find_symptoms(study: Study) -> Iterator[Finding]:
+    """What went wrong in the training of the best trial, or else in many of the others'."""
+    best = study.best()
+    ended = [record for record in study.trials() if record.state in (*CROWNABLE, "diverged")]
+    for name, (topic, of_best, of_many, advice) in _SYMPTOMS.items():
+        affected = [record for record in ended if name in record.symptoms]
+        if best and name in best.symptoms:
+            value = best.symptoms[name]
+            told = f"Trial {best.number}, the best, {of_best}"
+        elif len(affected) >= max(MIN_BEST_TRIALS, COMMON * len(ended)):
+            value = median(record.symptoms[name] for record in affected)
+            told = f"{len(affected)} of {len(ended)} trials {of_many}"
+        else:
+            continue
+        yield Finding(
+            topic=topic,
+            text=f"{told.format(value=value)}: {advice}.",
+            data={"value": value, "trials": [record.number for record in affected], "of": len(ended)},
+        )
+
+
+_SYMPTOMS: dict[str, tuple[Topic, str, str, str]] = {
+    "overfits_from": (
+        "overfitting",
+        "overfits from epoch {value:g}",
+        "overfit, half of them from epoch {value:g} or earlier",
+        "dropout, weight decay, augmentation or more data would help",
+    ),
+    "stalls_from": (
+        "plateau",
+        "stands still from epoch {value:g}, its training loss too",
+        "stand still, their training loss too, half of them from epoch {value:g} or earlier",
+        "another learning rate, a schedule that decays or a larger network would help",
+    ),
+    "vanishing_layers": (
+        "vanishing gradients",
+        "has gradients that vanish up to layer {value:g}",
+        "have gradients that vanish, in the median up to layer {value:g}",
+        "use a norm, another initialisation or fewer layers",
+    ),
+    "exploding": (
+        "exploding gradients",
+        "has gradients that explode: a hidden layer's is {value:.0f} times its weights",
+        "have gradients that explode: a hidden layer's is {value:.0f} times its weights in the median",
+        "use a norm, another initialisation or clip_norm",
+    ),
+    "dead_units": (
+        "dead units",
+        "has {value:.0%} dead units, which answer to no example",
+        "have dead units, which answer to no example: {value:.0%} of all in the median",
+        "use a smaller learning rate, a norm, or an activation such as leaky_relu or gelu",
+    ),
+}
+"""By the name of a symptom (see TrialRecord.symptoms): what it is of, what is told of one trial and of many, and what to
+do."""
 
 
 def find_savings(study: Study) -> Iterator[Finding]:

@@ -49,6 +49,7 @@ _BEST_EPOCH = "best_epoch"
 _REASON = "reason"
 _DIVERGED = "diverged"
 _WAS_PRUNED = "was_pruned"
+_SYMPTOMS = "symptoms"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,6 +300,7 @@ class Study:
         best_epoch: int | None = None,
         reason: str | None = None,
         costs: Mapping[str, float] | None = None,
+        symptoms: Mapping[str, float] | None = None,
     ) -> None:
         """Write down how a trial ended; `value` is the metric of its best epoch, which a complete trial must have.
 
@@ -315,6 +317,7 @@ class Study:
         running.handle.set_user_attr(_REASON, reason)
         if self.settings.folds:
             running.handle.set_user_attr(_WAS_PRUNED, state == "pruned")
+        running.handle.set_user_attr(_SYMPTOMS, dict(symptoms or {}))
         match state:
             case "complete":
                 assert value is not None, "a complete trial has a value"
@@ -487,6 +490,7 @@ class Study:
             attempts=trial.user_attrs.get(_ATTEMPT, 1),
             duration_s=trial.duration.total_seconds() if trial.duration else None,
             costs=self._costs(trial),
+            symptoms=trial.user_attrs.get(_SYMPTOMS, {}),
         )
 
     def _costs(self, trial: FrozenTrial) -> dict[str, float]:

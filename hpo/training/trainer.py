@@ -23,9 +23,11 @@ from hpo.training.losses import LossFunction, loss_function, target_scale, train
 from hpo.training.metrics import EpochMetrics, check_metric
 from hpo.training.optimizers import build_optimizer
 from hpo.training.precision import autocast, has_convolutions, settle_precision
+from hpo.training.probe import Probe
 from hpo.training.schedules import Plateau, build_schedule
 from hpo.training.step import TrainingStep
 from hpo.training.stopping import EarlyStopping
+from hpo.training.symptoms import Symptoms
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,7 +48,9 @@ class EpochResult:
     metrics: dict[str, float]
     """`train/loss`, `val/loss` and every other metric of the task for both (`auroc` for the validation alone), `lr` at
     the epoch's end, `grad_norm` (mean over the steps, before clipping) and `time/epoch_s`. The train values are means
-    over the epoch as the weights change, with dropout and augmentation."""
+    over the epoch as the weights change, with dropout and augmentation. `watch/gap` is the validation loss without the
+    training loss, `watch/epochs_without_progress` of the training loss; the others of `watch/` are in
+    `hpo.training.probe`."""
 
     value: float
     """The metric that decides, on the validation split; NaN where the epoch diverged."""
@@ -64,6 +68,9 @@ class EpochResult:
 
     settled: dict[str, str]
     """What the trainer has settled by itself: `precision`, and `compile` (off, step or graph)."""
+
+    symptoms: dict[str, float]
+    """What goes wrong by this epoch; see `hpo.training.symptoms`."""
 
     is_last: bool = False
     """Whether the training ends here, or with folds that of the fold, if the caller does not end it before."""
@@ -188,6 +195,13 @@ class _Run:
         self.stopping = EarlyStopping(
             config.direction, patience=config.patience, min_delta=config.min_delta, stop_after=config.stop_after
         )
+        self.probe = Probe(
+            self.splits.train,
+            self.loss_function,
+            target_scale=target_scale(splits.train),
+            num_at_a_time=config.batch_size // 2,  # without bf16 it takes twice the memory
+        )
+        self.symptoms = Symptoms()
         self.best_weights: dict[str, Tensor] | None = None
 
     def next_epoch(self, epoch: int) -> EpochResult:
@@ -207,9 +221,19 @@ class _Run:
                 self.num_classes,
                 precision=self.step.precision,
             )
-        measured = {**_prefixed("train/", train), **_prefixed("val/", validation.compute()), "grad_norm": grad_norm}
-        metrics = _read(measured)
+            probed = self.probe.measure(self.model)
+        metrics = _read(
+            {
+                **_prefixed("train/", train),
+                **_prefixed("val/", validation.compute()),
+                **_prefixed("watch/", probed),
+                "grad_norm": grad_norm,
+            }
+        )
         metrics["lr"] = float(self.optimizer.param_groups[0]["lr"])
+        symptoms = self.symptoms.update(epoch, metrics, peak_lr=self.config.lr)
+        metrics["watch/gap"] = metrics["val/loss"] - metrics["train/loss"]
+        metrics["watch/epochs_without_progress"] = float(self.symptoms.epochs_without_progress(epoch))
         metrics["time/epoch_s"] = time.perf_counter() - started
         if isinstance(self.step, TrainingStep):
             # The first epoch is never compiled: it fills the optimizer's state and shows how long a step takes.
@@ -221,7 +245,7 @@ class _Run:
                 seconds_a_step=metrics["time/epoch_s"] / len(self.batches),
                 steps_left=(self.last_epoch - epoch) * len(self.batches),
             )
-        return self._judge(epoch, metrics, candidate)
+        return self._judge(epoch, metrics, symptoms, candidate)
 
     def _seed(self, epoch: int) -> None:
         """Give each epoch its own streams: a checkpoint needs no random state, and no draw of the caller disturbs."""
@@ -258,7 +282,9 @@ class _Run:
         self.average.end_epoch(self.model, epoch)
         return self.average.settle(self.model, self.batches, self.step.precision)
 
-    def _judge(self, epoch: int, metrics: dict[str, float], candidate: nn.Module) -> EpochResult:
+    def _judge(
+        self, epoch: int, metrics: dict[str, float], symptoms: dict[str, float], candidate: nn.Module
+    ) -> EpochResult:
         value = metrics[f"val/{self.config.metric}"]
         # The mean of an epoch's losses is finite only where each of them was.
         diverged = not all(math.isfinite(number) for number in (metrics["train/loss"], metrics["val/loss"], value))
@@ -278,6 +304,7 @@ class _Run:
             diverged=diverged,
             settled={"precision": self.step.precision, "compile": self.step.mode},
             is_last=diverged or epoch >= self.last_epoch or (self.is_judged and self.stopping.should_stop),
+            symptoms=symptoms,
         )
 
     def restore_best_weights(self) -> None:
@@ -296,6 +323,7 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "stopping": self.stopping.state_dict(),
+            "symptoms": self.symptoms.state_dict(),
             "step": step,
             "compile_mode": self.compile_mode,
         }
@@ -314,6 +342,7 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.stopping.load_state_dict(state["stopping"])
+        self.symptoms.load_state_dict(state["symptoms"])
         assert isinstance(self.step, TrainingStep), "a training begins with one"
         self.step.load_state_dict(state["step"])
         self.compile_mode = state["compile_mode"]
