@@ -56,6 +56,11 @@ storage_option = click.option(
 tracking_option = click.option(
     "--tracking-uri", metavar="URI", help="MLflow store or server. [env: MLFLOW_TRACKING_URI; default: in the home]"
 )
+data_dir_option = click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path),
+    help="Where data sets lie or are downloaded to. [env: HPO_DATA_DIR; default: ~/.cache/hpo/data]",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the data as JSON.")
 
 Command = Callable[..., Any]
@@ -142,11 +147,7 @@ machine_options = _options(
     click.option(
         "--keep", type=int, default=5, show_default=True, metavar="K", help="Keep the weights of the K best trials."
     ),
-    click.option(
-        "--data-dir",
-        type=click.Path(path_type=Path),
-        help="Where data sets lie or are downloaded to. [env: HPO_DATA_DIR; default: ~/.cache/hpo/data]",
-    ),
+    data_dir_option,
 )
 
 
@@ -284,6 +285,35 @@ def space(task: str, overrides: tuple[str, ...], space: str | None, as_json: boo
     found = load_task(task, space)
     narrowed = found.narrow(overrides).space
     _print_json(narrowed.to_dict()) if as_json else print_space(_console(), narrowed, found.space.closed_groups)
+
+
+@cli.command()
+@click.argument("task")
+@click.option("-p", "overrides", multiple=True, metavar="NAME=VALUES", help="Check other values: lr=0.1. Repeatable.")
+@click.option("--space", metavar="NAME|FILE", help="Check another space than the task's own.")
+@click.option("--limit", type=int, metavar="N", help="Use N of the training examples only. [default: all]")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@data_dir_option
+@home_option
+@tracking_option
+@json_option
+def check(as_json: bool, **request: Any) -> None:
+    """Check the data of TASK, and whether its network learns, before you search.
+
+    Each line says ok, warning or wrong, and what to do; the exit code is 1 where something is wrong.
+    The network is that of the default configuration. It takes seconds, or a minute for large networks.
+
+    \b
+    hpo check digits
+    """
+    from hpo.checklist.checklist import run_check
+    from hpo.report import print_checklist, print_verdict, to_plain
+
+    console = _console(stderr=as_json)
+    checklist = run_check(tell=lambda verdict: None if as_json else print_verdict(console, verdict), **request)
+    _print_json(to_plain(checklist.to_dict())) if as_json else print_checklist(console, checklist)
+    if checklist.is_wrong:
+        sys.exit(1)
 
 
 @cli.command()

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from hpo.data.datasets import check_folds, save_splits, split_dataset
+from hpo.checklist.checklist import log_verdicts, quick_part
+from hpo.checklist.verdicts import Subject, Verdict, in_few_lines
+from hpo.data.datasets import VALIDATION_FRACTION, check_folds, save_splits, split_dataset
 from hpo.deploy.finish import crown_winner, refit_winner, write_summary
 from hpo.errors import SearchError, StoreError, UsageError
 from hpo.execution.coordinator import Coordinator
@@ -47,7 +49,6 @@ if TYPE_CHECKING:
     from hpo.plugins import Task
     from hpo.search.study import StudySettings
 
-VALIDATION_FRACTION = 0.2
 NUM_COLUMNS = 5  # parameters in MLflow's table of runs, the first in tuning priority
 SILENCE_S = 30.0
 """Seconds of silence after which a worker, or a whole session, counts as dead."""
@@ -287,6 +288,9 @@ def _search(
     if settings.folds:
         check_folds(splits, settings.folds)
     check_task(task, splits)
+    verdicts = quick_part(Subject.of(task, splits, "cpu"))
+    for line in in_few_lines(verdicts, task.reference):
+        observer.found(line)
     require_space(means.home, splits.num_bytes)
     session_id = uuid4().hex
     splits_file = means.home / "splits" / name / f"{session_id}.pt"
@@ -333,7 +337,7 @@ def _search(
             crown = partial(crown_winner, study, store, dataset.test, means.device, task.reference)
             if settings.folds:
                 crown = partial(crown, partial(refit_winner, study, store, splits, task, means.device, means.trainer))
-            winner = _run_and_crown(coordinator, session, study, runs, crown, presence.close, observer)
+            winner = _run_and_crown(coordinator, session, study, runs, verdicts, crown, presence.close, observer)
         store.optimise()
     return SearchOutcome(
         study=name,
@@ -401,6 +405,7 @@ def _run_and_crown(
     session: Session,
     study: Study,
     runs: StudyRuns,
+    verdicts: Sequence[Verdict],
     crown: Callable[[], Winner | None],
     leave: Callable[[], None],
     observer: Observer,
@@ -411,6 +416,7 @@ def _run_and_crown(
     """
     summary = session.exclusively(runs.summary_run)
     try:
+        log_verdicts(summary, verdicts)
         coordinator.run()
         ending = "training the winner on all examples" if study.settings.folds else "testing the winner"
         observer.note("drawing the plots" + (f" and {ending}" if coordinator.is_done else ""))

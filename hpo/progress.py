@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.execution.observer import Observer, Standing
-from hpo.report import format_configuration, format_duration
+from hpo.report import STYLES, format_configuration, format_duration
 from hpo.trial import CROWNABLE
 
 if TYPE_CHECKING:
@@ -107,6 +107,9 @@ class ProgressLines(Observer):
     def note(self, text: str) -> None:
         self._print(text)
 
+    def found(self, line: str) -> None:
+        self._print(line)
+
     def search_started(self, start: Standing) -> None:
         self._tally = Tally(start)
         if self._tally.num_finished:
@@ -147,6 +150,10 @@ class ProgressStatus(Observer):
 
     def note(self, text: str) -> None:
         self._note = text
+
+    def found(self, line: str) -> None:
+        style = next((style for state, style in STYLES.items() if line.startswith(f"{state}: ")), "dim")
+        self._say(line, style)
 
     def search_started(self, start: Standing) -> None:
         self._tally = Tally(start)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,8 +26,14 @@ from hpo.trial import ranked
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from hpo.checklist.checklist import Checklist
+    from hpo.checklist.verdicts import State, Verdict
     from hpo.pipeline import SearchOutcome
     from hpo.trial import TrialState
+
+
+STYLES: dict[State, str] = {"ok": "green", "warning": "yellow", "wrong": "red"}
+"""Of what a check says."""
 
 
 def print_outcome(console: Console, outcome: SearchOutcome) -> None:
@@ -181,6 +188,20 @@ def print_study(console: Console, facts: dict[str, Any]) -> None:
     _print_importances(console, facts["importances"])
     for finding in facts["findings"]:
         console.print(f"- {finding['text']}")
+
+
+def print_verdict(console: Console, verdict: Verdict) -> None:
+    """What a check has found, as soon as it is known."""
+    console.print(f"{verdict.state:<8} {verdict.check:<15} {verdict.text}", style=STYLES[verdict.state], soft_wrap=True)
+    if verdict.advice:
+        console.print(f"{'':<24} {verdict.advice}", soft_wrap=True)
+
+
+def print_checklist(console: Console, checklist: Checklist) -> None:
+    """The last words of `hpo check`."""
+    counts = Counter(verdict.state for verdict in checklist.verdicts)
+    console.print(", ".join(f"{counts[state]} {state}" for state in STYLES if counts[state]) + ".")
+    console.print(f"Picture: {checklist.picture}", soft_wrap=True)
 
 
 def print_submitted(console: Console, facts: dict[str, Any]) -> None:

@@ -270,7 +270,7 @@ def test_without_pruned_trials_pruning_saved_nothing() -> None:
     assert list(find_savings(a_study(3, lambda _: ("complete", [0.5] * 5)))) == []
 
 
-# --- what goes wrong in trainings ---------------------------------------------------------------------------------------
+# --- what goes wrong in trainings -------------------------------------------------------------------------------------
 
 
 def with_symptoms(study_symptoms: Sequence[dict[str, float]]) -> Study:

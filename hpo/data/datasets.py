@@ -25,6 +25,9 @@ MEMORY_SHARE = 0.25
 
 Indices = NDArray[np.int64]
 
+VALIDATION_FRACTION = 0.2
+"""Share of the training examples that a study validates on."""
+
 
 @dataclass(frozen=True)
 class Splits:

@@ -34,6 +34,9 @@ class Observer:
     def note(self, text: str) -> None:
         """Something takes a moment, or is worth knowing."""
 
+    def found(self, line: str) -> None:
+        """Something that was found before the first trial, and that should stay in sight."""
+
     def search_started(self, start: Standing) -> None:
         """Trials are about to run."""
 

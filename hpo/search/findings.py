@@ -226,8 +226,7 @@ _SYMPTOMS: dict[str, tuple[Topic, str, str, str]] = {
         "use a smaller learning rate, a norm, or an activation such as leaky_relu or gelu",
     ),
 }
-"""By the name of a symptom (see TrialRecord.symptoms): what it is of, what is told of one trial and of many, and what to
-do."""
+"""By the name of a symptom (see TrialRecord.symptoms): its topic, what is told of one trial and of many, what to do."""
 
 
 def find_savings(study: Study) -> Iterator[Finding]:

@@ -230,7 +230,7 @@ class TrialRun:
 
 
 class SummaryRun:
-    """The run that stands for the whole study: its space, its settings, its plots and its winner.
+    """A run that stands for the whole study: its space, its settings, its plots and its winner, or its checklist.
 
     Its calls go to MLflow directly and raise StoreError where it does not take them.
     """
@@ -273,6 +273,17 @@ class SummaryRun:
         with explained(self._store.uri):
             self._client.set_tag(self.run_id, "hpo.state", state)
             self._client.set_terminated(self.run_id, RUN_STATUS[state])
+
+
+def begin_check_run(store: TrackingStore, study: str) -> SummaryRun:
+    """A new run, RUNNING until it is finished, for what a checklist finds before there is a study of that name."""
+    from mlflow.tracking.context.registry import resolve_tags
+
+    experiment_id = store.open_experiment(study, {"hpo.study": study})
+    with explained(store.uri):
+        tags = {**resolve_tags(), "hpo.kind": "check", "hpo.study": study}
+        run = store.client.create_run(experiment_id, tags=tags, run_name="check")
+    return SummaryRun(store, run.info.run_id)
 
 
 def _runs_table(metric: str, direction: Direction, columns: Sequence[str]) -> str:

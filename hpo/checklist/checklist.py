@@ -1,0 +1,146 @@
+"""The checklist: the checks in their order, of which a search runs the quick part first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from hpo.checklist.data import check_duplicates, check_inputs, check_leak, check_normalised, check_targets
+from hpo.checklist.learning import check_baseline, check_learning_rate, check_one_batch
+from hpo.checklist.network import check_first_loss, check_forward, check_gradients
+from hpo.checklist.speed import check_speed
+from hpo.checklist.verdicts import Subject, Verdict, as_markdown
+from hpo.data.datasets import VALIDATION_FRACTION, split_dataset
+from hpo.home import check_study_name, find_data_dir, find_home
+from hpo.plugins import load_task
+from hpo.preflight import check_task, choose_device, load_dataset
+from hpo.tracking.media import plot_checklist
+from hpo.tracking.recorder import begin_check_run
+from hpo.tracking.store import open_store
+
+if TYPE_CHECKING:
+    from hpo.objective import SealedSplit
+    from hpo.space import Value
+    from hpo.tracking.recorder import SummaryRun
+
+QUICK_CHECKS: dict[str, Callable[[Subject], Verdict]] = {
+    "inputs": check_inputs,
+    "targets": check_targets,
+    "normalisation": check_normalised,
+    "forward pass": check_forward,
+    "first loss": check_first_loss,
+    "gradients": check_gradients,
+}
+"""They take a second at the most for a small network, and train nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checklist:
+    """What `hpo check` has found."""
+
+    task: str
+    configuration: dict[str, Value]
+    """The default configuration, which was checked."""
+    device: str
+    verdicts: list[Verdict]
+    picture: Path
+
+    @property
+    def is_wrong(self) -> bool:
+        return any(verdict.state == "wrong" for verdict in self.verdicts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The checklist as plain data."""
+        return asdict(self) | {"picture": str(self.picture)}
+
+
+def run_check(
+    task: str,
+    *,
+    overrides: Sequence[str] = (),
+    space: str | None = None,
+    limit: int | None = None,
+    device: str = "auto",
+    data_dir: Path | None = None,
+    home: Path | None = None,
+    tracking_uri: str | None = None,
+    tell: Callable[[Verdict], None] = lambda verdict: None,
+) -> Checklist:
+    """Check a task; the parameters are the options of `hpo check`, and `tell` hears each verdict at once.
+
+    It is logged as a run `check` in the experiment that a search of the task would have. Raises UsageError where
+    something given is wrong, or the data or the model cannot be used at all.
+    """
+    found = load_task(task, space).narrow(tuple(overrides))
+    name, chosen_device = check_study_name(found.objective.name), choose_device(device)
+    dataset = load_dataset(found, find_data_dir(data_dir))
+    splits = split_dataset(dataset, validation_fraction=VALIDATION_FRACTION, seed=0, limit=limit)
+    check_task(found, splits)
+    store = open_store(find_home(home), tracking_uri)
+    run = begin_check_run(store, name)
+    state: Literal["complete", "failed", "interrupted"] = "interrupted"
+    try:
+        subject = Subject.of(found, splits, chosen_device)
+        verdicts = []
+        for verdict in _whole_list(subject, dataset.test):
+            tell(verdict)
+            verdicts.append(verdict)
+        _log(run, name, verdicts)
+        state = "failed" if any(verdict.state == "wrong" for verdict in verdicts) else "complete"
+    finally:
+        run.finish(state)
+    return Checklist(
+        task=name,
+        configuration=subject.configuration,
+        device=chosen_device,
+        verdicts=verdicts,
+        picture=store.download(run.run_id, "checklist.png"),
+    )
+
+
+def quick_part(subject: Subject) -> list[Verdict]:
+    """What a search checks before its first trial."""
+    return list(_judged(subject, QUICK_CHECKS))
+
+
+def _whole_list(subject: Subject, test: SealedSplit) -> Iterator[Verdict]:
+    yield from _judged(
+        subject,
+        {
+            **QUICK_CHECKS,
+            "duplicates": check_duplicates,
+            "test leak": partial(check_leak, test=test),
+            "one batch": check_one_batch,
+            "baseline": check_baseline,
+            "learning rate": check_learning_rate,
+            "speed by batch": check_speed,
+        },
+    )
+
+
+def _judged(subject: Subject, checks: Mapping[str, Callable[[Subject], Verdict]]) -> Iterator[Verdict]:
+    for name, check in checks.items():
+        try:
+            verdict = check(subject)
+        except Exception as error:  # data and models are a stranger's code and may raise anything
+            text = f"{type(error).__name__}: {error}".partition("\n")[0]
+            verdict = Verdict(state="wrong", text=text, advice="the check could not be made; mend this first")
+        yield replace(verdict, check=name)
+
+
+def log_verdicts(run: SummaryRun, verdicts: Sequence[Verdict]) -> None:
+    """Put the verdicts into the artifacts of a run, for people and as data."""
+    run.log_text(as_markdown(verdicts), "checklist.md")
+    run.log_dict({"verdicts": [asdict(verdict) for verdict in verdicts]}, "checklist.json")
+
+
+def _log(run: SummaryRun, task: str, verdicts: Sequence[Verdict]) -> None:
+    log_verdicts(run, verdicts)
+    run.log_figure("checklist.png", plot_checklist(task, {verdict.check: verdict.data for verdict in verdicts}))
+    figures = {name: value for v in verdicts for name, value in v.data.items() if isinstance(value, int | float)}
+    run.log_metrics({f"check/{name}": float(value) for name, value in figures.items()})
+    run.set_tags({"hpo.task": task})
+    run.set_note(as_markdown(verdicts))

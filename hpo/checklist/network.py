@@ -1,0 +1,96 @@
+"""Checks of a network that has not been trained: its outputs, its loss, and the way of its gradients."""
+
+from __future__ import annotations
+
+import torch
+
+from hpo.checklist.verdicts import Subject, Verdict
+from hpo.training.optimizers import build_optimizer
+from hpo.training.probe import EXPLODED, VANISHED, layers, relative_gradients
+
+SAMPLE = 64
+NUM_STEPS = 3
+"""What begins with weights of 0 passes gradients on only after a step or two."""
+
+HIGH_LOSS, FAR_TOO_HIGH_LOSS = 1.5, 3.0
+"""The loss at initialisation, as a multiple of what a network that knows nothing has."""
+
+
+@torch.inference_mode()
+def check_forward(subject: Subject) -> Verdict:
+    model = subject.network().eval()  # batch norms too, or examples would depend on each other
+    inputs = subject.sample(SAMPLE).inputs
+    outputs = model(inputs)
+    num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    num_frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    frozen = f" ({num_frozen} more are frozen)" if num_frozen else ""
+    text = f"outputs of {'x'.join(map(str, outputs.shape))}, {num_parameters} parameters{frozen}"
+    data = {"parameters": num_parameters, "frozen_parameters": num_frozen}
+    if not num_parameters:
+        advice = "no parameter is trained: let some have requires_grad"
+        return Verdict(state="wrong", text=text, advice=advice, data=data)
+    if not outputs.isfinite().all():
+        advice = "outputs are not finite before any training: use another initialisation or a norm"
+        return Verdict(state="wrong", text=text, advice=advice, data=data)
+    alone = model(inputs[:1])[0]
+    if not torch.allclose(alone, outputs[0], rtol=1e-2, atol=1e-2 * float(outputs.std()) + 1e-6):
+        advice = "the output of an example changes with the others in its batch: look for a wrong view or reshape"
+        return Verdict(state="wrong", text=text, advice=advice, data=data)
+    return Verdict(state="ok", text=text, data=data)
+
+
+@torch.inference_mode()
+def check_first_loss(subject: Subject) -> Verdict:
+    """The loss before training against that of a network that knows nothing: ln(classes) for cross-entropy."""
+    sample = subject.sample(SAMPLE)
+    loss = subject.loss(subject.network()(sample.inputs), sample.targets).item()
+    expected = subject.loss_of_knowing_nothing(sample.targets)
+    reference = "the mean alone has"
+    if subject.num_classes:
+        is_logarithm = subject.config.loss == "cross_entropy"
+        reference = f"ln({subject.num_classes}) is" if is_logarithm else "equal chances have"
+    text = f"{loss:.3f}; {reference} {expected:.3f}"
+    data = {"first_loss": loss, "expected_loss": expected}
+    ratio = loss / expected if expected else 1.0
+    if ratio <= HIGH_LOSS and ratio >= 1 / HIGH_LOSS:
+        return Verdict(state="ok", text=text, data=data)
+    if ratio < 1:
+        advice = "it knows something before training: pretrained weights, or inputs that give the answer away"
+        return Verdict(state="warning", text=text, advice=advice, data=data)
+    advice = "the first outputs are too large: begin with smaller weights in the last layer, or use a norm"
+    return Verdict(state="warning" if ratio <= FAR_TOO_HIGH_LOSS else "wrong", text=text, advice=advice, data=data)
+
+
+def check_gradients(subject: Subject) -> Verdict:
+    """Whether gradients reach every layer that is trained, and how strong they are there."""
+    model, sample = subject.network(), subject.sample(SAMPLE)
+    gradients = relative_gradients(model, sample, subject.loss, subject.target_scale, SAMPLE).tolist()
+    unreached = _unreached_layers(subject, model)
+    text = f"they reach all {len(gradients)} layers, at the least with {min(gradients, default=0.0):.1e} of the weights"
+    data = {"gradients": gradients, "unreached": unreached}
+    if unreached or not gradients:
+        text = f"they do not reach {', '.join(unreached[:4])}{', ...' if len(unreached) > 4 else ''}"
+        advice = "is it used in forward, behind a detach(), or fed by units that are all dead?"
+        return Verdict(state="wrong", text=text, advice=advice, data=data)
+    vanishing = [layer for layer, gradient in enumerate(gradients, start=1) if gradient < VANISHED]
+    if vanishing:
+        text = f"they reach all {len(gradients)} layers, but vanish up to layer {max(vanishing)}: {min(gradients):.1e}"
+        advice = "use a norm, another initialisation or fewer layers"
+        return Verdict(state="warning", text=text, advice=advice, data=data)
+    # The last layer's weights may be as small as they like.
+    if max(gradients[:-1], default=0.0) > EXPLODED:
+        text = f"they reach all {len(gradients)} layers, but explode: {max(gradients[:-1]):.1e} times the weights"
+        advice = "use a norm, another initialisation, or clip_norm"
+        return Verdict(state="warning", text=text, advice=advice, data=data)
+    return Verdict(state="ok", text=text, data=data)
+
+
+def _unreached_layers(subject: Subject, model: torch.nn.Module) -> list[str]:
+    sample, optimizer = subject.sample(SAMPLE), build_optimizer(model, subject.config)
+    unreached = layers(model)
+    for _ in range(NUM_STEPS):
+        optimizer.zero_grad()
+        subject.loss(model(sample.inputs), sample.targets).backward()  # type: ignore[no-untyped-call]
+        unreached = {name: p for name, p in unreached.items() if p.grad is None or not p.grad.any()}
+        optimizer.step()
+    return [name.removeprefix("network.") for name in unreached]
