@@ -95,6 +95,16 @@ def test_gradients_that_vanish_towards_the_first_layers_are_seen() -> None:
     assert measured["gradient_first"] < VANISHED < measured["gradient_last"]
 
 
+def test_a_network_without_any_error_left_has_no_vanishing_gradients() -> None:
+    class Knows(nn.Linear):
+        def forward(self, points: Tensor) -> Tensor:
+            return 1e7 * points[:, :4] + 0 * super().forward(points)
+
+    measured = probed(Knows(16, 4), classes_of_points(9))
+    assert measured["vanishing_layers"] == 0
+    assert math.isnan(measured["gradient_first"])
+
+
 def test_gradients_that_explode_are_seen() -> None:
     model = network(depth=12)
     with torch.no_grad():

@@ -175,6 +175,8 @@ def check_learning_rate(subject: Subject) -> Verdict:
     The window begins where the loss has fallen by a tenth of what it falls in all, and ends where it is lowest.
     """
     rates, losses = _range_test(subject)
+    if not losses:
+        return Verdict(state="wrong", text="the loss is not finite", advice="look at the loss and at the first outputs")
     smoothed = _smooth(losses)
     lowest = min(range(len(smoothed)), key=smoothed.__getitem__)
     first = median(losses[:10])  # the rates are so small that nothing has changed yet
@@ -224,10 +226,8 @@ def _range_test(subject: Subject) -> tuple[list[float], list[float]]:
             losses.append(step(inputs, targets).loss.item())
             if not mean(losses[-3:]) < TOO_LARGE * median(losses[:10]):
                 break
-    finite = [pair for pair in zip(rates, losses, strict=True) if math.isfinite(pair[1])]
-    if not finite:
-        return [LOWEST_RATE], [math.inf]
-    return [rate for rate, _ in finite], [loss for _, loss in finite]
+    num_finite = sum(map(math.isfinite, losses))
+    return rates[:num_finite], losses[:num_finite]
 
 
 def _endless(subject: Subject) -> Iterator[tuple[Tensor, Tensor]]:

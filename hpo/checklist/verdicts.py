@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -86,15 +88,19 @@ class Subject:
 
         Batch norms take the statistics of the batch, as in training: those that they keep are of no data yet.
         """
-        parameters = self.task.model_parameters(self.configuration)
-        model = build_model(self.task.objective, self.splits.spec, parameters, seed=self.config.seed)
-        model.fit_statistics(self.splits.train)
-        model.to(self.config.device).eval()
+        model = deepcopy(self._untrained).to(self.config.device).eval()
         if has_convolutions(model):
             model.to(memory_format=torch.channels_last)
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.train()
+        return model
+
+    @cached_property
+    def _untrained(self) -> PreprocessedModel:
+        parameters = self.task.model_parameters(self.configuration)
+        model = build_model(self.task.objective, self.splits.spec, parameters, seed=self.config.seed)
+        model.fit_statistics(self.splits.train)  # of large data this takes a second
         return model
 
     def loss_of_knowing_nothing(self, targets: Tensor) -> float:

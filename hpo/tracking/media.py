@@ -299,6 +299,7 @@ def _draw_baseline(axes: Axes, data: Mapping[str, Any]) -> None:
     }
     bars = axes.bar(list(scores), list(scores.values()), color=(_GREY, _SKY, _BLUE))
     axes.bar_label(bars, fmt="%.3f", fontsize=9)
+    axes.margins(y=0.1)
     axes.axhline(0, color=_GREY, linewidth=0.8)
     axes.set_ylabel(f"validation {data['metric']}")
 
@@ -317,8 +318,8 @@ def _draw_range_test(axes: Axes, data: Mapping[str, Any]) -> None:
 
 def _draw_speed(axes: Axes, data: Mapping[str, Any]) -> None:
     axes.plot(data["batch_sizes"], data["examples_a_second"], "o-", color=_BLUE)
-    for *point, memory in zip(data["batch_sizes"], data["examples_a_second"], data["memory"], strict=True):
-        axes.annotate(memory, point, (0, 7), textcoords="offset points", ha="center", fontsize=8)
+    for size, rate, memory in zip(data["batch_sizes"], data["examples_a_second"], data["memory"], strict=True):
+        axes.annotate(memory, (size, rate), (0, 7), textcoords="offset points", ha="center", fontsize=8)
     axes.set_xscale("log", base=2)
     axes.set_xticks(data["batch_sizes"], [str(size) for size in data["batch_sizes"]])
     axes.margins(x=0.12, y=0.15)

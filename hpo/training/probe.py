@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
@@ -25,6 +26,10 @@ healthy networks of 2 to 20 layers have 2e-3 and more, and those whose signal di
 
 EXPLODED = 30.0
 """Relative gradient of a hidden layer above which a step tears it apart; healthy networks have less than 1."""
+
+
+LEAST_ERROR = 1e-6
+"""Of what is right up to rounding there is nothing to be told."""
 
 
 class Probe:
@@ -60,7 +65,7 @@ class Probe:
             layers = torch.arange(1, len(gradients) + 1, device=gradients.device)
             measured = {
                 "gradient_first": gradients[0],
-                "gradient_middle": gradients[len(gradients) // 2],
+                "gradient_middle": gradients[(len(gradients) - 1) // 2],
                 "gradient_last": gradients[-1],
                 "vanishing_layers": (layers * (gradients < VANISHED)).max(),
             }
@@ -86,7 +91,8 @@ def relative_gradients(
 
     It is the norm of the layer's gradient, divided by the norm of its weights and by the mean norm of the gradient that
     the loss of an example has at the outputs. So it depends neither on how well the network does already nor on the
-    scale of its weights. The mode of the model is the caller's. Empty where no gradient leads to any layer.
+    scale of its weights. NaN where there is no error left, empty where no gradient leads to any layer. The mode of the
+    model is the caller's.
     """
     weights = list(layers(model).values())
     gradients = [torch.zeros_like(weight) for weight in weights]
@@ -102,9 +108,9 @@ def relative_gradients(
             gradient += share * part
         # The loss is a mean over the batch, and its gradient at an example's outputs has 1 / B in it.
         error += share * (len(targets) * target_scale * at_outputs.reshape(len(targets), -1)).norm(dim=1).mean()
-    tiny = torch.finfo(error.dtype).tiny  # layers of zeros, and errors of 0, give no NaN
     norms, sizes = (torch.stack([tensor.detach().norm() for tensor in tensors]) for tensors in (gradients, weights))
-    return norms / sizes.clamp(min=tiny) / error.clamp(min=tiny)
+    relative = norms / sizes.clamp(min=torch.finfo(sizes.dtype).tiny)  # the weights may all be 0
+    return torch.where(error > LEAST_ERROR, relative / error, math.nan)
 
 
 _ANSWERS: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {

@@ -65,12 +65,11 @@ class Symptoms:
         return {**self._of_losses(train_loss), **_of_layers(metrics)}
 
     def _of_losses(self, train_loss: float) -> dict[str, float]:
-        found: dict[str, float] = {}
         if self.epochs_above >= OVERFIT_EPOCHS:
-            found["overfits_from"] = self.turning_epoch + 1
+            return {"overfits_from": self.turning_epoch + 1}  # whose remedies are others than those of a plateau
         if self.idle_epochs >= STALL_EPOCHS and train_loss > LEARNED * self.first_loss:
-            found["stalls_from"] = self.progress_epoch + 1
-        return found
+            return {"stalls_from": self.progress_epoch + 1}
+        return {}
 
     def epochs_without_progress(self, epoch: int) -> int:
         """Epochs since the training loss last fell by a hundredth of itself."""
