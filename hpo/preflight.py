@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 
 from hpo.config import config_fields
-from hpo.data.batches import TrainingBatches
+from hpo.data.batches import build_batches
 from hpo.data.datasets import Splits
-from hpo.data.mixing import build_mixing
 from hpo.errors import DataError, HpoError, SpaceError, UnknownNameError, UsageError
 from hpo.models.preprocessed import build_model
 from hpo.objective import Dataset, SealedSplit
@@ -93,15 +92,7 @@ def _check_setting(task: Task, splits: Splits, name: str, value: Value) -> None:
     num_classes = len(splits.spec.classes)
     training_loss(config, splits.train, num_classes)
     generator = torch.Generator()
-    TrainingBatches(
-        splits.train,
-        1,
-        order=generator,
-        augmentation=generator,
-        augment=config.augment,
-        mixing=build_mixing(config, num_classes),
-        sampling=config.sampling,
-    )
+    build_batches(splits.train, config, num_classes, order=generator, augmentation=generator)
 
 
 def _check_model(task: Task, splits: Splits) -> None:

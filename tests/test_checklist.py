@@ -415,7 +415,8 @@ BROKEN = """
 import torch
 from dataclasses import replace
 from hpo.objective import Objective, SealedSplit, Split
-from objectives.digits import load, model
+from hpo.models.networks import mlp as model
+from objectives.digits import load
 
 
 def broken(data_dir):

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from hpo.checklist.speed import seconds_a_step
-from hpo.checklist.verdicts import Subject, Verdict
+from hpo.checklist.verdicts import Sample, Subject, Verdict
 from hpo.config import derive_seed
-from hpo.data.batches import TrainingBatches
+from hpo.data.batches import build_batches
 from hpo.data.datasets import Splits
 from hpo.objective import Split
 from hpo.space import Choice, format_value
@@ -66,7 +66,7 @@ def _learned(subject: Subject) -> float:
     return 1.0 if subject.num_classes else 0.95
 
 
-def _learn_by_heart(subject: Subject, sample: Split, rate: float) -> tuple[list[float], float]:
+def _learn_by_heart(subject: Subject, sample: Sample, rate: float) -> tuple[list[float], float]:
     model = subject.network()
     optimizer = build_optimizer(model, replace(subject.config, optimizer="adam", lr=rate, weight_decay=0.0))
     step = TrainingStep(model, subject.loss, optimizer)
@@ -136,9 +136,11 @@ def _baselines(splits: Splits) -> tuple[Tensor, Tensor]:
     """Outputs on the validation split of the simplest guess, and of a ridge regression of the inputs or the classes."""
     from sklearn.linear_model import Ridge, RidgeClassifier  # scikit-learn takes a second to import
 
-    features = _flattened(splits.train.inputs)
+    features = _flattened(splits.train.inputs[:])
     mean, deviation = features.mean(0), features.std(0, correction=0).clamp(min=1e-6)
-    inputs, new = (((_flattened(part.inputs) - mean) / deviation).numpy() for part in (splits.train, splits.validation))
+    inputs, new = (
+        ((_flattened(part.inputs[:]) - mean) / deviation).numpy() for part in (splits.train, splits.validation)
+    )
     targets, num = splits.train.targets, len(splits.validation)
     num_classes = len(splits.spec.classes)
     strength = float(len(inputs))  # a prior as strong as the data: pixels outnumber the examples
@@ -233,14 +235,8 @@ def _range_test(subject: Subject) -> tuple[list[float], list[float]]:
 def _endless(subject: Subject) -> Iterator[tuple[Tensor, Tensor]]:
     config = subject.config
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "range test"))
-    batches = TrainingBatches(
-        subject.sample(NUM_EXAMPLES + config.batch_size),
-        config.batch_size,
-        order=generator,
-        augmentation=generator,
-        augment=config.augment,
-        sampling=config.sampling,
-    )
+    split = subject.sample(NUM_EXAMPLES + config.batch_size).as_split()
+    batches = build_batches(split, config, subject.num_classes, order=generator, augmentation=generator)
     while True:
         yield from batches
 

@@ -66,7 +66,7 @@ def check_first_loss(subject: Subject) -> Verdict:
 
 def check_gradients(subject: Subject) -> Verdict:
     """Whether gradients reach every layer that is trained, and how strong they are there."""
-    model, sample = subject.network(), subject.sample(SAMPLE)
+    model, sample = subject.network(), subject.sample(SAMPLE).as_split()
     gradients = relative_gradients(model, sample, subject.loss, subject.target_scale, SAMPLE).tolist()
     unreached = _unreached_layers(subject, model) if gradients else list(layers(model))
     text = f"they reach all {len(gradients)} layers, at the least with {min(gradients, default=0.0):.1e} of the weights"

@@ -43,6 +43,20 @@ class Verdict:
     """The figures as plain data: numbers are logged, and lists are drawn."""
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Examples on the device."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def as_split(self) -> Split:
+        return Split(self.inputs, self.targets)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Subject:
     """What is checked: a task with the default configuration of its space, on its training and validation splits."""
@@ -78,10 +92,10 @@ class Subject:
         plain = replace(self.config, label_smoothing=0.0)
         return loss_function(plain, self.num_classes, self.target_scale)
 
-    def sample(self, num_examples: int) -> Split:
+    def sample(self, num_examples: int) -> Sample:
         """So many training examples at the most, on the device; the classes are in proportion."""
         train, device = self.splits.train, self.config.device
-        return Split(train.inputs[:num_examples].to(device), train.targets[:num_examples].to(device))
+        return Sample(train.inputs[:num_examples].to(device), train.targets[:num_examples].to(device))
 
     def network(self) -> PreprocessedModel:
         """A new network, as a trial would begin with, but without what is random in it and in evaluation mode.

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from hpo.data.augment import Augmentation, build_augmentations
-from hpo.data.mixing import Mixing
+from hpo.data.mixing import Mixing, build_mixing
 from hpo.errors import UsageError
 from hpo.objective import Split
 
 if TYPE_CHECKING:
+    from hpo.config import TrainConfig
     from hpo.data.datasets import Splits
 
 DEVICE_SHARE = 0.5
@@ -90,6 +91,11 @@ class TrainingBatches:
     def __len__(self) -> int:
         return len(self._split) // self._batch_size
 
+    @property
+    def are_mixed(self) -> bool:
+        """Whether targets are the shares (B, num_classes) of mixed examples."""
+        return self._mixing is not None
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order, *draws = self._draw_epoch()
         for (inputs, targets), *drawn in zip(_fetched(self._split, order, self._device), *draws, strict=True):
@@ -109,6 +115,23 @@ class TrainingBatches:
         if self._chances is None:
             return torch.randperm(len(self._split), generator=self._order)
         return torch.multinomial(self._chances, len(self._split), replacement=True, generator=self._order)
+
+
+def build_batches(
+    split: Split, config: TrainConfig, num_classes: int, *, order: torch.Generator, augmentation: torch.Generator
+) -> TrainingBatches:
+    """The training batches that `config` asks for, on its device. Raises UsageError where they do not fit the data."""
+    return TrainingBatches(
+        split,
+        config.batch_size,
+        order=order,
+        augmentation=augmentation,
+        augment=config.augment,
+        augment_strength=config.augment_strength,
+        mixing=build_mixing(config, num_classes),
+        sampling=config.sampling,
+        device=config.device,
+    )
 
 
 def _balanced_chances(split: Split) -> Tensor:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hpo.config import derive_seed
-from hpo.data.batches import TrainingBatches, evaluation_batch_size, evaluation_batches, place
-from hpo.data.mixing import build_mixing
+from hpo.data.batches import build_batches, evaluation_batch_size, evaluation_batches, place
 from hpo.errors import CheckpointError, UsageError
 from hpo.models.pretrained import find_pretrained
 from hpo.training.averaging import AveragedWeights
@@ -160,17 +159,8 @@ class _Run:
         self.loss_function = loss_function(config, self.num_classes, target_scale(splits.train))
         self.splits = place(splits, config.device)
         self.order, self.augmentation = torch.Generator(), torch.Generator()
-        self.mixing = build_mixing(config, self.num_classes)
-        self.batches = TrainingBatches(
-            self.splits.train,
-            config.batch_size,
-            order=self.order,
-            augmentation=self.augmentation,
-            augment=config.augment,
-            augment_strength=config.augment_strength,
-            mixing=self.mixing,
-            sampling=config.sampling,
-            device=config.device,
+        self.batches = build_batches(
+            self.splits.train, config, self.num_classes, order=self.order, augmentation=self.augmentation
         )
         check_fine_tuning(model, config)
         self.model = model.to(config.device)
@@ -241,7 +231,7 @@ class _Run:
                 "off" if self.config.thaw_epoch else self.config.compile,  # one count of steps serves all parameters
                 self.step,
                 batch_shape=(self.config.batch_size, *self.splits.spec.input_shape),
-                is_mixed=self.mixing is not None,
+                is_mixed=self.batches.are_mixed,
                 seconds_a_step=metrics["time/epoch_s"] / len(self.batches),
                 steps_left=(self.last_epoch - epoch) * len(self.batches),
             )
