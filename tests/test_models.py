@@ -20,7 +20,7 @@ from hpo.models.airnet import AirNet
 from hpo.models.convnet import ConvNet, ResidualBlock
 from hpo.models.layers import ACTIVATIONS, GATED_ACTIVATIONS, IMAGE_NORMS, INITS, VECTOR_NORMS, DropConnectLinear
 from hpo.models.mlp import MLP
-from hpo.models.preprocessed import PreprocessedModel, build_model
+from hpo.models.preprocessed import MirrorAveraged, PreprocessedModel, build_model
 from hpo.objective import DataSpec, Objective, Split
 from hpo.training.trainer import fit
 
@@ -485,6 +485,17 @@ def test_monte_carlo_dropout_is_the_mean_of_passes_with_dropout_and_nothing_else
     assert not any(module.training for module in model.modules())
     with pytest.raises(UsageError, match="a regression has no probabilities"):
         PreprocessedModel(MLP(FEATURES), FEATURES).probabilities(torch.randn(2, 6))
+
+
+def test_averaging_over_the_mirror_image_makes_left_and_right_alike() -> None:
+    torch.manual_seed(0)
+    model = ConvNet(IMAGES, width=8).eval()
+    nn.init.normal_(model.output.weight)
+    images = torch.randn(5, 3, 32, 32)
+    averaged = MirrorAveraged(model)
+    torch.testing.assert_close(averaged(images), (model(images) + model(images.flip(-1))) / 2)
+    torch.testing.assert_close(averaged(images), averaged(images.flip(-1)))
+    assert not torch.allclose(model(images), model(images.flip(-1)), atol=1e-3)
 
 
 def test_weights_follow_from_the_seed_alone() -> None:

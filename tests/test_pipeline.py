@@ -23,6 +23,7 @@ import hpo
 from hpo.errors import CheckpointError, SearchError, StoreError, StudyMismatchError, UsageError
 from hpo.execution.observer import Observer
 from hpo.pipeline import SearchOutcome, run_search
+from hpo.plugins import load_objective
 from hpo.request import agree, find_means
 from hpo.search.storage import open_storage
 from hpo.search.study import Study, Suggestion
@@ -245,6 +246,25 @@ def test_the_metric_that_is_given_decides_about_the_winner(tmp_path: Path, home:
     assert run_search(str(path), **both).winner == outcome.winner
     with pytest.raises(StudyMismatchError, match="--metric recall, not f1"):
         run_search(str(path), metric="f1", **both)
+
+
+def test_a_winner_that_was_trained_on_mirror_images_is_also_tested_with_them_and_that_is_told_apart(
+    tmp_path: Path, home: Path
+) -> None:
+    path = tmp_path / "mirrored.py"
+    given = "examples = Split(points + 1.5 * targets[:, None], targets)"
+    changed = "examples = Split((points + 1.5 * targets[:, None])[:, None, None, :].repeat(1, 1, 2, 1), targets)"
+    text = RARE_TASK.replace(given, changed).replace('"lr": 0.01', '"lr": 0.01, "augment": "flip"')
+    path.write_text(text.replace('"max_epochs": 10', '"max_epochs": 2'))
+    outcome = run_search(str(path), home=home, trials=1, workers=1)
+    assert outcome.winner is not None
+    assert outcome.winner.test is not None
+    model, examples = hpo.load_best("rare", home=home), load_objective(str(path)).load(tmp_path).test.open()
+    with torch.inference_mode():
+        outputs = model(examples.inputs), model(examples.inputs.flip(-1))
+    for name, logits in (("accuracy", outputs[0]), ("accuracy_mirror_averaged", sum(outputs))):
+        expected = (logits.argmax(1) == examples.targets).double().mean().item()
+        assert outcome.winner.test[name] == pytest.approx(expected)
 
 
 def test_the_test_split_is_opened_once_for_each_winner(

@@ -7,10 +7,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from hpo.config import augmentation_names
 from hpo.deploy.load import load_trial
 from hpo.errors import HpoError, SearchError
 from hpo.execution.messages import Assignment
 from hpo.execution.worker import CHECKPOINT, refit
+from hpo.models.preprocessed import MirrorAveraged
 from hpo.search.findings import findings, importances
 from hpo.search.winner import MAX_CONFUSED, TEST_CONFUSIONS, TEST_READINGS, Winner, find_winner, front_rows
 from hpo.tracking.media import plot_confusion, plot_curves, plot_front, plot_history, plot_importances, plot_slices
@@ -50,6 +52,10 @@ def crown_winner(
     examples, classes = _opened(test), trained.model.classes
     scores = evaluate(trained.model, examples, trained.config, len(classes))
     del scores["loss"]  # of use in training alone
+    if classes and {"flip", "alternating_flip"} & {*augmentation_names(trained.config.augment)}:
+        # Apart from the others: it takes two passes, which the model that is loaded does not make.
+        both = evaluate(MirrorAveraged(trained.model), examples, trained.config, len(classes))
+        scores["accuracy_mirror_averaged"] = both["accuracy"]
     if 0 < len(classes) <= MAX_CONFUSED:
         counts = confusion_matrix(trained.model, examples, trained.config, len(classes))
         _record(study, TEST_CONFUSIONS, winner.trial, {"classes": classes, "counts": counts})
