@@ -16,7 +16,7 @@ from torch.nn import functional
 from hpo.checklist.speed import seconds_a_step
 from hpo.checklist.verdicts import Sample, Subject, Verdict
 from hpo.config import derive_seed
-from hpo.data.batches import build_batches
+from hpo.data.batches import TrainingBatches
 from hpo.data.datasets import Splits
 from hpo.objective import Split
 from hpo.space import Choice, format_value
@@ -221,7 +221,7 @@ def _range_test(subject: Subject) -> tuple[list[float], list[float]]:
     losses: list[float] = []
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(config.seed, "range test"))
-        for number, (inputs, targets) in zip(range(num_rates), _endless(subject), strict=False):
+        for number, (inputs, targets) in zip(range(num_rates), _endless(subject, num_rates), strict=False):
             rates.append(LOWEST_RATE * growth**number)
             for group, share in zip(optimizer.param_groups, shares, strict=True):
                 group["lr"] = share * rates[-1]
@@ -232,11 +232,19 @@ def _range_test(subject: Subject) -> tuple[list[float], list[float]]:
     return rates[:num_finite], losses[:num_finite]
 
 
-def _endless(subject: Subject) -> Iterator[tuple[Tensor, Tensor]]:
+def _endless(subject: Subject, num_batches: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Training batches of as few examples as will do, for they are all on the device."""
     config = subject.config
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "range test"))
-    split = subject.sample(NUM_EXAMPLES + config.batch_size).as_split()
-    batches = build_batches(split, config, subject.num_classes, order=generator, augmentation=generator)
+    batches = TrainingBatches(
+        Split(*subject.sample(min(max(NUM_EXAMPLES, config.batch_size), num_batches * config.batch_size))),
+        config.batch_size,
+        order=generator,
+        augmentation=generator,
+        augment=config.augment,
+        augment_strength=config.augment_strength,
+        sampling=config.sampling,
+    )
     while True:
         yield from batches
 

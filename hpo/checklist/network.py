@@ -7,9 +7,9 @@ import math
 import torch
 
 from hpo.checklist.verdicts import Subject, Verdict
+from hpo.objective import Split
 from hpo.training.probe import EXPLODED, VANISHED, layers, relative_gradients
 
-SAMPLE = 64
 NUM_STEPS = 3
 """What begins with weights of 0 passes gradients on only after a step or two."""
 
@@ -22,7 +22,7 @@ HIGH_LOSS, FAR_TOO_HIGH_LOSS = 1.5, 3.0
 @torch.inference_mode()
 def check_forward(subject: Subject) -> Verdict:
     model = subject.network().eval()  # batch norms too, or examples would depend on each other
-    inputs = subject.sample(SAMPLE).inputs
+    inputs = subject.small_sample().inputs
     outputs = model(inputs)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     num_frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -45,7 +45,7 @@ def check_forward(subject: Subject) -> Verdict:
 @torch.inference_mode()
 def check_first_loss(subject: Subject) -> Verdict:
     """The loss before training against that of a network that knows nothing: ln(classes) for cross-entropy."""
-    sample = subject.sample(SAMPLE)
+    sample = subject.small_sample()
     loss = subject.loss(subject.network()(sample.inputs), sample.targets).item()
     expected = subject.loss_of_knowing_nothing(sample.targets)
     reference = "the mean alone has"
@@ -66,8 +66,8 @@ def check_first_loss(subject: Subject) -> Verdict:
 
 def check_gradients(subject: Subject) -> Verdict:
     """Whether gradients reach every layer that is trained, and how strong they are there."""
-    model, sample = subject.network(), subject.sample(SAMPLE).as_split()
-    gradients = relative_gradients(model, sample, subject.loss, subject.target_scale, SAMPLE).tolist()
+    model, sample = subject.network(), subject.small_sample()
+    gradients = relative_gradients(model, Split(*sample), subject.loss, subject.target_scale).tolist()
     unreached = _unreached_layers(subject, model) if gradients else list(layers(model))
     text = f"they reach all {len(gradients)} layers, at the least with {min(gradients, default=0.0):.1e} of the weights"
     data = {"gradients": gradients, "unreached": unreached}
@@ -97,9 +97,11 @@ def _unreached_layers(subject: Subject, model: torch.nn.Module) -> list[str]:
 
     By hand: torch imports its compiler, which takes seconds, with the first optimizer.
     """
-    sample, weights = subject.sample(SAMPLE), layers(model)
+    sample, weights = subject.small_sample(), layers(model)
     unreached = set(weights)
     for _ in range(NUM_STEPS):
+        if not unreached:
+            break
         loss = subject.loss(model(sample.inputs), sample.targets)
         gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
         for (name, weight), gradient in zip(weights.items(), gradients, strict=True):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from hpo.config import TrainConfig
 from hpo.data.datasets import Splits
 from hpo.models.preprocessed import PreprocessedModel, build_model
-from hpo.objective import Split
 from hpo.training.losses import LossFunction, loss_function, target_scale
 from hpo.training.precision import has_convolutions
 
@@ -23,6 +22,16 @@ if TYPE_CHECKING:
     from hpo.space import Value
 
 State = Literal["ok", "warning", "wrong"]
+
+LARGE_EXAMPLE = 3 * 64 * 64
+"""Values in an example; networks for larger ones are slow on a CPU."""
+
+
+class Sample(NamedTuple):
+    """Some examples on the device."""
+
+    inputs: Tensor
+    targets: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,20 +50,6 @@ class Verdict:
 
     data: dict[str, Any] = field(default_factory=dict)
     """The figures as plain data: numbers are logged, and lists are drawn."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Examples on the device."""
-
-    inputs: Tensor
-    targets: Tensor
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def as_split(self) -> Split:
-        return Split(self.inputs, self.targets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +91,10 @@ class Subject:
         """So many training examples at the most, on the device; the classes are in proportion."""
         train, device = self.splits.train, self.config.device
         return Sample(train.inputs[:num_examples].to(device), train.targets[:num_examples].to(device))
+
+    def small_sample(self) -> Sample:
+        """As many as a large network on a CPU takes seconds for."""
+        return self.sample(64 if self.splits.train.inputs.shape[1:].numel() <= LARGE_EXAMPLE else 16)
 
     def network(self) -> PreprocessedModel:
         """A new network, as a trial would begin with, but without what is random in it and in evaluation mode.

@@ -41,9 +41,15 @@ class Probe:
     """
 
     def __init__(
-        self, train: Split, loss_function: LossFunction, *, target_scale: float = 1.0, num_at_a_time: int = NUM_EXAMPLES
+        self,
+        train: Split,
+        loss_function: LossFunction,
+        *,
+        target_scale: float = 1.0,
+        num_at_a_time: int = NUM_EXAMPLES,
+        device: str = "cpu",
     ) -> None:
-        self._examples = Split(train.inputs[:NUM_EXAMPLES], train.targets[:NUM_EXAMPLES])
+        self._examples = Split(train.inputs[:NUM_EXAMPLES].to(device), train.targets[:NUM_EXAMPLES].to(device))
         self._loss_function = loss_function
         self._target_scale = target_scale
         self._num_at_a_time = max(1, num_at_a_time)

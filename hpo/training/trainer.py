@@ -190,6 +190,7 @@ class _Run:
             self.loss_function,
             target_scale=target_scale(splits.train),
             num_at_a_time=config.batch_size // 2,  # without bf16 it takes twice the memory
+            device=config.device,
         )
         self.symptoms = Symptoms()
         self.best_weights: dict[str, Tensor] | None = None
