@@ -16,7 +16,7 @@ from torch.nn import functional
 from hpo.checklist.speed import seconds_a_step
 from hpo.checklist.verdicts import Sample, Subject, Verdict
 from hpo.config import derive_seed
-from hpo.data.batches import TrainingBatches
+from hpo.data.batches import build_batches
 from hpo.data.datasets import Splits
 from hpo.objective import Split
 from hpo.space import Choice, format_value
@@ -236,15 +236,8 @@ def _endless(subject: Subject, num_batches: int) -> Iterator[tuple[Tensor, Tenso
     """Training batches of as few examples as will do, for they are all on the device."""
     config = subject.config
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "range test"))
-    batches = TrainingBatches(
-        Split(*subject.sample(min(max(NUM_EXAMPLES, config.batch_size), num_batches * config.batch_size))),
-        config.batch_size,
-        order=generator,
-        augmentation=generator,
-        augment=config.augment,
-        augment_strength=config.augment_strength,
-        sampling=config.sampling,
-    )
+    split = Split(*subject.sample(min(max(NUM_EXAMPLES, config.batch_size), num_batches * config.batch_size)))
+    batches = build_batches(split, config, subject.num_classes, order=generator, augmentation=generator)
     while True:
         yield from batches
 
