@@ -301,7 +301,7 @@ def check(as_json: bool, **request: Any) -> None:
     """Check the data of TASK, and whether its network learns, before you search.
 
     Each line says ok, warning or wrong, and what to do; the exit code is 1 where something is wrong.
-    The network is that of the default configuration. It takes seconds, or a minute for large networks.
+    The network is that of the default configuration. It takes seconds, and for large networks on a CPU minutes.
 
     \b
     hpo check digits

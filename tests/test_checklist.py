@@ -333,7 +333,9 @@ def test_a_network_that_cannot_learn_a_batch_by_heart_is_told() -> None:
     blind = subject(lambda spec: nn.Sequential(nn.Linear(8, 1), nn.Hardtanh(0, 1e-9), nn.Linear(1, 4)))
     assert check_one_batch(blind).state == "wrong"
     assert check_one_batch(subject(classes=(), train=changed(points(classes=()), one_and_the_same))).state == "wrong"
-    assert check_one_batch(subject(lambda spec: mlp(spec, dropout=0.9, norm="batch"))).state == "ok"
+    verdict = check_one_batch(subject(lambda spec: mlp(spec, dropout=0.9, norm="batch")))
+    assert verdict.state == "ok"
+    assert "on 32 examples" in verdict.text
 
 
 def shuffled(split: Split) -> Split:
@@ -354,6 +356,14 @@ def test_a_network_that_is_worse_than_a_linear_model_is_told() -> None:
     verdict = check_baseline(narrow)
     assert verdict.data["naive"] < verdict.data["network"] < verdict.data["linear"]
     assert verdict.state == "warning"
+
+
+def test_a_training_that_had_no_time_is_not_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hpo.checklist.learning.TRAINING_S", 1e-9)
+    train, validation = (shuffled(points(200, seed=seed)) for seed in (0, 1))
+    verdict = check_baseline(subject(train=train, validation=validation))
+    assert verdict.state == "warning"
+    assert verdict.advice.startswith("the time sufficed for too few steps (1) to tell")
 
 
 def test_rare_classes_are_compared_by_the_metric_of_the_task() -> None:

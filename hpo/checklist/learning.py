@@ -34,8 +34,11 @@ NUM_EXAMPLES = 5_000
 TRAINING_S = 15.0
 """Seconds that the training against the baseline may take; slow networks see fewer examples."""
 
+ENOUGH_STEPS = 100
+"""With fewer, a network that has learned nothing may simply be slow."""
+
 RANGE_TEST_S = 10.0
-NUM_RATES, LOWEST_RATE, HIGHEST_RATE = 100, 1e-5, 10.0
+NUM_RATES, MIN_RATES, LOWEST_RATE, HIGHEST_RATE = 100, 20, 1e-5, 10.0
 TOO_LARGE = 4.0
 """The loss, as a multiple of the first ones, at which the rate need not grow any further."""
 
@@ -54,7 +57,7 @@ def check_one_batch(subject: Subject) -> Verdict:
         if score >= _learned(subject):
             break
     name = "accuracy" if subject.num_classes else "r2"
-    text = f"{name} {score:.3f} on {len(sample)} examples after {len(losses)} steps"
+    text = f"{name} {score:.3f} on {len(sample.targets)} examples after {len(losses)} steps"
     data = {"score": score, "steps": len(losses), "losses": losses}
     if score >= _learned(subject):
         return Verdict(state="ok", text=text, data=data)
@@ -100,6 +103,10 @@ def check_baseline(subject: Subject) -> Verdict:
     # What scores like chance does not get beyond three standard errors by accident.
     num = len(splits.validation)
     margin = 3 * math.sqrt(max(naive * (1 - naive), 0.0) / num) if subject.num_classes else 9 / num
+    num_steps = last.epoch * (len(splits.train) // config.batch_size)
+    if not network > naive + margin and last.epoch < subject.config.max_epochs and num_steps < ENOUGH_STEPS:
+        advice = f"the time sufficed for too few steps ({num_steps}) to tell: check on a GPU, or a smaller network"
+        return Verdict(state="warning", text=text, advice=advice, data=data)
     if not network > naive + margin:
         advice = "nothing was learned that helps with new examples: are the labels right, and lr and the loss?"
         return Verdict(state="wrong", text=text, advice=advice, data=data)
@@ -209,7 +216,7 @@ def check_learning_rate(subject: Subject) -> Verdict:
 def _range_test(subject: Subject) -> tuple[list[float], list[float]]:
     """Rates and the losses of their steps, until the loss is not finite or far above its lowest."""
     config = subject.config
-    num_rates = max(30, min(NUM_RATES, int(RANGE_TEST_S / seconds_a_step(subject, config.batch_size))))
+    num_rates = max(MIN_RATES, min(NUM_RATES, int(RANGE_TEST_S / seconds_a_step(subject, config.batch_size))))
     model = subject.network().train()
     optimizer = build_optimizer(model, config)
     precision = settle_precision(config.precision, model, config.device)
