@@ -425,7 +425,8 @@ BROKEN = """
 import torch
 from dataclasses import replace
 from hpo.objective import Objective, SealedSplit, Split
-from objectives.digits import load, objective as digits
+from hpo.models.networks import mlp as model
+from objectives.digits import load
 
 
 def broken(data_dir):
@@ -436,7 +437,7 @@ def broken(data_dir):
     return replace(data, train=train, test=SealedSplit(lambda: test, 90))
 
 
-objective = Objective(name="digits", description="", load=broken, model=digits.model, settings={"max_epochs": 3})
+objective = Objective(name="digits", description="", load=broken, model=model, settings={"max_epochs": 3})
 """
 
 
@@ -506,10 +507,10 @@ def test_a_search_runs_the_quick_part_first_and_says_what_it_found(tmp_path: Pat
 
     path = tmp_path / "digits.py"
     path.write_text(
-        BROKEN.replace("load=broken, model=digits.model", "load=load, model=cut").replace(
+        BROKEN.replace("load=broken, model=model", "load=load, model=cut").replace(
             "objective = ",
-            "def cut(spec):\n    net = digits.model(spec)\n"
-            "    net.hidden[0].register_forward_hook(lambda *a: a[2].detach())\n    return net\n\n\nobjective = ",
+            "def cut(spec):\n    net = model(spec)\n    net.hidden[0].register_forward_hook(lambda *a: a[2].detach())\n"
+            "    return net\n\n\nobjective = ",
         )
     )
     space = tmp_path / "lr.py"

@@ -11,8 +11,7 @@ from hpo.checklist.verdicts import Subject, Verdict
 from hpo.objective import SealedSplit, Split
 
 SAMPLE = 5_000
-SAMPLE_VALUES = SAMPLE * 3 * 32 * 32
-"""Values that ranges and statistics are taken from, of so many examples at the most."""
+"""Examples that ranges and statistics are taken from."""
 
 UNBALANCED = 3.0
 """The largest class, as a multiple of the smallest one, above which accuracy misleads."""
@@ -25,7 +24,7 @@ LEAK = 0.01
 
 
 def check_inputs(subject: Subject) -> Verdict:
-    inputs = _some(subject.splits.train)
+    inputs = subject.splits.train.inputs[:SAMPLE]
     low, high = inputs.min().item(), inputs.max().item()
     is_constant = (inputs == inputs[:1]).flatten(1).all(0)
     num_constant, num_features = int(is_constant.sum()), is_constant.numel()
@@ -45,10 +44,6 @@ def check_inputs(subject: Subject) -> Verdict:
         advice = f"{num_constant} of {num_features} features never vary ({which}): leave them out"
         return Verdict(state="warning", text=text, advice=advice, data=data)
     return Verdict(state="ok", text=text, data=data)
-
-
-def _some(split: Split) -> Tensor:
-    return split.inputs[: max(1, min(SAMPLE, SAMPLE_VALUES // split.inputs.shape[1:].numel()))]
 
 
 def check_targets(subject: Subject) -> Verdict:
@@ -94,7 +89,7 @@ def _check_values(targets: Tensor) -> Verdict:
 def check_normalised(subject: Subject) -> Verdict:
     """What the network itself gets, whatever stands before it."""
     train, validation = (
-        _seen_by_network(subject, _some(split)[:1_000]) for split in (subject.splits.train, subject.splits.validation)
+        _seen_by_network(subject, split.inputs[:SAMPLE]) for split in (subject.splits.train, subject.splits.validation)
     )
     mean, deviation = train.mean().item(), train.std(correction=0).item()
     shifts = [validation.mean().item() - mean, validation.std(correction=0).item() - deviation]
@@ -123,7 +118,7 @@ def _seen_by_network(subject: Subject, inputs: Tensor) -> Tensor:
     seen: list[Tensor] = []
     model = subject.network()
     model.network = Eye()
-    model(inputs.to(subject.config.device))
+    model(inputs[:1_000].to(subject.config.device))
     return seen[0]
 
 

@@ -228,7 +228,7 @@ def _range_test(subject: Subject) -> tuple[list[float], list[float]]:
     losses: list[float] = []
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(config.seed, "range test"))
-        for number, (inputs, targets) in zip(range(num_rates), _endless(subject, num_rates), strict=False):
+        for number, (inputs, targets) in zip(range(num_rates), _endless(subject), strict=False):
             rates.append(LOWEST_RATE * growth**number)
             for group, share in zip(optimizer.param_groups, shares, strict=True):
                 group["lr"] = share * rates[-1]
@@ -239,11 +239,10 @@ def _range_test(subject: Subject) -> tuple[list[float], list[float]]:
     return rates[:num_finite], losses[:num_finite]
 
 
-def _endless(subject: Subject, num_batches: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Training batches of as few examples as will do, for they are all on the device."""
+def _endless(subject: Subject) -> Iterator[tuple[Tensor, Tensor]]:
     config = subject.config
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "range test"))
-    split = Split(*subject.sample(min(max(NUM_EXAMPLES, config.batch_size), num_batches * config.batch_size)))
+    split = subject.sample(NUM_EXAMPLES + config.batch_size).as_split()
     batches = build_batches(split, config, subject.num_classes, order=generator, augmentation=generator)
     while True:
         yield from batches

@@ -7,7 +7,6 @@ import math
 import torch
 
 from hpo.checklist.verdicts import Subject, Verdict
-from hpo.objective import Split
 from hpo.training.probe import EXPLODED, VANISHED, layers, relative_gradients
 
 NUM_STEPS = 3
@@ -66,8 +65,8 @@ def check_first_loss(subject: Subject) -> Verdict:
 
 def check_gradients(subject: Subject) -> Verdict:
     """Whether gradients reach every layer that is trained, and how strong they are there."""
-    model, sample = subject.network(), subject.small_sample()
-    gradients = relative_gradients(model, Split(*sample), subject.loss, subject.target_scale).tolist()
+    model, sample = subject.network(), subject.small_sample().as_split()
+    gradients = relative_gradients(model, sample, subject.loss, subject.target_scale).tolist()
     unreached = _unreached_layers(subject, model) if gradients else list(layers(model))
     text = f"they reach all {len(gradients)} layers, at the least with {min(gradients, default=0.0):.1e} of the weights"
     data = {"gradients": gradients, "unreached": unreached}

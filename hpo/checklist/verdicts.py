@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hpo.config import TrainConfig
 from hpo.data.datasets import Splits
 from hpo.models.preprocessed import PreprocessedModel, build_model
+from hpo.objective import Split
 from hpo.training.losses import LossFunction, loss_function, target_scale
 from hpo.training.precision import has_convolutions
 
@@ -25,13 +26,6 @@ State = Literal["ok", "warning", "wrong"]
 
 LARGE_EXAMPLE = 3 * 64 * 64
 """Values in an example; networks for larger ones are slow on a CPU."""
-
-
-class Sample(NamedTuple):
-    """Some examples on the device."""
-
-    inputs: Tensor
-    targets: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +44,20 @@ class Verdict:
 
     data: dict[str, Any] = field(default_factory=dict)
     """The figures as plain data: numbers are logged, and lists are drawn."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Examples on the device."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def as_split(self) -> Split:
+        return Split(self.inputs, self.targets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +101,7 @@ class Subject:
         return Sample(train.inputs[:num_examples].to(device), train.targets[:num_examples].to(device))
 
     def small_sample(self) -> Sample:
-        """As many as a large network on a CPU takes seconds for."""
+        """As many training examples as a large network takes seconds for on a CPU."""
         return self.sample(64 if self.splits.train.inputs.shape[1:].numel() <= LARGE_EXAMPLE else 16)
 
     def network(self) -> PreprocessedModel:

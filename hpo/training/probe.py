@@ -49,6 +49,7 @@ class Probe:
         num_at_a_time: int = NUM_EXAMPLES,
         device: str = "cpu",
     ) -> None:
+        # A split that is streamed is not on the device.
         self._examples = Split(train.inputs[:NUM_EXAMPLES].to(device), train.targets[:NUM_EXAMPLES].to(device))
         self._loss_function = loss_function
         self._target_scale = target_scale
