@@ -204,38 +204,21 @@ class _Run:
         with _algorithms(deterministic=self.config.deterministic):
             train, grad_norm = self._train()
             candidate = self._candidate(epoch)
-            validation = _evaluate(
-                candidate,
-                self.splits.validation,
-                self.config,
-                self.loss_function,
-                self.num_classes,
-                precision=self.step.precision,
-            )
+            validation = self._validate(candidate)
             probed = self.probe.measure(self.model)
         metrics = _read(
             {
                 **_prefixed("train/", train),
-                **_prefixed("val/", validation.compute()),
+                **_prefixed("val/", validation),
                 **_prefixed("watch/", probed),
                 "grad_norm": grad_norm,
             }
         )
         metrics["lr"] = float(self.optimizer.param_groups[0]["lr"])
-        symptoms = self.symptoms.update(epoch, metrics, peak_lr=self.config.lr)
-        metrics["watch/gap"] = metrics["val/loss"] - metrics["train/loss"]
-        metrics["watch/epochs_without_progress"] = float(self.symptoms.epochs_without_progress(epoch))
+        symptoms = self._watch(epoch, metrics)
         metrics["time/epoch_s"] = time.perf_counter() - started
         if isinstance(self.step, TrainingStep):
-            # The first epoch is never compiled: it fills the optimizer's state and shows how long a step takes.
-            self.compile_mode = settle_compile_mode(
-                "off" if self.config.thaw_epoch else self.config.compile,  # one count of steps serves all parameters
-                self.step,
-                batch_shape=(self.config.batch_size, *self.splits.spec.input_shape),
-                is_mixed=self.batches.are_mixed,
-                seconds_a_step=metrics["time/epoch_s"] / len(self.batches),
-                steps_left=(self.last_epoch - epoch) * len(self.batches),
-            )
+            self._settle_compile_mode(self.step, epoch, metrics["time/epoch_s"])
         return self._judge(epoch, metrics, symptoms, candidate)
 
     def _seed(self, epoch: int) -> None:
@@ -272,6 +255,31 @@ class _Run:
             return self.model
         self.average.end_epoch(self.model, epoch)
         return self.average.settle(self.model, self.batches, self.step.precision)
+
+    def _validate(self, candidate: nn.Module) -> dict[str, Tensor]:
+        """Metrics of the validation split, on the device."""
+        split, precision = self.splits.validation, self.step.precision
+        metrics = _evaluate(candidate, split, self.config, self.loss_function, self.num_classes, precision=precision)
+        return metrics.compute()
+
+    def _watch(self, epoch: int, metrics: dict[str, float]) -> dict[str, float]:
+        """The symptoms by now; figures that follow from the others are added to the metrics."""
+        symptoms = self.symptoms.update(epoch, metrics, peak_lr=self.config.lr)
+        metrics["watch/gap"] = metrics["val/loss"] - metrics["train/loss"]
+        metrics["watch/epochs_without_progress"] = float(self.symptoms.epochs_without_progress(epoch))
+        return symptoms
+
+    def _settle_compile_mode(self, step: TrainingStep, epoch: int, epoch_s: float) -> None:
+        """After an epoch that was not compiled, as the first never is: it fills the optimizer's state and shows how
+        long a step takes."""
+        self.compile_mode = settle_compile_mode(
+            "off" if self.config.thaw_epoch else self.config.compile,  # one count of steps serves all parameters
+            step,
+            batch_shape=(self.config.batch_size, *self.splits.spec.input_shape),
+            is_mixed=self.batches.are_mixed,
+            seconds_a_step=epoch_s / len(self.batches),
+            steps_left=(self.last_epoch - epoch) * len(self.batches),
+        )
 
     def _judge(
         self, epoch: int, metrics: dict[str, float], symptoms: dict[str, float], candidate: nn.Module
