@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from test_training import ImageNet, image_splits, quick_config, weights_of
+from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
 from hpo.training.checkpoint import CheckpointFolder, load_weights, save_weights
@@ -67,6 +68,7 @@ def test_twenty_trials_leave_no_more_bytes_allocated_than_two(mode: str) -> None
 def test_a_cuda_graph_trains_as_the_eager_step_does(optimizer: str) -> None:
     config = quick_config(device="cuda", max_epochs=4, optimizer=optimizer, weight_decay=0.01, clip_norm=0.5)
     weights, curves = [], []
+    skipped = counters["inductor"]["cudagraph_skips"]
     for mode in ("off", "graph"):
         model = ImageNet()
         model.hidden.bias = None  # in front of a norm it has no gradient but rounding, which Adam would magnify
@@ -74,6 +76,7 @@ def test_a_cuda_graph_trains_as_the_eager_step_does(optimizer: str) -> None:
         assert results[-1].settled["compile"] == mode
         weights.append(weights_of(model))
         curves.append([result.metrics["train/loss"] for result in results])
+    assert counters["inductor"]["cudagraph_skips"] == skipped, "it is a graph"
     assert curves[1] == pytest.approx(curves[0], rel=1e-3)
     for name, eager in weights[0].items():
         torch.testing.assert_close(weights[1][name], eager, rtol=1e-2, atol=1e-3)

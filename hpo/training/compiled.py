@@ -59,6 +59,10 @@ class CompiledStep:
         self._groups = [_Group.of(step.optimizer, group) for group in self._settings_of_groups]
         self._num_steps = _steps_so_far(step.optimizer)
         self._run = _compiled_step(mode)
+        if mode == "graph":
+            # A graph may change in place only what it knows to stay where it is; the next trial's is recorded anew.
+            for tensor in (tensor for group in self._groups for tensors in group for tensor in tensors):
+                torch._dynamo.mark_static_address(tensor)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training goes on with. The optimizer is told how many steps it has made."""
@@ -84,6 +88,9 @@ class CompiledStep:
         rows = [self._settings(group, self._num_steps + 1) for group in self._settings_of_groups]
         # From pinned memory, so that a GPU is not waited for.
         settings = torch.tensor(rows, pin_memory=inputs.is_cuda).to(inputs.device, non_blocking=True)
+        if self.mode == "graph":
+            # The last step's outputs have been taken in: their memory may be written to again.
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         outputs, loss, grad_norm = self._run(
             self._eager.model,
             self._eager.loss_function,
