@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import cast
 
 from torch import Tensor, nn
-from torchvision.ops import DropBlock2d, StochasticDepth, drop_block2d  # type: ignore[import-untyped]
 
 from hpo.errors import UsageError
 from hpo.models.layers import (
@@ -26,7 +25,7 @@ from hpo.objective import DataSpec
 DROPOUT_TYPES: dict[str, Callable[[float], nn.Module] | None] = {
     "dropout": None,  # before the output layer, not in the blocks
     "spatial": nn.Dropout2d,
-    "dropblock": lambda dropout: _DropBlock(dropout, block_size=3),
+    "dropblock": lambda dropout: DropBlock(dropout, block_size=3),
 }
 
 
@@ -108,7 +107,7 @@ class ResidualBlock(nn.Module):
             layers.activation(num_outputs),
             *layers.dropout(),
             layers.convolution(num_outputs, num_outputs),
-            *([StochasticDepth(skipped, mode="row")] if skipped else []),
+            *([_stochastic_depth(skipped)] if skipped else []),
         )
         same_shape = stride == 1 and num_inputs == num_outputs
         self.shortcut = (
@@ -120,12 +119,28 @@ class ResidualBlock(nn.Module):
         return cast(Tensor, self.activation(self.residual(inputs) + self.shortcut(inputs)))
 
 
-class _DropBlock(DropBlock2d):  # type: ignore[misc]
+class DropBlock(nn.Module):
     """torchvision's, which cannot drop squares that are larger than the image: there it drops single positions."""
+
+    def __init__(self, dropout: float, block_size: int) -> None:
+        super().__init__()
+        from torchvision.ops import drop_block2d  # type: ignore[import-untyped]  # seconds that most can do without
+
+        self.dropout, self.block_size = dropout, block_size
+        self._drop: Callable[..., Tensor] = drop_block2d
 
     def forward(self, inputs: Tensor) -> Tensor:
         size = self.block_size if min(inputs.shape[-2:]) >= self.block_size else 1
-        return cast(Tensor, drop_block2d(inputs, self.p, size, training=self.training))
+        return self._drop(inputs, self.dropout, size, training=self.training)
+
+    def extra_repr(self) -> str:
+        return f"{self.dropout}, block_size={self.block_size}"
+
+
+def _stochastic_depth(skipped: float) -> nn.Module:
+    from torchvision.ops import StochasticDepth
+
+    return cast(nn.Module, StochasticDepth(skipped, mode="row"))
 
 
 @dataclass(frozen=True)
