@@ -179,8 +179,12 @@ def test_large_examples_are_evaluated_in_batches_of_the_training() -> None:
     def split(*shape: int) -> Split:
         return Split(torch.zeros(2, *shape), torch.zeros(2))
 
-    assert evaluation_batch_size(split(3, 32, 32), 64) == evaluation_batch_size(split(10), 64) == 2048
-    assert evaluation_batch_size(split(3, 224, 224), 64) == 64
+    sizes = [
+        evaluation_batch_size(split(*shape), 64, convolves_on_cpu=convolves)
+        for shape in ((3, 32, 32), (10,), (3, 224, 224))
+        for convolves in (False, True)
+    ]
+    assert sizes == [2048, 256, 2048, 256, 64, 64]
 
 
 def test_splits_that_would_fill_the_device_are_left_where_they_are(

@@ -157,9 +157,15 @@ def evaluation_batches(
     return _fetched(split, rows, torch.device(device or split.targets.device))
 
 
-def evaluation_batch_size(split: Split, training_batch_size: int) -> int:
-    """2048 for small examples, and a training's batch of large ones: what fits with gradients fits without."""
-    return 2048 if split.inputs.shape[1:].numel() <= _SMALL_EXAMPLE else training_batch_size
+def evaluation_batch_size(split: Split, training_batch_size: int, *, convolves_on_cpu: bool) -> int:
+    """2048 for small examples, and a training's batch of large ones: what fits with gradients fits without.
+
+    Convolutions on a CPU get 256: their outputs for 2048 images of 32x32 fall out of its caches, and are so large that
+    each is fetched from the system anew, which took as long as the arithmetic (torch 2.15, one core).
+    """
+    if split.inputs.shape[1:].numel() > _SMALL_EXAMPLE:
+        return training_batch_size
+    return 256 if convolves_on_cpu else 2048
 
 
 def _fetched(split: Split, batches: Iterable[_Rows], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -16,7 +16,7 @@ from hpo.models.preprocessed import MirrorAveraged
 from hpo.search.findings import findings, importances
 from hpo.search.winner import MAX_CONFUSED, TEST_CONFUSIONS, TEST_READINGS, Winner, find_winner, front_rows
 from hpo.tracking.media import plot_confusion, plot_curves, plot_front, plot_history, plot_importances, plot_slices
-from hpo.training.trainer import confusion_matrix, evaluate
+from hpo.training.trainer import evaluate, evaluate_classes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -50,15 +50,17 @@ def crown_winner(
         retrain(winner)
     trained = load_trial(store, study, winner.trial, device, task)
     examples, classes = _opened(test), trained.model.classes
-    scores = evaluate(trained.model, examples, trained.config, len(classes))
+    if classes:
+        scores, counts = evaluate_classes(trained.model, examples, trained.config, len(classes))
+        if len(classes) <= MAX_CONFUSED:
+            _record(study, TEST_CONFUSIONS, winner.trial, {"classes": classes, "counts": counts})
+    else:
+        scores = evaluate(trained.model, examples, trained.config, num_classes=0)
     del scores["loss"]  # of use in training alone
     if classes and {"flip", "alternating_flip"} & {*augmentation_names(trained.config.augment)}:
         # Apart from the others: it takes two passes, which the model that is loaded does not make.
         both = evaluate(MirrorAveraged(trained.model), examples, trained.config, len(classes))
         scores["accuracy_mirror_averaged"] = both["accuracy"]
-    if 0 < len(classes) <= MAX_CONFUSED:
-        counts = confusion_matrix(trained.model, examples, trained.config, len(classes))
-        _record(study, TEST_CONFUSIONS, winner.trial, {"classes": classes, "counts": counts})
     _record(study, TEST_READINGS, winner.trial, scores)
     return find_winner(study)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
+import platform
 import queue
 import threading
 import traceback
@@ -51,12 +53,16 @@ DESCRIPTION = "trial.json"
 SIGNS_OF_LIFE = 3  # in the time after which a silent worker counts as dead
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
 def serve(connection: Connection, setup: Setup) -> None:
     """Run one trial after another until the connection closes; the one entry point of every worker, wherever it runs.
 
     A trial that raises is the last one: what it has left behind, on a GPU above all, must not harm the next.
     """
     torch.set_num_threads(setup.num_threads)
+    _keep_freed_memory()
     if setup.gpu_share < 1:
         torch.cuda.set_per_process_memory_fraction(setup.gpu_share)
     line = _Line(connection, setup.silence_s)
@@ -77,6 +83,18 @@ def serve(connection: Connection, setup: Setup) -> None:
             line.say(TrialRaised(f"{type(error).__name__}: {error}", traceback.format_exc()))
             return
         line.say(TrialDone(costs))
+
+
+def _keep_freed_memory() -> None:
+    """Let this process keep up to 1 GB that it has freed, for the next tensor of that size.
+
+    glibc gives every large tensor back to the system at once and gets it anew, page by page, for the next: with the
+    small conv net of CIFAR-10 and batches of 256, a sixth to a quarter of the time in fp32 (torch 2.15, one core).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**30)
 
 
 class _Line:

@@ -132,12 +132,13 @@ def evaluate(
     return _read(_measure(model, split, config, num_classes, target_scale).compute())
 
 
-def confusion_matrix(model: nn.Module, split: Split, config: TrainConfig, num_classes: int) -> list[list[int]]:
-    """Examples of any split by class, a row each, and by what `model` takes them for, a column each; as `evaluate`."""
-    confusion = _measure(model, split, config, num_classes, target_scale=1.0).confusion
-    assert confusion is not None, "there are classes"
-    counts: list[list[int]] = confusion.long().tolist()
-    return counts
+def evaluate_classes(
+    model: nn.Module, split: Split, config: TrainConfig, num_classes: int
+) -> tuple[dict[str, float], list[list[int]]]:
+    """The same of a classifier, and its confusion matrix: a row for each class, a column for what it is taken for."""
+    metrics = _measure(model, split, config, num_classes, target_scale=1.0)
+    assert metrics.confusion is not None, "there are classes"
+    return _read(metrics.compute()), metrics.confusion.long().tolist()
 
 
 def _measure(
@@ -403,7 +404,9 @@ def _evaluate(
     """Loss and metrics on a split; leaves the model, which is on the config's device, in evaluation mode."""
     model.eval()
     metrics = EpochMetrics(num_classes, config.device, with_auroc=True)
-    for inputs, targets in evaluation_batches(split, evaluation_batch_size(split, config.batch_size), config.device):
+    convolves_on_cpu = config.device == "cpu" and has_convolutions(model)
+    batch_size = evaluation_batch_size(split, config.batch_size, convolves_on_cpu=convolves_on_cpu)
+    for inputs, targets in evaluation_batches(split, batch_size, config.device):
         with autocast(precision, inputs.device):
             outputs = model(inputs)
             loss = loss_function(outputs, targets)
