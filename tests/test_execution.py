@@ -69,7 +69,7 @@ import torch
 from hpo.models.mlp import MLP
 from hpo.objective import Objective
 from hpo.space import Choice, Float, Group, Space
-from objectives.digits import load
+from objectives.digits import load as load_digits
 
 FOLDER = Path(__file__).parent
 
@@ -77,6 +77,11 @@ FOLDER = Path(__file__).parent
 def wait_while(name):
     while (FOLDER / name).exists():
         time.sleep(0.005)
+
+
+def load(data_dir):
+    wait_while("hold-loading")
+    return load_digits(data_dir)
 
 
 class Footprints(torch.nn.Module):
@@ -620,6 +625,7 @@ def test_sigterm_to_everyone_keeps_the_trials(searches: Searches) -> None:
 
 
 def test_ctrl_c_while_the_search_begins_is_one_line(searches: Searches) -> None:
+    (searches.task.parent / "hold-loading").touch()
     process = searches.start("--trials", "1")
     assert process.stdout is not None
     assert process.stdout.readline() == "loading the data of moody\n"

@@ -407,7 +407,7 @@ def test_a_session_is_shown_with_its_process_and_gone_at_its_end(storage: StudyS
 def test_a_killed_session_dies_by_the_databases_clock_and_may_then_be_adopted(
     start: Callable[..., Process], shared: StudyStorage
 ) -> None:
-    with Session(shared, "study", lease_s=1) as session:
+    with Session(shared, "study", lease_s=3) as session:
         assert not session.may_adopt()
         killed = start(LIVE)
         killed_id = killed.answer()
@@ -479,14 +479,14 @@ study = Study.load(storage, "study")
 with Session(storage, "study") as session:
     def ask():
         study.requeue([number for number, owner in study.owners().items() if owner in ("", session.id)])
-        return study.ask(session.id) if study.remaining(20) else None
+        return study.ask(session.id) if study.remaining(40) else None
     def tell(number):
         if study.owners().get(number) == session.id:
             study.tell(number, "complete", value=1.0, best_epoch=5)
     while (trial := session.exclusively(ask)) is not None:
         print(trial.number, flush=True)
         for epoch in range(1, 6):
-            time.sleep(0.02)
+            time.sleep(0.05)
             study.report(trial.number, epoch, 1 / epoch)
         session.exclusively(partial(tell, trial.number))
 """
@@ -507,8 +507,8 @@ def test_a_study_outlives_outages_of_its_database_and_ends_with_exactly_its_tria
     warnings = [coordinator.finish() for coordinator in coordinators]
 
     study = Study.load(shared, "study")
-    assert study.counts() == dict.fromkeys(get_args(StateName), 0) | {"complete": 20}
-    assert [sorted(trial.curve) for trial in study.trials()] == [[1, 2, 3, 4, 5]] * 20
+    assert study.counts() == dict.fromkeys(get_args(StateName), 0) | {"complete": 40}
+    assert [sorted(trial.curve) for trial in study.trials()] == [[1, 2, 3, 4, 5]] * 40
     assert all("the study's database does not answer" in told for told in warnings)
 
 
