@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hpo.checklist.verdicts import Subject, Verdict
-from hpo.objective import SealedSplit, Split
+from hpo.objective import SealedSplit
 
 SAMPLE = 5_000
 """Examples that ranges and statistics are taken from."""
@@ -126,12 +126,12 @@ def check_duplicates(subject: Subject) -> Verdict:
     """Examples of the training and the validation split that have the same inputs."""
     train, validation = subject.splits.train, subject.splits.validation
     labels = defaultdict(set)
-    fingerprints = train.fingerprints()
+    fingerprints, of_validation = subject.fingerprints
     for fingerprint, target in zip(fingerprints, train.targets.tolist(), strict=True):
         labels[fingerprint].add(target)
     num_repeated = len(fingerprints) - len(labels)
     num_contradictory = sum(len(given) > 1 for given in labels.values())
-    num_shared = sum(fingerprint in labels for fingerprint in validation.fingerprints())
+    num_shared = sum(fingerprint in labels for fingerprint in of_validation)
     text = f"{num_repeated} in the training split, {num_shared} of {len(validation)} validation examples are in it"
     data = {"in_training": num_repeated, "in_validation": num_shared, "contradictory": num_contradictory}
     if num_contradictory and subject.num_classes:
@@ -145,9 +145,8 @@ def check_duplicates(subject: Subject) -> Verdict:
 
 def check_leak(subject: Subject, test: SealedSplit) -> Verdict:
     """Test examples that are in the training or the validation split; the test split stays sealed."""
-    train, validation = subject.splits.train, subject.splits.validation
-    known = {*train.fingerprints(), *validation.fingerprints()}
-    num_shared = test.count_known(known)
+    fingerprints, of_validation = subject.fingerprints
+    num_shared = test.count_known({*fingerprints, *of_validation})
     share = num_shared / len(test)
     text = f"{num_shared} of {len(test)} test examples are among the others"
     data = {"in_test": num_shared, "test_examples": len(test)}
@@ -155,16 +154,16 @@ def check_leak(subject: Subject, test: SealedSplit) -> Verdict:
         return Verdict(state="ok", text=text, data=data)
     if share <= LEAK:
         return Verdict(state="warning", text=text, advice="leave them out of the training", data=data)
-    if share <= 1.2 * _natural_share(train):
+    if share <= 1.2 * _natural_share(subject):
         advice = "as often as training examples repeat each other: are they measured too coarsely, or copied?"
         return Verdict(state="warning", text=text, advice=advice, data=data)
     advice = "the test result would be too good: leave them out of the training, or divide the data by group"
     return Verdict(state="wrong", text=text, advice=advice, data=data)
 
 
-def _natural_share(train: Split) -> float:
-    """Share of the examples that equal another one: a few coarse features do so by themselves, images do not."""
-    if train.inputs.ndim > 2:
+def _natural_share(subject: Subject) -> float:
+    """Share of the training examples that equal another: a few coarse features do so by themselves, images do not."""
+    if subject.splits.train.inputs.ndim > 2:
         return 0.0
-    counts = Counter(train.fingerprints())
-    return sum(count for count in counts.values() if count > 1) / len(train)
+    fingerprints, _ = subject.fingerprints
+    return sum(count for count in Counter(fingerprints).values() if count > 1) / len(fingerprints)

@@ -104,6 +104,11 @@ class Subject:
         """As many training examples as a large network takes seconds for on a CPU."""
         return self.sample(64 if self.splits.train.inputs.shape[1:].numel() <= LARGE_EXAMPLE else 16)
 
+    @cached_property
+    def fingerprints(self) -> tuple[list[bytes], list[bytes]]:
+        """Those of the training and of the validation split: photos are read from their file for them, once."""
+        return self.splits.train.fingerprints(), self.splits.validation.fingerprints()
+
     def network(self) -> PreprocessedModel:
         """A new network, as a trial would begin with, but without what is random in it and in evaluation mode.
 

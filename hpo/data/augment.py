@@ -39,7 +39,7 @@ class Flip:
         return torch.where(draws, images.flip(-1), images)
 
 
-class AlternatingFlip:
+class AlternatingFlip(Flip):
     """Mirrors a random half of the images in one epoch and the other half in the next, so that two epochs see each
     image both ways (Jordan 2024, arXiv:2404.00498, section 3.6). The halves are the same in every training."""
 
@@ -47,9 +47,6 @@ class AlternatingFlip:
         # A middle bit of the product: Fibonacci hashing (Knuth, The Art of Computer Programming 3, section 6.4).
         bits = (images * 0x9E3779B1 >> 16) + epoch
         return (bits % 2 == 0).view(-1, 1, 1, 1)
-
-    def apply(self, images: Tensor, draws: Tensor) -> Tensor:
-        return torch.where(draws, images.flip(-1), images)
 
 
 class Crop:

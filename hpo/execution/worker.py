@@ -215,7 +215,8 @@ def refit(assignment: Assignment, objective: Objective, splits: Splits, *, num_e
     """
     config = assignment.config
     # What is measured after each epoch are the training examples; a `plateau` schedule goes by them.
-    everything = Splits(all_examples(splits), all_examples(splits), splits.spec)
+    examples = all_examples(splits)
+    everything = Splits(examples, examples, splits.spec)
     model = _build(objective, assignment.model_parameters, everything, config)
     for result in fit(model, everything, config, num_epochs=num_epochs):
         if result.diverged:
