@@ -118,7 +118,7 @@ def test_files_of_others_are_neither_read_nor_deleted(folder: CheckpointFolder) 
     assert all(path.exists() for path in others)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(position=st.integers(0, 10**6))
 def test_a_flipped_byte_is_detected_and_the_previous_checkpoint_is_used(
     tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture, position: int
@@ -193,7 +193,7 @@ def test_hostile_weights_are_refused_without_running_them(tmp_path: Path, kind: 
     assert not touched.exists()
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=200).filter(lambda content: content[:1] != b"\x80"))
 def test_any_foreign_bytes_are_refused_as_weights(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "foreign.pt"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from optuna.storages import InMemoryStorage
 from test_training import ImageNet, Scripted, assert_equal_weights, image_splits, quick_config, weights_of, without_time
@@ -57,7 +57,6 @@ def numbers(split: Split) -> list[int]:
     num_classes=st.sampled_from([0, 2, 4]),
     seed=st.integers(),
 )
-@settings(deadline=None)
 def test_each_example_is_validated_on_in_one_fold_and_trained_on_in_all_others(
     num_folds: int, num_examples: int, num_classes: int, seed: int
 ) -> None:

@@ -188,7 +188,7 @@ spaces = st.lists(parameters, min_size=1, max_size=6).map(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(space=spaces, strategy=st.sampled_from(["priority", "tpe", "random", "grid", "qmc", "cmaes"]))
 def test_every_trial_of_any_space_has_every_parameter_within_its_range(space: Space, strategy: str) -> None:
     study = Study.open(InMemoryStorage(), "s", replace(SETTINGS, space=space, strategy=strategy, max_epochs=1))
@@ -397,7 +397,7 @@ def test_trials_asked_for_in_parallel_differ_and_do_not_depend_on_who_ends_first
 
 
 @given(space=spaces)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_grid_visits_each_of_its_points_once(space: Space) -> None:
     sampler = GridSampler(space, seed=3)
     size = grid_size(space)
@@ -532,7 +532,7 @@ def test_an_unknown_pruner_is_refused_with_the_near_miss() -> None:
 # --- how trials end ---------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(ends=st.lists(st.sampled_from(get_args(EndState)), max_size=25), total=st.integers(1, 12))
 def test_whatever_becomes_of_the_trials_exactly_the_total_is_finished(ends: list[EndState], total: int) -> None:
     study = Study.open(InMemoryStorage(), "s", replace(SETTINGS, strategy="random"))
@@ -888,7 +888,7 @@ def test_an_unknown_name_is_refused_before_the_study_is_made(
     assert read_settings(storage, name) is None
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(space=spaces)
 def test_settings_are_read_back_as_they_were_written(space: Space) -> None:
     made = replace(SETTINGS, space=space, overrides=("lr=1",), limit=7)

@@ -175,7 +175,7 @@ anything = st.recursive(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(generation=anything)
 def test_cmaes_goes_on_whatever_the_database_says_of_generations(generation: Any) -> None:
     study = optuna.create_study(sampler=CmaEsSampler(seed=0))

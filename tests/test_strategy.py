@@ -282,7 +282,7 @@ def test_what_is_inactive_makes_no_distance_and_choices_are_as_far_apart_as_the_
     assert distance(columns(batch_size=64), columns(batch_size=256)) == pytest.approx(1)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(held=st.fixed_dictionaries({}, optional={"lr": st.sampled_from([1e-4, 0.3]), "optimizer": st.just("adam")}))
 def test_what_is_held_keeps_its_exact_value_in_a_proposal(held: dict[str, Value]) -> None:
     study = optuna.create_study(sampler=PrioritySampler(SPACE))

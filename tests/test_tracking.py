@@ -309,7 +309,7 @@ def test_the_runs_table_sorts_by_the_best_value(runs: StudyRuns) -> None:
     assert [run.info.run_name for run in found] == ["trial-0001", "trial-0002", "trial-0000"]
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=st.lists(st.floats(), min_size=1, max_size=5))
 def test_every_number_arrives_as_it_was_and_what_is_not_finite_as_nan(runs: StudyRuns, values: list[float]) -> None:
     number = runs.__dict__.setdefault("examples", 0)
@@ -756,7 +756,7 @@ def test_the_history_tells_the_states_and_the_default_apart() -> None:
 
 
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=30), st.sampled_from(["maximize", "minimize"]))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_the_best_so_far_never_gets_worse_and_ends_at_the_best(values: list[float], direction: Any) -> None:
     records = [record(number, "complete", {1: value}) for number, value in enumerate(values)]
     [axes] = media.plot_history(records, metric="accuracy", direction=direction).axes

@@ -577,7 +577,7 @@ resumable_configs = st.builds(
 )
 
 
-@settings(max_examples=25, deadline=None, phases=[Phase.generate])  # shrinking would train for minutes
+@settings(max_examples=25, phases=[Phase.generate])  # shrinking would train for minutes
 @given(
     config=st.builds(lambda config, average: replace(config, **average), resumable_configs, st.sampled_from(averages)),
     dropout=st.sampled_from([0.0, 0.4]),
@@ -851,7 +851,6 @@ def rates(config: TrainConfig, num_steps: int) -> tuple[list[float], list[float]
     warmup_fraction=st.floats(0, 1, exclude_max=True),
     momentum=st.floats(0, 0.99),
 )
-@settings(deadline=None)
 def test_every_step_is_taken_at_a_rate_above_0_and_at_most_the_peak(
     schedule: str, optimizer: str, num_steps: int, warmup_fraction: float, momentum: float
 ) -> None:
@@ -936,7 +935,6 @@ def measured(metrics: Any, outputs: Tensor, targets: Tensor, batch_size: int) ->
     num_examples=st.integers(1, 60),
     batch_size=st.integers(1, 60),
 )
-@settings(deadline=None)
 def test_classification_metrics_equal_torchmetrics(
     seed: int, num_classes: int, num_examples: int, batch_size: int
 ) -> None:
@@ -967,7 +965,6 @@ def test_classification_metrics_equal_torchmetrics(
     num_examples=st.integers(2, 60),
     num_ties=st.integers(0, 30),
 )
-@settings(deadline=None)
 @pytest.mark.filterwarnings("ignore:(No|Average precision) .*:UserWarning")
 def test_auroc_equals_torchmetrics_with_ties_and_missing_classes(
     seed: int, num_classes: int, num_examples: int, num_ties: int
@@ -1009,7 +1006,6 @@ def test_the_confusion_matrix_has_a_row_for_each_class_and_a_column_for_what_it_
     mean=st.sampled_from([0.0, -5.0, 1e3]),
     column=st.booleans(),
 )
-@settings(deadline=None)
 def test_regression_metrics_equal_torchmetrics(
     seed: int, num_examples: int, batch_size: int, mean: float, column: bool
 ) -> None:
