@@ -23,7 +23,7 @@ from hpo.execution.messages import Setup
 from hpo.execution.observer import Observer
 from hpo.home import claim_files, require_own_files, require_space, study_lock
 from hpo.plugins import OBJECTIVES, SEARCH_SPACES, require_registered
-from hpo.preflight import check_task, load_dataset, visible_gpus
+from hpo.preflight import check_task, load_dataset
 from hpo.report import to_plain
 from hpo.request import (
     DEFAULT_KEEP,
@@ -41,6 +41,7 @@ from hpo.search.study import Study
 from hpo.search.winner import Winner, find_winner
 from hpo.tracking.recorder import StudyRuns
 from hpo.tracking.store import TrackingStore, open_store
+from hpo.training.device import memory_share, visible_gpus
 from hpo.trial import TrialState
 
 if TYPE_CHECKING:
@@ -394,7 +395,7 @@ def _find_workers(task: Task, name: str, splits: Path, means: Means) -> WorkerPo
     setup = replace(
         setup,
         num_threads=max(1, num_cores // num_workers),
-        gpu_share=len(gpus) / num_workers if gpus else 1.0,
+        gpu_share=memory_share(num_workers, len(gpus)) if gpus else 1.0,
         log=means.home / "logs" / name,
     )
     return LocalWorkers(setup, num_workers=num_workers, gpus=gpus)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from hpo.config import config_fields
 from hpo.data.batches import build_batches
 from hpo.data.datasets import Splits
-from hpo.errors import DataError, HpoError, SpaceError, UnknownNameError, UsageError
+from hpo.errors import DataError, HpoError, SpaceError, UsageError
 from hpo.models.preprocessed import build_model
 from hpo.objective import Dataset, SealedSplit
 from hpo.plugins import Task
@@ -20,27 +19,6 @@ from hpo.space import Choice, Value, format_value
 from hpo.training.losses import training_loss
 from hpo.training.metrics import check_metric
 from hpo.training.trainer import check_fine_tuning
-
-
-def choose_device(given: str) -> str:
-    """The device as torch names it; `auto` is a GPU where there is one. Raises UnknownNameError for one that is not."""
-    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
-    if given == "auto":
-        return "cuda" if gpus else "cpu"
-    available = ["auto", "cpu", *(["cuda", *gpus] if gpus else [])]
-    if given not in available:
-        raise UnknownNameError("device", given, available)
-    return given
-
-
-def visible_gpus(device: str) -> list[str]:
-    """A value of CUDA_VISIBLE_DEVICES for each GPU that a device stands for; none for the CPU."""
-    if device == "cpu":
-        return []
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = given.split(",") if given else [str(index) for index in range(torch.cuda.device_count())]
-    index = torch.device(device).index
-    return names if index is None else [names[index]]
 
 
 def load_dataset(task: Task, data_dir: Path) -> Dataset:

@@ -14,7 +14,6 @@ from hpo.database import without_password
 from hpo.errors import StudyMismatchError, UnknownNameError, UsageError
 from hpo.home import check_study_name, find_data_dir, find_home, find_storage
 from hpo.plugins import SEARCH_SPACES, Task, load_task, require_registered
-from hpo.preflight import choose_device
 from hpo.search.pruners import PRUNERS, check_first_rung, check_folds_pruner
 from hpo.search.samplers import STRATEGIES
 from hpo.search.storage import read_storage
@@ -23,6 +22,7 @@ from hpo.search.warm_start import best_configurations
 from hpo.space import Value
 from hpo.tracking.store import home_store_uri
 from hpo.training.compiled import check_compile_mode
+from hpo.training.device import choose_device
 
 DEFAULT_TRIALS = 100
 DEFAULT_KEEP = 5

@@ -16,10 +16,11 @@ from hpo.checklist.verdicts import Subject, Verdict, as_markdown
 from hpo.data.datasets import VALIDATION_FRACTION, split_dataset
 from hpo.home import check_study_name, find_data_dir, find_home
 from hpo.plugins import load_task
-from hpo.preflight import check_task, choose_device, load_dataset
+from hpo.preflight import check_task, load_dataset
 from hpo.tracking.media import plot_checklist
 from hpo.tracking.recorder import begin_check_run
 from hpo.tracking.store import open_store
+from hpo.training.device import choose_device
 
 if TYPE_CHECKING:
     from hpo.objective import SealedSplit
@@ -85,7 +86,7 @@ def run_check(
     try:
         subject = Subject.of(found, splits, chosen_device)
         verdicts = []
-        for verdict in _whole_list(subject, dataset.test):
+        for verdict in whole_list(subject, dataset.test):
             tell(verdict)
             verdicts.append(verdict)
         _log(run, name, verdicts)
@@ -106,7 +107,8 @@ def quick_part(subject: Subject) -> list[Verdict]:
     return list(_judged(subject, QUICK_CHECKS))
 
 
-def _whole_list(subject: Subject, test: SealedSplit) -> Iterator[Verdict]:
+def whole_list(subject: Subject, test: SealedSplit) -> Iterator[Verdict]:
+    """The verdicts of every check, each as soon as it is made; it trains for seconds."""
     yield from _judged(
         subject,
         {

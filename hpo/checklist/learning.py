@@ -24,6 +24,7 @@ from hpo.training.losses import training_loss
 from hpo.training.metrics import ConfusionMetrics, RegressionMetrics
 from hpo.training.optimizers import build_optimizer
 from hpo.training.precision import settle_precision
+from hpo.training.probe import backward_in_evaluation_mode
 from hpo.training.step import TrainingStep
 from hpo.training.trainer import fit
 
@@ -76,7 +77,8 @@ def _learn_by_heart(subject: Subject, sample: Sample, rate: float) -> tuple[list
     losses: list[float] = []
     score = -math.inf
     for number in range(1, BATCH_STEPS + 1):
-        done = step(sample.inputs, sample.targets)
+        with backward_in_evaluation_mode(model):
+            done = step(sample.inputs, sample.targets)
         losses.append(done.loss.item())
         if number % 10 == 0:
             score = _score(subject, done.outputs, sample.targets, "accuracy" if subject.num_classes else "r2")

@@ -7,7 +7,7 @@ import math
 import torch
 
 from hpo.checklist.verdicts import Subject, Verdict
-from hpo.training.probe import EXPLODED, VANISHED, layers, relative_gradients
+from hpo.training.probe import EXPLODED, VANISHED, backward_in_evaluation_mode, layers, relative_gradients
 
 NUM_STEPS = 3
 """What begins with weights of 0 passes gradients on only after a step or two."""
@@ -66,8 +66,9 @@ def check_first_loss(subject: Subject) -> Verdict:
 def check_gradients(subject: Subject) -> Verdict:
     """Whether gradients reach every layer that is trained, and how strong they are there."""
     model, sample = subject.network(), subject.small_sample().as_split()
-    gradients = relative_gradients(model, sample, subject.loss, subject.target_scale).tolist()
-    unreached = _unreached_layers(subject, model) if gradients else list(layers(model))
+    with backward_in_evaluation_mode(model):
+        gradients = relative_gradients(model, sample, subject.loss, subject.target_scale).tolist()
+        unreached = _unreached_layers(subject, model) if gradients else list(layers(model))
     text = f"they reach all {len(gradients)} layers, at the least with {min(gradients, default=0.0):.1e} of the weights"
     data = {"gradients": gradients, "unreached": unreached}
     if unreached or not gradients:

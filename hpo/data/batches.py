@@ -33,17 +33,23 @@ def place(splits: Splits, device: torch.device | str) -> Splits:
     is_mapped = not all(isinstance(split.inputs, Tensor) for split in (splits.train, splits.validation))
     if is_mapped or splits.num_bytes > DEVICE_SHARE * _free_memory(torch.device(device)):
         return splits
-    return splits.to(device)
+    try:
+        return splits.to(device)
+    except torch.OutOfMemoryError:  # another process was faster, or the memory lies in pieces
+        torch.cuda.empty_cache()
+        return splits
 
 
 def _free_memory(device: torch.device) -> float:
     """Bytes that this process may still take; on a CPU what is in memory is on the device already."""
     if device.type != "cuda":
         return float("inf")
-    free, total = torch.cuda.mem_get_info(device)
-    reserved = torch.cuda.memory_reserved(device)
-    own_limit = torch.cuda.get_per_process_memory_fraction(device) * total - reserved
-    return min(free, own_limit) + reserved - torch.cuda.memory_allocated(device)
+    # Some of these functions refuse a device without an index.
+    index = torch.cuda.current_device() if device.index is None else device.index
+    free, total = torch.cuda.mem_get_info(index)
+    reserved = torch.cuda.memory_reserved(index)
+    own_limit = torch.cuda.get_per_process_memory_fraction(index) * total - reserved
+    return min(free, own_limit) + reserved - torch.cuda.memory_allocated(index)
 
 
 class TrainingBatches:

@@ -267,12 +267,10 @@ def _require_cluster(address: str) -> None:
 
 
 def _check_share(gpus_per_trial: float) -> None:
-    """Ray counts in steps of 1/10000, and gives shares of one GPU or whole ones."""
-    is_share = 0.0001 <= gpus_per_trial <= 1
-    if gpus_per_trial != 0 and not is_share and not (gpus_per_trial > 1 and float(gpus_per_trial).is_integer()):
+    """Ray counts in steps of 1/10000; a trial trains on one GPU, so more would be reserved in vain."""
+    if gpus_per_trial != 0 and not 0.0001 <= gpus_per_trial <= 1:
         raise UsageError(
-            f"--gpus-per-trial {gpus_per_trial:g} is not allowed: it must be 0, a share from 0.0001 to 1, "
-            "or a whole number."
+            f"--gpus-per-trial {gpus_per_trial:g} is not allowed: it must be 0, or a share of one GPU from 0.0001 to 1."
         )
 
 
@@ -285,8 +283,6 @@ def _room(ray: Any, gpus_per_trial: float) -> int:
 def _room_on_node(cpus: float, gpus: float, gpus_per_trial: float) -> int:
     if gpus_per_trial == 0:
         return int(cpus)
-    if gpus_per_trial > 1:
-        return int(min(cpus, gpus // gpus_per_trial))
     return int(min(cpus, gpus * math.floor(1 / gpus_per_trial)))  # a share lies within one GPU
 
 

@@ -45,6 +45,7 @@ from hpo.space import Value
 from hpo.training.checkpoint import CheckpointFolder, save_weights
 from hpo.training.costs import measure_costs
 from hpo.training.cross_validation import fit_folds
+from hpo.training.device import limit_memory
 from hpo.training.trainer import EpochResult, fit
 
 CHECKPOINT = "checkpoint"  # folder of a run's artifacts that holds the next two
@@ -63,11 +64,11 @@ def serve(connection: Connection, setup: Setup) -> None:
     """
     torch.set_num_threads(setup.num_threads)
     _keep_freed_memory()
-    if setup.gpu_share < 1:
-        torch.cuda.set_per_process_memory_fraction(setup.gpu_share)
     line = _Line(connection, setup.silence_s)
     _forward_log(line)
     try:
+        if setup.gpu_share < 1:
+            limit_memory(setup.gpu_share)
         objective, splits = load_objective(setup.task_reference), load_splits(setup.splits)
     except (HpoError, OSError) as error:
         line.say(WorkerUnfit(str(error)))

@@ -36,8 +36,7 @@ class AirNet(nn.Module):
             _convolutions(2 * num_patch_values, width),
             _convolutions(width, 4 * width),
             _convolutions(4 * width, 4 * width),
-            nn.AdaptiveMaxPool2d(1),
-            nn.Flatten(),
+            GlobalMaxPool(),
             dropout_layer(dropout),
         )
         self.output = nn.Linear(4 * width, spec.num_outputs, bias=False)
@@ -55,6 +54,16 @@ class AirNet(nn.Module):
         filters = (components / (variances + WHITENING_EPS).sqrt()).T.view(-1, channels, 2, 2)
         self.whitening.weight.copy_(torch.cat((filters, -filters)))
         nn.init.zeros_(cast(Tensor, self.whitening.bias))
+
+
+class GlobalMaxPool(nn.Module):
+    """The largest value of each channel: (B, C, H, W) to (B, C).
+
+    AdaptiveMaxPool2d has no deterministic form on CUDA.
+    """
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs.flatten(2).max(2).values
 
 
 def _convolutions(num_inputs: int, num_outputs: int) -> nn.Sequential:

@@ -30,20 +30,23 @@ class AveragedWeights:
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         self.model = deepcopy(model)
+        # Walking a deep model for its parameters takes as long as a small layer.
+        self._parameters = list(self.model.parameters())
+        self._model_parameters = list(model.parameters())
         self.first_epoch = max(1, math.ceil(config.swa_start * config.max_epochs))
         """The first after which there is an average."""
         self._ema = get_ema_multi_avg_fn(config.ema_decay) if config.ema_decay > 0 else None  # type: ignore[no-untyped-call]
         self._swa = get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
 
-    def end_step(self, model: nn.Module) -> None:
-        """Take in the parameters after a step."""
+    def end_step(self) -> None:
+        """Take in the model's parameters after a step."""
         if self._ema:
-            self._ema(list(self.model.parameters()), list(model.parameters()), None)
+            self._ema(self._parameters, self._model_parameters, None)
 
-    def end_epoch(self, model: nn.Module, epoch: int) -> None:
-        """Take in the parameters after an epoch, from `first_epoch` on."""
+    def end_epoch(self, epoch: int) -> None:
+        """Take in the model's parameters after an epoch, from `first_epoch` on."""
         if not self._ema:
-            self._swa(list(self.model.parameters()), list(model.parameters()), epoch - self.first_epoch)
+            self._swa(self._parameters, self._model_parameters, epoch - self.first_epoch)
 
     @torch.no_grad()
     def settle(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], precision: str) -> nn.Module:
@@ -67,8 +70,11 @@ def _renew_batch_norms(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]
         return
     for norm in momenta:
         norm.reset_running_stats()
-        norm.momentum = None
-    for inputs, _ in batches:
+    for number, (inputs, _) in enumerate(batches, start=1):
+        for norm in momenta:
+            # The mean over all batches. torch's own way to it, a momentum of None, has the host wait for a GPU to tell
+            # how many batches there were, in each norm of each batch.
+            norm.momentum = 1 / number
         model(inputs)
     for norm, momentum in momenta.items():
         norm.momentum = momentum

@@ -7,6 +7,7 @@ optimizer finds it compiled; torch's own optimizers, compiled, would be compiled
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import re
@@ -77,11 +78,17 @@ class CompiledStep:
 
         try:
             return self._compiled(inputs, targets)
-        except TorchDynamoException as error:  # raised before anything has run
+        # RuntimeError is what a capture raises, and what torch.OutOfMemoryError is: a graph's memory is its own, and
+        # cannot use what eager steps have left in the cache.
+        except (TorchDynamoException, RuntimeError) as error:
             reason = str(error).strip().partition("\n")[0]
-            _logger.warning("the step cannot be compiled and goes on as it is: %s", reason)
-            self._complete_optimizer()
-            self.mode = "off"
+        # Out here the failed attempt's tensors are gone.
+        _logger.warning("the step cannot be compiled and continues without: %s", reason)
+        self._complete_optimizer()
+        self.mode = "off"
+        if inputs.is_cuda:
+            gc.collect()
+            torch.cuda.empty_cache()
         return self._eager(inputs, targets)
 
     def _compiled(self, inputs: Tensor, targets: Tensor) -> StepResult:

@@ -53,6 +53,15 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> optim.Optimizer:
     raise AssertionError(f"TrainConfig let optimizer {config.optimizer!r} pass")
 
 
+def load_optimizer_state(optimizer: optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a state dict into an optimizer of `build_optimizer`, whatever device it was saved from."""
+    optimizer.load_state_dict(state)
+    if isinstance(optimizer, optim.NAdam):
+        for of_parameter in optimizer.state.values():
+            # torch 2.15 moves it to the parameter's device, where NAdam reads it twice a step: a wait each.
+            of_parameter["mu_product"] = of_parameter["mu_product"].cpu()
+
+
 class Lamb(optim.Optimizer):
     """Adam whose step for each layer is as long, relative to the layer's weights, as the rate says.
 

@@ -62,8 +62,23 @@ class Probe:
         vanishing_layers    the highest layer, from 1, whose relative gradient is below VANISHED; 0 where none is
         dead_units          share of the units behind an activation that do not answer to any of the examples
         """
+        while (measured := self._try(model)) is None:
+            self._num_at_a_time = (self._num_at_a_time + 1) // 2
+            torch.cuda.empty_cache()
+        return measured
+
+    def _try(self, model: nn.Module) -> dict[str, Tensor] | None:
+        """The measurements; None where the device's memory does not hold so many examples at a time."""
+        try:
+            return self._measure(model)
+        except torch.OutOfMemoryError:
+            if self._num_at_a_time == 1:
+                raise
+            return None
+
+    def _measure(self, model: nn.Module) -> dict[str, Tensor]:
         model.eval()
-        with _units_watched(model) as units, _backward_in_evaluation_mode(model):
+        with _units_watched(model) as units, backward_in_evaluation_mode(model):
             gradients = relative_gradients(
                 model, self._examples, self._loss_function, self._target_scale, self._num_at_a_time
             )
@@ -159,8 +174,14 @@ def _units_watched(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _backward_in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """cuDNN's recurrent layers refuse it; torch's own do not."""
-    is_recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    with torch.backends.cudnn.flags(enabled=not is_recurrent), torch.enable_grad():
-        yield
+def backward_in_evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Gradients of a model in evaluation mode: cuDNN's recurrent layers refuse them there, torch's own do not."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.enabled
+    if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        cudnn.enabled = False
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        cudnn.enabled = before

@@ -14,13 +14,13 @@ import torch
 
 from hpo.config import derive_seed
 from hpo.data.batches import build_batches, evaluation_batch_size, evaluation_batches, place
-from hpo.errors import CheckpointError, UsageError
+from hpo.errors import CheckpointError, DeviceMemoryError, UsageError
 from hpo.models.pretrained import find_pretrained
 from hpo.training.averaging import AveragedWeights
 from hpo.training.compiled import CompiledStep, check_compile_mode, settle_compile_mode
 from hpo.training.losses import LossFunction, loss_function, target_scale, training_loss
 from hpo.training.metrics import EpochMetrics, check_metric
-from hpo.training.optimizers import build_optimizer
+from hpo.training.optimizers import build_optimizer, load_optimizer_state
 from hpo.training.precision import autocast, has_convolutions, settle_precision
 from hpo.training.probe import Probe
 from hpo.training.schedules import Plateau, build_schedule
@@ -202,7 +202,7 @@ class _Run:
             self.step = CompiledStep(self.step, self.compile_mode)
         self._seed(epoch)
         self._thaw(epoch)
-        with _algorithms(deterministic=self.config.deterministic):
+        with _algorithms(deterministic=self.config.deterministic), _memory_explained():
             train, grad_norm = self._train()
             candidate = self._candidate(epoch)
             validation = self._validate(candidate)
@@ -245,7 +245,7 @@ class _Run:
             step = self.step(inputs, targets)
             self.schedule.step()
             if self.average:
-                self.average.end_step(self.model)
+                self.average.end_step()
             metrics.update(step.outputs, targets, step.loss)
             grad_norm_sum += step.grad_norm
         return metrics.compute(), grad_norm_sum / len(self.batches)
@@ -254,7 +254,7 @@ class _Run:
         """What is measured, and kept where it is the best."""
         if not self.average or epoch < self.average.first_epoch:
             return self.model
-        self.average.end_epoch(self.model, epoch)
+        self.average.end_epoch(epoch)
         return self.average.settle(self.model, self.batches, self.step.precision)
 
     def _validate(self, candidate: nn.Module) -> dict[str, Tensor]:
@@ -339,7 +339,7 @@ class _Run:
         if self.average:
             self.average.model.load_state_dict(state["average"])
         self.best_weights = state["best_weights"]
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(self.optimizer, state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.stopping.load_state_dict(state["stopping"])
         self.symptoms.load_state_dict(state["symptoms"])
@@ -380,15 +380,28 @@ def _comparable(config: TrainConfig) -> dict[str, Any]:
 @contextmanager
 def _algorithms(*, deterministic: bool) -> Iterator[None]:
     """Let torch choose the fastest algorithms for shapes that do not change, or deterministic ones only."""
-    before = torch.are_deterministic_algorithms_enabled()
+    cudnn = torch.backends.cudnn
+    before = torch.are_deterministic_algorithms_enabled(), cudnn.benchmark, cudnn.deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     try:
-        with torch.backends.cudnn.flags(benchmark=not deterministic, deterministic=deterministic):
-            torch.use_deterministic_algorithms(deterministic)
-            yield
+        torch.use_deterministic_algorithms(deterministic)
+        # One by one: cudnn.flags() would switch cuDNN off and TF32 on, by its defaults (pytorch#77467).
+        cudnn.benchmark, cudnn.deterministic = not deterministic, deterministic
+        yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0])
+        cudnn.benchmark, cudnn.deterministic = before[1:]
+
+
+@contextmanager
+def _memory_explained() -> Iterator[None]:
+    """Turn what a step could not handle by halving its batch into a line for the user."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition("\n")[0]
+        raise DeviceMemoryError(f"out of memory (oom): {reason} Choose a smaller batch or model.") from error
 
 
 @torch.inference_mode()
@@ -401,16 +414,34 @@ def _evaluate(
     *,
     precision: str,
 ) -> EpochMetrics:
-    """Loss and metrics on a split; leaves the model, which is on the config's device, in evaluation mode."""
+    """Loss and metrics on a split; leaves the model, which is on the config's device, in evaluation mode.
+
+    Batches that the device's memory does not hold are halved until it does. Raises DeviceMemoryError where it cannot
+    hold one example.
+    """
     model.eval()
-    metrics = EpochMetrics(num_classes, config.device, with_auroc=True)
     convolves_on_cpu = config.device == "cpu" and has_convolutions(model)
     batch_size = evaluation_batch_size(split, config.batch_size, convolves_on_cpu=convolves_on_cpu)
-    for inputs, targets in evaluation_batches(split, batch_size, config.device):
-        with autocast(precision, inputs.device):
-            outputs = model(inputs)
-            loss = loss_function(outputs, targets)
-        metrics.update(outputs, targets, loss)
+
+    def try_batches(batch_size: int) -> EpochMetrics | None:
+        metrics = EpochMetrics(num_classes, config.device, with_auroc=True)
+        try:
+            for inputs, targets in evaluation_batches(split, batch_size, config.device):
+                with autocast(precision, inputs.device):
+                    outputs = model(inputs)
+                    loss = loss_function(outputs, targets)
+                metrics.update(outputs, targets, loss)
+        except torch.OutOfMemoryError:
+            return None
+        return metrics
+
+    while (metrics := try_batches(batch_size)) is None:
+        if batch_size == 1:
+            raise DeviceMemoryError(
+                "out of memory (oom) while evaluating one example at a time; choose a smaller model."
+            )
+        batch_size = (batch_size + 1) // 2
+        torch.cuda.empty_cache()
     return metrics
 
 

@@ -1,0 +1,109 @@
+"""The devices of this machine: which of them a search can use, and how much memory each worker may take."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from functools import cache
+
+import torch
+
+from hpo.errors import DeviceMemoryError, UnknownNameError, UsageError
+
+_logger = logging.getLogger(__name__)
+
+CONTEXT_BYTES = 0.6e9
+"""What a process has on a GPU beside torch's tensors: the context, cuBLAS, cuDNN and compiled kernels, none of which
+torch's own limit counts (pytorch#58466). 0.3 to 0.6 GB."""
+
+USABLE_SHARE = 0.95
+"""Of a GPU's memory, what the workers may divide; a desktop or the driver has the rest."""
+
+_PROBE_S = 120.0
+_PROBE = """
+import torch
+for index in range(torch.cuda.device_count()):
+    ones = torch.ones(2, 2, device=f"cuda:{index}")
+    assert (ones @ ones).sum().item() == 8, "a product is wrong"
+"""
+
+
+def choose_device(given: str) -> str:
+    """The device as torch names it; "auto" is a GPU where there is one that works, and says why where it does not.
+
+    Raises UnknownNameError for a device that this machine does not have, UsageError for a GPU that cannot be used.
+    """
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    available = ["auto", "cpu", *(["cuda", *gpus] if gpus else [])]
+    if given not in available:
+        raise UnknownNameError("device", given, available)
+    if given == "cpu" or not gpus:
+        return "cpu"
+    reason = why_gpus_fail()
+    if reason is None:
+        return "cuda" if given == "auto" else given
+    if given != "auto":
+        raise UsageError(
+            f"--device {given} cannot be used: {reason}. Update the driver, install a torch build that supports this "
+            "GPU, or use --device cpu."
+        )
+    _logger.warning("the GPU cannot be used (%s); training on the CPU instead", reason)
+    return "cpu"
+
+
+@cache
+def why_gpus_fail() -> str | None:
+    """Why the GPUs that the driver lists cannot multiply two matrices; None where they can.
+
+    NVML lists cards that the installed driver, or this build of torch, cannot run. It is tried in a child process,
+    because workers are forked from processes that must not have a CUDA context.
+    """
+    try:
+        subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=True, timeout=_PROBE_S)
+    except subprocess.TimeoutExpired:
+        return f"a small product took longer than {_PROBE_S:.0f} s"
+    except subprocess.CalledProcessError as error:
+        lines: list[str] = [line for line in error.stderr.splitlines() if line and not line[0].isspace()]
+        # The last line that begins a message: torch appends hints to it, on lines of their own.
+        errors = [line for line in lines if "Error: " in line]
+        return (errors or lines or [f"it ended with code {error.returncode}"])[-1].rstrip(".")
+    return None
+
+
+def visible_gpus(device: str) -> list[str]:
+    """A value of CUDA_VISIBLE_DEVICES for each GPU that a device stands for; none for the CPU.
+
+    Names in CUDA_VISIBLE_DEVICES that stand for no GPU are left out, as CUDA does. MIG slices are used where they are
+    listed by their UUIDs, one for each worker; CUDA itself shows a process no more than one of them.
+    """
+    if device == "cpu":
+        return []
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    num_gpus = torch.cuda.device_count()
+    names = [name.strip() for name in given.split(",")] if given else [str(index) for index in range(num_gpus)]
+    if not names[0].startswith("MIG-"):
+        names = names[:num_gpus]
+    index = torch.device(device).index
+    return names if index is None else [names[index]]
+
+
+def memory_share(num_workers: int, num_gpus: int) -> float:
+    """The part of a GPU that each worker may take when they are spread over the GPUs in turn; 1 for one of its own."""
+    return 1 / -(-num_workers // num_gpus)
+
+
+def limit_memory(share: float) -> None:
+    """Let this process take its share of the current GPU's memory, context included.
+
+    Raises DeviceMemoryError where nothing is left of the share beside the context.
+    """
+    _, total = torch.cuda.mem_get_info()
+    limit = USABLE_SHARE * share * total - CONTEXT_BYTES
+    if limit <= 0:
+        raise DeviceMemoryError(
+            f"{1 / share:.0f} workers do not fit on a GPU with {total / 1e9:.1f} GB: each needs "
+            f"{CONTEXT_BYTES / 1e9} GB before its first tensor; use fewer --workers."
+        )
+    torch.cuda.set_per_process_memory_fraction(limit / total)

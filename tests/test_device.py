@@ -1,0 +1,215 @@
+"""What this machine has, what of it can be used, and what happens when its memory does not suffice."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from pretended_cuda import TOTAL_MEMORY, pretended_cuda
+from test_training import ImageNet, image_splits, quick_config
+from torch import Tensor, nn
+
+from hpo.data import batches
+from hpo.data.batches import place
+from hpo.data.datasets import Splits
+from hpo.errors import DeviceMemoryError, UnknownNameError, UsageError
+from hpo.models.airnet import GlobalMaxPool
+from hpo.training import compiled, device
+from hpo.training.device import CONTEXT_BYTES, choose_device, limit_memory, memory_share, visible_gpus, why_gpus_fail
+from hpo.training.step import TrainingStep
+from hpo.training.trainer import evaluate, fit
+
+OUT_OF_MEMORY = torch.OutOfMemoryError(
+    "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity ..."
+)
+
+
+@pytest.fixture(autouse=True)
+def _asked_anew() -> Iterator[None]:
+    why_gpus_fail.cache_clear()
+    yield
+    why_gpus_fail.cache_clear()
+
+
+# Memory of the device.
+
+
+def test_the_free_memory_of_a_gpu_without_an_index_is_known() -> None:
+    with pretended_cuda():
+        assert batches._free_memory(torch.device("cuda")) == TOTAL_MEMORY
+
+
+def test_an_epoch_leaves_cudnn_on_and_the_choice_of_tf32_to_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Watched(ImageNet):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.add((torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark))
+            return super().forward(images)
+
+    seen: set[tuple[bool, bool, bool]] = set()
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    next(iter(fit(Watched(), image_splits(), quick_config())))
+    assert seen == {(True, False, True)}
+    assert not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "num_gpus", "share"), [(1, 1, 1), (2, 2, 1), (3, 2, 1 / 2), (5, 4, 1 / 2), (9, 4, 1 / 3)]
+)
+def test_the_shares_of_a_gpu_add_up_to_no_more_than_one(num_workers: int, num_gpus: int, share: float) -> None:
+    assert memory_share(num_workers, num_gpus) == share
+    on_first_gpu = len(range(0, num_workers, num_gpus))
+    assert on_first_gpu * memory_share(num_workers, num_gpus) <= 1
+
+
+@pytest.mark.parametrize("num_workers", [2, 8])
+def test_the_workers_of_a_gpu_leave_room_for_their_contexts(num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together with what torch's limit does not count they take less than there is."""
+    total, limits = 24e9, []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (total, total))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    limit_memory(memory_share(num_workers, 1))
+    assert num_workers * (limits[0] * total + CONTEXT_BYTES) < total
+    with pytest.raises(DeviceMemoryError, match=r"40 workers do not fit on a GPU with 24.0 GB: .* use fewer --workers"):
+        limit_memory(1 / 40)
+
+
+# Which devices there are.
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that lists two GPUs."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_gpu_that_this_torch_cannot_use_is_found_before_the_first_trial(caplog: pytest.LogCaptureFixture) -> None:
+    """The product is really tried in another process, which has no GPU here."""
+    device._PROBE, before = "import torch; torch.ones(2, device='cuda')", device._PROBE
+    try:
+        assert choose_device("auto") == "cpu"
+        assert "the GPU cannot be used" in caplog.text
+        with pytest.raises(UsageError, match=r"--device cuda:1 cannot be used: \w*Error: .*\. Update the driver"):
+            choose_device("cuda:1")
+    finally:
+        device._PROBE = before
+    assert choose_device("cpu") == "cpu"
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_gpu_that_works_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Any] = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: tried.append(command))
+    assert [choose_device(name) for name in ("auto", "cuda", "cuda:1")] == ["cuda", "cuda", "cuda:1"]
+    assert tried == [[sys.executable, "-c", device._PROBE]]
+    with pytest.raises(UnknownNameError, match=r"no device 'cuda:2'.*Available: auto, cpu, cuda, cuda:0, cuda:1"):
+        choose_device("cuda:2")
+
+
+def test_the_product_that_is_tried_is_right_on_a_gpu_that_works() -> None:
+    with pretended_cuda():
+        exec(device._PROBE, {})
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize(
+    ("listed", "names"),
+    [
+        (None, ["0", "1"]),
+        ("3,1", ["3", "1"]),
+        ("0,1,2,3", ["0", "1"]),
+        ("0, 1,-1,2", ["0", "1"]),
+        ("MIG-a,MIG-b,MIG-c", ["MIG-a", "MIG-b", "MIG-c"]),
+    ],
+)
+def test_workers_get_the_gpus_that_are_there(
+    listed: str | None, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA ignores what follows a name that it does not know; torch counts no more than one slice of a MIG card."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed) if listed else monkeypatch.delenv("CUDA_VISIBLE_DEVICES", False)
+    assert visible_gpus("cuda") == names
+    assert visible_gpus("cuda:1") == [names[1]]
+    assert visible_gpus("cpu") == []
+
+
+def test_the_pooling_of_airnet_is_that_of_torch_and_has_a_deterministic_form() -> None:
+    images = torch.randn(2, 3, 4, 5)
+    assert torch.equal(GlobalMaxPool()(images), nn.AdaptiveMaxPool2d(1)(images).flatten(1))
+
+
+# When memory does not suffice.
+
+
+def test_data_that_turn_out_not_to_fit_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(splits: Splits, device: object) -> Splits:
+        raise OUT_OF_MEMORY
+
+    monkeypatch.setattr(Splits, "to", full)
+    splits = image_splits()
+    with pretended_cuda():
+        assert place(splits, "cuda") is splits
+
+
+class Tight(ImageNet):
+    """A network of which the device holds no more than some examples at a time when it is evaluated."""
+
+    def __init__(self, max_examples: int) -> None:
+        super().__init__()
+        self.max_examples = max_examples
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training and len(images) > self.max_examples:
+            raise OUT_OF_MEMORY
+        return super().forward(images)
+
+
+def test_an_evaluation_that_does_not_fit_is_done_in_smaller_batches() -> None:
+    """And so is the look into the network at the end of an epoch."""
+    roomy, tight = (list(fit(Tight(size), image_splits(), quick_config(max_epochs=2))) for size in (1000, 5))
+    for there, here in zip(roomy, tight, strict=True):
+        compared = {name: value for name, value in there.metrics.items() if name != "time/epoch_s"}
+        assert {name: here.metrics[name] for name in compared} == pytest.approx(compared, rel=1e-4)
+    with pytest.raises(DeviceMemoryError, match=r"one example at a time; choose a smaller model"):
+        evaluate(Tight(0), image_splits().validation, quick_config(), 3)
+
+
+def test_running_out_of_memory_outside_of_a_step_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OUT_OF_MEMORY
+
+    monkeypatch.setattr("hpo.training.averaging._renew_batch_norms", full)
+    with pytest.raises(
+        DeviceMemoryError, match=r"out of memory \(oom\): CUDA .* 2.00 GiB. Choose a smaller batch or model"
+    ):
+        list(fit(ImageNet(), image_splits(), quick_config(ema_decay=0.9)))
+
+
+@pytest.mark.parametrize("error", [OUT_OF_MEMORY, RuntimeError("CUDA error: operation not permitted when capturing")])
+def test_a_compiled_step_that_fails_continues_without(
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the batch that it failed on, and the number of steps so far."""
+
+    def fails(*_: object, **__: object) -> Any:
+        raise error
+
+    def run(mode: str) -> Tensor:
+        torch.manual_seed(0)
+        model = ImageNet()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+        step: Any = TrainingStep(model, nn.functional.cross_entropy, optimizer)
+        train = image_splits().train
+        assert isinstance(train.inputs, Tensor)
+        for number, rows in enumerate(torch.arange(12).split(4)):
+            step = compiled.CompiledStep(step, mode) if mode != "off" and number == 1 else step
+            step(train.inputs[rows], train.targets[rows])
+        assert step.mode == "off"
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    monkeypatch.setitem(compiled._compiled, "step", fails)
+    assert torch.equal(run("step"), run("off"))
+    assert "the step cannot be compiled and continues without" in caplog.text
