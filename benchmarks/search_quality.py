@@ -81,6 +81,10 @@ class Contender(ABC):
     def tell(self, key: int, loss: float, *, stopped: bool) -> None:
         """The job has ended, with this loss at its best epoch."""
 
+    def finalists(self) -> list[int]:
+        """Jobs that were stopped and are to run to their end before the search is over, the most promising first."""
+        return []
+
 
 class OurStudy(Contender):
     """hpo's own study, as `hpo search` runs it."""
@@ -109,6 +113,9 @@ class OurStudy(Contender):
 
     def tell(self, key: int, loss: float, *, stopped: bool) -> None:
         self._study.tell(key, "pruned" if stopped else "complete", value=loss)
+
+    def finalists(self) -> list[int]:
+        return [trial.number for trial in self._study.finalists()]
 
 
 class PlainOptuna(Contender):
@@ -285,10 +292,15 @@ class _Training:
     true: Curve = field(compare=False)
     epoch: int = field(compare=False)
     lowest: float = field(default=math.inf, compare=False)
+    is_final: bool = field(default=False, compare=False)
+    """Whether it was stopped and is continued to its end, as hpo's study does when it has its trials."""
 
 
 def simulate(setting: Setting) -> Outcome:
-    """Run a search with asynchronous workers, each of which trains one epoch a tick, until its epochs are used up."""
+    """Run a search with asynchronous workers, each of which trains one epoch a tick, until its epochs are used up.
+
+    The last of them are those that the contender's finalists need to run to their end.
+    """
     _silence()
     task = setting.task
     rng = np.random.default_rng(derive_seed(setting.seed, task.name, "noise"))
@@ -300,7 +312,16 @@ def simulate(setting: Setting) -> Outcome:
     by_trials: list[float] = []
     incumbent_observed, incumbent_true = math.inf, math.inf
 
-    def start(clock: float) -> _Training:
+    stopped_runs: dict[int, _Training] = {}
+    finalists: list[_Training] = []
+
+    def start(clock: float, used: int = 0) -> _Training:
+        if not any(run.is_final for run in stopped_runs.values()):
+            finalists[:] = [stopped_runs[key] for key in contender.finalists()]
+        if finalists and budget - used <= sum(task.num_epochs - run.epoch for run in finalists):
+            run = finalists.pop(0)
+            run.clock, run.is_final = clock + 1, True
+            return run
         job = contender.ask()
         return _Training(clock + 1, job.key, job, *task.curves(job.values, rng), job.start_epoch)
 
@@ -313,11 +334,13 @@ def simulate(setting: Setting) -> Outcome:
             incumbent_observed, incumbent_true = loss, float(run.true[run.epoch])
         reached[used] = incumbent_true
         run.epoch += 1
-        stopped = contender.report(run.key, run.epoch, loss)
+        stopped = not run.is_final and contender.report(run.key, run.epoch, loss)
         if stopped or run.epoch == task.num_epochs:
-            contender.tell(run.key, run.lowest, stopped=stopped and run.epoch < task.num_epochs)
-            by_trials.append(incumbent_true)
-            heapq.heappush(training, start(run.clock))
+            if not run.is_final:
+                contender.tell(run.key, run.lowest, stopped=stopped and run.epoch < task.num_epochs)
+                by_trials.append(incumbent_true)
+                stopped_runs |= {run.key: run} if stopped else {}
+            heapq.heappush(training, start(run.clock, used + 1))
         else:
             run.clock += 1
             heapq.heappush(training, run)

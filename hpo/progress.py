@@ -54,7 +54,7 @@ class Tally:
         self._finished_before = self.num_finished
 
     def catch_up(self, standing: Standing) -> None:
-        """Take over where the study stands; other machines have moved it."""
+        """Take over where the study stands: other machines have moved it, or pruned trials are continued."""
         self.counts = Counter(standing.counts)
         self.best = standing.best
         self.num_trials = standing.num_trials
@@ -116,9 +116,13 @@ class ProgressLines(Observer):
             so_far = f"{self._tally.describe_counts()}, {self._tally.describe_best()}"
             self._print(f"study '{start.study}' goes on: {so_far}")
 
-    def others_moved(self, standing: Standing) -> None:
+    def study_moved(self, standing: Standing) -> None:
         assert self._tally is not None, "a search starts before others are seen"
         self._tally.catch_up(standing)
+
+    def trial_started(self, suggestion: Suggestion) -> None:
+        if suggestion.pruned:
+            self._print(_describe_continuation(suggestion))
 
     def trial_ended(
         self, suggestion: Suggestion, state: EndState, result: EpochResult | None, reason: str | None
@@ -160,6 +164,8 @@ class ProgressStatus(Observer):
         self._note = ""
 
     def trial_started(self, suggestion: Suggestion) -> None:
+        if suggestion.pruned:
+            self._say(_describe_continuation(suggestion), "dim")
         self._running[suggestion.number] = f"trial {suggestion.number}: {suggestion.stage}"
 
     def epoch_done(self, suggestion: Suggestion, result: EpochResult) -> None:
@@ -167,7 +173,7 @@ class ProgressStatus(Observer):
             f"trial {suggestion.number}: {suggestion.stage}, epoch {result.epoch}, {result.value:.4f}"
         )
 
-    def others_moved(self, standing: Standing) -> None:
+    def study_moved(self, standing: Standing) -> None:
         assert self._tally is not None, "a search starts before others are seen"
         self._tally.catch_up(standing)
 
@@ -203,6 +209,10 @@ class ProgressStatus(Observer):
         lines += [self._note] if self._note else []
         status = [Text(line, style="dim", overflow="ellipsis", no_wrap=True) for line in lines]
         return Group(head, *status) if self._tally is not None else Group(*status)
+
+
+def _describe_continuation(suggestion: Suggestion) -> str:
+    return f"continuing trial {suggestion.number}, {suggestion.pruned}, to its end"
 
 
 def _score(metric: str, result: EpochResult | None, reason: str | None) -> str:

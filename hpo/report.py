@@ -113,12 +113,11 @@ def study_rows(home: Path | None, storage: str | None = None) -> list[dict[str, 
 
 def _study_row(study: Study, searchers: list[str]) -> dict[str, Any]:
     best = study.best()
-    is_done = study.remaining(study.num_trials) == 0 and study.counts()["running"] == 0
     return {
         "study": study.name,
         "task": study.settings.task,
         "trials": f"{study.num_finished}/{study.num_trials}",
-        "now": f"searched by {', '.join(searchers)}" if searchers else "done" if is_done else "stopped",
+        "now": f"searched by {', '.join(searchers)}" if searchers else "done" if study.is_done else "stopped",
         "metric": study.settings.metric,
         "best": best and best.value,
         "best trial": best and best.number,
@@ -157,12 +156,22 @@ def study_facts(name: str, home: Path | None, storage: str | None = None, top: i
             "limit": study.settings.limit,
             "folds": study.settings.folds,
             "counts": study.counts(),
+            "pruned_winner": _describe_pruned_winner(find_winner(study), study),
             "importances": {group: asdict(importance) for group, importance in importances(study).items()},
             "findings": [asdict(finding) for finding in findings(study)],
             "trials": [asdict(trial) for trial in trials],
         }
     )
     return facts
+
+
+def _describe_pruned_winner(winner: Winner | None, study: Study) -> str | None:
+    if winner is None or winner.pruned is None:
+        return None
+    return (
+        f"Trial {winner.trial}, the best so far, was {winner.pruned}; "
+        f"it is continued when {study.num_trials} trials have run."
+    )
 
 
 def print_study(console: Console, facts: dict[str, Any]) -> None:
@@ -185,6 +194,8 @@ def print_study(console: Console, facts: dict[str, Any]) -> None:
             trial["reason"] if trial["state"] == "failed" else _configuration(trial),
         )
     console.print(table)
+    if facts["pruned_winner"]:
+        console.print(facts["pruned_winner"])
     _print_importances(console, facts["importances"])
     for finding in facts["findings"]:
         console.print(f"- {finding['text']}")
@@ -270,7 +281,8 @@ def _print_front(console: Console, rows: list[dict[str, Any]]) -> None:
 def _print_winner(console: Console, winner: Winner) -> None:
     table = Table.grid(padding=(0, 2))
     epoch = f"trained on all examples for {winner.best_epoch} epochs" if winner.folds else f"epoch {winner.best_epoch}"
-    table.add_row("Best", f"trial {winner.trial}, {epoch}")
+    pruned = f", {winner.pruned}" if winner.pruned else ""
+    table.add_row("Best", f"trial {winner.trial}, {epoch}{pruned}")
     table.add_row("Configuration", format_configuration(winner.configuration))
     table.add_row("Validation", f"{winner.metric} {winner.validation:.4f}{_over_folds(winner.folds)}")
     table.add_row("Test", _describe_test(winner))
@@ -313,8 +325,9 @@ def format_bytes(num_bytes: int) -> str:
 
 
 def describe_counts(counts: Mapping[TrialState, int]) -> str:
-    """`12 complete, 7 pruned`."""
-    return ", ".join(f"{number} {state}" for state, number in counts.items() if number) or "no trial yet"
+    """`12 complete, 7 pruned (pruned trials were stopped early to save epochs)`."""
+    text = ", ".join(f"{number} {state}" for state, number in counts.items() if number) or "no trial yet"
+    return f"{text} (pruned trials were stopped early to save epochs)" if counts["pruned"] else text
 
 
 def to_plain(value: Any) -> Any:

@@ -17,6 +17,7 @@ from hpo.plugins import SEARCH_SPACES, Task, load_task, require_registered
 from hpo.search.pruners import PRUNERS, check_first_rung, check_folds_pruner
 from hpo.search.samplers import STRATEGIES
 from hpo.search.storage import read_storage
+from hpo.search.strategy import TRIED_BY_HAND
 from hpo.search.study import Study, StudySettings, read_settings
 from hpo.search.warm_start import best_configurations
 from hpo.space import Value
@@ -27,7 +28,6 @@ from hpo.training.device import choose_device
 DEFAULT_TRIALS = 100
 DEFAULT_KEEP = 5
 EXECUTORS = ("local", "ray")
-TRIED_BY_HAND = "tried by hand"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,11 +54,19 @@ class TrialRecord:
     duration_s: float | None = None
     """Seconds of the last attempt; None while it runs."""
 
+    pruned_after: int | None = None
+    """Epochs, or folds, after which the trial was pruned before it was continued to its end; None if it never was."""
+
     costs: dict[str, float] = field(default_factory=dict)
     """What else is minimised, by name; empty with one objective, and while the trial is not complete."""
 
     symptoms: dict[str, float] = field(default_factory=dict)
     """What went wrong in its training by its last epoch; see `hpo.training.symptoms`."""
+
+
+def describe_pruning(num_steps: int, of: int, *, folds: bool) -> str:
+    """`pruned after 3 of 20 epochs`."""
+    return f"pruned after {num_steps} of {of} {'folds' if folds else 'epochs'}"
 
 
 def ranked(records: Iterable[TrialRecord], direction: Direction) -> list[TrialRecord]:

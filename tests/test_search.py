@@ -480,9 +480,9 @@ def test_sha_cuts_a_weak_trial_after_a_fifth_of_the_epochs_and_lets_the_best_run
 
 
 def test_sha_keeps_a_trial_that_falls_behind_until_the_next_rung() -> None:
-    fading = [0.9] * 4 + [0.0] * 16
+    rising, fading = [0.8] * 4 + [0.95] * 16, [0.9] * 4 + [0.0] * 16
 
-    assert run_curves("sha", [[0.8] * 20, [0.8] * 20, fading])[-1] == ("pruned", 12)
+    assert run_curves("sha", [rising, rising, fading])[-1] == ("pruned", 12)
 
 
 def test_median_waits_for_five_complete_trials_and_for_a_tenth_of_the_epochs() -> None:

@@ -73,11 +73,12 @@ def _weak_weights(store: TrackingStore, study: Study, keep: int) -> Iterator[_Le
 def _orphaned_files(home: Path, study: Study, database: BaseStorage) -> Iterator[_Leftover]:
     splits = sorted((home / "splits" / study.name).glob("*.pt"))  # before the sessions: those that begin are spared
     living = {session.id for session in living_sessions(database, study.name)}
+    may_go_on = {trial.number for trial in study.finalists()}
     spools = home / "spool" / study.name
     for folder in sorted((home / "checkpoints" / study.name).glob("trial-[0-9]*")):
         number = int(folder.name.removeprefix("trial-").partition(".")[0])
         is_on_its_way = any(spools.glob(f"*/trial-{number:04d}.jsonl"))  # the next search sends it to MLflow first
-        if study.has_ended(number) and not is_on_its_way:
+        if number not in may_go_on and study.has_ended(number) and not is_on_its_way:
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
             yield _Leftover(f"checkpoints of trial {number}", size, partial(shutil.rmtree, folder, ignore_errors=True))
     for file in splits:

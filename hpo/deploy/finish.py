@@ -150,6 +150,7 @@ def _in_words(study: Study, winner: Winner) -> str:
         if winner.folds
         else f"on the validation split at epoch {winner.best_epoch}"
     )
+    judged += f", {winner.pruned}" if winner.pruned else ""
     return (
         f"**Winner: trial {winner.trial}**, {winner.metric} {winner.validation:.4f} {judged}; "
         f"test split: {test}.\n\n| parameter | value |\n| --- | --- |\n{rows}\n"

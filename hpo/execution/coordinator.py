@@ -9,6 +9,7 @@ lease expires.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import signal
 import threading
@@ -49,6 +50,8 @@ _LOOK_AROUND_S = 1.0
 _ADOPTION_S = 5.0
 """Seconds between searches for trials of dead coordinators."""
 
+
+_FLUSH_S = 10.0
 
 _TAKEN = "taken over by another machine"
 
@@ -116,14 +119,15 @@ class Coordinator:
 
     @property
     def is_done(self) -> bool:
-        """Whether the study has all the trials that were asked for, and none of them runs on."""
-        return self._num_remaining() == 0 and self._study.counts()["running"] == 0
+        """Whether the study has all the trials that were asked for, and each that may win has run to its end."""
+        return self._study.is_done
 
     def remove_old_checkpoints(self) -> None:
-        """Delete the checkpoints of trials that have ended, once MLflow has all of them."""
+        """Delete the checkpoints of trials that have ended for good, once MLflow has all of them."""
+        may_go_on = {trial.number for trial in self._study.finalists()}
         for folder in self._checkpoints.glob("trial-[0-9]*"):
             number = int(folder.name.removeprefix("trial-").partition(".")[0])
-            if self._study.has_ended(number) and self._runs.has_arrived(number):
+            if number not in may_go_on and self._study.has_ended(number) and self._runs.has_arrived(number):
                 with suppress(FileNotFoundError):  # another session of this home was faster
                     shutil.rmtree(folder)
 
@@ -157,6 +161,8 @@ class Coordinator:
         """The next trial, if one is missing. Done again from the beginning when the database went away meanwhile."""
         begun = [number for number, owner in self._study.owners().items() if owner in ("", self._session.id)]
         self._study.requeue(number for number in begun if number not in self._attempts)
+        if self._num_remaining() == 0 and self._study.counts()["running"] == 0:
+            self._study.continue_finalists()
         return self._study.ask(self._session.id) if self._num_remaining() else None
 
     def _num_remaining(self) -> int:
@@ -174,8 +180,10 @@ class Coordinator:
 
     def _begin(self, suggestion: Suggestion) -> None:
         """Hand a trial to a worker; one that was begun before goes on from its newest checkpoint."""
-        if self._session.is_shared:
-            self._observer.others_moved(self._standing())
+        if suggestion.pruned:
+            self._runs.flush(_FLUSH_S)  # its folder gets another name, and MLflow may yet have to fetch weights from it
+        if self._session.is_shared or suggestion.pruned:
+            self._observer.study_moved(self._standing())
         self._observer.trial_started(suggestion)
         attempt = _Attempt(suggestion, self._open_run(suggestion), self._claim_folder(suggestion))
         self._attempts[suggestion.number] = attempt
@@ -244,8 +252,7 @@ class Coordinator:
         except TrialTakenError:
             return attempt.end("interrupted", _TAKEN)
         if is_weak:
-            where = f"in {result.fold} folds" if result.fold else f"at epoch {result.epoch}"
-            return attempt.end("pruned", f"weaker than the others {where}")
+            return attempt.end("pruned", self._study.pruning_reason(attempt.number, result.fold or result.epoch))
         if self.interrupted:
             return attempt.end("interrupted", "stopped by hand")
         if self._time_is_up():
@@ -275,11 +282,15 @@ class Coordinator:
         # A trial that cannot win has no value in the table of runs, which is sorted by it, and needs no weights.
         value = self._value_of(attempt) if attempt.state in CROWNABLE else None
         outdone = [] if value is None else self._best.add(attempt.number, value, attempt.costs)
+        logged_value = value
+        if attempt.suggestion.pruned and attempt.state in ("diverged", "failed"):  # it had a value when it was pruned
+            outdone, logged_value = [attempt.number], math.nan
+            self._best.remove(attempt.number)
         has_weights = not self._study.settings.folds  # else the winner alone, when it is trained on all examples
         if value is not None and attempt.number not in outdone and has_weights:
             for name in (BEST_WEIGHTS, DESCRIPTION):
                 attempt.run.log_file(attempt.folder / name, CHECKPOINT)
-        attempt.run.finish(attempt.state, value=value, reason=attempt.reason, costs=attempt.costs)
+        attempt.run.finish(attempt.state, value=logged_value, reason=attempt.reason, costs=attempt.costs)
         if not self._session.exclusively(partial(self._tell, attempt, value)):
             self._let_go(attempt)
             return
@@ -425,6 +436,10 @@ class _BestTrials:
         """The numbers of trials that are no longer kept, this one perhaps."""
         self._losses[number] = (self._sign * value, *costs.values())
         return self._drop_outdone()
+
+    def remove(self, number: int) -> None:
+        """Forget a trial that can win no longer."""
+        self._losses.pop(number, None)
 
     def _drop_outdone(self) -> list[int]:
         best = sorted(self._losses, key=lambda number: (self._losses[number][0], number))[: self._keep]

@@ -40,8 +40,8 @@ class Observer:
     def search_started(self, start: Standing) -> None:
         """Trials are about to run."""
 
-    def others_moved(self, standing: Standing) -> None:
-        """Other machines have moved the study on; where it stands now."""
+    def study_moved(self, standing: Standing) -> None:
+        """Other machines have moved the study on, or pruned trials are continued; where it stands now."""
 
     def trial_started(self, suggestion: Suggestion) -> None:
         """A trial begins, or goes on after an interruption."""

@@ -86,6 +86,22 @@ def build_pruner(
     raise UnknownNameError("pruner", name, PRUNERS)
 
 
+def describe_verdict(name: str, number: int, step: int) -> str:
+    """Why that pruner has stopped a trial after an epoch, or after so many folds."""
+    if name == "model" and NUM_HALVED_TRIALS <= number < NUM_MODELLED_TRIALS:
+        return f"expected to gain less per epoch than a new configuration (epoch {step})"
+    return _VERDICTS[name].format(step=step)
+
+
+_VERDICTS = {
+    "model": "not among the best third at epoch {step}",  # the trials that it leaves to successive halving
+    "sha": "not among the best third at epoch {step}",
+    "median": "worse than the median of the others at epoch {step}",
+    "hyperband": "not among the best third of its bracket at epoch {step}",
+    "wilcoxon": "worse than the best trial in the same {step} folds",
+}
+
+
 def check_folds_pruner(name: str, num_folds: int | None) -> None:
     """Raise UsageError where the pruner does not fit folds, or the lack of them."""
     if num_folds and name not in FOLD_PRUNERS:

@@ -32,7 +32,7 @@ from optuna.storages._rdb.models import (
     TrialValueModel,
 )
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Connection, Table, bindparam, or_, select
+from sqlalchemy import Connection, Table, bindparam, delete, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
@@ -107,6 +107,43 @@ class DirectStorage(RDBStorage):
             if self._written(self._set_param, trial_id, row):
                 return
         super()._set_trial_param(trial_id, param_name, param_value_internal, distribution, previous_distribution)
+
+    def reopen_trial(self, trial_id: int, key: str, value: Any) -> None:
+        """Put a finished trial back into the queue under its number, without values, and with one more user attribute.
+
+        The trial gets a new row, and with it a new id. Optuna reads a finished row once, in every process that has the
+        study open, and never again; but it reads each new row, and keeps its trials by number (_CachedStorage, Optuna
+        5.0.0). A row that is gone is left alone: it was reopened before.
+        """
+        with self._transaction() as connection:
+            found = connection.execute(_TRIAL, {"of_trial": trial_id}).first()
+            if found is None:
+                return
+            row = {"number": found.number, "study_id": found.study_id, "datetime_start": found.datetime_start}
+            added = connection.execute(insert(_TRIALS).values(state=TrialState.WAITING, **row))
+            assert added.inserted_primary_key is not None, "a single row was added"
+            new_id = added.inserted_primary_key[0]
+            for table in (_PARAMS, _EPOCHS, _USER_ATTRIBUTES, _SYSTEM_ATTRIBUTES):
+                connection.execute(update(table).where(table.c.trial_id == trial_id).values(trial_id=new_id))
+            attribute = {"trial_id": new_id, "key": key, "value_json": json.dumps(value)}
+            connection.execute(insert(_USER_ATTRIBUTES).values(attribute))
+            for table in (_VALUES, _TRIALS):
+                connection.execute(delete(table).where(table.c.trial_id == trial_id))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        """A transaction on the connection that this thread is bound to, or on any."""
+        bound = self.scoped_session().get_bind()
+        try:
+            if isinstance(bound, Connection):
+                refuse_another(bound)
+                with bound.begin():
+                    yield bound
+            else:
+                with self.engine.begin() as connection:
+                    yield connection
+        except SQLAlchemyError as error:
+            raise StorageInternalError("a transaction failed") from error
 
     def _written(self, statement: Insert, trial_id: int, row: dict[str, Any]) -> bool:
         """Whether the row was written; False where the trial has ended, or is not there."""

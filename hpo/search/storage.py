@@ -184,6 +184,11 @@ class StudyStorage(_CachedStorage):
         return self.outlast(settle)
 
     @_patiently
+    def reopen_trial(self, trial_id: int, key: str, value: Any) -> None:
+        """Put a finished trial back into the queue, with one more attribute; nothing is done to one that waits."""
+        self._direct.reopen_trial(trial_id, key, value)
+
+    @_patiently
     def get_trial_user_attrs(self, trial_id: int) -> dict[str, Any]:
         return self._direct.get_trial_user_attrs(trial_id)
 

@@ -36,6 +36,7 @@ NUM_MODELLED_TRIALS = 250
 """Trials before TPE takes over: the model weighs 400 observations at the most, and would forget the others."""
 
 DEFAULT_CONFIGURATION = "default configuration"
+TRIED_BY_HAND = "tried by hand"
 EVERYTHING = "everything"
 SCOUT = "everything (scout)"
 

@@ -18,11 +18,13 @@ from optuna.trial import TrialState as OptunaState
 from hpo.config import derive_seed
 from hpo.errors import HpoError, StoreError, StudyMismatchError, UnknownNameError
 from hpo.search.encoding import distribution
-from hpo.search.pruners import build_pruner
+from hpo.search.finalists import finalists, is_spared
+from hpo.search.pruners import build_pruner, describe_verdict
 from hpo.search.samplers import build_sampler, grid_size
+from hpo.search.storage import StudyStorage
 from hpo.search.strategy import DEFAULT_CONFIGURATION, EVERYTHING, stage_name, tunable_groups
 from hpo.space import Space, format_value
-from hpo.trial import EndState, TrialRecord, TrialState, losses, pareto_front, ranked
+from hpo.trial import EndState, TrialRecord, TrialState, describe_pruning, losses, pareto_front, ranked
 
 if TYPE_CHECKING:
     from optuna.pruners import BasePruner
@@ -50,6 +52,7 @@ _REASON = "reason"
 _DIVERGED = "diverged"
 _WAS_PRUNED = "was_pruned"
 _SYMPTOMS = "symptoms"
+_CONTINUED = "continued"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +147,9 @@ class Suggestion:
     seed: int
     """Seed of everything random in the trial."""
 
+    pruned: str | None = None
+    """How far it came before it was pruned, if it is continued after that: `pruned after 3 of 20 epochs`."""
+
 
 @dataclass(frozen=True)
 class _RunningTrial:
@@ -235,7 +241,14 @@ class Study:
             active_values=active_values,
             stage=self._stage(handle),
             seed=self.trial_seed(handle.number),
+            pruned=self._describe_pruning(handle.user_attrs),
         )
+
+    def _describe_pruning(self, attributes: Mapping[str, Any]) -> str | None:
+        if _CONTINUED not in attributes:
+            return None
+        num_steps = attributes[_CONTINUED]["after"]
+        return describe_pruning(num_steps, self.settings.num_steps, folds=bool(self.settings.folds))
 
     def trial_seed(self, number: int) -> int:
         """Seed of everything random in a trial."""
@@ -281,8 +294,16 @@ class Study:
             except UpdateFinishedTrialError as error:
                 raise TrialTakenError(f"trial {number} has ended elsewhere") from error
             running.reported.add(step)
-        can_be_pruned = not self.settings.costs and step < self.settings.num_steps
-        return not math.isnan(value) and can_be_pruned and running.handle.should_prune()
+        if math.isnan(value) or self.settings.costs or step >= self.settings.num_steps:
+            return False
+        if _CONTINUED in running.handle.user_attrs or not running.handle.should_prune():
+            return False
+        trials = self.trials()
+        return not is_spared(trials[number], trials, self.settings)
+
+    def pruning_reason(self, number: int, step: int) -> str:
+        """Why `report` has said that a trial is to stop after an epoch, or a fold, in words for the user."""
+        return describe_verdict(self.settings.pruner, number, step)
 
     def _store_value(self, running: _RunningTrial, step: int, value: float) -> None:
         if self.settings.costs:  # Optuna reports, and prunes, where there is one objective alone
@@ -336,6 +357,27 @@ class Study:
             case "interrupted":
                 self._requeue(number)
         del self._running[number]
+
+    def finalists(self) -> list[TrialRecord]:
+        """The pruned trials that are continued to their end when the study has all its trials, the best first."""
+        totals = [trial.user_attrs[_CONTINUED]["total"] for trial in self._trials() if _CONTINUED in trial.user_attrs]
+        return finalists(self.trials(), self.settings, num_continued=totals.count(self.num_trials))
+
+    @_explained()
+    def continue_finalists(self) -> None:
+        """Put the finalists back into the queue, to be trained to their end. The caller holds the study's lock.
+
+        Each keeps its number, its curve and what it took to get there, and is not pruned again.
+        """
+        assert isinstance(self._storage, StudyStorage), "only a database can take a trial up again"
+        for record in self.finalists():
+            fact = {"after": len(record.curve), "total": self.num_trials}
+            self._storage.reopen_trial(self._trials()[record.number]._trial_id, _CONTINUED, fact)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the study has all the trials that it was last asked for, and each that may win has run to its end."""
+        return self.remaining(self.num_trials) == 0 and self.counts()["running"] == 0 and not self.finalists()
 
     def estimated_mean(self, number: int) -> float:
         """What the folds that a trial has say of its mean over all, when there is a complete trial to compare with.
@@ -489,6 +531,7 @@ class Study:
             reason=trial.user_attrs.get(_REASON),
             attempts=trial.user_attrs.get(_ATTEMPT, 1),
             duration_s=trial.duration.total_seconds() if trial.duration else None,
+            pruned_after=trial.user_attrs.get(_CONTINUED, {}).get("after"),
             costs=self._costs(trial),
             symptoms=trial.user_attrs.get(_SYMPTOMS, {}),
         )

@@ -85,7 +85,7 @@ class Surrogate:
     def __init__(self, space: Space, *, has_curves: bool = True) -> None:
         self._has_curves = has_curves
         self._encoding = Encoding(space)
-        self._ended: dict[int, _Curve] = {}
+        self._ended: dict[tuple[int, int], _Curve] = {}
 
     def propose(
         self, trials: Sequence[FrozenTrial], held: Mapping[str, Value], *, sign: int, rng: np.random.Generator
@@ -147,8 +147,9 @@ class Surrogate:
         return [curve for trial in trials if (curve := self._curve(trial, sign)) is not None]
 
     def _curve(self, trial: FrozenTrial, sign: int) -> _Curve | None:
-        if trial.number in self._ended:
-            return self._ended[trial.number]
+        key = (trial.number, trial._trial_id)  # a pruned trial that is continued has a new id
+        if key in self._ended:
+            return self._ended[key]
         if trial.state in (TrialState.FAIL, TrialState.WAITING) or not self._encoding.contains(trial.params):
             return None
         reported = sorted(trial.intermediate_values.items())
@@ -167,7 +168,7 @@ class Surrogate:
             diverged=trial.state.is_finished() and not has_result and _ends_undefined(reported),
         )
         if trial.state.is_finished():
-            self._ended[trial.number] = curve
+            self._ended[key] = curve
         return curve
 
     def _at_the_end(self, units: Array) -> Array:

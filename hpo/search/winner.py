@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hpo.trial import describe_pruning
+
 if TYPE_CHECKING:
-    from hpo.search.study import Study
+    from hpo.search.study import Study, StudySettings
+    from hpo.trial import TrialRecord
 
 TEST_READINGS = "test_readings"
 TEST_CONFUSIONS = "test_confusions"
@@ -27,6 +30,8 @@ class Winner:
     best_epoch: int
     """With folds the mean over them, rounded: for so many epochs the model is trained on all examples."""
     folds: int | None
+    pruned: str | None
+    """`pruned after 3 of 20 epochs` for a trial that did not run to its end; None for one that did."""
     test: dict[str, float] | None
     """Scores on the test split; None until the search has reached its end."""
     confusion: dict[str, Any] | None
@@ -52,10 +57,15 @@ def find_winner(study: Study) -> Winner | None:
         validation=best.value,
         best_epoch=best.best_epoch,
         folds=study.settings.folds,
+        pruned=_describe_pruning(best, study.settings) if best.state == "pruned" else None,
         test=readings.get(str(best.number)),
         confusion=confusions.get(str(best.number)),
         num_test_readings=len(readings),
     )
+
+
+def _describe_pruning(trial: TrialRecord, settings: StudySettings) -> str:
+    return describe_pruning(len(trial.curve), settings.num_steps, folds=bool(settings.folds))
 
 
 def front_rows(study: Study) -> list[dict[str, Any]]:

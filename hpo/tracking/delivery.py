@@ -270,7 +270,8 @@ class Delivery:
     ) -> None:
         from mlflow.entities import Metric, RunTag
 
-        best = [Metric(f"best/{self._metric}", value, time_ms, 0)] if value is not None and math.isfinite(value) else []
+        values = [] if value is None or math.isinf(value) else [value]
+        best = [Metric(f"best/{self._metric}", value, time_ms, 0) for value in values]
         best += [Metric(f"cost/{name}", cost, time_ms, 0) for name, cost in (costs or {}).items()]
         tags = [RunTag("hpo.state", state)] + ([RunTag("hpo.reason", reason[:_MAX_TAG])] if reason else [])
         run_id = self._ensure_run()

@@ -221,7 +221,10 @@ class TrialRun:
         reason: str | None = None,
         costs: Mapping[str, float] | None = None,
     ) -> None:
-        """How the trial ended, its best value, its costs and, in words for the user, why it ended like this."""
+        """How the trial ended, its best value, its costs and, in words for the user, why it ended like this.
+
+        NaN takes back the value of a trial that had one when it was pruned, and can win no longer.
+        """
         self._write({"end": {"state": state, "value": value, "reason": reason, "costs": dict(costs or {})}}, now=True)
 
     def _write(self, event: Event, *, now: bool = False) -> None:

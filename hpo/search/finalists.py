@@ -1,0 +1,71 @@
+"""Two rules about pruning: who is never pruned, and who runs to its end after all before a winner is named.
+
+They hold for every pruner, and a search that is simulated (`benchmarks/search_quality.py`) follows them too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from hpo.search.strategy import DEFAULT_CONFIGURATION, TRIED_BY_HAND
+from hpo.trial import TrialRecord, TrialState, ranked
+
+if TYPE_CHECKING:
+    from hpo.search.study import StudySettings
+
+MAX_FINALISTS = 3
+"""Pruned trials that are continued at the end of a search at most, unless the best of all is still a pruned one."""
+
+_RIVALS: tuple[TrialState, ...] = ("complete", "pruned", "running", "interrupted")
+
+
+def is_spared(trial: TrialRecord, trials: Sequence[TrialRecord], settings: StudySettings) -> bool:
+    """Whether a running trial goes on, whatever the pruner says.
+
+    The default configuration and those of `--try` go on until another trial was better by the same epoch. Any other
+    goes on while no trial has been better in any epoch. With folds, means over the same folds are compared.
+    """
+    step = max(trial.curve, default=0)
+    own = _loss_by(step, trial, settings)
+    if own is None:
+        return False
+    is_requested = trial.stage in (DEFAULT_CONFIGURATION, TRIED_BY_HAND)
+    horizon = step if is_requested or settings.folds else settings.num_steps
+    rivals = [other for other in trials if other.number != trial.number and other.state in _RIVALS]
+    losses = [_loss_by(horizon, rival, settings) for rival in rivals]
+    return all(own <= loss for loss in losses if loss is not None)
+
+
+def finalists(trials: Sequence[TrialRecord], settings: StudySettings, *, num_continued: int = 0) -> list[TrialRecord]:
+    """The pruned trials that may yet win, the best first: they are continued when a search has its trials.
+
+    Those are the best trial, if it was pruned, and the trials that were ahead of the best complete one by the epoch
+    they were pruned in; MAX_FINALISTS at most, less the `num_continued` that were continued before.
+    """
+    order = ranked(trials, settings.direction)
+    complete = next((trial for trial in order if trial.state == "complete"), None)
+    pruned = [trial for trial in order if trial.state == "pruned"]
+    hopeful = [trial for trial in pruned if trial is order[0] or _is_ahead(trial, complete, settings)]
+    winner = [trial for trial in order[:1] if trial.state == "pruned"]
+    return hopeful[: max(0, MAX_FINALISTS - num_continued)] or winner
+
+
+def _is_ahead(trial: TrialRecord, complete: TrialRecord | None, settings: StudySettings) -> bool:
+    """Whether a pruned trial was better than the complete one by the epoch, or in the folds, that it came to."""
+    if complete is None:
+        return True
+    step = max(trial.curve, default=0)
+    own, other = (_loss_by(step, each, settings) for each in (trial, complete))
+    return own is not None and other is not None and own < other
+
+
+def _loss_by(step: int, trial: TrialRecord, settings: StudySettings) -> float | None:
+    """The best value up to an epoch, or the mean up to a fold, with the sign that makes lower better."""
+    sign = -1 if settings.direction == "maximize" else 1
+    losses = [sign * value for at, value in trial.curve.items() if at <= step and math.isfinite(value)]
+    if not losses:
+        return None
+    return fmean(losses) if settings.folds else min(losses)

@@ -1,0 +1,247 @@
+"""A winner has run to its end: who is never pruned, and who is continued when a search has its trials."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpo.execution.observer import Observer
+from hpo.pipeline import run_search
+from hpo.search.finalists import MAX_FINALISTS, finalists, is_spared
+from hpo.search.storage import open_storage
+from hpo.search.strategy import DEFAULT_CONFIGURATION, EVERYTHING, TRIED_BY_HAND
+from hpo.search.study import Study, StudySettings
+from hpo.space import Float, Group, Space
+from hpo.tracking.store import open_store
+from hpo.trial import TrialRecord, TrialState
+
+SETTINGS = StudySettings(
+    task="digits",
+    space=Space(Group("step size", lr=Float(1e-3, 1.0, log=True, default=0.1))),
+    seed=0,
+    strategy="random",
+    pruner="sha",
+    max_epochs=10,
+    metric="accuracy",
+    direction="maximize",
+    limit=None,
+    planned_trials=4,
+)
+
+
+def record(number: int, state: TrialState, *curve: float, stage: str = EVERYTHING) -> TrialRecord:
+    return TrialRecord(
+        number=number,
+        state=state,
+        value=max(curve),
+        values={},
+        inactive=(),
+        curve=dict(enumerate(curve, start=1)),
+        best_epoch=1,
+        stage=stage,
+        reason=None,
+    )
+
+
+# --- who is never pruned ----------------------------------------------------------------------------------------------
+
+
+def test_a_trial_goes_on_while_none_was_better_in_any_epoch() -> None:
+    slow_winner = record(0, "complete", 0.5, 0.6, 0.9)
+
+    assert not is_spared(record(1, "running", 0.8), [slow_winner], SETTINGS)
+    assert is_spared(record(1, "running", 0.9), [slow_winner], SETTINGS)
+    assert is_spared(record(1, "running", 0.95, 0.1), [slow_winner], SETTINGS), "its best epoch is what counts"
+    assert not is_spared(record(1, "running", 0.1), [slow_winner], replace(SETTINGS, direction="maximize"))
+    assert is_spared(record(1, "running", 0.1), [slow_winner], replace(SETTINGS, direction="minimize"))
+
+
+@pytest.mark.parametrize("stage", [DEFAULT_CONFIGURATION, TRIED_BY_HAND])
+def test_what_the_user_asked_for_goes_on_until_another_was_better_by_the_same_epoch(stage: str) -> None:
+    others = [record(2, "complete", 0.5, 0.6, 0.9), record(3, "diverged", 0.99), record(4, "failed", 0.99)]
+
+    assert is_spared(record(1, "running", 0.55, stage=stage), others, SETTINGS)
+    assert not is_spared(record(1, "running", 0.55, 0.58, stage=stage), others, SETTINGS)
+
+
+def test_with_folds_means_over_the_same_folds_are_compared() -> None:
+    folds = replace(SETTINGS, folds=3, pruner="wilcoxon")
+    complete = record(0, "complete", 0.5, 0.9, 0.9)
+
+    assert is_spared(record(1, "running", 0.6, 0.85), [complete], folds)
+    assert not is_spared(record(1, "running", 0.6, 0.7), [complete], folds)
+
+
+# --- who is continued -------------------------------------------------------------------------------------------------
+
+
+def test_the_best_and_those_ahead_of_the_best_complete_trial_are_continued_and_three_at_most() -> None:
+    complete = record(0, "complete", 0.3, 0.5, 0.9)
+    ahead = [record(number, "pruned", 0.3 + number / 100) for number in range(1, 6)]
+    behind, best = record(6, "pruned", 0.3, 0.49), record(7, "pruned", 0.2, 0.95)
+
+    assert finalists([complete, behind], SETTINGS) == []
+    assert finalists([complete, behind, *ahead], SETTINGS) == ahead[::-1][:MAX_FINALISTS]
+    assert finalists([complete, behind, *ahead, best], SETTINGS, num_continued=2) == [best]
+    assert finalists([complete, *ahead], SETTINGS, num_continued=MAX_FINALISTS) == []
+    assert finalists([complete, *ahead, best], SETTINGS, num_continued=MAX_FINALISTS) == [best], "a winner is finished"
+    assert finalists([behind, *ahead[:1]], SETTINGS) == [behind, ahead[0]], "nothing is complete"
+
+
+def test_a_continued_trial_keeps_its_number_and_its_curve_in_every_session_and_the_total_stays(tmp_path: Path) -> None:
+    study = Study.open(open_storage(tmp_path), "s", SETTINGS)
+    for value in (0.5, 0.9, 0.4):
+        suggestion = study.ask()
+        study.report(suggestion.number, 1, value)
+        study.tell(suggestion.number, "pruned" if value == 0.9 else "complete", value=value, reason="a reason")
+    other = Study.load(open_storage(tmp_path), "s")
+    assert other.trials()[1].state == "pruned", "another session has read it"
+    study.remember_session(num_trials=3, task_reference="digits", tracking_uri=None)
+    assert (study.remaining(3), study.is_done) == (0, False)
+
+    study.continue_finalists()
+    study.continue_finalists()
+
+    assert study.remaining(3) == other.remaining(3) == 1
+    again = other.ask()
+    assert (again.number, again.attempt, again.pruned) == (1, 2, "pruned after 1 of 10 epochs")
+    assert not any(other.report(1, epoch, 0.1) for epoch in range(1, 10)), "it is not pruned again"
+    other.tell(1, "complete", value=0.9, best_epoch=1)
+    for seen in (study, other, Study.load(open_storage(tmp_path), "s")):
+        trial = seen.trials()[1]
+        assert (trial.number, trial.state, trial.value, trial.reason, trial.pruned_after) == (
+            1,
+            "complete",
+            0.9,
+            None,
+            1,
+        )
+        assert trial.curve == {1: 0.9} | dict.fromkeys(range(2, 10), 0.1)
+        assert [trial.number for trial in seen.trials()] == [0, 1, 2]
+        assert (seen.is_done, seen.num_finished) == (True, 3)
+    assert study.ask().number == 3
+
+
+# --- a real search ----------------------------------------------------------------------------------------------------
+
+# The model adds to the target what its curve says for the epoch; it notes each epoch that is trained.
+TASK = """
+from pathlib import Path
+
+import torch
+
+from hpo.objective import Dataset, Objective, SealedSplit, Split
+from hpo.space import Choice, Float, Group, Space
+
+CURVES = {
+    "winner so far": [0.9, 0.45, 0.4, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1],
+    "early": [0.5, 0.35, 0.34, 0.33, 0.32, 0.31, 0.3, 0.3, 0.3, 0.3],
+    "late": [0.6, 0.4, 0.3, 0.2, 0.15, 0.12, 0.09, 0.08, 0.06, 0.05],
+}
+
+
+def load(data_dir):
+    values = torch.linspace(-1, 1, 100)[:, None]
+    split = Split(values, values[:, 0])
+    return Dataset(split, SealedSplit(lambda: split, size=100))
+
+
+class Scripted(torch.nn.Module):
+    def __init__(self, curve):
+        super().__init__()
+        self.curve = curve
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.register_buffer("epoch", torch.tensor(0))
+
+    def train(self, mode=True):
+        if mode:
+            self.epoch += 1
+            with Path(__file__).with_name(f"{self.curve}.epochs").open("a") as file:
+                file.write(f"{int(self.epoch)}\\n")
+        return super().train(mode)
+
+    def forward(self, inputs):
+        offset = CURVES[self.curve][max(0, int(self.epoch) - 1)]
+        return inputs[:, 0] * (1 + 1e-9 * self.weight) + offset
+
+
+def model(spec, *, curve="winner so far"):
+    return Scripted(curve)
+
+
+objective = Objective(
+    name="scripted", description="curves as written", load=load, model=model, metric="mae",
+    settings={"max_epochs": 10, "batch_size": 64, "optimizer": "sgd", "lr": 0.1, "loss": "mse", "patience": 10},
+    space=Space(
+        Group("step size", lr=Float(1e-3, 1.0, log=True, default=0.1)),
+        Group("architecture", curve=Choice(*CURVES, default="winner so far")),
+    ),
+)
+"""
+
+
+class Interrupting(Observer):
+    """Remembers how trials ended, and presses Ctrl-C twice once a continued trial has trained its fifth epoch."""
+
+    def __init__(self) -> None:
+        self.continued: list[tuple[int, str | None]] = []
+        self.ends: list[tuple[int, str, str | None]] = []
+
+    def trial_started(self, suggestion: Any) -> None:
+        if suggestion.pruned:
+            self.continued.append((suggestion.number, suggestion.pruned))
+
+    def epoch_done(self, suggestion: Any, result: Any) -> None:
+        if suggestion.pruned and result.epoch == 5 and len(self.continued) == 1:
+            raise KeyboardInterrupt
+
+    def trial_ended(self, suggestion: Any, state: str, result: Any, reason: str | None) -> None:
+        self.ends.append((suggestion.number, state, reason))
+
+
+def test_a_pruned_trial_that_was_ahead_is_continued_from_its_checkpoint_through_ctrl_c_and_wins(
+    tmp_path: Path, home: Path
+) -> None:
+    (tmp_path / "scripted.py").write_text(TASK)
+    observer = Interrupting()
+
+    def search() -> Any:
+        return run_search(
+            str(tmp_path / "scripted.py"),
+            trials=3,
+            workers=1,
+            strategy="random",
+            pruner="sha",
+            tries=("curve=early", "curve=late"),
+            home=home,
+            observer=observer,
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        search()
+    outcome = search()
+
+    assert outcome.is_done
+    assert (outcome.counts["complete"], outcome.counts["pruned"], outcome.num_trials) == (2, 1, 3)
+    assert observer.continued == [(2, "pruned after 2 of 10 epochs")] * 2
+    assert observer.ends == [
+        (0, "complete", None),
+        (1, "pruned", "not among the best third at epoch 6"),
+        (2, "pruned", "not among the best third at epoch 2"),
+        (2, "complete", None),
+    ]
+    assert (outcome.winner.trial, outcome.winner.pruned, outcome.winner.best_epoch) == (2, None, 10)
+    trained = Counter((tmp_path / "late.epochs").read_text().split())
+    assert [trained[str(epoch)] for epoch in (1, 2, 3, 4)] == [1, 1, 1, 1], "from its checkpoint"
+    assert set(trained) == {str(epoch) for epoch in range(1, 11)}
+    store = open_store(home)
+    run = store.client.get_run(store.find_trial_run("scripted", 2))
+    assert (run.data.tags["hpo.state"], run.data.tags["hpo.attempt"], run.info.status) == ("complete", "3", "FINISHED")
+    assert "hpo.reason" not in run.data.tags
+    history = store.client.get_metric_history(run.info.run_id, "val/mae")
+    assert sorted(row.step for row in history) == list(range(1, 11)), "each epoch once"
+    assert not list((home / "checkpoints").glob("scripted/*"))
