@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from hpo.pipeline import SearchOutcome
 
-INTERRUPTED = 130
+FAILED, INTERRUPTED = 1, 130
 PIPED_WIDTH = 200  # columns of a table in a file or a pipe, which has no width of its own
 
 
@@ -252,6 +252,8 @@ def _run(search: Callable[..., SearchOutcome], as_json: bool, **request: Any) ->
         print_outcome(console, outcome)
     if outcome.interrupted:
         sys.exit(INTERRUPTED)
+    if outcome.all_diverged:
+        sys.exit(FAILED)
 
 
 @cli.command()

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ from hpo.request import (
 from hpo.search.session import Session
 from hpo.search.storage import open_storage, read_storage
 from hpo.search.study import Study
-from hpo.search.winner import Winner, find_winner
+from hpo.search.winner import Winner, find_winner, front_rows
 from hpo.tracking.recorder import StudyRuns
 from hpo.tracking.store import TrackingStore, open_store
 from hpo.training.device import memory_share, visible_gpus
@@ -72,6 +72,15 @@ class SearchOutcome:
     interrupted: bool
     """Whether someone stopped the search."""
     winner: Winner | None
+    to_continue: tuple[int, ...] = ()
+    """Pruned trials that may yet win, once all trials have run; the next session continues them."""
+    front: list[dict[str, Any]] = field(default_factory=list)
+    """The Pareto front, the best metric first; empty with one objective."""
+
+    @property
+    def all_diverged(self) -> bool:
+        """Whether the search is done, and all that came of it are trials that diverged."""
+        return self.is_done and self.winner is None and self.counts["diverged"] > 0
 
     def to_dict(self) -> dict[str, Any]:
         """The outcome as JSON can hold it."""
@@ -348,6 +357,8 @@ def _search(
         is_done=coordinator.is_done,
         interrupted=coordinator.interrupted,
         winner=winner,
+        to_continue=tuple(trial.number for trial in study.finalists()) if not study.remaining(study.num_trials) else (),
+        front=front_rows(study),
     )
 
 
@@ -465,7 +476,10 @@ def _open_runs(store: TrackingStore, study: Study, task: Task, session: Session)
         metric=settings.metric,
         direction=settings.direction,
         session=session.id,
+        study_id=study.id,
+        is_new=all(trial.state == "queued" for trial in study.trials()),
         columns=list(settings.space.parameters)[:NUM_COLUMNS],
+        costs=settings.costs,
         tags={"hpo.task": settings.task},
         note=note,
     )

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.execution.observer import Observer, Standing
-from hpo.report import STYLES, format_configuration, format_duration
+from hpo.report import ESTIMATED, STYLES, format_configuration, format_duration
 from hpo.trial import CROWNABLE
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class ProgressLines(Observer):
     ) -> None:
         assert self._tally is not None, "a search starts before its trials end"
         self._tally.add(suggestion.number, state, result)
-        score = (reason or "") if state == "interrupted" else _score(self._tally.metric, result, reason)
+        score = _score(self._tally.metric, state, result, reason)
         self._print(
             f"trial {suggestion.number:<4} {state:<11} {score:<28}"
             f" {self._tally.describe_best()}, {self._tally.describe_counts()}, {self._tally.describe_time_left()}"
@@ -183,7 +183,7 @@ class ProgressStatus(Observer):
         assert self._tally is not None, "a search starts before its trials end"
         self._running.pop(suggestion.number, None)
         if self._tally.add(suggestion.number, state, result):
-            score = _score(self._tally.metric, result, reason)
+            score = _score(self._tally.metric, state, result, reason)
             self._say(f"trial {suggestion.number}: {score}, the best so far", "green")
             self._say(f"  {format_configuration(suggestion.active_values)}", "dim")
         if state == "failed":
@@ -215,7 +215,10 @@ def _describe_continuation(suggestion: Suggestion) -> str:
     return f"continuing trial {suggestion.number}, {suggestion.pruned}, to its end"
 
 
-def _score(metric: str, result: EpochResult | None, reason: str | None) -> str:
-    if result is None or result.best_value is None:
+def _score(metric: str, state: EndState, result: EpochResult | None, reason: str | None) -> str:
+    """What a trial has reached; why it ended where that has no meaning."""
+    if state in ("failed", "interrupted") or result is None or result.best_value is None:
         return reason or ""
+    if state == "pruned" and result.fold:
+        return f"{metric} {ESTIMATED}{result.best_value:.4f} estimated from {result.fold} folds"
     return f"{metric} {result.best_value:.4f} at epoch {result.best_epoch}"

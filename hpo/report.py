@@ -42,16 +42,30 @@ def print_outcome(console: Console, outcome: SearchOutcome) -> None:
     console.print(f"{ending}: {describe_counts(outcome.counts)}.")
     if outcome.winner is not None:
         _print_winner(console, outcome.winner)
+    if outcome.front:
+        _print_front(console, outcome.front)
     console.print(f"Runs, curves and checkpoints are in {outcome.home}", soft_wrap=True)
     home = "" if outcome.home == find_home() else f" --home {shlex.quote(str(outcome.home))}"
     if outcome.is_done and outcome.counts["queued"]:
         console.print("What is queued is tried with a larger --trials.")
     if not outcome.is_done:
-        console.print("Go on with the same command.")
+        console.print(_what_is_missing(outcome))
+    elif outcome.all_diverged:
+        console.print(
+            f"Every trial diverged, so there is no winner: try smaller learning rates in a new --study; "
+            f"hpo show {outcome.study}{home}"
+        )
     elif outcome.winner is None:
         console.print(f"No trial has a result, so there is no winner; the reasons: hpo show {outcome.study}{home}")
     else:
         console.print(f"Next: hpo ui {outcome.study}{home}", soft_wrap=True)
+
+
+def _what_is_missing(outcome: SearchOutcome) -> str:
+    pending = ", ".join(f"trial {number}" for number in outcome.to_continue)
+    if pending:
+        return f"Go on with the same command: {pending}, pruned, may yet win and is then continued to its end."
+    return "Go on with the same command."
 
 
 def task_rows() -> list[dict[str, Any]]:
@@ -176,24 +190,27 @@ def _describe_pruned_winner(winner: Winner | None, study: Study) -> str | None:
 
 def print_study(console: Console, facts: dict[str, Any]) -> None:
     console.print(
-        f"{facts['study']}: {facts['metric']} ({facts['direction']}){_over_folds(facts['folds'])}, "
+        f"{facts['study']}: {_goal(facts)}, "
         f"strategy {facts['strategy']}, "
         f"pruner {facts['pruner']}, {facts['epochs']} epochs, seed {facts['seed']}; {describe_counts(facts['counts'])}"
     )
     costs = facts["objectives"][1:]
+    is_estimated = [bool(facts["folds"]) and trial["state"] == "pruned" for trial in facts["trials"]]
     steps = "folds" if facts["folds"] else "epochs"
     table = _table("trial", "state", facts["metric"], *costs, "best epoch", steps, "configuration")
-    for trial in facts["trials"]:
+    for trial, estimated in zip(facts["trials"], is_estimated, strict=True):
         table.add_row(
             str(trial["number"]),
             trial["state"],
-            _score(trial["value"]),
+            "-" if trial["state"] == "failed" else _score(trial["value"], estimated=estimated),
             *(_cost(name, trial["costs"].get(name)) for name in costs),
             str(trial["best_epoch"] or ""),
             str(len(trial["curve"])),
             trial["reason"] if trial["state"] == "failed" else _configuration(trial),
         )
     console.print(table)
+    if any(is_estimated):
+        console.print(f"{ESTIMATED}: estimated from the folds that were trained")
     if facts["pruned_winner"]:
         console.print(facts["pruned_winner"])
     _print_importances(console, facts["importances"])
@@ -349,8 +366,20 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else format_value(value)
 
 
-def _score(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _goal(facts: dict[str, Any]) -> str:
+    """`accuracy (maximize), mean of 5 folds` or `accuracy (maximize) and params (minimize)`."""
+    costs = "".join(f" and {cost} (minimize)" for cost in facts["objectives"][1:])
+    return f"{facts['metric']} ({facts['direction']}){costs}{_over_folds(facts['folds'])}"
+
+
+ESTIMATED = "≈"
+"""Marks the mean of a trial that was pruned before all its folds were trained."""
+
+
+def _score(value: float | None, *, estimated: bool = False) -> str:
+    if value is None:
+        return "-"
+    return f"{ESTIMATED if estimated else ''}{value:.4f}"
 
 
 def _cost(name: str, cost: float | None) -> str:

@@ -169,6 +169,8 @@ def _settle(task: Task, stored: StudySettings | None, given: Mapping[str, Any]) 
     }
     known = {name: getattr(stored, name) for name in defaults} if stored else defaults
     chosen = known | {name: value for name, value in given.items() if value is not None}
+    if given.get("metric") is None and given.get("objectives"):
+        chosen["metric"] = _metric_of(given["objectives"]) or chosen["metric"]
     for option, name in (("--trials", "planned_trials"), ("--epochs", "max_epochs"), ("--limit", "limit")):
         if chosen[name] is not None and chosen[name] < 1:
             raise UsageError(f"{option} {chosen[name]} is not allowed: it must be at least 1.")
@@ -197,6 +199,12 @@ def _default_pruner(given: Mapping[str, Any]) -> str:
         return "wilcoxon"
     # Of another strategy's trials `model` would demand what its own proposals are worth.
     return "model" if given.get("strategy") in (None, "priority") else "sha"
+
+
+def _metric_of(objectives: Sequence[str]) -> str | None:
+    """The metric that the first objective names, as `val/f1` does."""
+    name = objectives[0].removeprefix("val/")
+    return name if name in METRICS else None
 
 
 def _check_objectives(objectives: tuple[str, ...], metric: str) -> tuple[str, ...]:

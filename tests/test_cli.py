@@ -178,7 +178,10 @@ BAD_INPUT = [
     ("search digits --pruner wilcoxon", "--pruner wilcoxon stops trials between folds; give --folds 5 with it"),
     ("search digits --metric acuracy", "no metric 'acuracy'; did you mean 'accuracy'"),
     ("search diabetes --metric f1", "no regression metric 'f1'. Available: loss, mse, rmse, mae, r2"),
-    ("search digits --objective val/f1 --objective params", "--objective val/f1 needs --metric f1: accuracy is what"),
+    (
+        "search digits --metric auroc --objective val/f1 --objective params",
+        "--objective val/f1 needs --metric f1",
+    ),
     ("search digits --metric f1 --objective val/accuracy", "--objective val/accuracy needs --metric accuracy: f1 is"),
     ("search digits --objective val/accuracy --objective params --objective params", "params is given twice"),
     (

@@ -10,24 +10,32 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from click.testing import CliRunner
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from postgres import Postgres
+from rich.console import Console
 
 import hpo
+from hpo.cli import cli
 from hpo.errors import CheckpointError, SearchError, StoreError, StudyMismatchError, UsageError
-from hpo.execution.observer import Observer
+from hpo.execution.observer import Observer, Standing
 from hpo.pipeline import SearchOutcome, run_search
 from hpo.plugins import load_objective
+from hpo.progress import ProgressLines
 from hpo.request import agree, find_means
 from hpo.search.storage import open_storage
 from hpo.search.study import Study, Suggestion
 from hpo.tracking.store import open_store
+from hpo.training.trainer import EpochResult
+from hpo.trial import TrialState
 
 # The digits with one more thing that a test needs: it can take its time, raise, or give NaN.
 TASK = """
@@ -370,6 +378,64 @@ def test_a_diverged_trial_counts_and_the_search_goes_on(search: Callable[..., Se
     assert len(diverged) == outcome.counts["diverged"]
     assert {run.info.status for run in diverged} == {"FINISHED"}
     assert "not finite in epoch 1" in diverged[0].data.tags["hpo.reason"]
+
+
+def test_a_search_in_which_every_trial_diverged_fails_and_says_so(task: str, home: Path) -> None:
+    options = ["--trials", "2", "-p", "mood=nan", "--workers", "1", "--home", str(home)]
+
+    answer = CliRunner().invoke(cli, ["search", task, *options])
+
+    assert answer.exit_code == 1
+    assert "Every trial diverged, so there is no winner" in answer.output
+
+
+def test_runs_of_a_database_that_was_lost_are_marked_and_never_added_to(
+    search: Callable[..., SearchOutcome], home: Path
+) -> None:
+    search(trials=2)
+    lost = [run.info.run_id for kind in ("trial", "study") for run in runs(home, f"tags.`hpo.kind` = '{kind}'")]
+    for file in home.glob("optuna.db*"):
+        file.unlink()
+
+    outcome = search(trials=1, seed=1)
+
+    new = [run for run in runs(home) if run.info.run_id not in lost]
+    assert [curve(home, run) for run in new] == [[1, 2, 3]]
+    old = [run for kind in ("trial", "study") for run in runs(home, f"tags.`hpo.kind` = '{kind}'") if run not in new]
+    marked = {run.info.run_id for run in old if run.data.tags.get("hpo.state") == "orphaned"}
+    assert marked == set(lost)
+    assert all(curve(home, run) == [1, 2, 3] for run in old if "hpo.trial" in run.data.tags)
+    assert open_store(home).find_trial_run("moody", 0) == new[0].info.run_id
+    assert outcome.winner is not None
+    assert hpo.load_best("moody", home=home).classes
+
+
+def test_a_failed_trial_shows_its_reason_and_a_pruned_one_of_folds_that_its_mean_is_estimated() -> None:
+    shown = StringIO()
+    lines = ProgressLines(Console(file=shown, width=200))
+    counts = dict.fromkeys(get_args(TrialState), 0)
+    lines.search_started(Standing(study="s", metric="r2", direction="maximize", num_trials=9, counts=counts, best=None))
+    result = EpochResult(
+        epoch=1,
+        metrics={},
+        value=0.5,
+        best_value=0.5,
+        best_epoch=1,
+        is_best=True,
+        diverged=False,
+        settled={},
+        symptoms={},
+    )
+    suggestion = Suggestion(number=0, attempt=1, values={}, active_values={}, stage="everything", seed=0)
+
+    lines.trial_ended(suggestion, "failed", result, "RuntimeError: the cat is on the keyboard")
+    lines.trial_ended(suggestion, "pruned", replace(result, fold=2), "a reason")
+    lines.trial_started(replace(suggestion, number=14, pruned="pruned after 3 of 20 epochs"))
+
+    failed, pruned, continued = shown.getvalue().splitlines()
+    assert "failed      RuntimeError: the cat is on the keyboard" in failed
+    assert "r2 ≈0.5000 estimated from 2 folds" in pruned
+    assert continued == "continuing trial 14, pruned after 3 of 20 epochs, to its end"
 
 
 def test_a_failed_trial_keeps_its_reason_does_not_count_and_the_search_goes_on(

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.storages import InMemoryStorage
+from rich.console import Console
 
 import hpo
 from hpo.config import COSTS
 from hpo.deploy.clean import clean_study
 from hpo.errors import StudyMismatchError, UsageError
 from hpo.pipeline import run_search
-from hpo.report import best_facts
+from hpo.report import best_facts, print_outcome, print_study, study_facts
+from hpo.request import agree, find_means
 from hpo.search.samplers import STRATEGIES
 from hpo.search.storage import open_storage
 from hpo.search.study import Study, StudySettings
@@ -184,12 +187,25 @@ def test_every_cost_can_be_measured_and_asking_for_none_measures_none() -> None:
     assert measure_costs(torch.nn.Linear(3, 4), torch.zeros(1, 3), ()) == {}
 
 
+def test_the_first_objective_names_the_metric_where_none_was_given(home: Path) -> None:
+    _, _, settings = agree(find_means(home=home), "digits", None, {"objectives": ("val/f1", "latency")})
+
+    assert (settings.metric, settings.objectives) == ("f1", ("val/f1", "latency"))
+
+
 # --- a search ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_search_gives_a_front_whose_models_can_all_be_loaded(home: Path) -> None:
     options: dict[str, Any] = {"home": home, "epochs": 1, "workers": 1, "keep": 1, "strategy": "random"}
     outcome = run_search("digits", trials=6, objectives=("val/accuracy", "params", "latency"), **options)
+
+    console = Console(record=True, width=300, file=StringIO())
+    print_outcome(console, outcome)
+    print_study(console, study_facts("digits", home))
+    text = console.export_text()
+    assert "Pareto front" in text
+    assert "digits: accuracy (maximize) and params (minimize) and latency (minimize), strategy" in text
 
     study = Study.load(open_storage(home), "digits")
     front = {trial.number: trial for trial in study.front()}
@@ -211,6 +227,7 @@ def test_a_search_gives_a_front_whose_models_can_all_be_loaded(home: Path) -> No
     assert clean_study("digits", home=home, keep=1, dry_run=True)["removed"] == []
     assert [row["trial"] for row in best_facts("digits", home)["front"]] == list(front)
     (experiment,) = store.client.search_experiments(filter_string="name = 'hpo/digits'")
+    assert "metrics.`cost/params`" in json.loads(experiment.tags["mlflow.sharedViewState.hpo"])["selectedColumns"]
     (summary,) = store.client.search_runs([experiment.experiment_id], "tags.`hpo.kind` = 'study'")
     plots = {file.path for file in store.client.list_artifacts(summary.info.run_id, "plots")}
     assert "plots/pareto_front.png" in plots

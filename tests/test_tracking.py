@@ -308,6 +308,11 @@ def test_the_runs_table_sorts_by_the_best_value(runs: StudyRuns) -> None:
     found = runs.store.client.search_runs([runs.experiment_id], order_by=["metrics.`best/accuracy` DESC"])
     assert [run.info.run_name for run in found] == ["trial-0001", "trial-0002", "trial-0000"]
 
+    runs.trial_run(1, params={}, attempt=2).finish("diverged", value=math.nan)  # continued after it was pruned
+    assert runs.flush()
+    found = runs.store.client.search_runs([runs.experiment_id], order_by=["metrics.`best/accuracy` DESC"])
+    assert [run.info.run_name for run in found] == ["trial-0002", "trial-0000", "trial-0001"]
+
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=st.lists(st.floats(), min_size=1, max_size=5))

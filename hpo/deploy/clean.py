@@ -64,7 +64,7 @@ def _weak_weights(store: TrackingStore, study: Study, keep: int) -> Iterator[_Le
     for trial in ranked(study.trials(), study.settings.direction)[keep:]:
         if trial.number in front:
             continue
-        run = store.find_trial_run(study.name, trial.number)
+        run = store.find_trial_run(study.name, trial.number, study.id)
         size = store.file_sizes(run, CHECKPOINT).get(path)
         if size is not None:
             yield _Leftover(f"weights of trial {trial.number}", size, partial(store.remove_file, run, path))

@@ -86,7 +86,7 @@ def refit_winner(
     with TemporaryDirectory() as folder:
         assignment = Assignment(number=winner.trial, model_parameters=parameters, config=config, folder=Path(folder))
         refit(assignment, task.objective, splits, num_epochs=winner.best_epoch, value=winner.validation)
-        store.upload(store.find_trial_run(study.name, winner.trial), Path(folder), CHECKPOINT)
+        store.upload(store.find_trial_run(study.name, winner.trial, study.id), Path(folder), CHECKPOINT)
 
 
 def _record(study: Study, key: str, trial: int, fact: Mapping[str, Any]) -> None:

@@ -86,7 +86,7 @@ def load_trial(
 
     Which task's code is imported is told by the study, not by the run, which may come from a server of many people.
     """
-    folder = store.download(store.find_trial_run(study.name, number), CHECKPOINT)
+    folder = store.download(store.find_trial_run(study.name, number, study.id), CHECKPOINT)
     description = TrialDescription.read(folder)
     objective = load_objective(task or study.task_reference)
     model = build_model(objective, description.spec, description.model_parameters, seed=0, pretrained=False)

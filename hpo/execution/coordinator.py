@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -300,7 +300,7 @@ class Coordinator:
         self._count_failures(attempt)
         if attempt.state != "interrupted":
             self.remove_old_checkpoints()
-        self._observer.trial_ended(attempt.suggestion, attempt.state, attempt.last, attempt.reason)
+        self._observer.trial_ended(attempt.suggestion, attempt.state, _with_value(attempt.last, value), attempt.reason)
 
     def _value_of(self, attempt: _Attempt) -> float | None:
         if attempt.state == "pruned" and self._study.settings.folds:
@@ -384,6 +384,11 @@ class Coordinator:
             raise KeyboardInterrupt
         self.interrupted = True
         self._observer.note("stopping after this epoch; once more to stop at once")
+
+
+def _with_value(result: EpochResult | None, value: float | None) -> EpochResult | None:
+    """The last result of a trial with the value that it counts with: with folds that of a pruned one is estimated."""
+    return result if result is None or value is None else replace(result, best_value=value)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Self, get_args
+from uuid import uuid4
 
 import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
@@ -43,6 +44,7 @@ _RECORD = "hpo:record:"
 _NUM_TRIALS = "num_trials"
 _TASK_REFERENCE = "task_reference"
 _TRACKING_URI = "tracking_uri"
+_ID = "id"
 _ATTEMPT = "attempt"
 _OWNER = "owner"
 _INACTIVE = "inactive"
@@ -470,6 +472,12 @@ class Study:
         return [complete[number] for number in pareto_front(points)]
 
     @property
+    def id(self) -> str | None:
+        """What tells the study from one of the same name in a database that was lost; None before hpo 0.2."""
+        known: str | None = self.recorded(_ID)
+        return known
+
+    @property
     def num_trials(self) -> int:
         """Trials that the study was last asked for."""
         return int(self.recorded(_NUM_TRIALS) or self.settings.planned_trials)
@@ -589,6 +597,7 @@ def _create(storage: BaseStorage, name: str, settings: StudySettings) -> None:
         directions=[settings.direction] + ["minimize"] * len(settings.costs),
         load_if_exists=True,
     )
+    study.set_user_attr(_RECORD + _ID, uuid4().hex)
     study.set_user_attr(_SETTINGS, {"format": FORMAT, "settings": settings.to_dict()})
 
 

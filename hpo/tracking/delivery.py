@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import SearchError
-from hpo.tracking.store import search_runs
+from hpo.tracking.store import STUDY_ID_TAG, search_runs
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -119,13 +119,22 @@ class Delivery:
     off or slept, is passed over.
     """
 
-    def __init__(self, store: TrackingStore, experiment_id: str, number: int, metric: str, spool: Spool) -> None:
+    def __init__(
+        self,
+        store: TrackingStore,
+        experiment_id: str,
+        number: int,
+        metric: str,
+        spool: Spool,
+        study_id: str | None = None,
+    ) -> None:
         self.number = number
         self.spool = spool
         self._store = store
         self._client = store.client
         self._experiment_id = experiment_id
         self._metric = metric
+        self._study_id = study_id
         self._run_id: str | None = None
         self._attempt = 0
         self._is_abandoned = False
@@ -140,6 +149,8 @@ class Delivery:
         self._attempt = max(
             [self._attempt, *(_attempt(event["start"]["tags"]) for event in events if "start" in event)]
         )
+        for event in events:  # a spool that a lost study has left is told to the runs of that study
+            self._study_id = event.get("start", {}).get("tags", {}).get(STUDY_ID_TAG, self._study_id)
         if self._is_superseded():
             self.abandon()
             return
@@ -205,7 +216,7 @@ class Delivery:
         return self._run_id
 
     def _find_run(self) -> Run | None:
-        runs = search_runs(self._client, self._experiment_id, f"tags.`hpo.trial` = '{self.number}'")
+        runs = search_runs(self._client, self._experiment_id, f"tags.`hpo.trial` = '{self.number}'", self._study_id)
         if not runs:
             return None
         run = runs[0]
@@ -223,6 +234,7 @@ class Delivery:
 
     def _create_run(self, time_ms: int) -> Run:
         tags = {"hpo.kind": "trial", "hpo.trial": str(self.number)}
+        tags |= {STUDY_ID_TAG: self._study_id} if self._study_id else {}
         return self._client.create_run(self._experiment_id, time_ms, tags, run_name=f"trial-{self.number:04d}")
 
     def _tell_epochs(self, events: Iterable[Event]) -> None:
@@ -270,13 +282,17 @@ class Delivery:
     ) -> None:
         from mlflow.entities import Metric, RunTag
 
-        values = [] if value is None or math.isinf(value) else [value]
-        best = [Metric(f"best/{self._metric}", value, time_ms, 0) for value in values]
+        run_id = self._ensure_run()
+        is_told = value is not None and (math.isfinite(value) or self._takes_back(run_id, value))
+        best = [Metric(f"best/{self._metric}", value, time_ms, 0)] if value is not None and is_told else []
         best += [Metric(f"cost/{name}", cost, time_ms, 0) for name, cost in (costs or {}).items()]
         tags = [RunTag("hpo.state", state)] + ([RunTag("hpo.reason", reason[:_MAX_TAG])] if reason else [])
-        run_id = self._ensure_run()
         self._client.log_batch(run_id, best, tags=tags)
         self._client.set_terminated(run_id, RUN_STATUS[state], time_ms)
+
+    def _takes_back(self, run_id: str, value: float) -> bool:
+        """Whether NaN replaces a value that the run has: MLflow deletes no metric, and sorts NaN last."""
+        return math.isnan(value) and f"best/{self._metric}" in self._client.get_run(run_id).data.metrics
 
 
 def _attempt(tags: Mapping[str, str]) -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from hpo.database import without_password
 from hpo.errors import StoreError
 from hpo.tracking.delivery import ATTEMPT_TAG, RUN_STATUS, Delivery, Event, Sender, Spool
-from hpo.tracking.store import VIEW_NAME, explained, search_runs
+from hpo.tracking.store import ORPHANED_TAG, STUDY_ID_TAG, VIEW_NAME, explained, is_of_study, search_runs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,8 +32,10 @@ class StudyRuns:
     """The runs of a study, in the experiment `hpo/<study>`, which is created on first use.
 
     Use it as a context manager: leaving it sends what is left. `metric` names the value that trials are compared by;
-    the runs table sorts by `best/<metric>` and shows the parameters in `columns`. `note` is Markdown, shown above it.
-    What is on its way lies in a folder of the session's own: several may share a home.
+    the runs table sorts by `best/<metric>` and shows the `costs` and the parameters in `columns`. `note` is Markdown,
+    shown above it.
+    What is on its way lies in a folder of the session's own: several may share a home. Runs are tied to the `study_id`;
+    those that a lost study of the same name has left are marked as orphaned when this one `is_new`.
     """
 
     def __init__(
@@ -44,14 +46,17 @@ class StudyRuns:
         metric: str,
         direction: Direction,
         session: str,
+        study_id: str | None = None,
+        is_new: bool = False,
         columns: Sequence[str] = (),
+        costs: Sequence[str] = (),
         tags: Mapping[str, str] | None = None,
         note: str | None = None,
     ) -> None:
         from mlflow.tracking.context.registry import resolve_tags
 
         described = {"hpo.study": study, "hpo.metric": metric, "hpo.direction": direction, **(tags or {})}
-        described[f"mlflow.sharedViewState.{VIEW_NAME}"] = _runs_table(metric, direction, columns)
+        described[f"mlflow.sharedViewState.{VIEW_NAME}"] = _runs_table(metric, direction, columns, costs)
         if note:
             described["mlflow.note.content"] = note
         self.store = store
@@ -59,6 +64,9 @@ class StudyRuns:
         self.metric = metric
         self.experiment_id = store.open_experiment(study, described)
         self._source_tags: dict[str, str] = resolve_tags()  # user and source: a run made by a client has none
+        self._study_id = study_id
+        if is_new and study_id:
+            self._mark_orphans()
         self._spools = store.home / "spool" / study
         self._session = session
         self._folder = _make_folder(self._spools / session)
@@ -66,14 +74,27 @@ class StudyRuns:
         self._sender = Sender()
         atexit.register(self.close)
 
+    def _mark_orphans(self) -> None:
+        client = self.store.client
+        with explained(self.store.uri):
+            runs = search_runs(client, self.experiment_id, "")
+            for run in runs:
+                if run.data.tags.get("hpo.kind") in ("trial", "study") and not is_of_study(run, self._study_id):
+                    client.set_tag(run.info.run_id, ORPHANED_TAG, "its study's database is gone")
+                    client.set_tag(run.info.run_id, "hpo.state", "orphaned")
+
     def trial_run(
         self, number: int, *, params: Mapping[str, Any], attempt: int = 1, tags: Mapping[str, str] | None = None
     ) -> TrialRun:
         """The run of a trial: a new one, or after an interruption the one it had. Returns at once."""
         run = TrialRun(self._delivery(number), self._sender)
         texts = {name: _as_text(value) for name, value in params.items()}
-        run.start(texts, {**self._source_tags, **(tags or {}), ATTEMPT_TAG: str(attempt)})
+        run.start(texts, {**self._source_tags, **(tags or {}), **self._study_tags, ATTEMPT_TAG: str(attempt)})
         return run
+
+    @property
+    def _study_tags(self) -> dict[str, str]:
+        return {STUDY_ID_TAG: self._study_id} if self._study_id else {}
 
     def remove_file(self, number: int, path: str) -> None:
         """Delete a file from the artifacts of a trial that has ended. Returns at once."""
@@ -87,11 +108,11 @@ class StudyRuns:
         """The study's summary, RUNNING until it is finished; found again when a study is resumed."""
         client = self.store.client
         with explained(self.store.uri):
-            found = search_runs(client, self.experiment_id, "tags.`hpo.kind` = 'study'")
+            found = search_runs(client, self.experiment_id, "tags.`hpo.kind` = 'study'", self._study_id)
             if found:
                 client.update_run(found[0].info.run_id, status="RUNNING")
                 return SummaryRun(self.store, found[0].info.run_id)
-            tags = {**self._source_tags, "hpo.kind": "study", "hpo.study": self.study}
+            tags = {**self._source_tags, **self._study_tags, "hpo.kind": "study", "hpo.study": self.study}
             run = client.create_run(self.experiment_id, tags=tags, run_name="study summary")
             return SummaryRun(self.store, run.info.run_id)
 
@@ -146,7 +167,7 @@ class StudyRuns:
 
     def _new_delivery(self, path: Path) -> Delivery:
         number = int(path.stem.removeprefix("trial-"))
-        return Delivery(self.store, self.experiment_id, number, self.metric, Spool(path))
+        return Delivery(self.store, self.experiment_id, number, self.metric, Spool(path), self._study_id)
 
     def flush(self, timeout_s: float = _FLUSH_TIMEOUT_S) -> bool:
         """Send all that is not sent yet; whether all of it arrived."""
@@ -289,17 +310,18 @@ def begin_check_run(store: TrackingStore, study: str) -> SummaryRun:
     return SummaryRun(store, run.info.run_id)
 
 
-def _runs_table(metric: str, direction: Direction, columns: Sequence[str]) -> str:
-    """MLflow's saved view of the runs table: the best first, the value, the parameters and the state beside the name.
+def _runs_table(metric: str, direction: Direction, columns: Sequence[str], costs: Sequence[str]) -> str:
+    """MLflow's saved view of the runs table: the best first, the value, the costs, the parameters and the state.
 
     It is what the UI's "share" button stores, an experiment tag that no document describes (read in MLflow 3.17.2).
     """
     value = f"metrics.`best/{metric}`"
+    measured = [f"metrics.`cost/{name}`" for name in costs]
     parameters = [f"params.`{name}`" for name in columns]
     view = {
         "orderByKey": value,
         "orderByAsc": direction == "minimize",
-        "selectedColumns": ["attributes.`Duration`", value, *parameters, "tags.`hpo.state`"],
+        "selectedColumns": ["attributes.`Duration`", value, *measured, *parameters, "tags.`hpo.state`"],
     }
     return json.dumps(view)
 

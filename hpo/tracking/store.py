@@ -28,6 +28,10 @@ _SCHEMES = ("http", "https", "databricks", "sqlite", "postgresql", "mysql", "mss
 _LOCK_TIMEOUT_S = 120.0  # creating the schema takes 3 s on a quiet machine
 _CONNECT_TIMEOUT_S = 5.0
 
+STUDY_ID_TAG = "hpo.study_id"
+ORPHANED_TAG = "hpo.orphaned"
+"""On a run whose study is gone: its database was lost, and another study has its name."""
+
 VIEW_NAME = "hpo"
 """The saved view of the runs table that every study's experiment has."""
 
@@ -94,12 +98,12 @@ class TrackingStore:
                 self.client.set_experiment_tag(experiment_id, key, value)
         return experiment_id
 
-    def find_trial_run(self, study: str, number: int) -> str:
-        """The run id of a trial. Raises StoreError where MLflow has no such run."""
+    def find_trial_run(self, study: str, number: int, study_id: str | None = None) -> str:
+        """The run id of a trial of the study with that id. Raises StoreError where MLflow has no such run."""
         experiment = self._find_experiment(study)
         with explained(self.uri):
             of_trial = f"tags.`hpo.trial` = '{number}'"
-            runs = search_runs(self.client, experiment.experiment_id, of_trial) if experiment else []
+            runs = search_runs(self.client, experiment.experiment_id, of_trial, study_id) if experiment else []
         if not runs:
             raise StoreError(
                 f"MLflow at {without_password(self.uri)} has no run of trial {number} in study '{study}': "
@@ -191,8 +195,11 @@ class TrackingStore:
             )
 
 
-def search_runs(client: MlflowClient, experiment_id: str, filter_string: str) -> list[Run]:
-    """All runs of an experiment that a filter selects, page by page."""
+def search_runs(client: MlflowClient, experiment_id: str, filter_string: str, study_id: str | None = None) -> list[Run]:
+    """All runs of an experiment that a filter selects, page by page; with an id those of that study alone.
+
+    Without one, the runs that a lost study of the same name has left are passed over.
+    """
     runs: list[Run] = []
     token = None
     while True:
@@ -200,7 +207,14 @@ def search_runs(client: MlflowClient, experiment_id: str, filter_string: str) ->
         runs.extend(page)
         token = page.token
         if not token:
-            return runs
+            return [run for run in runs if is_of_study(run, study_id)]
+
+
+def is_of_study(run: Run, study_id: str | None) -> bool:
+    """Whether a run is of the study with that id; without one, whether it is not known to be of a lost study."""
+    if study_id is None:
+        return ORPHANED_TAG not in run.data.tags
+    return run.data.tags.get(STUDY_ID_TAG) == study_id
 
 
 @contextmanager
