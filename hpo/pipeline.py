@@ -344,7 +344,7 @@ def _search(
                 trainer=means.trainer,
                 observer=observer,
             )
-            crown = partial(crown_winner, study, store, dataset.test, means.device, task.reference)
+            crown = partial(crown_winner, study, store, splits, dataset.test, means.device, task.reference)
             if settings.folds:
                 crown = partial(crown, partial(refit_winner, study, store, splits, task, means.device, means.trainer))
             winner = _run_and_crown(coordinator, session, study, runs, verdicts, crown, presence.close, observer)

@@ -19,7 +19,7 @@ from hpo.search.findings import findings, importances
 from hpo.search.session import living_sessions
 from hpo.search.storage import read_storage
 from hpo.search.study import Study, list_studies
-from hpo.search.winner import Winner, find_winner, front_rows
+from hpo.search.winner import Winner, describe_comparison, find_winner, front_rows
 from hpo.space import Group, Parameter, Space, describe_conditions, format_value
 from hpo.trial import ranked
 
@@ -302,6 +302,8 @@ def _print_winner(console: Console, winner: Winner) -> None:
     table.add_row("Best", f"trial {winner.trial}, {epoch}{pruned}")
     table.add_row("Configuration", format_configuration(winner.configuration))
     table.add_row("Validation", f"{winner.metric} {winner.validation:.4f}{_over_folds(winner.folds)}")
+    if winner.comparison:
+        table.add_row("Default", describe_comparison(winner))
     table.add_row("Test", _describe_test(winner))
     console.print(table)
 

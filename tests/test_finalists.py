@@ -219,6 +219,7 @@ def test_a_pruned_trial_that_was_ahead_is_continued_from_its_checkpoint_through_
             strategy="random",
             pruner="sha",
             tries=("curve=early", "curve=late"),
+            keep=1,
             home=home,
             observer=observer,
         )
@@ -237,6 +238,10 @@ def test_a_pruned_trial_that_was_ahead_is_continued_from_its_checkpoint_through_
         (2, "complete", None),
     ]
     assert (outcome.winner.trial, outcome.winner.pruned, outcome.winner.best_epoch) == (2, None, 10)
+    compared = outcome.winner.comparison
+    won_by = outcome.winner.validation  # half of what the default has, in units of the target's deviation
+    assert (compared["trial"], compared["value"]) == (0, pytest.approx(2 * won_by, rel=1e-4))
+    assert [compared[name] for name in ("gain", "low", "high")] == pytest.approx([won_by] * 3, rel=1e-4)
     trained = Counter((tmp_path / "late.epochs").read_text().split())
     assert [trained[str(epoch)] for epoch in (1, 2, 3, 4)] == [1, 1, 1, 1], "from its checkpoint"
     assert set(trained) == {str(epoch) for epoch in range(1, 11)}

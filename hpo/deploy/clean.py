@@ -14,6 +14,7 @@ from hpo.execution.worker import BEST_WEIGHTS, CHECKPOINT
 from hpo.home import find_home, find_storage, require_home, require_own_files
 from hpo.search.session import living_sessions
 from hpo.search.storage import read_storage
+from hpo.search.strategy import DEFAULT_CONFIGURATION
 from hpo.search.study import Study
 from hpo.tracking.store import open_store
 from hpo.trial import ranked
@@ -62,7 +63,7 @@ def _weak_weights(store: TrackingStore, study: Study, keep: int) -> Iterator[_Le
     path = f"{CHECKPOINT}/{BEST_WEIGHTS}"
     front = {trial.number for trial in study.front()} if study.settings.costs else set()
     for trial in ranked(study.trials(), study.settings.direction)[keep:]:
-        if trial.number in front:
+        if trial.number in front or trial.stage == DEFAULT_CONFIGURATION:
             continue
         run = store.find_trial_run(study.name, trial.number, study.id)
         size = store.file_sizes(run, CHECKPOINT).get(path)

@@ -7,16 +7,30 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from hpo.config import augmentation_names
+from hpo.config import augmentation_names, derive_seed
 from hpo.deploy.load import load_trial
-from hpo.errors import HpoError, SearchError
+from hpo.errors import CheckpointError, HpoError, SearchError, StoreError
 from hpo.execution.messages import Assignment
 from hpo.execution.worker import CHECKPOINT, refit
 from hpo.models.preprocessed import MirrorAveraged
 from hpo.search.findings import findings, importances
-from hpo.search.winner import MAX_CONFUSED, TEST_CONFUSIONS, TEST_READINGS, Winner, find_winner, front_rows
+from hpo.search.winner import (
+    COMPARISONS,
+    MAX_CONFUSED,
+    TEST_CONFUSIONS,
+    TEST_READINGS,
+    Comparison,
+    Winner,
+    describe_comparison,
+    find_winner,
+    front_rows,
+    how_far,
+)
 from hpo.tracking.media import plot_confusion, plot_curves, plot_front, plot_history, plot_importances, plot_slices
+from hpo.training.comparison import compare_folds, compare_models
+from hpo.training.losses import target_scale
 from hpo.training.trainer import evaluate, evaluate_classes
+from hpo.trial import CROWNABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -28,24 +42,32 @@ if TYPE_CHECKING:
     from hpo.search.study import Study
     from hpo.tracking.recorder import SummaryRun
     from hpo.tracking.store import TrackingStore
+    from hpo.training.comparison import Difference
+    from hpo.trial import TrialRecord
 
 
 def crown_winner(
     study: Study,
     store: TrackingStore,
+    splits: Splits,
     test: SealedSplit,
     device: str,
     task: str,
     retrain: Callable[[Winner], None] | None = None,
 ) -> Winner | None:
-    """The winner with its test scores. The test split is opened only if this winner has not been tested before.
+    """The winner with its test scores, and compared with the default configuration on the validation split.
 
+    The test split is opened only if this winner has not been tested before.
     `task` finds the code of its model. What has been cross-validated has no model before `retrain` has made it; where
     that is cut short it is made anew. The caller holds the study's lock, so that no two crown it.
     """
     winner = find_winner(study)
+    if winner is not None and winner.comparison is None:
+        compared = compare_with_default(study, store, splits, winner.trial, device, task)
+        if compared:
+            _record(study, COMPARISONS, winner.trial, asdict(compared))
     if winner is None or winner.test is not None:
-        return winner
+        return find_winner(study)
     if retrain:
         retrain(winner)
     trained = load_trial(store, study, winner.trial, device, task)
@@ -63,6 +85,63 @@ def crown_winner(
         scores["accuracy_mirror_averaged"] = both["accuracy"]
     _record(study, TEST_READINGS, winner.trial, scores)
     return find_winner(study)
+
+
+def compare_with_default(
+    study: Study, store: TrackingStore, splits: Splits, winner: int, device: str, task: str
+) -> Comparison | None:
+    """What a winner gains over the default configuration; None where the study has no trial of that.
+
+    With folds their values are compared, else what both models make of the validation split.
+    """
+    default = study.default_trial
+    if default is None:
+        return None
+    records = study.trials()
+    difference, num_examples = None, 0
+    if default.state in CROWNABLE and default.number != winner:
+        if study.settings.folds:
+            difference = _difference_in_folds(records[winner], default)
+        else:
+            num_examples = len(splits.validation)
+            difference = _difference_on(splits, study, store, (winner, default.number), device, task)
+    sign = 1 if study.settings.direction == "maximize" else -1
+    ends = sorted((sign * difference.low, sign * difference.high)) if difference else (None, None)
+    return Comparison(
+        trial=default.number,
+        state=default.state,
+        value=default.value if default.state in CROWNABLE else None,
+        pruned=how_far(default, study.settings),
+        gain=sign * difference.value if difference else None,
+        low=ends[0],
+        high=ends[1],
+        num_examples=num_examples,
+    )
+
+
+def _difference_in_folds(winner: TrialRecord, default: TrialRecord) -> Difference | None:
+    common = sorted(winner.curve.keys() & default.curve.keys())
+    if len(common) < 2:
+        return None
+    return compare_folds(*([trial.curve[fold] for fold in common] for trial in (winner, default)))
+
+
+def _difference_on(
+    splits: Splits, study: Study, store: TrackingStore, trials: tuple[int, int], device: str, task: str
+) -> Difference | None:
+    """None where the weights of one are gone, as the default's are in studies of before hpo 0.2."""
+    try:
+        one, other = (load_trial(store, study, number, device, task) for number in trials)
+    except (CheckpointError, StoreError):
+        return None
+    return compare_models(
+        (one.model, one.config),
+        (other.model, other.config),
+        splits.validation,
+        num_classes=len(splits.spec.classes),
+        target_scale=target_scale(splits.train),
+        seed=derive_seed(study.settings.seed, "comparison"),
+    )
 
 
 def refit_winner(
@@ -151,9 +230,10 @@ def _in_words(study: Study, winner: Winner) -> str:
         else f"on the validation split at epoch {winner.best_epoch}"
     )
     judged += f", {winner.pruned}" if winner.pruned else ""
+    compared = f" {describe_comparison(winner)}." if winner.comparison else ""
     return (
         f"**Winner: trial {winner.trial}**, {winner.metric} {winner.validation:.4f} {judged}; "
-        f"test split: {test}.\n\n| parameter | value |\n| --- | --- |\n{rows}\n"
+        f"test split: {test}.{compared}\n\n| parameter | value |\n| --- | --- |\n{rows}\n"
         f'Load it: `hpo.load_best("{study.name}")`. Plots, settings and search space are in the artifacts.'
     )
 

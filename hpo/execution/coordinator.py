@@ -89,7 +89,8 @@ class Coordinator:
         self._task = task
         self._workers = workers
         self._checkpoints = checkpoints
-        self._best = _BestTrials(keep, study.settings.direction, study.trials())
+        has_default = study.settings.strategy != "grid"
+        self._best = _BestTrials(keep, study.settings.direction, study.trials(), has_default=has_default)
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._observer = observer
         self._trainer = trainer
@@ -429,10 +430,11 @@ class _Deaths:
 
 
 class _BestTrials:
-    """The trials whose weights stay in MLflow: the best `keep`, and with several objectives the front."""
+    """The trials whose weights stay in MLflow: the best `keep`, the default, and with several objectives the front."""
 
-    def __init__(self, keep: int, direction: Direction, trials: Iterable[TrialRecord]) -> None:
+    def __init__(self, keep: int, direction: Direction, trials: Iterable[TrialRecord], *, has_default: bool) -> None:
         self._keep = keep
+        self._spared = {0} if has_default else set()  # the winner is compared with it
         self._sign = -1 if direction == "maximize" else 1
         self._losses = {trial.number: losses(trial, direction) for trial in ranked(trials, direction)}
         self._drop_outdone()
@@ -448,7 +450,7 @@ class _BestTrials:
 
     def _drop_outdone(self) -> list[int]:
         best = sorted(self._losses, key=lambda number: (self._losses[number][0], number))[: self._keep]
-        outdone = sorted(set(self._losses) - {*best, *pareto_front(self._losses)})
+        outdone = sorted(set(self._losses) - {*best, *pareto_front(self._losses), *self._spared})
         for number in outdone:
             del self._losses[number]
         return outdone

@@ -465,6 +465,12 @@ class Study:
         """The trial with the best epoch, complete or pruned, the earliest of equals; None while there is none."""
         return next(iter(ranked(self.trials(), self.settings.direction)), None)
 
+    @property
+    def default_trial(self) -> TrialRecord | None:
+        """The trial of the default configuration; None before there is one, and with a grid, which has points alone."""
+        first = next(iter(self.trials()), None)
+        return first if first and first.stage == DEFAULT_CONFIGURATION else None
+
     def front(self) -> list[TrialRecord]:
         """The complete trials that no other one beats in all objectives, the best metric first."""
         complete = {trial.number: trial for trial in self.trials() if trial.state == "complete"}

@@ -9,13 +9,39 @@ from hpo.trial import describe_pruning
 
 if TYPE_CHECKING:
     from hpo.search.study import Study, StudySettings
-    from hpo.trial import TrialRecord
+    from hpo.trial import TrialRecord, TrialState
 
 TEST_READINGS = "test_readings"
 TEST_CONFUSIONS = "test_confusions"
+COMPARISONS = "comparisons"
 
 MAX_CONFUSED = 50
 """Classes of which a confusion matrix can be looked at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What the winner gains over the default configuration, on the examples that chose the winner."""
+
+    trial: int
+    """The trial of the default configuration."""
+    state: TrialState
+    value: float | None
+    """Its metric on the validation split, or over the folds; None where it diverged or failed."""
+    pruned: str | None
+    """`pruned after 3 of 20 epochs` for a default that did not run to its end."""
+    gain: float | None
+    """How much better the winner's metric is; None for the default itself, and where either has no model to compare."""
+    low: float | None
+    """Lower end of the 95 % interval of the gain."""
+    high: float | None
+    num_examples: int
+    """Validation examples that both models judged; 0 where folds were compared."""
+
+    @property
+    def is_distinct(self) -> bool:
+        """Whether the interval leaves out 0: the two are not just as good."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +63,8 @@ class Winner:
     confusion: dict[str, Any] | None
     """What the test split's classes are taken for: `classes` and `counts`, a row of counts for each class. None for a
     regression, and with more than MAX_CONFUSED classes."""
+    comparison: dict[str, Any] | None
+    """A `Comparison` with the default configuration, as plain data; None until the search has reached its end."""
     num_test_readings: int
     """How often this study has read the test split: once for each winner that it had at an end."""
 
@@ -49,6 +77,7 @@ def find_winner(study: Study) -> Winner | None:
     assert best.value is not None, "the best trial has a value"
     assert best.best_epoch is not None, "the best trial has a best epoch"
     readings: dict[str, dict[str, float]] = study.recorded(TEST_READINGS) or {}
+    comparisons: dict[str, dict[str, Any]] = study.recorded(COMPARISONS) or {}
     confusions: dict[str, dict[str, Any]] = study.recorded(TEST_CONFUSIONS) or {}
     return Winner(
         trial=best.number,
@@ -57,15 +86,37 @@ def find_winner(study: Study) -> Winner | None:
         validation=best.value,
         best_epoch=best.best_epoch,
         folds=study.settings.folds,
-        pruned=_describe_pruning(best, study.settings) if best.state == "pruned" else None,
+        pruned=how_far(best, study.settings),
         test=readings.get(str(best.number)),
+        comparison=comparisons.get(str(best.number)),
         confusion=confusions.get(str(best.number)),
         num_test_readings=len(readings),
     )
 
 
-def _describe_pruning(trial: TrialRecord, settings: StudySettings) -> str:
+def how_far(trial: TrialRecord, settings: StudySettings) -> str | None:
+    """`pruned after 3 of 20 epochs`; None for a trial that was not pruned."""
+    if trial.state != "pruned":
+        return None
     return describe_pruning(len(trial.curve), settings.num_steps, folds=bool(settings.folds))
+
+
+def describe_comparison(winner: Winner) -> str:
+    """`default 0.9514 (trial 0); gain 0.0208, 95 % interval 0.0035 to 0.0382`, and whether that tells them apart."""
+    assert winner.comparison is not None, "the winner was compared"
+    found = Comparison(**winner.comparison)
+    if found.trial == winner.trial:
+        return "The winner is the default configuration"
+    if found.value is None:
+        return f"The default configuration (trial {found.trial}) {found.state}"
+    stopped = f", {found.pruned}" if found.pruned else ""
+    default = f"The default configuration (trial {found.trial}{stopped}) has {winner.metric} {found.value:.4f}"
+    if found.gain is None:
+        return f"{default}; its weights were not kept, so the difference has no interval"
+    over = f"{found.num_examples} validation examples" if found.num_examples else f"{winner.folds} folds"
+    gain = f"the winner gains {found.gain:.4f}, 95 % interval {found.low:.4f} to {found.high:.4f}"
+    verdict = f"over {over}" if found.is_distinct else f"cannot be distinguished from the default with {over}"
+    return f"{default}; {gain}{' ' if found.is_distinct else ': '}{verdict}"
 
 
 def front_rows(study: Study) -> list[dict[str, Any]]:

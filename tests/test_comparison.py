@@ -1,0 +1,113 @@
+"""Whether the winner can be told from the default configuration: the intervals, and what is said of them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from hpo.config import TrainConfig
+from hpo.objective import Split
+from hpo.search.winner import Comparison, Winner, describe_comparison
+from hpo.training.comparison import Difference, compare_folds, compare_models
+
+
+class Column(torch.nn.Module):
+    """Answers what stands in one half of its inputs' columns."""
+
+    def __init__(self, half: int) -> None:
+        super().__init__()
+        self.half = half
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs.chunk(2, dim=1)[self.half].squeeze(1) + self.weight
+
+
+def compare(split: Split, metric: str, *, num_classes: int) -> Difference:
+    config = TrainConfig(metric=metric, loss="cross_entropy" if num_classes else "mse")
+    models = ((Column(0), config), (Column(1), config))
+    return compare_models(*models, split, num_classes=num_classes, target_scale=1.0, seed=0)
+
+
+def answers(right: list[bool], right_too: list[bool]) -> Split:
+    """Examples of class 1 of 2, which two models get right or not."""
+    halves = [torch.tensor(each)[:, None] == torch.tensor([False, True]) for each in (right, right_too)]
+    return Split(torch.cat(halves, dim=1).float(), torch.ones(len(right), dtype=torch.int64))
+
+
+def test_accuracies_are_compared_by_the_examples_on_which_the_models_differ() -> None:
+    # 70 both right, 15 only the one, 5 only the other, 10 both wrong: McNemar's table.
+    split = answers([True] * 85 + [False] * 15, [True] * 70 + [False] * 15 + [True] * 5 + [False] * 10)
+
+    found = compare(split, "accuracy", num_classes=2)
+
+    error = math.sqrt((15 + 5) / 100 - 0.1**2) / math.sqrt(100)
+    assert found.value == pytest.approx(0.1)
+    assert (found.low, found.high) == pytest.approx((0.1 - 1.96 * error, 0.1 + 1.96 * error))
+
+
+def test_other_metrics_are_compared_by_a_bootstrap_over_pairs_of_answers() -> None:
+    draw = torch.Generator().manual_seed(0)
+    targets = torch.randn(400, generator=draw)
+    shared = torch.randn(400, generator=draw)  # errors that both make: they must not widen the interval
+    outputs = [targets + shared + scale * torch.randn(400, generator=draw) for scale in (0.1, 0.2)]
+    split = Split(torch.stack(outputs, dim=1), targets)
+
+    found = compare(split, "mae", num_classes=0)
+
+    gains = (outputs[0] - targets).abs() - (outputs[1] - targets).abs()
+    error = float(gains.std()) / 20
+    assert found.value == pytest.approx(float(gains.mean()), abs=1e-6)
+    assert (found.low, found.high) == pytest.approx(
+        (found.value - 1.96 * error, found.value + 1.96 * error), abs=0.3 * error
+    )
+    assert compare(split, "mae", num_classes=0) == found, "the same seed draws the same examples"
+
+
+def test_models_that_answer_alike_differ_by_nothing() -> None:
+    split = answers([True, False] * 20, [True, False] * 20)
+
+    for metric in ("accuracy", "f1"):
+        assert compare(split, metric, num_classes=2) == Difference(0.0, 0.0, 0.0)
+
+
+def test_folds_are_paired_and_their_interval_is_wide_because_they_share_examples() -> None:
+    found = compare_folds([0.52, 0.61, 0.55, 0.58], [0.5, 0.57, 0.56, 0.53])
+
+    plain = stats.ttest_rel([0.52, 0.61, 0.55, 0.58], [0.5, 0.57, 0.56, 0.53]).confidence_interval(0.95)
+    assert found.value == pytest.approx(0.025)
+    assert found.high - found.value == pytest.approx((plain.high - found.value) * math.sqrt(1 + 4 / 3))
+
+
+def winner(**about: object) -> Winner:
+    told = {"trial": 0, "state": "complete", "value": 0.9514, "pruned": None, "num_examples": 288} | about
+    compared = Comparison(**{"gain": None, "low": None, "high": None} | told)
+    return Winner(
+        trial=6, configuration={}, metric="accuracy", validation=0.9722, best_epoch=9, folds=None, pruned=None,
+        test=None, confusion=None, comparison=vars(compared), num_test_readings=0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        (
+            {"gain": 0.0208, "low": 0.0035, "high": 0.0382},
+            "has accuracy 0.9514; the winner gains 0.0208, 95 % interval 0.0035 to 0.0382 over 288 validation examples",
+        ),
+        (
+            {"gain": 0.0035, "low": -0.0104, "high": 0.0173},
+            "to 0.0173: cannot be distinguished from the default with 288 validation examples",
+        ),
+        ({"pruned": "pruned after 3 of 20 epochs"}, "(trial 0, pruned after 3 of 20 epochs) has accuracy 0.9514"),
+        ({"state": "diverged", "value": None}, "The default configuration (trial 0) diverged"),
+        ({"trial": 6}, "The winner is the default configuration"),
+    ],
+)
+def test_what_the_winner_gains_over_the_default_is_said_with_how_sure_that_is(
+    about: dict[str, object], said: str
+) -> None:
+    assert said in describe_comparison(winner(**about))
