@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hpo.data.batches import evaluation_batch_size, evaluation_batches
+from hpo.training.device import in_fitting_batches
 from hpo.training.losses import loss_function
 from hpo.training.metrics import EpochMetrics
 from hpo.training.precision import has_convolutions
@@ -110,8 +111,13 @@ class _Judged:
         model = model.to(config.device).eval()
         convolves_on_cpu = config.device == "cpu" and has_convolutions(model)
         batch_size = evaluation_batch_size(split, config.batch_size, convolves_on_cpu=convolves_on_cpu)
-        pairs = [(model(inputs), targets) for inputs, targets in evaluation_batches(split, batch_size, config.device)]
-        outputs, targets = (torch.cat(part) for part in zip(*pairs, strict=True))
+
+        def attempt(batch_size: int) -> tuple[Tensor, Tensor]:
+            batches = evaluation_batches(split, batch_size, config.device)
+            outputs, targets = zip(*((model(inputs), targets) for inputs, targets in batches), strict=True)
+            return torch.cat(outputs), torch.cat(targets)
+
+        outputs, targets = in_fitting_batches(attempt, batch_size)
         return cls(outputs, targets, config, num_classes, target_scale, metric)
 
     def value(self, rows: Tensor | None = None) -> float:

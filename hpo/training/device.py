@@ -6,12 +6,15 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
+from typing import TypeVar
 
 import torch
 
 from hpo.errors import DeviceMemoryError, UnknownNameError, UsageError
 
+_T = TypeVar("_T")
 _logger = logging.getLogger(__name__)
 
 CONTEXT_BYTES = 0.6e9
@@ -107,3 +110,21 @@ def limit_memory(share: float) -> None:
             f"{CONTEXT_BYTES / 1e9} GB before its first tensor; use fewer --workers."
         )
     torch.cuda.set_per_process_memory_fraction(limit / total)
+
+
+def in_fitting_batches(attempt: Callable[[int], _T], batch_size: int) -> _T:
+    """What `attempt` gives for a batch size, which is halved until the device's memory holds a batch.
+
+    Raises DeviceMemoryError where it cannot hold one example.
+    """
+    while True:
+        try:
+            return attempt(batch_size)
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise DeviceMemoryError(
+                    "out of memory (oom) while evaluating one example at a time; choose a smaller model."
+                ) from None
+        # Not in the handler: while it runs, the error holds the tensors of the attempt.
+        batch_size = (batch_size + 1) // 2
+        torch.cuda.empty_cache()

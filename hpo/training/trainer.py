@@ -18,6 +18,7 @@ from hpo.errors import CheckpointError, DeviceMemoryError, UsageError
 from hpo.models.pretrained import find_pretrained
 from hpo.training.averaging import AveragedWeights
 from hpo.training.compiled import CompiledStep, check_compile_mode, settle_compile_mode
+from hpo.training.device import in_fitting_batches
 from hpo.training.losses import LossFunction, loss_function, target_scale, training_loss
 from hpo.training.metrics import EpochMetrics, check_metric
 from hpo.training.optimizers import build_optimizer, load_optimizer_state
@@ -423,26 +424,16 @@ def _evaluate(
     convolves_on_cpu = config.device == "cpu" and has_convolutions(model)
     batch_size = evaluation_batch_size(split, config.batch_size, convolves_on_cpu=convolves_on_cpu)
 
-    def try_batches(batch_size: int) -> EpochMetrics | None:
+    def attempt(batch_size: int) -> EpochMetrics:
         metrics = EpochMetrics(num_classes, config.device, with_auroc=True)
-        try:
-            for inputs, targets in evaluation_batches(split, batch_size, config.device):
-                with autocast(precision, inputs.device):
-                    outputs = model(inputs)
-                    loss = loss_function(outputs, targets)
-                metrics.update(outputs, targets, loss)
-        except torch.OutOfMemoryError:
-            return None
+        for inputs, targets in evaluation_batches(split, batch_size, config.device):
+            with autocast(precision, inputs.device):
+                outputs = model(inputs)
+                loss = loss_function(outputs, targets)
+            metrics.update(outputs, targets, loss)
         return metrics
 
-    while (metrics := try_batches(batch_size)) is None:
-        if batch_size == 1:
-            raise DeviceMemoryError(
-                "out of memory (oom) while evaluating one example at a time; choose a smaller model."
-            )
-        batch_size = (batch_size + 1) // 2
-        torch.cuda.empty_cache()
-    return metrics
+    return in_fitting_batches(attempt, batch_size)
 
 
 def _prefixed(prefix: str, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
