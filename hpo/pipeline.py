@@ -439,6 +439,8 @@ def _run_and_crown(
             _await_others(session)
         # Reading and judging the test split may take its time.
         winner = session.exclusively(crown, idle="0") if coordinator.is_done else find_winner(study)
+        if study.settings.costs:
+            runs.mark_front({trial.number for trial in study.front()})
         write_summary(study, summary, winner)
         if not session.others():
             summary.finish("complete" if coordinator.is_done else "interrupted")

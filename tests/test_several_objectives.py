@@ -216,6 +216,7 @@ def test_a_search_gives_a_front_whose_models_can_all_be_loaded(home: Path) -> No
     for trial in study.trials():
         run = store.client.get_run(store.find_trial_run("digits", trial.number))
         assert {name: run.data.metrics[f"cost/{name}"] for name in ("params", "latency")} == trial.costs
+        assert (run.data.tags.get("hpo.front") == "yes") == (trial.number in front)
         is_kept = "checkpoint/best.pt" in store.file_sizes(run.info.run_id, "checkpoint")
         assert is_kept == (trial.number in front or trial.number == 0), "the winner is compared with the default"
     for number, trial in front.items():
@@ -227,7 +228,8 @@ def test_a_search_gives_a_front_whose_models_can_all_be_loaded(home: Path) -> No
     assert clean_study("digits", home=home, keep=1, dry_run=True)["removed"] == []
     assert [row["trial"] for row in best_facts("digits", home)["front"]] == list(front)
     (experiment,) = store.client.search_experiments(filter_string="name = 'hpo/digits'")
-    assert "metrics.`cost/params`" in json.loads(experiment.tags["mlflow.sharedViewState.hpo"])["selectedColumns"]
+    columns = json.loads(experiment.tags["mlflow.sharedViewState.hpo"])["selectedColumns"]
+    assert {"metrics.`cost/params`", "metrics.`cost/latency`", "tags.`hpo.front`"} <= set(columns)
     (summary,) = store.client.search_runs([experiment.experiment_id], "tags.`hpo.kind` = 'study'")
     plots = {file.path for file in store.client.list_artifacts(summary.info.run_id, "plots")}
     assert "plots/pareto_front.png" in plots

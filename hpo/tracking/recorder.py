@@ -27,6 +27,8 @@ _logger = logging.getLogger(__name__)
 _FLUSH_TIMEOUT_S = 60.0
 _HURRIED_FLUSH_TIMEOUT_S = 3.0
 
+FRONT_TAG = "hpo.front"
+
 
 class StudyRuns:
     """The runs of a study, in the experiment `hpo/<study>`, which is created on first use.
@@ -115,6 +117,17 @@ class StudyRuns:
             tags = {**self._source_tags, **self._study_tags, "hpo.kind": "study", "hpo.study": self.study}
             run = client.create_run(self.experiment_id, tags=tags, run_name="study summary")
             return SummaryRun(self.store, run.info.run_id)
+
+    def mark_front(self, numbers: Collection[int]) -> None:
+        """Say of each trial's run whether it is on the Pareto front, in the tag `hpo.front`: `yes`, or none."""
+        client = self.store.client
+        with explained(self.store.uri):
+            for run in search_runs(client, self.experiment_id, "tags.`hpo.kind` = 'trial'", self._study_id):
+                is_on_front = int(run.data.tags["hpo.trial"]) in numbers
+                if is_on_front and FRONT_TAG not in run.data.tags:
+                    client.set_tag(run.info.run_id, FRONT_TAG, "yes")
+                elif not is_on_front and FRONT_TAG in run.data.tags:
+                    client.delete_tag(run.info.run_id, FRONT_TAG)
 
     def recover(
         self,
@@ -317,6 +330,7 @@ def _runs_table(metric: str, direction: Direction, columns: Sequence[str], costs
     """
     value = f"metrics.`best/{metric}`"
     measured = [f"metrics.`cost/{name}`" for name in costs]
+    measured += [f"tags.`{FRONT_TAG}`"] if costs else []
     parameters = [f"params.`{name}`" for name in columns]
     view = {
         "orderByKey": value,
