@@ -10,6 +10,8 @@ The variants are points of one search space, given by -p; docs/training.md has t
 from __future__ import annotations
 
 import torch
+from hpo.objectives.cifar10 import load
+from hpo.objectives.fashion_mnist import load as load_fashion_mnist
 
 import hpo
 from hpo.data.datasets import VALIDATION_FRACTION, split_dataset
@@ -17,8 +19,6 @@ from hpo.home import find_data_dir
 from hpo.models.networks import mlp
 from hpo.objective import Objective
 from hpo.space import Choice, Float, Group, Int, Space
-from objectives.cifar10 import load
-from objectives.fashion_mnist import load as load_fashion_mnist
 
 NETWORK = {
     "depth": Int(1, 20, default=20),

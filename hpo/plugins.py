@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.machinery import PathFinder
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -124,9 +125,8 @@ def _load(group: str, reference: str, wanted: type) -> _Found:
         module_name, _, attribute = reference.partition(":")
         if not module_name or not attribute:
             raise UsageError(f"'{reference}' is not module:attribute, such as my_package.tasks:objective.")
-        # A console script does not look into the current folder, where people keep their own modules. Last, so that
-        # nothing there stands in for an installed package.
-        sys.path.append("")
+        # A console script does not look into the current folder, where people keep their own modules.
+        _make_importable(Path.cwd())
         return _Found(_attribute(_import_module(module_name), attribute, wanted, reference), reference)
     modules = registered(group)
     kind = "task" if wanted is Objective else "search space"
@@ -156,7 +156,7 @@ def _import_module(name: str) -> ModuleType:
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise UsageError(f"there is no file {path}; name a registered task (see `hpo tasks`) or a FILE.py.")
-    sys.path.append(str(path.parent))  # its neighbours, as `python FILE.py` would find them
+    _make_importable(path.parent)  # its neighbours, as `python FILE.py` would find them
     spec = importlib.util.spec_from_file_location(f"hpo_task_{path.stem}", path)
     assert spec is not None, "a .py file always has a loader"
     assert spec.loader is not None
@@ -167,6 +167,17 @@ def _import_file(path: Path) -> ModuleType:
     except (Exception, SystemExit) as error:  # a stranger's code may raise anything
         raise UsageError(f"{path} cannot be imported: {_in_one_line(error)}") from error
     return module
+
+
+def _make_importable(folder: Path) -> None:
+    """Add the folder to the path: last, so that nothing in it replaces an installed package."""
+    if str(folder) in sys.path:
+        return
+    for file in sorted(folder.glob("*.py")):
+        library = PathFinder.find_spec(file.stem)
+        if file.stem in sys.builtin_module_names or (library and library.origin not in (None, str(file))):
+            _warn_once(f"{file} has the name of a library: `import {file.stem}` finds the library. Rename the file.")
+    sys.path.append(str(folder))
 
 
 def _attribute(module: ModuleType, name: str, wanted: type, reference: str) -> Any:

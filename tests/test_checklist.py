@@ -426,7 +426,7 @@ import torch
 from dataclasses import replace
 from hpo.objective import Objective, SealedSplit, Split
 from hpo.models.networks import mlp as model
-from objectives.digits import load
+from hpo.objectives.digits import load
 
 
 def broken(data_dir):

@@ -46,9 +46,20 @@ def test_the_distributions_hold_what_they_should_and_nothing_else(tmp_path: Path
     with zipfile.ZipFile(wheel) as archive:
         top = {name.split("/")[0] for name in archive.namelist()}
         names = set(archive.namelist())
-    assert {name for name in top if not name.endswith(".dist-info")} == {"hpo", "objectives", "search_spaces"}
-    assert {"hpo/py.typed", "hpo/cli.py", "objectives/digits.py", "search_spaces/digits.py"} <= names
+        archive.extractall(tmp_path / "installed")
+    assert {name for name in top if not name.endswith(".dist-info")} == {"hpo"}
+    assert {"hpo/py.typed", "hpo/cli.py", "hpo/objectives/digits.py", "hpo/search_spaces/digits.py"} <= names
     assert all(name.endswith((".py", "py.typed")) or ".dist-info/" in name for name in names)
+
+    installed = tmp_path / "installed"
+    code = (
+        f"import sys; sys.path.insert(0, {str(installed)!r})\n"
+        "from hpo.plugins import load_task; load_task('digits')\n"
+        "from hpo import objectives, search_spaces\n"
+        "print(objectives.digits.__file__, search_spaces.digits.__file__)"
+    )
+    modules = run("-c", code).split()
+    assert modules == [str(installed / "hpo" / room / "digits.py") for room in ("objectives", "search_spaces")]
 
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:

@@ -22,13 +22,13 @@ BROKEN_FILES = {
     "wrong_type.py": "objective = 3",
     "no_space.py": """
 from hpo.models.networks import mlp as model
-from objectives.digits import load
+from hpo.objectives.digits import load
 from hpo.objective import Objective
 objective = Objective(name="mine", description="", load=load, model=model)
 """,
     "dead_parameter.py": """
 from hpo.models.networks import mlp as model
-from objectives.digits import load
+from hpo.objectives.digits import load
 from hpo.objective import Objective
 from hpo.space import Float, Group, Space
 space = Space(Group("g", learning_rate=Float(0.1, 1, default=0.1)))
@@ -36,14 +36,14 @@ objective = Objective(name="mine", description="", load=load, model=model, space
 """,
     "bad_range.py": """
 from hpo.models.networks import mlp as model
-from objectives.digits import load
+from hpo.objectives.digits import load
 from hpo.objective import Objective
 from hpo.space import Float, Group, Space
 space = Space(Group("g", lr=Float(0, 1, default=0.1)))
 objective = Objective(name="mine", description="", load=load, model=model, space=space)
 """,
     "bad_model.py": """
-from objectives.digits import load
+from hpo.objectives.digits import load
 from hpo.objective import Objective
 from hpo.space import Float, Group, Space
 def model(spec):
@@ -54,7 +54,7 @@ objective = Objective(name="mine", description="", load=load, model=model, space
 """,
     "bad_metric.py": """
 from hpo.models.networks import mlp as model
-from objectives.digits import load
+from hpo.objectives.digits import load
 from hpo.objective import Objective
 from hpo.space import Float, Group, Space
 space = Space(Group("g", lr=Float(0.1, 1, default=0.1)))
@@ -62,7 +62,7 @@ objective = Objective(name="mine", description="", load=load, model=model, space
 """,
     "epochs_searched.py": """
 from hpo.models.networks import mlp as model
-from objectives.digits import load
+from hpo.objectives.digits import load
 from hpo.objective import Objective
 from hpo.space import Int, Group, Space
 space = Space(Group("budget", max_epochs=Int(1, 9, default=3)))
@@ -73,7 +73,7 @@ objective = Objective(name="mine", description="", load=load, model=model, space
 MINE = """
 import dataclasses
 from hpo.models.networks import mlp as model
-from objectives.digits import load
+from hpo.objectives.digits import load
 from hpo.objective import Objective
 from hpo.space import Float, Group, Space
 space = Space(Group("g", lr=Float(0.1, 1, default=0.1)))
@@ -82,7 +82,7 @@ given = dict(name="mine", description="", load=load, model=model, space=space)
 BROKEN_FILES |= {
     "wrong_loss.py": MINE + 'objective = Objective(**given, loss="mse")',
     "flipped_vectors.py": MINE
-    + "from objectives.diabetes import load\n"
+    + "from hpo.objectives.diabetes import load\n"
     + 'objective = Objective(**given | {"load": load}, loss="mse", metric="r2", settings={"augment": "flip"})',
     "no_data.py": MINE
     + "def load(data_dir): raise FileNotFoundError('no data.csv')\nobjective = Objective(**given | {'load': load})",
@@ -219,7 +219,7 @@ BAD_INPUT = [
     ("search empty.py", "empty.py must define `objective = Objective\\(...\\)`, but has nothing of that name"),
     ("search wrong_type.py", "wrong_type.py must define `objective = Objective\\(...\\)`, but has a int"),
     ("search no_such_module:objective", "no_such_module cannot be imported: ModuleNotFoundError"),
-    ("search objectives.digits:nothing", "must define `nothing = Objective\\(...\\)`"),
+    ("search hpo.objectives.digits:nothing", "must define `nothing = Objective\\(...\\)`"),
     ("search no_space.py", "task 'mine' has no search space; give its Objective a space=, or name one with --space"),
     (
         "search dead_parameter.py",

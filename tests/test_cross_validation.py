@@ -24,6 +24,7 @@ from hpo.deploy import finish
 from hpo.errors import UsageError
 from hpo.execution.observer import Observer
 from hpo.objective import Dataset, SealedSplit, Split
+from hpo.objectives import diabetes
 from hpo.pipeline import run_search
 from hpo.search.findings import find_savings
 from hpo.search.storage import open_storage
@@ -33,7 +34,6 @@ from hpo.tracking.media import plot_curves
 from hpo.tracking.store import open_store
 from hpo.training.cross_validation import fit_folds, fold_config
 from hpo.training.trainer import EpochResult, fit
-from objectives import diabetes
 
 # --- the data ---------------------------------------------------------------------------------------------------------
 

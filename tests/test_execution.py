@@ -69,7 +69,7 @@ import torch
 from hpo.models.mlp import MLP
 from hpo.objective import Objective
 from hpo.space import Choice, Float, Group, Space
-from objectives.digits import load as load_digits
+from hpo.objectives.digits import load as load_digits
 
 FOLDER = Path(__file__).parent
 

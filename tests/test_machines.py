@@ -66,7 +66,7 @@ import torch
 from hpo.models.mlp import MLP
 from hpo.objective import Objective
 from hpo.space import Float, Group, Space
-from objectives.digits import load
+from hpo.objectives.digits import load
 
 
 class Paced(torch.nn.Module):

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-import objectives
-import search_spaces
+from hpo import objectives, search_spaces
 from hpo.config import TrainConfig, config_fields
 from hpo.data.augment import build_augmentations
 from hpo.data.datasets import split_dataset
@@ -59,12 +58,12 @@ NUM_DRAWN = {"image_folder": 4}
 
 
 def objective_of(name: str) -> Objective:
-    objective: Objective = importlib.import_module(f"objectives.{name}").objective
+    objective: Objective = importlib.import_module(f"hpo.objectives.{name}").objective
     return objective
 
 
 def space_of(name: str) -> Space:
-    space: Space = importlib.import_module(f"search_spaces.{name}").space
+    space: Space = importlib.import_module(f"hpo.search_spaces.{name}").space
     return space
 
 
@@ -175,7 +174,7 @@ def test_augmentation_is_searched_for_images_only(name: str) -> None:
 
 def test_importing_every_task_and_space_imports_no_heavy_library() -> None:
     """`hpo tasks` and `hpo space` must answer at once."""
-    imports = [f"objectives.{name}" for name in NAMES] + [f"search_spaces.{name}" for name in NAMES]
+    imports = [f"hpo.objectives.{name}" for name in NAMES] + [f"hpo.search_spaces.{name}" for name in NAMES]
     code = f"import sys, {', '.join(imports)}; print(*sorted({{name.split('.')[0] for name in sys.modules}}))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "torchvision", "sklearn", "numpy", "optuna", "mlflow"} & set(result.stdout.split())

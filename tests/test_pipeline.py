@@ -48,7 +48,7 @@ import torch
 from hpo.models.mlp import MLP
 from hpo.objective import Objective
 from hpo.space import Choice, Float, Group, Space
-from objectives.digits import load
+from hpo.objectives.digits import load
 
 
 class Moody(torch.nn.Module):
@@ -194,7 +194,7 @@ def test_a_search_leaves_runs_curves_checkpoints_and_a_summary(
 def test_the_winner_is_the_best_on_validation_and_its_model_scores_what_was_said(
     search: Callable[..., SearchOutcome], home: Path
 ) -> None:
-    from objectives.digits import load
+    from hpo.objectives.digits import load
 
     outcome = search(trials=4)
     assert outcome.winner is not None

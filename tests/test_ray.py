@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from hpo.objectives.digits import load
 
 from hpo.data.datasets import save_splits, split_dataset
 from hpo.errors import SearchError, UsageError
@@ -35,7 +36,6 @@ from hpo.plugins import load_task
 from hpo.search.storage import open_storage
 from hpo.search.study import Study
 from hpo.tracking.store import open_store
-from objectives.digits import load
 
 pytestmark = pytest.mark.xdist_group("ray")  # one cluster for all
 
@@ -50,7 +50,7 @@ import torch
 from hpo.models.mlp import MLP
 from hpo.objective import Objective
 from hpo.space import Float, Group, Space
-from objectives.digits import load
+from hpo.objectives.digits import load
 
 here = Path(__file__).parent
 

@@ -41,9 +41,10 @@ _forkserver = multiprocessing.get_context("forkserver")
 def warm_up() -> None:
     """Start the server that workers are forked from, and do not wait for it."""
     _forkserver.set_forkserver_preload(_PRELOADED)
-    resource_tracker.ensure_running()  # a part of what follows, and it would let the signals through again
-    with _signals_held_back():
-        forkserver.ensure_running()
+    with _current_folder_ignored():
+        resource_tracker.ensure_running()  # a part of what follows, and it would let the signals through again
+        with _signals_held_back():
+            forkserver.ensure_running()
 
 
 class LocalWorkers(WorkerPool):
@@ -156,6 +157,22 @@ def _signals_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _current_folder_ignored() -> Iterator[None]:
+    """Keep a `random.py` in the current folder from replacing the library in processes started meanwhile.
+
+    multiprocessing starts them with `python -c`, which imports from there first.
+    """
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONSAFEPATH"]
+        if before is not None:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 @contextmanager

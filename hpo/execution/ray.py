@@ -256,7 +256,13 @@ def _require_cluster(address: str) -> None:
             socket.create_connection((host, int(port)), _ANSWER_S).close()
         except (OSError, OverflowError) as error:
             raise UsageError(f"no Ray cluster at --address {address} ({error}); {advice}") from error
-    command = [sys.executable, "-c", "import sys, ray; ray.init(address=sys.argv[1], logging_level='ERROR')", address]
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        "import sys, ray; ray.init(address=sys.argv[1], logging_level='ERROR')",
+        address,
+    ]
     try:
         attempt = subprocess.run(command, capture_output=True, text=True, timeout=_CONNECT_S)
     except subprocess.TimeoutExpired as error:

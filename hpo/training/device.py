@@ -64,7 +64,9 @@ def why_gpus_fail() -> str | None:
     because workers are forked from processes that must not have a CUDA context.
     """
     try:
-        subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=True, timeout=_PROBE_S)
+        subprocess.run(
+            [sys.executable, "-P", "-c", _PROBE], capture_output=True, text=True, check=True, timeout=_PROBE_S
+        )
     except subprocess.TimeoutExpired:
         return f"a small product took longer than {_PROBE_S:.0f} s"
     except subprocess.CalledProcessError as error:

@@ -1,0 +1,11 @@
+"""The tasks that ship with hpo, each a module with an `objective`: `hpo.objectives.digits` and so on.
+
+A wheel has them in this folder, a checkout in its top-level folder `objectives`. They are found by their place, so that
+a project can have a package `objectives` of its own.
+"""
+
+from pathlib import Path
+
+_here = Path(__file__).parent
+if not (_here / "digits.py").exists():
+    __path__ = [str(_here.parents[1] / "objectives")]

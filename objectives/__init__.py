@@ -1,1 +1,0 @@
-"""Tasks that ship with hpo: one module each, with an `objective`."""

@@ -1,1 +1,0 @@
-"""Search spaces that ship with hpo: one module a task, each with a `space`."""
