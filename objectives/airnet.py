@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from hpo.objectives.cifar10 import load
+
 from hpo.models.networks import airnet
 from hpo.objective import Objective
-from objectives.cifar10 import load
 
 objective = Objective(
     name="airnet",

@@ -54,7 +54,9 @@ def test_the_distributions_hold_what_they_should_and_nothing_else(tmp_path: Path
     installed = tmp_path / "installed"
     code = (
         f"import sys; sys.path.insert(0, {str(installed)!r})\n"
-        "from hpo.plugins import load_task; load_task('digits')\n"
+        "from hpo.plugins import OBJECTIVES, load_task, registered\n"
+        "for name in registered(OBJECTIVES): load_task(name)\n"
+        "assert not {'objectives', 'search_spaces'} & set(sys.modules)\n"
         "from hpo import objectives, search_spaces\n"
         "print(objectives.digits.__file__, search_spaces.digits.__file__)"
     )
