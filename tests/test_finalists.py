@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from hpo.execution.observer import Observer
-from hpo.pipeline import run_search
+from hpo.pipeline import SearchOutcome, run_search
+from hpo.report import best_facts, print_best, print_outcome, print_study, study_facts
 from hpo.search.finalists import MAX_FINALISTS, finalists, is_spared
 from hpo.search.session import Session
 from hpo.search.storage import open_storage
 from hpo.search.strategy import DEFAULT_CONFIGURATION, EVERYTHING, TRIED_BY_HAND
 from hpo.search.study import Study, StudySettings
+from hpo.search.winner import find_winner
 from hpo.space import Float, Group, Space
 from hpo.tracking.store import open_store
 from hpo.trial import TrialRecord, TrialState
@@ -128,6 +133,36 @@ def test_a_continued_trial_keeps_its_number_and_its_curve_in_every_session_and_t
     assert other.ask().number == 3
 
 
+def test_before_the_search_is_done_every_output_says_that_the_best_trial_was_pruned(tmp_path: Path) -> None:
+    study = Study.open(open_storage(tmp_path), "s", SETTINGS)
+    study.remember_session(num_trials=2, task_reference="digits", tracking_uri=None)
+    for value in (0.5, 0.9):
+        suggestion = study.ask()
+        study.report(suggestion.number, 1, value)
+        study.tell(suggestion.number, "pruned" if value == 0.9 else "complete", value=value)
+    console = Console(record=True, width=200, file=StringIO())
+    outcome = SearchOutcome(
+        study="s",
+        home=tmp_path,
+        counts=study.counts(),
+        num_trials=2,
+        is_done=study.is_done,
+        interrupted=False,
+        winner=find_winner(study),
+        to_continue=(1,),
+    )
+
+    print_outcome(console, outcome)
+    print_best(console, best_facts("s", tmp_path))
+    print_study(console, study_facts("s", tmp_path))
+
+    said = console.export_text()
+    assert said.count("trial 1, epoch 1, pruned after 1 of 10 epochs") == 2
+    assert "Time is up: 1 complete, 1 pruned (pruned trials were stopped early to save epochs)." in said
+    assert "same command: trial 1, pruned, may yet win and is then continued to its end." in said
+    assert "Trial 1, the best so far, was pruned after 1 of 10 epochs; it is continued when 2 trials have run." in said
+
+
 # --- a real search ----------------------------------------------------------------------------------------------------
 
 # The model adds to the target what its curve says for the epoch; it notes each epoch that is trained.
@@ -142,6 +177,7 @@ from hpo.space import Choice, Float, Group, Space
 CURVES = {
     "winner so far": [0.9, 0.45, 0.4, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1],
     "early": [0.5, 0.35, 0.34, 0.33, 0.32, 0.31, 0.3, 0.3, 0.3, 0.3],
+    "doomed": [0.6, 0.4, 0.05, float("nan")],
     "late": [0.6, 0.4, 0.3, 0.2, 0.15, 0.12, 0.09, 0.08, 0.06, 0.05],
 }
 
@@ -205,28 +241,44 @@ class Interrupting(Observer):
         self.ends.append((suggestion.number, state, reason))
 
 
+def search(folder: Path, home: Path, last: str, observer: Observer) -> SearchOutcome:
+    """Three trials: the default, one with better first epochs, and the `last`, which is pruned because of it."""
+    return run_search(
+        str(folder / "scripted.py"),
+        trials=3,
+        workers=1,
+        strategy="random",
+        pruner="sha",
+        tries=("curve=early", f"curve={last}"),
+        keep=1,
+        home=home,
+        observer=observer,
+    )
+
+
+def test_a_continued_trial_that_diverges_counts_as_diverged_and_wins_nothing(tmp_path: Path, home: Path) -> None:
+    (tmp_path / "scripted.py").write_text(TASK)
+
+    outcome = search(tmp_path, home, "doomed", Observer())
+
+    assert [outcome.counts[state] for state in ("complete", "pruned", "diverged")] == [1, 1, 1]
+    assert (outcome.is_done, outcome.winner.trial) == (True, 0)
+    store = open_store(home)
+    run = store.client.get_run(store.find_trial_run("scripted", 2))
+    assert run.data.tags["hpo.reason"] == "the loss was not finite in epoch 4"
+    assert math.isnan(run.data.metrics["best/mae"]), "the table of runs is sorted by it"
+    assert "checkpoint/best.pt" not in store.file_sizes(run.info.run_id, "checkpoint")
+
+
 def test_a_pruned_trial_that_was_ahead_is_continued_from_its_checkpoint_through_ctrl_c_and_wins(
     tmp_path: Path, home: Path
 ) -> None:
     (tmp_path / "scripted.py").write_text(TASK)
     observer = Interrupting()
 
-    def search() -> Any:
-        return run_search(
-            str(tmp_path / "scripted.py"),
-            trials=3,
-            workers=1,
-            strategy="random",
-            pruner="sha",
-            tries=("curve=early", "curve=late"),
-            keep=1,
-            home=home,
-            observer=observer,
-        )
-
     with pytest.raises(KeyboardInterrupt):
-        search()
-    outcome = search()
+        search(tmp_path, home, "late", observer)
+    outcome = search(tmp_path, home, "late", observer)
 
     assert outcome.is_done
     assert (outcome.counts["complete"], outcome.counts["pruned"], outcome.num_trials) == (2, 1, 3)
