@@ -85,7 +85,7 @@ def test_with_folds_means_over_the_same_folds_are_compared() -> None:
 # --- who is continued -------------------------------------------------------------------------------------------------
 
 
-def test_the_best_and_those_ahead_of_the_best_complete_trial_are_continued_and_three_at_most() -> None:
+def test_the_best_and_those_that_would_win_with_the_gains_of_others_are_continued_and_three_at_most() -> None:
     complete = record(0, "complete", 0.3, 0.5, 0.9)
     ahead = [record(number, "pruned", 0.3 + number / 100) for number in range(1, 6)]
     behind, best = record(6, "pruned", 0.3, 0.49), record(7, "pruned", 0.2, 0.95)
@@ -96,6 +96,10 @@ def test_the_best_and_those_ahead_of_the_best_complete_trial_are_continued_and_t
     assert finalists([complete, *ahead], SETTINGS, num_continued=MAX_FINALISTS) == []
     assert finalists([complete, *ahead, best], SETTINGS, num_continued=MAX_FINALISTS) == [best], "a winner is finished"
     assert finalists([behind, *ahead[:1]], SETTINGS) == [behind, ahead[0]], "nothing is complete"
+    late_riser = record(8, "complete", 0.1, 0.1, 0.8)
+    assert finalists([complete, late_riser, behind], SETTINGS) == [behind], "0.49 and the 0.7 that it gained are enough"
+    folds = replace(SETTINGS, folds=3, pruner="wilcoxon")
+    assert finalists([complete, late_riser, record(9, "pruned", 0.3, 0.49)], folds) == []
 
 
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])

@@ -42,24 +42,28 @@ def is_spared(trial: TrialRecord, trials: Sequence[TrialRecord], settings: Study
 def finalists(trials: Sequence[TrialRecord], settings: StudySettings, *, num_continued: int = 0) -> list[TrialRecord]:
     """The pruned trials that may yet win, the best first: they are continued when a search has its trials.
 
-    Those are the best trial, if it was pruned, and the trials that were ahead of the best complete one by the epoch
-    they were pruned in; MAX_FINALISTS at most, less the `num_continued` that were continued before.
+    Those are the best trial, if it was pruned, and the trials that would beat the best complete one if they gained from
+    the epoch they were pruned in as much as any complete trial has gained from there; MAX_FINALISTS at most, less the
+    `num_continued` that were continued before. With folds the gain is that of the best complete trial.
     """
     order = ranked(trials, settings.direction)
-    complete = next((trial for trial in order if trial.state == "complete"), None)
+    complete = [trial for trial in order if trial.state == "complete"]
     pruned = [trial for trial in order if trial.state == "pruned"]
-    hopeful = [trial for trial in pruned if trial is order[0] or _is_ahead(trial, complete, settings)]
+    hopeful = [trial for trial in pruned if trial is order[0] or _may_win(trial, complete, settings)]
     winner = [trial for trial in order[:1] if trial.state == "pruned"]
     return hopeful[: max(0, MAX_FINALISTS - num_continued)] or winner
 
 
-def _is_ahead(trial: TrialRecord, complete: TrialRecord | None, settings: StudySettings) -> bool:
-    """Whether a pruned trial was better than the complete one by the epoch, or in the folds, that it came to."""
-    if complete is None:
-        return True
+def _may_win(trial: TrialRecord, complete: Sequence[TrialRecord], settings: StudySettings) -> bool:
+    """Whether a pruned trial would beat the complete ones, the best first, with the largest of their gains."""
     step = max(trial.curve, default=0)
-    own, other = (_loss_by(step, each, settings) for each in (trial, complete))
-    return own is not None and other is not None and own < other
+    own = _loss_by(step, trial, settings)
+    ends = [_loss_by(settings.num_steps, other, settings) for other in complete]
+    starts = [_loss_by(step, other, settings) for other in complete]
+    gains = [start - end for start, end in zip(starts, ends, strict=True) if start is not None and end is not None]
+    if not gains or own is None or ends[0] is None:
+        return not complete
+    return own - (gains[0] if settings.folds else max(gains)) < ends[0]
 
 
 def _loss_by(step: int, trial: TrialRecord, settings: StudySettings) -> float | None:
