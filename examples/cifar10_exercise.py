@@ -14,11 +14,7 @@ from hpo.objectives.cifar10 import load
 from hpo.objectives.fashion_mnist import load as load_fashion_mnist
 
 import hpo
-from hpo.data.datasets import VALIDATION_FRACTION, split_dataset
-from hpo.home import find_data_dir
-from hpo.models.networks import mlp
-from hpo.objective import Objective
-from hpo.space import Choice, Float, Group, Int, Space
+from hpo import Choice, Float, Group, Int, Objective, Space, find_data_dir, mlp, split_dataset
 
 NETWORK = {
     "depth": Int(1, 20, default=20),
@@ -103,7 +99,7 @@ def validation_accuracy(task: str, variant: str, overrides: list[str]) -> float:
 
 def monte_carlo_accuracy(variant: str, samples: int = 20) -> float:
     """The same of the model with alpha dropout, when dropout stays on and the mean of many passes is taken."""
-    validation = split_dataset(load(find_data_dir(None)), validation_fraction=VALIDATION_FRACTION, seed=0).validation
+    validation = split_dataset(load(find_data_dir(None)), seed=0).validation
     model = hpo.load_best(f"exercise-{variant}")
     parts = validation.inputs.split(2048)
     predicted = [model.probabilities(images, dropout_samples=samples).argmax(1) for images in parts]

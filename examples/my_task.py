@@ -6,9 +6,7 @@ import torch
 from sklearn.datasets import load_breast_cancer
 from torch import nn
 
-from hpo.data.datasets import hold_out
-from hpo.objective import Dataset, DataSpec, Objective
-from hpo.space import Choice, Float, Group, Int, Space
+from hpo import Choice, Dataset, DataSpec, Float, Group, Int, Objective, Space, hold_out
 
 
 def load(data_dir: Path) -> Dataset:

@@ -1,31 +1,112 @@
-"""Hyperparameter search for PyTorch that people trust.
+"""Hyperparameter search for PyTorch. These are the public names; docs/api.md says what a change of them means.
 
-`hpo.load_best("cifar10")` gives the winner of a study; `hpo.run_search("cifar10", trials=100)` searches from Python.
+`hpo.run_search("cifar10", trials=100)` searches, and `hpo.load_best("cifar10")` returns the winner.
 """
 
 import os
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hpo.config import TrainConfig as TrainConfig
+    from hpo.data.datasets import Splits as Splits
+    from hpo.data.datasets import hold_out as hold_out
+    from hpo.data.datasets import split_dataset as split_dataset
+    from hpo.data.mapped import MappedImages as MappedImages
+    from hpo.data.photos import load_image_folder as load_image_folder
+    from hpo.data.photos import read_photos as read_photos
+    from hpo.data.vision import load_cifar10 as load_cifar10
+    from hpo.data.vision import load_fashion_mnist as load_fashion_mnist
     from hpo.deploy.load import load_best as load_best
+    from hpo.errors import CheckpointError as CheckpointError
+    from hpo.errors import DataError as DataError
+    from hpo.errors import DeviceMemoryError as DeviceMemoryError
+    from hpo.errors import HpoError as HpoError
+    from hpo.errors import SearchError as SearchError
+    from hpo.errors import SpaceError as SpaceError
+    from hpo.errors import StoreError as StoreError
+    from hpo.errors import StudyMismatchError as StudyMismatchError
+    from hpo.errors import UnknownNameError as UnknownNameError
+    from hpo.errors import UsageError as UsageError
+    from hpo.home import find_data_dir as find_data_dir
+    from hpo.models.networks import airnet as airnet
+    from hpo.models.networks import convnet as convnet
+    from hpo.models.networks import mlp as mlp
+    from hpo.models.networks import pretrained as pretrained
+    from hpo.models.preprocessed import PreprocessedModel as PreprocessedModel
+    from hpo.objective import Dataset as Dataset
+    from hpo.objective import DataSpec as DataSpec
+    from hpo.objective import Objective as Objective
+    from hpo.objective import SealedSplit as SealedSplit
+    from hpo.objective import Split as Split
+    from hpo.pipeline import SearchOutcome as SearchOutcome
     from hpo.pipeline import run_search as run_search
+    from hpo.search.strategy import PrioritySampler as PrioritySampler
+    from hpo.space import Choice as Choice
+    from hpo.space import Float as Float
+    from hpo.space import Group as Group
+    from hpo.space import Int as Int
+    from hpo.space import Setting as Setting
+    from hpo.space import Space as Space
 
 # Before torch is imported, as its threads read it once. When another process wants the cores too, threads that spin
 # while they wait made 6 epochs of the digits take 17 s, threads that sleep 0.3 s (2 cores, torch 2.15).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_best", "run_search"]
+
+# Imported on first use: `hpo --help` must not wait for torch.
+_MODULES = {
+    "TrainConfig": "hpo.config",
+    "Splits": "hpo.data.datasets",
+    "hold_out": "hpo.data.datasets",
+    "split_dataset": "hpo.data.datasets",
+    "MappedImages": "hpo.data.mapped",
+    "load_image_folder": "hpo.data.photos",
+    "read_photos": "hpo.data.photos",
+    "load_cifar10": "hpo.data.vision",
+    "load_fashion_mnist": "hpo.data.vision",
+    "load_best": "hpo.deploy.load",
+    "CheckpointError": "hpo.errors",
+    "DataError": "hpo.errors",
+    "DeviceMemoryError": "hpo.errors",
+    "HpoError": "hpo.errors",
+    "SearchError": "hpo.errors",
+    "SpaceError": "hpo.errors",
+    "StoreError": "hpo.errors",
+    "StudyMismatchError": "hpo.errors",
+    "UnknownNameError": "hpo.errors",
+    "UsageError": "hpo.errors",
+    "find_data_dir": "hpo.home",
+    "airnet": "hpo.models.networks",
+    "convnet": "hpo.models.networks",
+    "mlp": "hpo.models.networks",
+    "pretrained": "hpo.models.networks",
+    "PreprocessedModel": "hpo.models.preprocessed",
+    "Dataset": "hpo.objective",
+    "DataSpec": "hpo.objective",
+    "Objective": "hpo.objective",
+    "SealedSplit": "hpo.objective",
+    "Split": "hpo.objective",
+    "SearchOutcome": "hpo.pipeline",
+    "run_search": "hpo.pipeline",
+    "PrioritySampler": "hpo.search.strategy",
+    "Choice": "hpo.space",
+    "Float": "hpo.space",
+    "Group": "hpo.space",
+    "Int": "hpo.space",
+    "Setting": "hpo.space",
+    "Space": "hpo.space",
+}
+
+__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: `hpo --help` must not wait for torch.
-    if name == "load_best":
-        from hpo.deploy.load import load_best
+    if name not in _MODULES:
+        raise AttributeError(f"module 'hpo' has no attribute '{name}'")
+    return getattr(import_module(_MODULES[name]), name)
 
-        return load_best
-    if name == "run_search":
-        from hpo.pipeline import run_search
 
-        return run_search
-    raise AttributeError(f"module 'hpo' has no attribute '{name}'")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

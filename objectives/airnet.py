@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from hpo.objectives.cifar10 import load
 
-from hpo.models.networks import airnet
-from hpo.objective import Objective
+from hpo import Objective, airnet
 
 objective = Objective(
     name="airnet",

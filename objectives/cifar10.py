@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hpo.models.networks import convnet
-from hpo.objective import Dataset, Objective
+from hpo import Dataset, Objective, convnet
 
 
 def load(data_dir: Path) -> Dataset:
-    from hpo.data.vision import load_cifar10
+    from hpo import load_cifar10
 
     return load_cifar10(data_dir)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hpo.models.networks import mlp
-from hpo.objective import Dataset, Objective
+from hpo import Dataset, Objective, mlp
 
 
 def load(data_dir: Path) -> Dataset:
@@ -13,7 +12,7 @@ def load(data_dir: Path) -> Dataset:
     import torch
     from sklearn.datasets import load_diabetes
 
-    from hpo.data.datasets import hold_out
+    from hpo import hold_out
 
     patients = load_diabetes(scaled=False)
     features, targets = (torch.from_numpy(patients[part]).float() for part in ("data", "target"))

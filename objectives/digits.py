@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hpo.models.networks import mlp
-from hpo.objective import Dataset, Objective
+from hpo import Dataset, Objective, mlp
 
 
 def load(data_dir: Path) -> Dataset:
@@ -13,7 +12,7 @@ def load(data_dir: Path) -> Dataset:
     import torch
     from sklearn.datasets import load_digits
 
-    from hpo.data.datasets import hold_out
+    from hpo import hold_out
 
     digits = load_digits()
     images = torch.from_numpy(digits.images).to(torch.uint8).unsqueeze(1)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hpo.models.networks import mlp
-from hpo.objective import Dataset, Objective
+from hpo import Dataset, Objective, mlp
 
 
 def load(data_dir: Path) -> Dataset:
-    from hpo.data.vision import load_fashion_mnist
+    from hpo import load_fashion_mnist
 
     return load_fashion_mnist(data_dir)
 

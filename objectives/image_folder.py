@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hpo.models.networks import pretrained
-from hpo.objective import Dataset, Objective
+from hpo import Dataset, Objective, pretrained
 
 
 def load(data_dir: Path) -> Dataset:
-    from hpo.data.photos import load_image_folder
+    from hpo import load_image_folder
 
     return load_image_folder(data_dir)
 

@@ -1,6 +1,6 @@
 """Search space of the conv net that learns CIFAR-10 in ten epochs, around the settings of its authors."""
 
-from hpo.space import Choice, Float, Group, Int, Space
+from hpo import Choice, Float, Group, Int, Space
 
 space = Space(
     Group(

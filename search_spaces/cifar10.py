@@ -1,6 +1,6 @@
 """Search space of CIFAR-10's residual conv net."""
 
-from hpo.space import Choice, Float, Group, Int, Space
+from hpo import Choice, Float, Group, Int, Space
 
 space = Space(
     Group(

@@ -1,6 +1,6 @@
 """Search space of the digits' MLP."""
 
-from hpo.space import Choice, Float, Group, Int, Space
+from hpo import Choice, Float, Group, Int, Space
 
 space = Space(
     Group(

@@ -1,6 +1,6 @@
 """Search space of transfer learning on a folder of photos."""
 
-from hpo.space import Choice, Float, Group, Int, Setting, Space
+from hpo import Choice, Float, Group, Int, Setting, Space
 
 space = Space(
     Group(

@@ -168,3 +168,18 @@ def test_the_python_of_the_task_guide_runs() -> None:
     for _, language, code in fenced_code():
         if language == "python" and "Space(" in code:
             exec(compile(code, "docs/tasks.md", "exec"), {})
+
+
+def test_every_public_name_is_there_and_in_the_reference_which_is_built_without_a_warning(tmp_path: Path) -> None:
+    import hpo
+
+    assert set(hpo.__all__) <= set(dir(hpo))
+    assert [name for name in hpo.__all__ if getattr(hpo, name, None) is None] == []
+    reference = (ROOT / "docs" / "api.md").read_text()
+    assert sorted(re.findall(r"^::: hpo\.(\w+)$", reference, re.MULTILINE)) == sorted(hpo.__all__[1:])
+    build = ["mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "true"}
+    built = subprocess.run([sys.executable, "-m", *build], cwd=ROOT, env=quiet, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    page = (tmp_path / "api.html").read_text()
+    assert [name for name in hpo.__all__[1:] if f'id="hpo.{name}"' not in page] == []

@@ -90,7 +90,9 @@ def _moved(split: Split, device: torch.device | str) -> Split:
     return Split(split.inputs.to(device), split.targets.to(device))
 
 
-def split_dataset(dataset: Dataset, *, validation_fraction: float, seed: int, limit: int | None = None) -> Splits:
+def split_dataset(
+    dataset: Dataset, *, validation_fraction: float = VALIDATION_FRACTION, seed: int, limit: int | None = None
+) -> Splits:
     """Divide the training examples into those that are trained on and those that are validated on.
 
     Seeded, and stratified by class for a classification; the size of the validation split is rounded up. `limit` keeps
