@@ -6,7 +6,9 @@ They hold for every pruner, and a search that is simulated (`benchmarks/search_q
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import islice
 from statistics import fmean
 from typing import TYPE_CHECKING
 
@@ -49,21 +51,25 @@ def finalists(trials: Sequence[TrialRecord], settings: StudySettings, *, num_con
     order = ranked(trials, settings.direction)
     complete = [trial for trial in order if trial.state == "complete"]
     pruned = [trial for trial in order if trial.state == "pruned"]
-    hopeful = [trial for trial in pruned if trial is order[0] or _may_win(trial, complete, settings)]
-    winner = [trial for trial in order[:1] if trial.state == "pruned"]
-    return hopeful[: max(0, MAX_FINALISTS - num_continued)] or winner
+    if not complete:
+        return pruned[: max(1, MAX_FINALISTS - num_continued)]
+    gain_from = cache(lambda step: _gain_from(step, complete[:1] if settings.folds else complete, settings))
+    hopeful = (trial for trial in pruned if trial is order[0] or _may_win(trial, complete[0], gain_from, settings))
+    chosen = list(islice(hopeful, max(0, MAX_FINALISTS - num_continued)))
+    return chosen or [trial for trial in order[:1] if trial.state == "pruned"]
 
 
-def _may_win(trial: TrialRecord, complete: Sequence[TrialRecord], settings: StudySettings) -> bool:
-    """Whether a pruned trial would beat the complete ones, the best first, with the largest of their gains."""
+def _may_win(trial: TrialRecord, best: TrialRecord, gain_from: Callable[[int], float], settings: StudySettings) -> bool:
+    """Whether a pruned trial would beat the best complete one with what others gained from the epoch it came to."""
     step = max(trial.curve, default=0)
-    own = _loss_by(step, trial, settings)
-    ends = [_loss_by(settings.num_steps, other, settings) for other in complete]
-    starts = [_loss_by(step, other, settings) for other in complete]
-    gains = [start - end for start, end in zip(starts, ends, strict=True) if start is not None and end is not None]
-    if not gains or own is None or ends[0] is None:
-        return not complete
-    return own - (gains[0] if settings.folds else max(gains)) < ends[0]
+    own, end = _loss_by(step, trial, settings), _loss_by(settings.num_steps, best, settings)
+    return own is not None and end is not None and own - gain_from(step) < end
+
+
+def _gain_from(step: int, complete: Sequence[TrialRecord], settings: StudySettings) -> float:
+    """How much lower than after this epoch, or fold, the loss of a complete trial became at most."""
+    losses = [tuple(_loss_by(until, trial, settings) for until in (step, settings.num_steps)) for trial in complete]
+    return max((start - end for start, end in losses if start is not None and end is not None), default=-math.inf)
 
 
 def _loss_by(step: int, trial: TrialRecord, settings: StudySettings) -> float | None:
