@@ -25,6 +25,7 @@ from test_training import (
 )
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpo.config import OPTIMIZERS, TrainConfig
 from hpo.data.batches import TrainingBatches
@@ -36,7 +37,7 @@ from hpo.training.checkpoint import CheckpointFolder
 from hpo.training.compiled import settle_compile_mode
 from hpo.training.losses import loss_function, target_scale, training_loss
 from hpo.training.metrics import ConfusionMetrics
-from hpo.training.optimizers import Lamb, build_optimizer
+from hpo.training.optimizers import Lamb, Muon, build_optimizer
 from hpo.training.step import TrainingStep
 from hpo.training.trainer import evaluate, fit
 
@@ -119,6 +120,51 @@ def test_a_step_of_lamb_is_as_long_relative_to_the_layer_as_the_rate(scale: floa
     model.weight.grad = torch.randn(7, 5)
     build_optimizer(model, quick_config(optimizer="lamb", lr=0.02)).step()
     assert ((model.weight - before).norm() / before.norm()).item() == pytest.approx(0.02, rel=1e-4)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_steps_as_torchs_does(nesterov: bool) -> None:
+    """To the rounding of bf16; matrices of one shape are taken together."""
+    shapes = [(6, 4), (4, 6), (6, 4), (5, 5)]
+    ours, theirs = ([torch.nn.Parameter(torch.randn(shape)) for shape in shapes] for _ in range(2))
+    for parameter, twin in zip(ours, theirs, strict=True):
+        twin.data.copy_(parameter)
+    optimizers = [
+        Muon([{"params": ours, "weight_decay": 0.1}], lr=0.02, momentum=0.9, nesterov=nesterov),
+        torch.optim.Muon(theirs, 0.02, 0.1, 0.9, nesterov, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(3):
+        for parameter, twin in zip(ours, theirs, strict=True):
+            parameter.grad = torch.randn(parameter.shape)
+            twin.grad = parameter.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for parameter, twin in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(parameter, twin, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["lamb", "muon"])
+def test_a_step_takes_as_many_operations_for_twenty_layers_as_for_five(optimizer: str) -> None:
+    """Where they are of one shape; the lists that an operation takes grow."""
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            # Views, and the making of a state, launch nothing or happen once.
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for depth in (5, 20):
+        model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(depth)))
+        stepper = build_optimizer(model, quick_config(optimizer=optimizer))
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        stepper.step()
+        names: list[str] = []
+        with Counted():
+            stepper.step()
+        counts.append(len(names))
+    assert counts[0] == counts[1]
 
 
 def test_lamb_moves_weights_of_zero() -> None:

@@ -1,7 +1,8 @@
-"""Optimizers by name; torch's own but for LAMB, fused where torch has a fused kernel (SGD, Adam and AdamW)."""
+"""Optimizers by name: torch's own, fused where torch has a fused kernel (SGD, Adam and AdamW), and LAMB and Muon."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,10 +45,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> optim.Optimizer:
         case "muon":
             matrices, others = _split_off_matrices(groups)
             return MuonWithAdamW(
-                # Scaled to AdamW's root mean square, so that both go well with one rate (arXiv:2502.16982, 2.2).
-                optim.Muon(
-                    matrices, config.lr, momentum=config.momentum, nesterov=nesterov, adjust_lr_fn="match_rms_adamw"
-                ),
+                Muon(matrices, config.lr, momentum=config.momentum, nesterov=nesterov),
                 optim.AdamW(others, lr=config.lr, betas=betas, eps=config.eps, fused=True),
             )
     raise AssertionError(f"TrainConfig let optimizer {config.optimizer!r} pass")
@@ -65,7 +63,8 @@ def load_optimizer_state(optimizer: optim.Optimizer, state: dict[str, Any]) -> N
 class Lamb(optim.Optimizer):
     """Adam whose step for each layer is as long, relative to the layer's weights, as the rate says.
 
-    You et al. 2020, arXiv:1904.00962, algorithm 2, with the identity as phi. Biases and norms keep Adam's step.
+    You et al. 2020, arXiv:1904.00962, algorithm 2, with the identity as phi. Biases and norms keep Adam's step. All
+    parameters of a group are stepped at once, and nothing is read from the device.
     """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float) -> None:
@@ -74,35 +73,107 @@ class Lamb(optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters:
+                self._step(parameters, group)
+
+    def _step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter] |= {
+                    "step": torch.zeros((), dtype=torch.float64, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        steps, averages, squares = (
+            [self.state[parameter][name] for parameter in parameters] for name in ("step", "exp_avg", "exp_avg_sq")
+        )
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        beta1, beta2 = group["betas"]
+        torch._foreach_add_(steps, 1)
+        torch._foreach_lerp_(averages, gradients, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
+        # The parameters of a group have made the same number of steps: what is frozen has groups of its own.
+        deviations = torch._foreach_div(squares, (1 - beta2 ** steps[0]).float())
+        torch._foreach_sqrt_(deviations)
+        torch._foreach_add_(deviations, group["eps"])
+        updates = torch._foreach_div(averages, (1 - beta1 ** steps[0]).float())
+        torch._foreach_div_(updates, deviations)
+        torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])
+        _scale_by_trust(parameters, updates)
+        torch._foreach_mul_(updates, group["lr"])
+        torch._foreach_sub_(parameters, updates)
+
+
+def _scale_by_trust(parameters: list[Tensor], updates: list[Tensor]) -> None:
+    """Make the update of each matrix as long as its weights."""
+    matrices = [index for index, parameter in enumerate(parameters) if parameter.ndim > 1]
+    if not matrices:
+        return
+    weights, lengths = (
+        torch.stack(torch._foreach_norm([tensors[index] for index in matrices])) for tensors in (parameters, updates)
+    )
+    trust = weights / lengths
+    # Weights or an update of 0 have no direction to be scaled: the ratio is 1 then.
+    trust = torch.where(trust.isfinite() & (trust > 0), trust, 1.0)
+    torch._foreach_mul_([updates[index] for index in matrices], list(trust.unbind()))
+
+
+class Muon(optim.Optimizer):
+    """Momentum whose matrix is made nearly orthogonal.
+
+    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon, with steps of AdamW's root mean square, so that both
+    do well with one rate (arXiv:2502.16982, section 2.2). The same as torch.optim.Muon, which takes one matrix after
+    the other and reads the rate from the device: here the matrices of one shape are stacked.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, momentum: float, nesterov: bool) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "nesterov": nesterov})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step(parameter, self.state[parameter], group)
+                    by_shape.setdefault(parameter.shape, []).append(parameter)
+            for matrices in by_shape.values():
+                self._step(matrices, group)
 
-    @staticmethod
-    def _step(parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        if not state:
-            state |= {"step": 0, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-        assert parameter.grad is not None
-        beta1, beta2 = group["betas"]
-        state["step"] += 1
-        average = state["exp_avg"].lerp_(parameter.grad, 1 - beta1)
-        square = state["exp_avg_sq"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
-        deviation = (square / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
-        update = average / (1 - beta1 ** state["step"]) / deviation + group["weight_decay"] * parameter
-        if parameter.ndim > 1:
-            trust = parameter.norm() / update.norm()
-            # Weights or an update of 0 have no direction to be scaled: the ratio is 1 then.
-            update *= torch.where(trust.isfinite() & (trust > 0), trust, 1.0)
-        parameter.sub_(update, alpha=group["lr"])
+    def _step(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
+        for matrix in matrices:
+            if not self.state[matrix]:
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
+        averages: list[Tensor] = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+        if group["nesterov"]:
+            averages = list(torch._foreach_lerp(gradients, averages, group["momentum"]))
+        updates = _orthogonalised(torch.stack(averages)).float() * (0.2 * math.sqrt(max(matrices[0].shape)))
+        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_sub_(matrices, list((updates * group["lr"]).unbind()))
+
+
+def _orthogonalised(matrices: Tensor) -> Tensor:
+    """Of each of the matrices (N, R, C), in bf16, U V^T roughly, where U S V^T is its singular value decomposition.
+
+    Five steps of a quintic Newton-Schulz iteration, whose coefficients are those of Jordan et al. 2024.
+    """
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    found = matrices.to(torch.bfloat16)
+    found = found.mT if is_tall else found
+    found = found / found.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = found @ found.mT
+        found = torch.baddbmm(found, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), found, beta=3.4445)
+    return found.mT if is_tall else found
 
 
 class MuonWithAdamW(optim.Optimizer):
-    """Muon for the matrices of hidden layers and AdamW for all else, as one optimizer.
+    """Muon for the matrices of hidden layers and AdamW for all else, as one optimizer."""
 
-    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon: momentum whose matrix is made nearly orthogonal.
-    """
-
-    def __init__(self, muon: optim.Muon, adamw: optim.AdamW) -> None:
+    def __init__(self, muon: Muon, adamw: optim.AdamW) -> None:
         self._muon, self._adamw = muon, adamw
         # Its momentum is what one-cycle varies; beta1 stays.
         super().__init__([*muon.param_groups, *adamw.param_groups], {"momentum": muon.defaults["momentum"]})
@@ -118,7 +189,7 @@ class MuonWithAdamW(optim.Optimizer):
         self._muon.state = self._adamw.state = self.state
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        self._muon.step()  # type: ignore[no-untyped-call]
+        self._muon.step()
         self._adamw.step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -155,8 +226,8 @@ def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, A
 def _split_off_matrices(groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Groups with the matrices that suit Muon, and with all else.
 
-    The last matrix is the output layer's, which Muon's authors leave to AdamW; torch's Muon takes no kernels of
-    convolutions.
+    The last matrix is the output layer's, which Muon's authors leave to AdamW, as they do the kernels of
+    convolutions here.
     """
     decayed = groups[::2]
     matrices = [[p for p in group["params"] if p.ndim == 2] for group in decayed]
