@@ -31,6 +31,8 @@ SEARCH_SPACES = "hpo.search_spaces"
 # A study has one budget, one metric and one kind of machine: a search may not choose between them.
 NOT_TUNABLE = frozenset({"max_epochs", "metric", "seed", "device", "precision", "compile", "deterministic"})
 
+_LIBRARY_PATH = tuple(sys.path)  # as it is before the folder of any task is added
+
 _logger = logging.getLogger(__name__)
 
 
@@ -174,7 +176,7 @@ def _make_importable(folder: Path) -> None:
     if str(folder) in sys.path:
         return
     for file in sorted(folder.glob("*.py")):
-        library = PathFinder.find_spec(file.stem)
+        library = PathFinder.find_spec(file.stem, _LIBRARY_PATH)
         if file.stem in sys.builtin_module_names or (library and library.origin not in (None, str(file))):
             _warn_once(f"{file} has the name of a library: `import {file.stem}` finds the library. Rename the file.")
     sys.path.append(str(folder))

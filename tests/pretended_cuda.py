@@ -272,9 +272,11 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     plain_args, plain_kwargs = _mapped(lambda t: t._cpu if isinstance(t, GpuTensor) else t, (args, kwargs))
     if "device" in plain_kwargs:
         plain_kwargs["device"] = torch.device("cpu") if wants_gpu or kwargs["device"] is None else kwargs["device"]
-    if plain_kwargs.get("pin_memory"):
+    if is_pinned := bool(plain_kwargs.get("pin_memory")):
         plain_kwargs["pin_memory"] = False
     result = func(*plain_args, **plain_kwargs)
+    if is_pinned:
+        result._is_pinned = True
     if torch.Tag.inplace_view in func.tags:
         with torch._C._DisableTorchDispatch():  # such as transpose_: the outer tensor's shape changes as well
             func(*args, **kwargs)
@@ -336,7 +338,8 @@ def _check_move(func: Any, args: Any, kwargs: dict[str, Any], wants_gpu: bool) -
         target, source = args[0], args[1]
         to_gpu, from_gpu = isinstance(target, GpuTensor), isinstance(source, GpuTensor)
     is_async = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
-    if from_gpu and not to_gpu:
+    is_pinned = func is aten.copy_.default and getattr(args[0], "_is_pinned", False)
+    if from_gpu and not to_gpu and not (is_async and is_pinned):
         _seen.wait("copy to the host")
     if to_gpu and not from_gpu and source.dim() > 0 and not (is_async and getattr(source, "_is_pinned", False)):
         _seen.wait("copy from pageable memory")

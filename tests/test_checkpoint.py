@@ -8,6 +8,9 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hpo.errors import CheckpointError
-from hpo.training.checkpoint import CheckpointFolder, load_weights, save_weights
+from hpo.training import checkpoint
+from hpo.training.checkpoint import CheckpointFolder, CheckpointWriter, load_weights, save_weights
 
 
 @pytest.fixture
@@ -234,7 +238,8 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
 FULL_DISK = """
 import errno, resource, sys, torch
 from pathlib import Path
-from hpo.training.checkpoint import CheckpointFolder, save_weights
+from hpo.training import checkpoint
+from hpo.training.checkpoint import CheckpointFolder, CheckpointWriter, save_weights
 root = Path(sys.argv[1])
 small, large = {"w": torch.zeros(10)}, {"w": torch.zeros(100_000)}
 sha256 = save_weights(small, root / "best.pt")
@@ -302,3 +307,56 @@ def test_the_rename_comes_after_the_content_is_on_the_disk(
 def run_python(program: str, *arguments: Path) -> str:
     command = [sys.executable, "-c", program, *map(str, arguments)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+# Writing in a thread.
+
+
+class HeldFolder(CheckpointFolder):
+    """A folder on a disk that takes nothing until it is released."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.is_writing, self.is_released = threading.Event(), threading.Event()
+
+    def save(self, state: Mapping[str, Any], epoch: int) -> None:
+        self.is_writing.set()
+        assert self.is_released.wait(60)
+        super().save(state, epoch)
+
+
+def test_a_training_does_not_wait_for_the_disk_and_its_last_state_is_written(tmp_path: Path) -> None:
+    """What is written is the state as it was handed over, and of those that wait the newest alone."""
+    folder, weights = HeldFolder(tmp_path), torch.zeros(2)
+    with CheckpointWriter(folder) as writer:
+        for epoch in (1, 2, 3):
+            writer.save({"weights": weights, "nested": [{"weights": weights}]}, epoch)
+            assert folder.is_writing.wait(60)
+            weights += 1
+        folder.is_released.set()
+    assert epochs(folder) == ["epoch-0001", "epoch-0003"]
+    loaded = folder.load()
+    assert loaded is not None
+    assert loaded[1]["weights"].tolist() == loaded[1]["nested"][0]["weights"].tolist() == [2.0, 2.0]
+
+
+def test_what_a_thread_cannot_write_is_raised_where_the_training_runs(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()  # a file where the folder should be
+    writer = CheckpointWriter(CheckpointFolder(tmp_path / "run"))
+    writer.save({}, 1)
+    with pytest.raises(OSError, match="run"):
+        writer.close()
+
+
+def test_a_state_waits_for_its_writing_no_longer_than_the_longest_rest(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody asks for it: a process that is killed while an epoch takes its time loses that epoch alone."""
+    monkeypatch.setattr(checkpoint, "MAX_REST_S", 0.01)
+    with CheckpointWriter(folder) as writer:
+        for epoch in (1, 2, 3):
+            writer.save({}, epoch)
+        deadline = time.monotonic() + 60
+        while "epoch-0003" not in epochs(folder):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)

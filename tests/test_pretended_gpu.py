@@ -56,13 +56,12 @@ BETWEEN_STEPS = {
     ("tolist", "models/preprocessed.py:predict"): "the predictions",
     ("tolist", "training/trainer.py:_read"): "the numbers of an epoch, in one transfer",
     ("tolist", "training/trainer.py:evaluate_classes"): "the confusion matrix of the winner",
-    ("torch.save", "training/checkpoint.py:_to_bytes"): "the checkpoint of an epoch",
+    ("stream.synchronize", "training/checkpoint.py:_copied_to_cpu"): "the checkpoint of an epoch, in one transfer",
 }
 """Where the host may wait, and what for: once an epoch, or once a trial."""
 
 WHERE_THE_BEST_EPOCH_IS_COUNTS = {
     ("copy from pageable memory", "training/trainer.py:restore_best_weights"),
-    ("torch.save", "training/checkpoint.py:_to_bytes"),
 }
 """Waits whose number depends on which epoch is the best: weights from before a resume lie on the CPU."""
 

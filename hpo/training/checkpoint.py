@@ -9,9 +9,11 @@ import hashlib
 import io
 import logging
 import re
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 
@@ -22,6 +24,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+WRITING_SHARE = 0.05
+"""Of the time, what writing checkpoints may take."""
+
+MAX_REST_S = 2.0
+"""After which the newest state is written in any case, seconds."""
 
 _FILE_NAME = re.compile(r"epoch-(\d+)\.([0-9a-f]{64})\.pt")
 
@@ -73,6 +81,93 @@ class CheckpointFolder:
         left_by_a_crash = self.path.glob(".epoch-*.tmp")
         for path in {checkpoint.path for checkpoint in checkpoints}.union(left_by_a_crash) - {written, *earlier[:1]}:
             path.unlink()
+
+
+class CheckpointWriter:
+    """Writes the newest state of a training in a thread, so that no epoch waits for the disk.
+
+    Each epoch hands over a copy of its state, on the CPU. The thread writes the newest one and then rests, so that
+    writing takes `WRITING_SHARE` of the time, but for `MAX_REST_S` at most. A process that is killed so loses the epoch
+    under way and what was not written yet: at most `MAX_REST_S` and the time of a write. Use it as a context manager:
+    leaving it writes the last state.
+    """
+
+    def __init__(self, folder: CheckpointFolder) -> None:
+        self._folder = folder
+        self._changed = threading.Condition()
+        self._waiting: tuple[Mapping[str, Any], int] | None = None
+        self._error: Exception | None = None
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, name="hpo-checkpoints", daemon=True)
+        self._thread.start()
+
+    def save(self, state: Mapping[str, Any], epoch: int) -> None:
+        """Hand over the state after `epoch`. Raises what writing an earlier one has raised, OSError for one."""
+        copied = _copied_to_cpu(state)
+        with self._changed:
+            self._raise_error()
+            self._waiting = copied, epoch
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Write the last state, and end the thread. Raises what writing has raised."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
+        self._thread.join()
+        self._raise_error()
+
+    def _raise_error(self) -> None:
+        error, self._error = self._error, None
+        if error:
+            raise error
+
+    def _run(self) -> None:
+        while job := self._next():
+            started = time.monotonic()
+            try:
+                self._folder.save(*job)
+            except Exception as error:  # raised again where the training runs
+                with self._changed:
+                    self._error = error
+            del job  # its memory, which may be as much as the model's, is not needed while the thread rests
+            self._rest(time.monotonic() - started)
+
+    def _next(self) -> tuple[Mapping[str, Any], int] | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._is_closing)
+            job, self._waiting = self._waiting, None
+            return job
+
+    def _rest(self, writing_s: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closing, min(MAX_REST_S, writing_s * (1 / WRITING_SHARE - 1)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _copied_to_cpu(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A copy that the training does not change; from a GPU by way of pinned memory, with a single wait."""
+    devices: set[torch.device] = set()
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            devices.add(value.device)
+            target = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda, requires_grad=False)
+            return target.copy_(value.detach(), non_blocking=True)
+        if isinstance(value, Mapping):
+            return {name: copied(each) for name, each in value.items()}
+        return [copied(each) for each in value] if isinstance(value, list) else value
+
+    plain: Mapping[str, Any] = copied(state)
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+    return plain
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> str:

@@ -98,7 +98,7 @@ class Lamb(optim.Optimizer):
         deviations = torch._foreach_div(squares, (1 - beta2 ** steps[0]).float())
         torch._foreach_sqrt_(deviations)
         torch._foreach_add_(deviations, group["eps"])
-        updates = torch._foreach_div(averages, (1 - beta1 ** steps[0]).float())
+        updates = list(torch._foreach_div(averages, (1 - beta1 ** steps[0]).float()))
         torch._foreach_div_(updates, deviations)
         torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])
         _scale_by_trust(parameters, updates)

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from hpo.data.batches import build_batches, evaluation_batch_size, evaluation_ba
 from hpo.errors import CheckpointError, DeviceMemoryError, UsageError
 from hpo.models.pretrained import find_pretrained
 from hpo.training.averaging import AveragedWeights
+from hpo.training.checkpoint import CheckpointFolder, CheckpointWriter
 from hpo.training.compiled import CompiledStep, check_compile_mode, settle_compile_mode
 from hpo.training.device import in_fitting_batches
 from hpo.training.losses import LossFunction, loss_function, target_scale, training_loss
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from hpo.config import TrainConfig
     from hpo.data.datasets import Splits
     from hpo.objective import Split
-    from hpo.training.checkpoint import CheckpointFolder
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,10 @@ def fit(
     It is moved to `config.device`. When the generator ends, or is closed, the model has the weights of the best epoch
     and is in evaluation mode; where no epoch was finite its weights stay as they are.
 
-    With `checkpoint` the state is saved before each result is yielded. A run that was interrupted goes on after the
-    last saved epoch and is bit-equal to one that was not; for that the caller passes the same model, splits and config.
-    Its first result is then the saved one once more: whoever was killed may not have got it.
+    With `checkpoint` the state after each epoch is handed to a `CheckpointWriter`, and the last one is written when the
+    generator ends or is closed. A run that was interrupted continues after the last epoch that was written, and is
+    bit-equal to one that was not; for that the caller passes the same model, splits and config. Its first result is
+    then the saved one once more: whoever was killed may not have got it.
 
     With `num_epochs` nothing is judged by the validation split: the training ends after so many of the `max_epochs`
     that its schedule is made for, and the model has the last weights.
@@ -109,17 +110,18 @@ def fit(
     """
     run = _Run(model, splits, config, num_epochs)
     saved = run.resume(checkpoint) if checkpoint else None
-    try:
+    # The stack first writes the last state, then gives the model its best weights.
+    with ExitStack() as ending:
+        ending.callback(run.restore_best_weights)
+        writer = ending.enter_context(CheckpointWriter(checkpoint)) if checkpoint else None
         result = saved
         if result:
             yield result
         while result is None or not result.is_last:
             result = run.next_epoch(result.epoch + 1 if result else 1)
-            if checkpoint:
-                checkpoint.save(run.state_dict(result), result.epoch)
+            if writer:
+                writer.save(run.state_dict(result), result.epoch)
             yield result
-    finally:
-        run.restore_best_weights()
 
 
 def evaluate(
@@ -401,8 +403,8 @@ def _memory_explained() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        reason = str(error).partition("\n")[0]
-        raise DeviceMemoryError(f"out of memory (oom): {reason} Choose a smaller batch or model.") from error
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise DeviceMemoryError(f"out of memory (oom): {reason}. Choose a smaller batch or model.") from error
 
 
 @torch.inference_mode()
