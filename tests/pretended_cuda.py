@@ -258,7 +258,11 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     on_gpu = [each for each in tensors if isinstance(each, GpuTensor)]
     wants_gpu = _is_cuda(kwargs.get("device"))
     if not on_gpu and not wants_gpu:
-        return func(*args, **kwargs)
+        if not kwargs.get("pin_memory"):
+            return func(*args, **kwargs)
+        pinned = func(*args, **{**kwargs, "pin_memory": False})
+        pinned._is_pinned = True
+        return pinned
     if func is aten._to_copy.default and torch._C._current_graph_task_id() != -1:
         # The backward pass of a change of type goes back to the device that C++ sees.
         kwargs, wants_gpu = {**kwargs, "device": CUDA}, True
@@ -454,6 +458,8 @@ def pretended_cuda() -> Iterator[Seen]:
         "torch.cuda._maybe_exchange_device": exchange,
         "torch.cuda.manual_seed_all": lambda seed: None,
         "torch.cuda.manual_seed": lambda seed: None,
+        "torch.cuda.get_rng_state": lambda device="cuda": torch.get_rng_state(),
+        "torch.cuda.set_rng_state": lambda state, device="cuda": None,
         "torch.cuda.is_current_stream_capturing": lambda: False,
         "torch.cuda.is_bf16_supported": lambda including_emulation=True: True,
         "torch.backends.cudnn.is_acceptable": lambda tensor: False,  # weights of recurrent layers stay as they are

@@ -352,6 +352,7 @@ def test_a_state_waits_for_its_writing_no_longer_than_the_longest_rest(
     folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody asks for it: a process that is killed while an epoch takes its time loses that epoch alone."""
+    folder.path.mkdir()
     monkeypatch.setattr(checkpoint, "MAX_REST_S", 0.01)
     with CheckpointWriter(folder) as writer:
         for epoch in (1, 2, 3):

@@ -46,7 +46,8 @@ def test_the_free_memory_of_a_gpu_without_an_index_is_known() -> None:
 def test_an_epoch_leaves_cudnn_on_and_the_choice_of_tf32_to_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     class Watched(ImageNet):
         def forward(self, images: Tensor) -> Tensor:
-            seen.add((torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark))
+            cudnn = torch.backends.cudnn
+            seen.add((cudnn.enabled, cudnn.allow_tf32, cudnn.benchmark == self.training))
             return super().forward(images)
 
     seen: set[tuple[bool, bool, bool]] = set()
@@ -105,7 +106,7 @@ def test_a_gpu_that_works_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None
     tried: list[Any] = []
     monkeypatch.setattr(subprocess, "run", lambda command, **_: tried.append(command))
     assert [choose_device(name) for name in ("auto", "cuda", "cuda:1")] == ["cuda", "cuda", "cuda:1"]
-    assert tried == [[sys.executable, "-c", device._PROBE]]
+    assert tried == [[sys.executable, "-P", "-c", device._PROBE]]
     with pytest.raises(UnknownNameError, match=r"no device 'cuda:2'.*Available: auto, cpu, cuda, cuda:0, cuda:1"):
         choose_device("cuda:2")
 
@@ -213,3 +214,30 @@ def test_a_compiled_step_that_fails_continues_without(
     monkeypatch.setitem(compiled._compiled, "step", fails)
     assert torch.equal(run("step"), run("off"))
     assert "the step cannot be compiled and continues without" in caplog.text
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_running_out_of_memory_in_an_optimizers_first_step_leaves_no_half_made_state(precision: str) -> None:
+    class Full(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            if not failed:
+                failed.append(True)
+                self.state[self.param_groups[0]["params"][0]]["step"] = torch.zeros(())
+                raise OUT_OF_MEMORY
+            return super().step(closure)
+
+    failed: list[bool] = []
+
+    def run(optimizer: type[torch.optim.Optimizer], num_parts: int) -> Tensor:
+        torch.manual_seed(0)
+        model = ImageNet()
+        step = TrainingStep(model, nn.functional.cross_entropy, optimizer(model.parameters()), precision=precision)
+        step.num_parts = num_parts
+        train = image_splits().train
+        assert isinstance(train.inputs, Tensor)
+        for rows in torch.arange(8).split(4):
+            step(train.inputs[rows], train.targets[rows])
+        assert step.num_parts == 2
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    assert torch.equal(run(Full, 1), run(torch.optim.AdamW, 2))

@@ -812,7 +812,7 @@ def test_a_full_disk_ends_the_search_in_one_line(searches: Searches) -> None:
 
 
 def test_damaged_and_hostile_checkpoints_are_not_used(searches: Searches, caplog: pytest.LogCaptureFixture) -> None:
-    """A flipped byte costs what came after the checkpoint before, a forged checkpoint its trial; its code is not run."""
+    """A flipped byte costs what came after an earlier checkpoint, a forged one its trial, and its code is not run."""
     interrupted_in_epoch_3(searches, signal.SIGINT, trials=2, workers=2, epochs=5)
     before = len(searches.footprints())
 

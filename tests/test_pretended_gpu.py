@@ -23,7 +23,7 @@ from hpo.data.datasets import Splits
 from hpo.data.mapped import MappedImages
 from hpo.execution.messages import Assignment, Decision
 from hpo.execution.worker import BEST_WEIGHTS, TrialDescription, refit, run_trial
-from hpo.models import networks
+from hpo.models import networks, preprocessed
 from hpo.models.preprocessed import MirrorAveraged, build_model
 from hpo.objective import DataSpec, Objective, SealedSplit, Split
 from hpo.plugins import Task
@@ -40,6 +40,7 @@ BETWEEN_STEPS = {
     ("copy from pageable memory", "data/datasets.py:_moved"): "the data, once a trial",
     ("copy from pageable memory", "execution/worker.py:_build"): "the model, once a trial",
     ("copy from pageable memory", "execution/worker.py:run_trial"): "the example that costs are measured with",
+    ("copy from pageable memory", "models/preprocessed.py:fit_statistics"): "the statistics of the data, once a trial",
     ("copy from pageable memory", "models/preprocessed.py:predict"): "examples to predict",
     ("copy from pageable memory", "models/preprocessed.py:probabilities"): "examples to predict",
     ("copy from pageable memory", "training/losses.py:training_loss"): "the weights of the classes",
@@ -51,6 +52,10 @@ BETWEEN_STEPS = {
     ("copy to the host", "data/batches.py:_balanced_chances"): "the classes, to draw them alike",
     ("copy to the host", "training/checkpoint.py:<dictcomp>"): "the weights of the trial",
     ("copy to the host", "training/optimizers.py:load_optimizer_state"): "a resumed training",
+    (
+        "item",
+        "models/layers.py:scale_to_unit_variance",
+    ): "layers that are initialised one after the other, once a trial",
     ("item", "training/step.py:state_dict"): "the scale of fp16, in the checkpoint of an epoch",
     ("synchronize", "training/costs.py:_measure_latency"): "the measured latency",
     ("tolist", "models/preprocessed.py:predict"): "the predictions",
@@ -60,10 +65,13 @@ BETWEEN_STEPS = {
 }
 """Where the host may wait, and what for: once an epoch, or once a trial."""
 
-WHERE_THE_BEST_EPOCH_IS_COUNTS = {
+NOT_COMPARED = {
+    # Weights from before a resume lie on the CPU, where none of the later ones is better.
     ("copy from pageable memory", "training/trainer.py:restore_best_weights"),
+    # As many passes as fit into 0.2 s.
+    ("synchronize", "training/costs.py:_measure_latency"),
 }
-"""Waits whose number depends on which epoch is the best: weights from before a resume lie on the CPU."""
+"""Waits whose number does not depend on the number of steps, but on other things."""
 
 IN_EACH_STEP = {
     "fp16 without a fused optimizer": {
@@ -241,9 +249,30 @@ def test_a_trial_runs_waits_between_epochs_alone_and_leaves_nothing(name: str, t
     few, many = (train(case, tmp_path / str(size), batch_size=size) for size in (24, 8))
     assert many.without_cudnn == {}
     assert many.bytes_alive() == 0
-    more = {wait for wait, count in many.waits.items() if count > few.waits[wait]} - WHERE_THE_BEST_EPOCH_IS_COUNTS
+    more = {wait for wait, count in many.waits.items() if count > few.waits[wait]} - NOT_COMPARED
     assert more == IN_EACH_STEP.get(name, set())
     assert many.waits.keys() <= BETWEEN_STEPS.keys() | more
+
+
+def test_the_data_stay_on_the_device_from_trial_to_trial_and_their_statistics_are_kept() -> None:
+    """As a worker places them: what the next trial moves, and computes anew, does not grow with the data."""
+    splits = make_splits()
+    with pretended_cuda() as seen:
+        placed = batches.place(splits, "cuda")
+        assert placed.train.inputs.device.type == "cuda"
+        assert batches.place(placed, "cuda") is placed
+        seen.waits.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            for _ in range(2):
+                model = build_model(make_objective(networks.mlp), splits.spec, {"width": 8}, seed=0).to("cuda")
+                model.fit_statistics(placed.train)
+                patch.setattr(preprocessed, "_uint8_statistics", lambda inputs: pytest.fail("they are known"))
+    assert torch.equal(model.cpu().input_mean, expected_mean(splits))
+
+
+def expected_mean(splits: Splits) -> torch.Tensor:
+    assert isinstance(splits.train.inputs, torch.Tensor)
+    return splits.train.inputs.double().mean((0, 2, 3)).float()[:, None, None]
 
 
 class Recurrent(nn.Module):

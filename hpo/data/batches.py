@@ -20,6 +20,7 @@ from hpo.objective import Split
 if TYPE_CHECKING:
     from hpo.config import TrainConfig
     from hpo.data.datasets import Splits
+    from hpo.data.mapped import MappedImages
 
 DEVICE_SHARE = 0.5
 """Of the device's free memory, what splits that stay there may take."""
@@ -30,6 +31,8 @@ _Rows = Tensor | slice
 
 def place(splits: Splits, device: torch.device | str) -> Splits:
     """The splits on the device, where they leave it room to train; else as they are, to be streamed."""
+    if splits.train.targets.device.type == torch.device(device).type:
+        return splits
     is_mapped = not all(isinstance(split.inputs, Tensor) for split in (splits.train, splits.validation))
     if is_mapped or splits.num_bytes > DEVICE_SHARE * _free_memory(torch.device(device)):
         return splits
@@ -189,7 +192,7 @@ def _streamed(split: Split, batches: Iterable[_Rows], device: torch.device) -> I
 
     def send(rows: _Rows) -> tuple[tuple[Tensor, Tensor], torch.cuda.Event]:
         # torch keeps pinned memory for the next batch, and gives it out only when the copy is done.
-        inputs, targets = (part.pin_memory() for part in _taken(split, rows))
+        inputs, targets = _pinned(split.inputs, rows), _pinned(split.targets, rows)
         with torch.cuda.stream(stream):
             sent = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
             return sent, stream.record_event()
@@ -209,6 +212,17 @@ def _streamed(split: Split, batches: Iterable[_Rows], device: torch.device) -> I
         ahead = following
     if ahead:
         yield receive(*ahead)
+
+
+def _pinned(examples: Tensor | MappedImages, rows: _Rows) -> Tensor:
+    """The examples in these rows, gathered into pinned memory at once."""
+    num_rows = len(range(*rows.indices(len(examples)))) if isinstance(rows, slice) else len(rows)
+    pinned = torch.empty((num_rows, *examples.shape[1:]), dtype=examples.dtype, pin_memory=True)
+    if isinstance(rows, slice):
+        return pinned.copy_(examples[rows])
+    if isinstance(examples, Tensor):
+        return torch.index_select(examples, 0, rows, out=pinned)
+    return examples.index_select(0, rows, out=pinned)
 
 
 def _taken(split: Split, rows: _Rows) -> tuple[Tensor, Tensor]:

@@ -56,9 +56,9 @@ class MappedImages:
         """The images of a slice, read now."""
         return self._images.index_select(0, self.rows[index])
 
-    def index_select(self, dim: int, index: Tensor) -> Tensor:
-        """The images of indices (B,), read now; `dim` is 0."""
-        return self._images.index_select(dim, self.rows[index])
+    def index_select(self, dim: int, index: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """The images of indices (B,), read now, into `out` where it is given; `dim` is 0."""
+        return torch.index_select(self._images, dim, self.rows[index], out=out)
 
     def select(self, indices: Tensor) -> MappedImages:
         """Those of them alone; nothing is read."""

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from hpo.config import TrainConfig, derive_seed
+from hpo.data.batches import place
 from hpo.data.datasets import Splits, all_examples, folds, load_splits
 from hpo.errors import CheckpointError, HpoError, SearchError
 from hpo.execution.messages import (
@@ -76,6 +77,8 @@ def serve(connection: Connection, setup: Setup) -> None:
     line.say(Alive())  # whoever dies from here on dies of its trial
     for assignment in line.assignments():
         try:
+            if not assignment.folds:
+                splits = place(splits, assignment.config.device)  # where they stay for the trials to come
             costs = run_trial(assignment, objective, splits, lambda result: line.ask(EpochDone(result)))
         except (
             Exception,
@@ -188,12 +191,11 @@ def run_trial(
     """
     config = assignment.config
     build = partial(_build, objective, assignment.model_parameters)
-    model = build(splits, config)
-    results = (
-        fit_folds(build, folds(splits, assignment.folds), config, checkpoints=assignment.folder)
-        if assignment.folds
-        else fit(model, splits, config, checkpoint=CheckpointFolder(assignment.folder))
-    )
+    if assignment.folds:
+        results = fit_folds(build, folds(splits, assignment.folds), config, checkpoints=assignment.folder)
+    else:
+        model = build(splits, config)
+        results = fit(model, splits, config, checkpoint=CheckpointFolder(assignment.folder))
     # Closed before the weights are saved: it is then that the model gets those of the best epoch.
     with closing(results):
         for result in results:
@@ -206,6 +208,10 @@ def run_trial(
         return {}
     if not assignment.folds:
         _save(model, assignment, splits.spec, result.best_epoch, result.best_value)
+    elif assignment.costs:
+        model = build(splits, config)
+    else:
+        return {}
     return measure_costs(model, splits.train.inputs[:1].to(config.device), assignment.costs)
 
 
@@ -233,8 +239,9 @@ def _build(
 ) -> PreprocessedModel:
     """The model as a training begins with it."""
     model = build_model(objective, splits.spec, parameters, seed=derive_seed(config.seed, "initialisation"))
+    model = model.to(config.device)
     model.fit_statistics(splits.train)
-    return model.to(config.device)
+    return model
 
 
 def _save(model: nn.Module, assignment: Assignment, spec: DataSpec, best_epoch: int, best_value: float) -> None:

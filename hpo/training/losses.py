@@ -52,7 +52,9 @@ def loss_function(
         data = f"{num_classes} classes" if num_classes else "no classes (a regression)"
         raise UsageError(f"loss '{config.loss}' does not fit data with {data}; use {' or '.join(fitting)}.")
     if not num_classes:
-        return partial(_scaled, _REGRESSION_LOSSES[config.loss], target_scale)
+        # A tensor, so that a compiled step is the same for every fold.
+        scale = torch.tensor(target_scale, dtype=torch.float32, device=config.device)
+        return partial(_scaled, _REGRESSION_LOSSES[config.loss], scale)
 
     def as_tensor(value: float, *, matters: bool) -> Tensor | None:
         # A tensor, so that a compiled step is the same for every trial.
@@ -123,7 +125,7 @@ def target_scale(train: Split) -> float:
     return float(train.targets.double().std(correction=0)) or 1.0
 
 
-def _scaled(loss: LossFunction, scale: float, outputs: Tensor, targets: Tensor) -> Tensor:
+def _scaled(loss: LossFunction, scale: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
     # (B, 1) against (B,) would silently broadcast to (B, B).
     return loss(outputs.reshape(targets.shape).float() / scale, targets / scale)
 

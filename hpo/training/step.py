@@ -64,6 +64,7 @@ class TrainingStep:
         self.num_parts = 1
         """Parts that a batch is taken in."""
         self.scaler = _scaler(model, precision)
+        self._has_stepped = False
 
     @property
     def is_plain(self) -> bool:
@@ -100,10 +101,19 @@ class TrainingStep:
         return result
 
     def _try(self, inputs: Tensor, targets: Tensor) -> StepResult | None:
+        known = set() if self._has_stepped else {*self.optimizer.state}
         try:
-            return self._step(inputs, targets)
+            result = self._step(inputs, targets)
         except torch.OutOfMemoryError:
+            if not self._has_stepped:
+                # An optimizer makes its state in its first step, and takes a half-made one for a whole one.
+                for parameter in {*self.optimizer.state} - known:
+                    del self.optimizer.state[parameter]
+            if self.scaler.is_enabled():
+                self.scaler.update(self.scaler.get_scale())  # lets the gradients be unscaled once more
             return None
+        self._has_stepped = True
+        return result
 
     def _step(self, inputs: Tensor, targets: Tensor) -> StepResult:
         self.optimizer.zero_grad(set_to_none=True)

@@ -205,8 +205,11 @@ class _Run:
             self.step = CompiledStep(self.step, self.compile_mode)
         self._seed(epoch)
         self._thaw(epoch)
-        with _algorithms(deterministic=self.config.deterministic), _memory_explained():
+        deterministic = self.config.deterministic
+        # Not in an evaluation: its other batch sizes, the last one above all, would be tried out as well.
+        with _algorithms(deterministic=deterministic, benchmark=not deterministic), _memory_explained():
             train, grad_norm = self._train()
+        with _algorithms(deterministic=deterministic), _memory_explained():
             candidate = self._candidate(epoch)
             validation = self._validate(candidate)
             probed = self.probe.measure(self.model)
@@ -381,8 +384,8 @@ def _comparable(config: TrainConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def _algorithms(*, deterministic: bool) -> Iterator[None]:
-    """Let torch choose the fastest algorithms for shapes that do not change, or deterministic ones only."""
+def _algorithms(*, deterministic: bool, benchmark: bool = False) -> Iterator[None]:
+    """Let torch use deterministic algorithms only, or with `benchmark` try out which is fastest for each new shape."""
     cudnn = torch.backends.cudnn
     before = torch.are_deterministic_algorithms_enabled(), cudnn.benchmark, cudnn.deterministic
     if deterministic:
@@ -390,7 +393,7 @@ def _algorithms(*, deterministic: bool) -> Iterator[None]:
     try:
         torch.use_deterministic_algorithms(deterministic)
         # One by one: cudnn.flags() would switch cuDNN off and TF32 on, by its defaults (pytorch#77467).
-        cudnn.benchmark, cudnn.deterministic = not deterministic, deterministic
+        cudnn.benchmark, cudnn.deterministic = benchmark, deterministic
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
