@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hpo.pipeline import SearchOutcome
 
 FAILED, INTERRUPTED = 1, 130
-PIPED_WIDTH = 200  # columns of a table in a file or a pipe, which has no width of its own
+PIPED_WIDTH = 200  # columns of a table in a file or a pipe, which have no width
 
 
 class Duration(click.ParamType[float]):
@@ -45,13 +45,15 @@ class InOrder(click.Group):
 
 
 home_option = click.option(
-    "--home", type=click.Path(path_type=Path), help="Folder of everything written. [env: HPO_HOME; default: ./mlruns]"
+    "--home",
+    type=click.Path(path_type=Path),
+    help="Directory for everything hpo writes. [env: HPO_HOME; default: ./mlruns]",
 )
 storage_option = click.option(
     "--storage",
     metavar="URL",
-    help="Database of the studies, for several machines: postgresql+psycopg://USER@HOST/DATABASE. "
-    "[env: HPO_STORAGE; default: in the home]",
+    help="Database that holds the studies; needed when several machines share one: "
+    "postgresql+psycopg://USER@HOST/DATABASE. [env: HPO_STORAGE; default: in the home]",
 )
 tracking_option = click.option(
     "--tracking-uri", metavar="URI", help="MLflow store or server. [env: MLFLOW_TRACKING_URI; default: in the home]"
@@ -59,7 +61,8 @@ tracking_option = click.option(
 data_dir_option = click.option(
     "--data-dir",
     type=click.Path(path_type=Path),
-    help="Where data sets lie or are downloaded to. [env: HPO_DATA_DIR; default: ~/.cache/hpo/data]",
+    help="Directory with the data sets; missing ones are downloaded into it. "
+    "[env: HPO_DATA_DIR; default: ~/.cache/hpo/data]",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the data as JSON.")
 
@@ -78,8 +81,10 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 
 
 study_options = _options(
-    click.option("--trials", type=int, help="Complete and pruned trials of the study in total. [default: 100]"),
-    click.option("--epochs", type=int, help="Epochs of a trial at the most. [default: the task's]"),
+    click.option(
+        "--trials", type=int, help="Total number of finished trials (complete, pruned or diverged). [default: 100]"
+    ),
+    click.option("--epochs", type=int, help="Maximum number of epochs per trial. [default: the task's]"),
     click.option(
         "-p",
         "overrides",
@@ -101,49 +106,58 @@ study_options = _options(
         "--first-rung",
         type=int,
         metavar="N",
-        help="Epochs after which model or sha first prune. [default: a sixth or a fifth]",
+        help="Epochs a trial runs before model or sha may prune it. [default: 1/6 or 1/5 of --epochs]",
     ),
-    click.option("--seed", type=int, help="Seed that everything random follows from. [default: 0]"),
-    click.option("--limit", type=int, metavar="N", help="Use N of the training examples only. [default: all]"),
-    click.option("--space", metavar="NAME|FILE", help="Search another space than the task's own."),
+    click.option("--seed", type=int, help="Seed of everything random. [default: 0]"),
+    click.option("--limit", type=int, metavar="N", help="Use only N training examples. [default: all]"),
+    click.option("--space", metavar="NAME|FILE", help="Search this space instead of the task's own."),
     click.option(
-        "--metric", metavar="NAME", help="What decides, on the validation split: f1, auroc, ... [default: the task's]"
+        "--metric",
+        metavar="NAME",
+        help="Metric to optimise on the validation split: f1, auroc, ... [default: the task's]",
     ),
     click.option(
         "--folds",
         type=int,
         metavar="K",
-        help="For small data: a trial is the mean of K trainings, each judged by another part. [default: one part]",
+        help="K-fold cross-validation, for small data sets: a trial's score is its mean over K folds. [default: off]",
     ),
     click.option(
         "--objective",
         "objectives",
         multiple=True,
         metavar="NAME",
-        help="For a Pareto front: val/METRIC, then params or latency. Repeatable. [default: the metric alone]",
+        help="Optimise several numbers: val/METRIC, then params or latency. Repeatable. [default: the metric]",
     ),
     click.option(
         "--try",
         "tries",
         multiple=True,
         metavar="NAME=VALUE,...",
-        help="Try this configuration first, with defaults for the rest: lr=0.1,optimizer=sgd. Repeatable.",
+        help="First try this configuration, with defaults for the rest: lr=0.1,optimizer=sgd. Repeatable.",
     ),
     click.option(
         "--warm-start",
         "warm_starts",
         multiple=True,
         metavar="STUDY",
-        help="Try the best configurations of an earlier study of the task first. Repeatable.",
+        help="First try the best configurations of an earlier study of this task. Repeatable.",
     ),
 )
 machine_options = _options(
-    click.option("--workers", type=int, metavar="N", help="Trials at a time. [default: one a GPU, else one a core]"),
-    click.option("--timeout", type=Duration(), metavar="TIME", help="Stop after this time: 90, 90s, 30m or 2h."),
+    click.option(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="Trials to run in parallel. [default: one per GPU, or one per CPU core]",
+    ),
+    click.option(
+        "--timeout", type=Duration(), metavar="TIME", help="Stop after this time of training: 90, 90s, 30m or 2h."
+    ),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-    click.option("--precision", metavar="TYPE", help="auto, fp32, bf16 or fp16. [default: auto, bf16 where it pays]"),
-    click.option("--compile", metavar="MODE", help="auto, off, step or graph. [default: auto, step where it pays]"),
-    click.option("--deterministic", is_flag=True, help="Let a GPU use deterministic algorithms only."),
+    click.option("--precision", metavar="TYPE", help="auto, fp32, bf16 or fp16. [default: auto, bf16 if it is faster]"),
+    click.option("--compile", metavar="MODE", help="auto, off, step or graph. [default: auto, step if it is faster]"),
+    click.option("--deterministic", is_flag=True, help="Use only deterministic GPU algorithms (slower)."),
     click.option(
         "--keep", type=int, default=5, show_default=True, metavar="K", help="Keep the weights of the K best trials."
     ),
@@ -154,12 +168,12 @@ machine_options = _options(
 @click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, "-V", "--version", prog_name="hpo")
 def cli() -> None:
-    """Search hyperparameters of PyTorch models, and keep every run in MLflow.
+    """Search hyperparameters of PyTorch models, and record every run in MLflow.
 
     \b
-    hpo search digits --trials 20     search; the same command again goes on where it stopped
-    hpo best digits                   the winner, its scores and how to load it
-    hpo ui                            curves, plots and checkpoints in the browser
+    hpo search digits --trials 20     search; run it again to resume
+    hpo best digits                   show the winner and its scores
+    hpo ui                            show curves, plots and checkpoints in the browser
     """
 
 
@@ -169,14 +183,12 @@ def cli() -> None:
 @machine_options
 @home_option
 @storage_option
-@click.option("--executor", default="local", show_default=True, help="Where trials run: local, or ray (a cluster).")
-@click.option(
-    "--address", metavar="HOST:PORT", help="The Ray cluster. [default: the one that this machine is a node of]"
-)
+@click.option("--executor", default="local", show_default=True, help="Where trials run: local, or ray (a Ray cluster).")
+@click.option("--address", metavar="HOST:PORT", help="Ray cluster. [default: the cluster this machine belongs to]")
 @click.option(
     "--gpus-per-trial", type=float, metavar="N", help="With Ray: 0.25 puts four trials on a GPU. [default: 0, on CPUs]"
 )
-@click.option("--join", is_flag=True, help="Search beside others that search the study already.")
+@click.option("--join", is_flag=True, help="Join a search that is already running on other machines.")
 @tracking_option
 @json_option
 def search(as_json: bool, **request: Any) -> None:
@@ -188,8 +200,8 @@ def search(as_json: bool, **request: Any) -> None:
     hpo search digits --trials 20
     hpo search cifar10 --trials 100 -p optimizer=sgd -p batch_size=256,512
 
-    An interrupted or crashed search goes on with the same command; a larger --trials adds to it.
-    Settings that are not given again stay as the study has them.
+    Run the same command again to resume a search; raise --trials to extend it.
+    Options you leave out keep the study's values.
     """
     from hpo.pipeline import run_search
 
@@ -204,7 +216,7 @@ def search(as_json: bool, **request: Any) -> None:
 @tracking_option
 @json_option
 def submit(as_json: bool, **request: Any) -> None:
-    """Queue a study of TASK for the workers of several machines.
+    """Queue a study of TASK for several machines.
 
     TASK is a name from `hpo tasks`: only names and settings travel, never code.
 
@@ -227,9 +239,9 @@ def submit(as_json: bool, **request: Any) -> None:
 @tracking_option
 @json_option
 def worker(as_json: bool, **request: Any) -> None:
-    """Run trials of STUDY on this machine, beside others.
+    """Run trials of a queued STUDY on this machine.
 
-    It ends when the study has all its trials; Ctrl-C or SIGTERM leaves earlier, and others go on with its trials.
+    Exits when the study is complete. Ctrl-C or SIGTERM leaves early; other workers take over its trials.
 
     \b
     hpo worker digits --storage postgresql+psycopg://hpo@db/hpo --tracking-uri http://mlflow:5000
@@ -272,8 +284,8 @@ def tasks(as_json: bool) -> None:
 
 @cli.command()
 @click.argument("task")
-@click.option("-p", "overrides", multiple=True, metavar="NAME=VALUES", help="Narrow a parameter, as in `hpo search`.")
-@click.option("--space", metavar="NAME|FILE", help="Show another space than the task's own.")
+@click.option("-p", "overrides", multiple=True, metavar="NAME=VALUES", help="Narrow a parameter, as in hpo search.")
+@click.option("--space", metavar="NAME|FILE", help="Show this space instead of the task's own.")
 @json_option
 def space(task: str, overrides: tuple[str, ...], space: str | None, as_json: bool) -> None:
     """Show the search space of TASK, in tuning priority.
@@ -292,18 +304,18 @@ def space(task: str, overrides: tuple[str, ...], space: str | None, as_json: boo
 @cli.command()
 @click.argument("task")
 @click.option("-p", "overrides", multiple=True, metavar="NAME=VALUES", help="Check other values: lr=0.1. Repeatable.")
-@click.option("--space", metavar="NAME|FILE", help="Check another space than the task's own.")
-@click.option("--limit", type=int, metavar="N", help="Use N of the training examples only. [default: all]")
+@click.option("--space", metavar="NAME|FILE", help="Check this space instead of the task's own.")
+@click.option("--limit", type=int, metavar="N", help="Use only N training examples. [default: all]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @data_dir_option
 @home_option
 @tracking_option
 @json_option
 def check(as_json: bool, **request: Any) -> None:
-    """Check the data of TASK, and whether its network learns, before you search.
+    """Check the data and the network of TASK before you search.
 
-    Each line says ok, warning or wrong, and what to do; the exit code is 1 where something is wrong.
-    The network is that of the default configuration. It takes seconds, and for large networks on a CPU minutes.
+    Each line says ok, warning or wrong, and what to do. The exit code is 1 if anything is wrong.
+    The network is that of the default configuration. This takes seconds, or minutes for large networks on a CPU.
 
     \b
     hpo check digits
@@ -323,7 +335,7 @@ def check(as_json: bool, **request: Any) -> None:
 @storage_option
 @json_option
 def studies(home: Path | None, storage: str | None, as_json: bool) -> None:
-    """List the studies, and who searches them now.
+    """List the studies, and who is searching them.
 
     \b
     hpo studies
@@ -336,12 +348,12 @@ def studies(home: Path | None, storage: str | None, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("study")
-@click.option("--top", type=click.IntRange(min=1), help="Only the best N trials. [default: all, in order]")
+@click.option("--top", type=click.IntRange(min=1), help="Show only the best N trials. [default: all, in order]")
 @home_option
 @storage_option
 @json_option
 def show(study: str, top: int | None, home: Path | None, storage: str | None, as_json: bool) -> None:
-    """Show the trials of STUDY and what it has learned.
+    """Show the trials and findings of STUDY.
 
     \b
     hpo show digits --top 10
@@ -372,17 +384,23 @@ def best(study: str, home: Path | None, storage: str | None, as_json: bool) -> N
 @cli.command()
 @click.argument("study")
 @click.option(
-    "--keep", type=click.IntRange(min=1), default=5, show_default=True, metavar="K", help="Keep those of the K best."
+    "--keep",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    metavar="K",
+    help="Number of best trials whose weights to keep.",
 )
-@click.option("--dry-run", is_flag=True, help="Say what would go, and remove nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would be removed without removing it.")
 @home_option
 @storage_option
 @tracking_option
 @json_option
 def gc(as_json: bool, **request: Any) -> None:
-    """Remove the weights of the weak trials of STUDY, and what dead searches have left.
+    """Delete weights of STUDY that are no longer needed.
 
-    Parameters, curves and plots stay, and so do the checkpoints of trials that can go on.
+    Keeps the best trials. Also deletes files left by crashed searches. Parameters, curves and plots stay, and so do
+    the checkpoints of trials that can continue.
 
     \b
     hpo gc digits --keep 3 --dry-run
@@ -397,15 +415,13 @@ def gc(as_json: bool, **request: Any) -> None:
 @cli.command()
 @click.argument("study", required=False)
 @click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Port to listen on.")
-@click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; this machine alone by default."
-)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @home_option
 @tracking_option
 def ui(study: str | None, port: int, host: str, home: Path | None, tracking_uri: str | None) -> None:
-    """Open the MLflow UI, at STUDY if one is named.
+    """Open the MLflow UI, at STUDY if given.
 
-    Ctrl-C ends it.
+    Press Ctrl-C to stop it.
 
     \b
     hpo ui digits
@@ -419,7 +435,7 @@ def ui(study: str | None, port: int, host: str, home: Path | None, tracking_uri:
 
 def main() -> None:
     """Run the command line: every expected failure is one line on stderr and an exit code, without a traceback."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: whatever is open is ended
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: everything that is open is closed
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hpo").setLevel(logging.INFO)
     try:
@@ -432,7 +448,7 @@ def main() -> None:
     except HpoError as error:
         _fail(str(error), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted", INTERRUPTED)
+        _fail("interrupted; run the same command again to resume", INTERRUPTED)
 
 
 def _fail(message: str, exit_code: int) -> None:
@@ -443,7 +459,7 @@ def _fail(message: str, exit_code: int) -> None:
 def _console(stderr: bool = False) -> Console:
     from rich.console import Console
 
-    # Names and messages may hold brackets, which are no markup.
+    # Names and messages may contain brackets, which are not markup.
     console = Console(stderr=stderr, highlight=False, markup=False)
     if not console.is_terminal:
         console.width = PIPED_WIDTH

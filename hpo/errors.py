@@ -1,14 +1,18 @@
 """The exceptions that a user can meet.
 
-HpoError                    something expected went wrong; the message is for the user
-├── UsageError              what was given is wrong; nothing was written        (exit code 2)
+HpoError                    something expected went wrong; the message is for the user   (exit code 1)
+├── UsageError              what was given is wrong                                       (exit code 2)
 │   ├── UnknownNameError    no such task, space, study, strategy, ...; suggests a near miss
 │   ├── SpaceError          a search space, one of its parameters, or a `-p` override
-│   ├── StudyMismatchError  the study of that name was made with other settings
+│   ├── StudyMismatchError  the study of that name was created with other settings
 │   ├── DataError           a data set is missing or damaged
-│   └── StoreError          the home, or a store, cannot be used; hpo.search.storage has OutageError
-├── CheckpointError         a checkpoint is damaged, or is not ours
-└── SearchError             the search had to stop before it was done           (exit code 1)
+│   └── StoreError          the home or a store cannot be used, at the start or later (full disk)
+│       └── OutageError     the database does not answer (hpo.search.rdb)
+├── CheckpointError         a checkpoint is damaged, or was not written by hpo
+├── DeviceMemoryError       a training does not fit into the memory of its device
+└── SearchError             the search had to stop before it was complete
+
+TrialTakenError (hpo.search.study) is internal: another session has taken a trial over.
 """
 
 from collections.abc import Iterable
@@ -22,13 +26,13 @@ class HpoError(Exception):
 
 
 class UsageError(HpoError, ValueError):
-    """What was given is wrong. Raised before any work starts and before anything is written."""
+    """What was given is wrong. Except for StoreError, raised before any work starts and before anything is written."""
 
     exit_code = 2
 
 
 class UnknownNameError(UsageError):
-    """No such thing; names the near miss and what there is."""
+    """No such name; suggests a near miss and lists what exists."""
 
     def __init__(self, kind: str, given: str, available: Iterable[str], advice: str = "") -> None:
         names = list(available)
@@ -55,7 +59,7 @@ class SpaceError(UsageError):
 
 
 class StudyMismatchError(UsageError):
-    """A study of that name exists and was made with other settings."""
+    """A study of that name exists and was created with other settings."""
 
 
 class DataError(UsageError):
@@ -63,11 +67,11 @@ class DataError(UsageError):
 
 
 class StoreError(UsageError):
-    """The home, or a store in it, cannot be used."""
+    """The home, or a store in it, cannot be used; a full disk or an outage can raise it during a search."""
 
 
 class CheckpointError(HpoError):
-    """A checkpoint is damaged, or was not written by us."""
+    """A checkpoint is damaged, or was not written by hpo."""
 
 
 class DeviceMemoryError(HpoError):
@@ -75,4 +79,4 @@ class DeviceMemoryError(HpoError):
 
 
 class SearchError(HpoError):
-    """The search had to stop before it was done."""
+    """The search had to stop before it was complete."""

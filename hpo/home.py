@@ -80,7 +80,7 @@ def require_space(home: Path, num_bytes: int) -> None:
 def require_home(home: Path) -> Path:
     """The home, if there is one: a command that only looks must not make it."""
     if not home.is_dir():
-        raise UsageError(f"there is no home {home} yet; begin with `hpo search`, or name another with --home.")
+        raise UsageError(f"there is no home {home} yet; start with `hpo search`, or choose another with --home.")
     return home
 
 

@@ -142,7 +142,7 @@ def _own_space(objective: Objective) -> Space:
         return objective.space
     if objective.name not in registered(SEARCH_SPACES):
         raise UsageError(
-            f"task '{objective.name}' has no search space; give its Objective a space=, or name one with --space."
+            f"task '{objective.name}' has no search space; add space= to its Objective, or select one with --space."
         )
     space: Space = _load(SEARCH_SPACES, objective.name, Space).value
     return space
@@ -157,7 +157,7 @@ def _import_module(name: str) -> ModuleType:
 
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise UsageError(f"there is no file {path}; name a registered task (see `hpo tasks`) or a FILE.py.")
+        raise UsageError(f"there is no file {path}; use a registered task (see `hpo tasks`) or a FILE.py.")
     _make_importable(path.parent)  # its neighbours, as `python FILE.py` would find them
     spec = importlib.util.spec_from_file_location(f"hpo_task_{path.stem}", path)
     assert spec is not None, "a .py file always has a loader"

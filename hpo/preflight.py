@@ -31,7 +31,7 @@ def load_dataset(task: Task, data_dir: Path) -> Dataset:
     except (Exception, SystemExit) as error:  # reading is a stranger's code and may raise anything
         raise DataError(f"the data of task '{name}' cannot be loaded: {type(error).__name__}: {error}") from error
     if not isinstance(dataset, Dataset):
-        raise DataError(f"load of task '{name}' must give a Dataset, but gave a {type(dataset).__name__}.")
+        raise DataError(f"load of task '{name}' must return a Dataset, but returned a {type(dataset).__name__}.")
     if not isinstance(dataset.test, SealedSplit) or len(dataset.test) == 0:
         raise DataError(f"the data of task '{name}' have no test split; hpo.data.datasets.hold_out makes one.")
     return dataset
@@ -83,7 +83,7 @@ def _check_model(task: Task, splits: Splits) -> None:
     wanted = (2, splits.spec.num_outputs) if splits.spec.classes else (2,)
     if shape != wanted:
         raise UsageError(
-            f"the model of task '{task.objective.name}' gives outputs of shape {shape} for 2 examples, not {wanted}."
+            f"the model of task '{task.objective.name}' returns outputs of shape {shape} for 2 examples, not {wanted}."
         )
     check_fine_tuning(model, task.train_config(values))
 

@@ -114,7 +114,7 @@ class ProgressLines(Observer):
         self._tally = Tally(start)
         if self._tally.num_finished:
             so_far = f"{self._tally.describe_counts()}, {self._tally.describe_best()}"
-            self._print(f"study '{start.study}' goes on: {so_far}")
+            self._print(f"resuming study '{start.study}': {so_far}")
 
     def study_moved(self, standing: Standing) -> None:
         assert self._tally is not None, "a search starts before others are seen"

@@ -47,7 +47,7 @@ def print_outcome(console: Console, outcome: SearchOutcome) -> None:
     console.print(f"Runs, curves and checkpoints are in {outcome.home}", soft_wrap=True)
     home = "" if outcome.home == find_home() else f" --home {shlex.quote(str(outcome.home))}"
     if outcome.is_done and outcome.counts["queued"]:
-        console.print("What is queued is tried with a larger --trials.")
+        console.print("Some configurations are still queued; raise --trials to run them.")
     if not outcome.is_done:
         console.print(_what_is_missing(outcome))
     elif outcome.all_diverged:
@@ -142,7 +142,7 @@ def _study_row(study: Study, searchers: list[str]) -> dict[str, Any]:
 
 def print_studies(console: Console, rows: list[dict[str, Any]]) -> None:
     if not rows:
-        console.print("There is no study yet. Begin with: hpo search digits --trials 20")
+        console.print("There is no study yet. Start one with: hpo search digits --trials 20")
         return
     table = _table(*rows[0])
     for row in rows:
@@ -233,7 +233,7 @@ def print_checklist(console: Console, checklist: Checklist) -> None:
 
 
 def print_submitted(console: Console, facts: dict[str, Any]) -> None:
-    console.print(f"Study '{facts['study']}' waits for {facts['missing']} of {facts['trials']} trials.")
+    console.print(f"Study '{facts['study']}' is queued: {facts['missing']} of {facts['trials']} trials still to run.")
     console.print(f"On each machine: hpo worker {facts['study']} --storage ...", soft_wrap=True)
 
 
@@ -275,7 +275,7 @@ def best_facts(name: str, home: Path | None, storage: str | None = None) -> dict
 
 def print_best(console: Console, facts: dict[str, Any]) -> None:
     if facts["winner"] is None:
-        console.print(f"Study '{facts['study']}' has no finished trial yet; go on with `hpo search`.")
+        console.print(f"Study '{facts['study']}' has no finished trial yet; resume it with `hpo search`.")
         return
     _print_winner(console, Winner(**facts["winner"]))
     home = "" if facts["home"] == str(find_home()) else f", home={facts['home']!r}"
@@ -314,7 +314,7 @@ def _over_folds(num_folds: int | None) -> str:
 
 def _describe_test(winner: Winner) -> str:
     if winner.test is None:
-        return "not read yet: it is, once, when the search has reached its end"
+        return "not evaluated yet: the test split is read once, when the search is complete"
     scores = ", ".join(f"{name} {_score(value)}" for name, value in winner.test.items())
     times = (
         "once" if winner.num_test_readings == 1 else f"{winner.num_test_readings} times, once for each winner so far"

@@ -120,7 +120,7 @@ def _check_executor(executor: str, address: str | None, gpus_per_trial: float | 
         raise UnknownNameError("executor", executor, EXECUTORS)
     for option, given in (("--address", address), ("--gpus-per-trial", gpus_per_trial)):
         if executor != "ray" and given is not None:
-            raise UsageError(f"{option} {given} is for --executor ray; leave it out.")
+            raise UsageError(f"{option} {given} is for --executor ray; omit it.")
     if executor == "ray" and device != "auto":
         raise UsageError(f"--device {device} is for workers of this machine; with Ray --gpus-per-trial decides.")
     if gpus_per_trial is not None and not 0 <= gpus_per_trial < math.inf:
@@ -229,8 +229,7 @@ def _suit_several_objectives(chosen: dict[str, Any], given: Mapping[str, Any]) -
         chosen["pruner"] = "none"
     if chosen["pruner"] != "none":
         raise UsageError(
-            f"--pruner {chosen['pruner']} compares trials by one objective; with several leave it out, or give "
-            "--pruner none."
+            f"--pruner {chosen['pruner']} compares trials by one objective; with several, omit it or use --pruner none."
         )
     if chosen["strategy"] == "cmaes":
         raise UsageError("--strategy cmaes has one objective; with several use priority, tpe, gp, random, grid or qmc.")
@@ -255,7 +254,7 @@ def find_proposals(
     """
     if settings.strategy == "grid" and (tries or warm_starts):
         option = f"--try {tries[0]}" if tries else f"--warm-start {warm_starts[0]}"
-        raise UsageError(f"{option} is not for --strategy grid, which runs the points of its grid alone; leave it out.")
+        raise UsageError(f"{option} is not for --strategy grid, which runs only the points of its grid; omit it.")
     study = read_study(means, name)
     proposals = [Proposal(TRIED_BY_HAND, [settings.space.configure(text) for text in tries])] if tries else []
     for source in warm_starts:
@@ -268,7 +267,7 @@ def find_proposals(
 
 def _read_source(means: Means, source: str, name: str, task: str) -> Study:
     if source == name:
-        raise UsageError(f"--warm-start {source} is the study itself, which goes on anyway; leave it out.")
+        raise UsageError(f"--warm-start {source} is the study itself, which is resumed anyway; omit it.")
     earlier = Study.load(read_storage(means.home, means.storage), source)
     if earlier.settings.task != task:
         raise UsageError(
@@ -295,7 +294,7 @@ def agreed_tracking_uri(means: Means, study: Study | None) -> str | None:
     if given not in (None, so_far):
         raise StudyMismatchError(
             f"the runs of study '{study.name}' are in {without_password(so_far)}, "
-            f"not in {without_password(given or '')}; leave --tracking-uri away, or use another name with --study."
+            f"not in {without_password(given or '')}; omit --tracking-uri, or choose another name with --study."
         )
     return so_far
 

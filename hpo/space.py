@@ -335,7 +335,7 @@ class Space:
         for name in texts:
             if name not in active:
                 condition = describe_conditions(self.parameters[name].when)
-                raise self._error(name, f"is active only when {condition}; say so in --try {text}, or leave it out")
+                raise self._error(name, f"is active only when {condition}; set that in --try {text}, or omit it")
         return values
 
     def _narrow_one(self, name: str, texts: Mapping[str, str]) -> Parameter:

@@ -363,7 +363,7 @@ def test_a_training_that_had_no_time_is_not_called_wrong(monkeypatch: pytest.Mon
     train, validation = (shuffled(points(200, seed=seed)) for seed in (0, 1))
     verdict = check_baseline(subject(train=train, validation=validation))
     assert verdict.state == "warning"
-    assert verdict.advice.startswith("the time sufficed for too few steps (1) to tell")
+    assert verdict.advice.startswith("only 1 steps fit into the time limit, too few to tell")
 
 
 def test_rare_classes_are_compared_by_the_metric_of_the_task() -> None:

@@ -120,8 +120,8 @@ BAD_INPUT = [
     ("search digits --keep 0", "--keep 0 is not allowed: it must be at least 1"),
     ("search digits --executor dask", "no executor 'dask'.* Available: local, ray"),
     ("search digits --executor ray --gpus-per-trial -1", "--gpus-per-trial -1 is not allowed: it must be 0 or more"),
-    ("search digits --gpus-per-trial 0.5", "--gpus-per-trial 0.5 is for --executor ray; leave it out"),
-    ("search digits --address head:6379", "--address head:6379 is for --executor ray; leave it out"),
+    ("search digits --gpus-per-trial 0.5", "--gpus-per-trial 0.5 is for --executor ray; omit it"),
+    ("search digits --address head:6379", "--address head:6379 is for --executor ray; omit it"),
     ("search digits --executor ray --device cpu", "--device cpu is for workers of this machine; with Ray --gpus-per"),
     ("search digits --executor ray --address 127.0.0.1:1", "no Ray cluster at --address 127.0.0.1:1"),
     ("search digits --join", "several machines need one database: give --storage postgresql"),
@@ -130,12 +130,12 @@ BAD_INPUT = [
         "is sqlite, whose locks .* do not work between machines",
     ),
     ("search digits --storage mysql://u:secret@h/d", "'mysql://u:\\*\\*\\*@h/d' is not PostgreSQL"),
-    ("search digits --storage nonsense", "'nonsense' is no address of a database; give postgresql"),
+    ("search digits --storage nonsense", "'nonsense' is not a database URL; give postgresql"),
     ("search digits --storage postgresql://u@127.0.0.1:1/d", "no PostgreSQL answers at postgresql://u@127.0.0.1:1/d"),
     ("submit digits", "several machines need one database: give --storage postgresql"),
     ("submit my_task.py --storage postgresql://u@127.0.0.1:1/d", "no registered task 'my_task.py'.*names, not files"),
     ("worker digits", "several machines need one database: give --storage postgresql"),
-    ("gc digits", "there is no home .*begin with"),
+    ("gc digits", "there is no home .*start with"),
     ("gc digits --keep 0", "0 is not in the range x>=1"),
     ("search digits --device gpu", "no device 'gpu'.* Available: auto, cpu"),
     ("search digits --device cuda:99", "no device 'cuda:99'.* Available: auto, cpu"),
@@ -154,7 +154,7 @@ BAD_INPUT = [
     ("search digits --try lr=7", "lr \\(in 'step size'\\): 7 is outside 0.0001:0.3 \\(--try lr=7\\)"),
     ("search digits --try lr=0.1,lr=0.2", "lr is given twice: --try lr=0.1 and --try lr=0.2"),
     ("search digits --try lr=0.1:0.2", "'0.1:0.2' is not a number; allowed is 0.0001:0.3"),
-    ("search digits --try optimizer=adam,momentum=0.9", "momentum .* is active only when optimizer is sgd; say so"),
+    ("search digits --try optimizer=adam,momentum=0.9", "momentum .* is active only when optimizer is sgd; set that"),
     ("search digits -p optimizer=adam --try optimizer=sgd", "'sgd' is not one of adam"),
     ("search digits --strategy grid --try lr=0.1", "--try lr=0.1 is not for --strategy grid, which runs the points"),
     ("search digits --warm-start nothing", "no study 'nothing'"),
@@ -186,7 +186,7 @@ BAD_INPUT = [
     ("search digits --objective val/accuracy --objective params --objective params", "params is given twice"),
     (
         "search digits --objective val/accuracy --objective params --pruner sha",
-        "--pruner sha compares trials by one objective; with several leave it out, or give --pruner none",
+        "--pruner sha compares trials by one objective; with several, omit it or use --pruner none",
     ),
     (
         "search digits --objective val/accuracy --objective params --strategy cmaes",
@@ -211,7 +211,7 @@ BAD_INPUT = [
     ("search digits --study ..", "'..' cannot name a study"),
     ("search digits --study a/b", "'a/b' cannot name a study"),
     ("search digits --study " + "x" * 65, "cannot name a study: use 1 to 64 letters"),
-    ("search digits --tracking-uri ftp://x", "the tracking URI 'ftp://x' is not one of http://"),
+    ("search digits --tracking-uri ftp://x", "tracking URI 'ftp://x' is not supported: use http://"),
     ("search digits --home syntax.py", "the home .*syntax.py cannot be written: .*--home or HPO_HOME"),
     ("search missing.py", "there is no file .*missing.py"),
     ("search syntax.py", "syntax.py cannot be imported: SyntaxError"),
@@ -220,7 +220,7 @@ BAD_INPUT = [
     ("search wrong_type.py", "wrong_type.py must define `objective = Objective\\(...\\)`, but has a int"),
     ("search no_such_module:objective", "no_such_module cannot be imported: ModuleNotFoundError"),
     ("search hpo.objectives.digits:nothing", "must define `nothing = Objective\\(...\\)`"),
-    ("search no_space.py", "task 'mine' has no search space; give its Objective a space=, or name one with --space"),
+    ("search no_space.py", "task 'mine' has no search space; add space= to its Objective, or select one with --space"),
     (
         "search dead_parameter.py",
         "no setting of the trainer or keyword of the model 'learning_rate'; did you mean 'lr'",
@@ -231,7 +231,7 @@ BAD_INPUT = [
     ("search wrong_loss.py", "loss 'mse' does not fit data with 10 classes; use cross_entropy"),
     ("search flipped_vectors.py", "augment='flip' is for images"),
     ("search no_data.py", "the data of task 'mine' cannot be loaded: FileNotFoundError: no data.csv"),
-    ("search no_dataset.py", "load of task 'mine' must give a Dataset, but gave a NoneType"),
+    ("search no_dataset.py", "load of task 'mine' must return a Dataset, but returned a NoneType"),
     ("search no_class.py", "the targets are from 0 to 9; 9 classes have the indices from 0"),
     ("search float_targets.py", "targets must be the classes' indices, int64 of shape \\(N,\\), not torch.float32"),
     ("search exits.py", "exits.py cannot be imported: SystemExit: no licence"),
@@ -245,7 +245,7 @@ BAD_INPUT = [
     ("show nothing", "no study 'nothing'"),
     ("show nothing --top 0", "Invalid value for '--top'"),
     ("best nothing", "no study 'nothing'"),
-    ("ui", "there is no home .*mlruns yet; begin with `hpo search`"),
+    ("ui", "there is no home .*mlruns yet; start with `hpo search`"),
     ("ui nothing --port 99999", "Invalid value for '--port'"),
 ]
 
@@ -351,7 +351,7 @@ def test_json_is_json_and_says_the_same(searched: Answer, hpo: Callable[[str], A
     assert sum(map(sum, winner["confusion"]["counts"])) == 360
     outcome = hpo("search digits --json")
     assert json.loads(outcome.out)["winner"] == winner
-    assert "study 'digits' goes on: 3/3 trials" in outcome.err
+    assert "resuming study 'digits': 3/3 trials" in outcome.err
 
 
 def test_the_tasks_and_their_spaces_can_be_looked_at(hpo: Callable[[str], Answer]) -> None:

@@ -52,7 +52,7 @@ from hpo.trial import TrialRecord
 PATIENCE_S = 120.0  # until a condition that must come true counts as missed, on a busy machine
 GONE_WITHIN_S = 5.0  # the promise, of a machine that has nothing else to do
 
-STOPPING = "stopping after this epoch; once more to stop at once"
+STOPPING = "stopping after the current epoch; press Ctrl-C again to stop now"
 
 # The digits, with a model that leaves a footprint in each epoch, waits where it is held, and misbehaves as asked.
 TASK = """

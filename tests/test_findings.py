@@ -289,7 +289,7 @@ def test_what_goes_wrong_in_the_best_trial_is_told() -> None:
     assert [text.partition(":")[0] for text in texts(find_symptoms(study))] == [
         "Trial 0, the best, overfits from epoch 6",
         "Trial 0, the best, has gradients that vanish up to layer 3",
-        "Trial 0, the best, has 70% dead units, which answer to no example",
+        "Trial 0, the best, has 70% dead units (inactive for every example)",
     ]
 
 

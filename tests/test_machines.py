@@ -686,7 +686,7 @@ def test_a_machine_leaves_and_one_comes_back_and_nobody_waits_for_a_lease(team: 
     team.reached("bert", 2, anna, bert)
 
     anna.signal(signal.SIGINT)
-    wait_until(lambda: "stopping after this epoch; once more to stop at once" in anna.said, bert)
+    wait_until(lambda: "stopping after the current epoch; press Ctrl-C again to stop now" in anna.said, bert)
     team.release("anna", 2)
     assert anna.finish() == 130, anna.said
     assert "Interrupted" in anna.said

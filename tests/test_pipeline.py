@@ -615,7 +615,7 @@ def test_a_second_signal_leaves_in_the_midst_of_an_epoch_and_nothing_is_left_run
         time.sleep(0.1)
     time.sleep(1)  # the trial has begun; its epoch will not end in ten minutes
     process.send_signal(signal.SIGINT)
-    assert process.stdout.readline() == "stopping after this epoch; once more to stop at once\n"
+    assert process.stdout.readline() == "stopping after the current epoch; press Ctrl-C again to stop now\n"
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

@@ -315,7 +315,7 @@ def test_a_worker_that_finds_no_task_says_so(setup: Setup) -> None:
     unfit = replace(setup, task_reference="gone.py")
     with (
         RayWorkers(unfit, num_workers=1, address="auto", gpus_per_trial=0) as workers,
-        pytest.raises(SearchError, match=r"a worker cannot begin: .*gone\.py"),
+        pytest.raises(SearchError, match=r"a worker cannot start: .*gone\.py"),
     ):
         wait_until(lambda: bool(list(workers.events(0.1))))
 
@@ -361,26 +361,26 @@ def test_the_room_on_a_node(cpus: float, gpus: float, share: float, num_workers:
 
 
 def test_only_a_worker_is_let_in_and_a_stranger_holds_up_nobody(caplog: pytest.LogCaptureFixture) -> None:
-    door = ray_workers._Door("127.0.0.1")
+    listener = ray_workers._Listener("127.0.0.1")
     try:
-        with socket.create_connection(door.address), socket.create_connection(door.address) as babbler:
+        with socket.create_connection(listener.address), socket.create_connection(listener.address) as babbler:
             babbler.sendall(b"GET / HTTP/1.1\r\n\r\n")
             with pytest.raises(AuthenticationError):
-                Client(door.address, authkey=b"a guess")
-            with Client(door.address, authkey=door.key) as worker:
+                Client(listener.address, authkey=b"a guess")
+            with Client(listener.address, authkey=listener.key) as worker:
                 worker.send_bytes(b"3")
-                assert wait([door.bell], START_S)
-                number, connection = door.let_in()
+                assert wait([listener.wakeup_socket], START_S)
+                number, connection = listener.accept()
                 assert number == 3
                 connection.send_bytes(b"welcome")
                 assert worker.recv_bytes() == b"welcome"
                 connection.close()
             wait_until(lambda: len(caplog.messages) == 2)
-            assert not wait([door.bell], 0)
+            assert not wait([listener.wakeup_socket], 0)
     finally:
-        door.close()
+        listener.close()
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(door.address)
+        socket.create_connection(listener.address)
 
 
 @pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "local", "head", "127.0.0.1:"])

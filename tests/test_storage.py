@@ -141,8 +141,8 @@ def start(url: str) -> Iterator[Callable[..., Process]]:
         ("sqlite:///optuna.db", "sqlite, whose locks and write-ahead log do not work between machines"),
         ("mysql://me:s3cret@host/db", "not PostgreSQL with psycopg"),
         ("postgresql+psycopg2://me:s3cret@host/db", "not PostgreSQL with psycopg"),
-        ("studies.db", "no address of a database"),
-        ("postgresql://me:s3cret@host:port/db", "no address of a database"),
+        ("studies.db", "is not a database URL"),
+        ("postgresql://me:s3cret@host:port/db", "is not a database URL"),
     ],
 )
 def test_an_address_that_is_not_postgresql_is_refused_with_what_to_give(
@@ -516,7 +516,7 @@ def test_after_its_patience_the_storage_says_that_the_same_command_goes_on(
     shared: StudyStorage, postgres: Postgres, caplog: pytest.LogCaptureFixture
 ) -> None:
     shared.patience_s = 0.5
-    with postgres.outage(), pytest.raises(OutageError, match=r"does not answer .*the same command goes on") as end:
+    with postgres.outage(), pytest.raises(OutageError, match=r"does not answer .*run the same command again") as end:
         shared.get_all_studies()
 
     assert_one_line_without_secrets(end.value)

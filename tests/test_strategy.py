@@ -309,7 +309,7 @@ def goes_on(
 ) -> bool:
     """Whether a trial at x that has shown two epochs of eight goes on; `held` is what the next one would not search."""
     curve = [sign * loss for loss in late_bloomer(x, 2)]
-    return Surrogate(LINE).deserves_its_epochs(
+    return Surrogate(LINE).is_worth_continuing(
         past_trial(x, curve, TrialState.RUNNING, len(trials)),
         trials,
         held or {},

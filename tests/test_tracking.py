@@ -215,7 +215,7 @@ def test_a_tracking_uri_that_is_none_is_refused_before_anything_is_written(tmp_p
 
 
 def test_a_home_with_a_question_mark_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"holds a '\?'.*--home"):
+    with pytest.raises(StoreError, match=r"contains '\?'.*--home"):
         open_store(tmp_path / "what?")
 
 

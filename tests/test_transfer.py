@@ -153,7 +153,7 @@ def test_a_photo_to_predict_is_read_as_those_of_the_training(folder: Path) -> No
 
 
 def test_a_folder_that_is_none_is_refused_in_a_line(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"there is no folder .*nowhere"):
+    with pytest.raises(DataError, match=r"there is no directory .*nowhere"):
         load_image_folder(folder / "nowhere")
     with pytest.raises(DataError, match="red must hold a folder of photos for each of two or more classes"):
         load_image_folder(folder / "red")
@@ -279,7 +279,7 @@ def test_weights_that_do_not_fit_are_refused_in_a_line(tmp_path: Path, weights: 
         DataError, match=r"no weights 'nofile' for resnet18: give one of default, none, IMAGENET1K_V1, or"
     ):
         pretrained(architecture="resnet18", weights="nofile")
-    with pytest.raises(DataError, match=r"are no state dict of torchvision's resnet18: it lacks conv1\.weight"):
+    with pytest.raises(DataError, match=r"is not a state dict for torchvision's resnet18: it lacks conv1\.weight"):
         pretrained(architecture="resnet18", weights=weights)
     with pytest.raises(
         DataError, match=r"x0_5: stage2\.0\.branch1\.2\.weight is of shape \(58, .*\), not \(24, .*\)\.$"

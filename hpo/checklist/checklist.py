@@ -129,7 +129,7 @@ def _judged(subject: Subject, checks: Mapping[str, Callable[[Subject], Verdict]]
             verdict = check(subject)
         except Exception as error:  # data and models are a stranger's code and may raise anything
             text = f"{type(error).__name__}: {error}".partition("\n")[0]
-            verdict = Verdict(state="wrong", text=text, advice="the check could not be made; mend this first")
+            verdict = Verdict(state="wrong", text=text, advice="the check failed to run; fix this first")
         yield replace(verdict, check=name)
 
 

@@ -36,7 +36,7 @@ def check_inputs(subject: Subject) -> Verdict:
         advice = "all examples are the same: look at what `load` reads"
         return Verdict(state="wrong", text=text, advice=advice, data=data)
     if inputs.dtype == torch.uint8 and high <= 1:
-        advice = "give pixels from 0 to 255: fractions that became whole numbers are lost"
+        advice = "give pixels from 0 to 255: fractions converted to whole numbers are lost"
         return Verdict(state="warning", text=text, advice=advice, data=data)
     # The margins of images may well be empty.
     if inputs.ndim == 2 and num_constant:
@@ -94,7 +94,8 @@ def check_normalised(subject: Subject) -> Verdict:
     mean, deviation = train.mean().item(), train.std(correction=0).item()
     shifts = [validation.mean().item() - mean, validation.std(correction=0).item() - deviation]
     furthest = train.abs().max().item()
-    text = f"mean {mean:.3f}, deviation {deviation:.3f}, at the most {furthest:.1f} from 0; validation {shifts[0]:+.3f}"
+    text = f"mean {mean:.3f}, deviation {deviation:.3f}, largest absolute value {furthest:.1f}; "
+    text += f"validation {shifts[0]:+.3f}"
     data = {"mean": mean, "deviation": deviation, "furthest": furthest, "shift_of_validation": shifts[0]}
     if not (abs(mean) < 1 and 0.2 < deviation < 5):
         advice = "a network learns best from inputs of mean 0 and deviation 1: scale them in `load`"

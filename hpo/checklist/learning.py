@@ -99,7 +99,7 @@ def check_baseline(subject: Subject) -> Verdict:
     naive, linear = (_score(subject, outputs, splits.validation.targets, metric) for outputs in _baselines(splits))
     epochs = "an epoch" if last.epoch == 1 else f"{last.epoch} epochs"
     trained = f"{metric} {network:.3f} after {epochs} of {len(splits.train)} examples"
-    simplest = "the commonest class" if subject.num_classes else "the mean"
+    simplest = "the majority class" if subject.num_classes else "the mean"
     text = f"{trained}; {simplest} has {naive:.3f}, a linear model {linear:.3f}"
     data = {"network": network, "naive": naive, "linear": linear, "metric": metric, "epochs": last.epoch}
     # What scores like chance does not get beyond three standard errors by accident.
@@ -107,7 +107,9 @@ def check_baseline(subject: Subject) -> Verdict:
     margin = 3 * math.sqrt(max(naive * (1 - naive), 0.0) / num) if subject.num_classes else 9 / num
     num_steps = last.epoch * (len(splits.train) // config.batch_size)
     if not network > naive + margin and last.epoch < subject.config.max_epochs and num_steps < ENOUGH_STEPS:
-        advice = f"the time sufficed for too few steps ({num_steps}) to tell: check on a GPU, or a smaller network"
+        advice = (
+            f"only {num_steps} steps fit into the time limit, too few to tell; run on a GPU or with a smaller network"
+        )
         return Verdict(state="warning", text=text, advice=advice, data=data)
     if not network > naive + margin:
         advice = "nothing was learned that helps with new examples: are the labels right, and lr and the loss?"
@@ -196,7 +198,7 @@ def check_learning_rate(subject: Subject) -> Verdict:
     steps = f"{len(rates)} steps"
     if not fall > 0.05 * first:
         advice = "the loss falls at no rate: look at the loss, the labels, and whether gradients reach the layers"
-        text = f"the loss is {first:.3f} at first and {smoothed[lowest]:.3f} at the least in {steps}"
+        text = f"the loss is {first:.3f} at first and at lowest {smoothed[lowest]:.3f} in {steps}"
         return Verdict(state="warning", text=text, advice=advice, data=data)
     begin = max(index for index, loss in enumerate(smoothed[: lowest + 1]) if not index or loss > first - 0.1 * fall)
     low, high = (_rounded(rates[index]) for index in (begin, lowest))
@@ -211,7 +213,7 @@ def check_learning_rate(subject: Subject) -> Verdict:
             text += f"; to narrow it: -p lr={narrowed[0]:g}:{narrowed[1]:g}"
     if low / ROUGH <= default <= high * ROUGH:
         return Verdict(state="ok", text=text, data=data)
-    advice = f"the default is too {'small' if default < low else 'large'}: give lr another default, or range"
+    advice = f"the default is too {'small' if default < low else 'large'}: change the default of lr, or its range"
     return Verdict(state="warning", text=text, advice=advice, data=data)
 
 

@@ -57,7 +57,7 @@ def check_first_loss(subject: Subject) -> Verdict:
     if ratio <= HIGH_LOSS and ratio >= 1 / HIGH_LOSS:
         return Verdict(state="ok", text=text, data=data)
     if ratio < 1:
-        advice = "it knows something before training: pretrained weights, or inputs that give the answer away"
+        advice = "the network knows something before training: pretrained weights, or inputs that contain the answer"
         return Verdict(state="warning", text=text, advice=advice, data=data)
     advice = "the first outputs are too large: begin with smaller weights in the last layer, or use a norm"
     return Verdict(state="warning" if ratio <= FAR_TOO_HIGH_LOSS else "wrong", text=text, advice=advice, data=data)
@@ -69,7 +69,9 @@ def check_gradients(subject: Subject) -> Verdict:
     with backward_in_evaluation_mode(model):
         gradients = relative_gradients(model, sample, subject.loss, subject.target_scale).tolist()
         unreached = _unreached_layers(subject, model) if gradients else list(layers(model))
-    text = f"they reach all {len(gradients)} layers, at the least with {min(gradients, default=0.0):.1e} of the weights"
+    text = (
+        f"all {len(gradients)} layers receive gradients; smallest is {min(gradients, default=0.0):.1e} of its weights"
+    )
     data = {"gradients": gradients, "unreached": unreached}
     if unreached or not gradients:
         text = f"they do not reach {', '.join(unreached[:4])}{', ...' if len(unreached) > 4 else ''}"
@@ -81,12 +83,14 @@ def check_gradients(subject: Subject) -> Verdict:
         return Verdict(state="wrong", text=text, advice=advice, data=data)
     vanishing = [layer for layer, gradient in enumerate(gradients, start=1) if gradient < VANISHED]
     if vanishing:
-        text = f"they reach all {len(gradients)} layers, but vanish up to layer {max(vanishing)}: {min(gradients):.1e}"
+        text = f"all {len(gradients)} layers receive gradients, but they vanish up to layer {max(vanishing)}: "
+        text += f"{min(gradients):.1e}"
         advice = "use a norm, another initialisation or fewer layers"
         return Verdict(state="warning", text=text, advice=advice, data=data)
     # The last layer's weights may be as small as they like.
     if max(gradients[:-1], default=0.0) > EXPLODED:
-        text = f"they reach all {len(gradients)} layers, but explode: {max(gradients[:-1]):.1e} times the weights"
+        text = f"all {len(gradients)} layers receive gradients, but they explode: "
+        text += f"{max(gradients[:-1]):.1e} times the weights"
         advice = "use a norm, another initialisation, or clip_norm"
         return Verdict(state="warning", text=text, advice=advice, data=data)
     return Verdict(state="ok", text=text, data=data)

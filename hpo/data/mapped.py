@@ -24,7 +24,7 @@ class MappedImages:
         """`rows` (N,) int64 says which of the file's images are meant, in which order."""
         size = num_images * prod(image_shape)
         if not file.is_file() or file.stat().st_size != size:
-            raise DataError(f"{file} is missing or damaged; run again, and it is made anew.")
+            raise DataError(f"{file} is missing or damaged; run the command again to recreate it.")
         self.file = file
         self.rows = rows
         # Shared, though nothing is written: Linux refuses private maps of more than the machine's memory.

@@ -96,7 +96,9 @@ def read_photos(paths: Iterable[str | Path], side: int = SIDE) -> Tensor:
 def _find_splits(data_dir: Path) -> tuple[list[Path], Path | None]:
     """The folders that hold training photos, and the one with test photos where there is one."""
     if not data_dir.is_dir():
-        raise DataError(f"there is no folder {data_dir}; name the one that holds a folder of photos for each class.")
+        raise DataError(
+            f"there is no directory {data_dir}; use one that holds a subdirectory of photos for each class."
+        )
     names = {folder.name for folder in _folders(data_dir)}
     if not ("train" in names and len(names) > 1 and names <= {"train", "val", "test"}):
         return [data_dir], None

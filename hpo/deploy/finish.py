@@ -223,7 +223,7 @@ def write_summary(study: Study, summary: SummaryRun, winner: Winner | None) -> N
 
 def _in_words(study: Study, winner: Winner) -> str:
     rows = "".join(f"| {name} | {value} |\n" for name, value in winner.configuration.items())
-    test = "not read yet" if winner.test is None else ", ".join(f"{k} {v:.4f}" for k, v in winner.test.items())
+    test = "not evaluated yet" if winner.test is None else ", ".join(f"{k} {v:.4f}" for k, v in winner.test.items())
     judged = (
         f"the mean of {winner.folds} folds; trained on all examples for {winner.best_epoch} epochs"
         if winner.folds

@@ -233,7 +233,7 @@ class Coordinator:
                 attempt.end("failed", reason)
                 attempt.run.log_text(trace, "traceback.txt")
             case WorkerDied(reason):
-                self._mourn(attempt, reason)
+                self._on_worker_death(attempt, reason)
             case TrialDone(costs):
                 attempt.costs = costs
         self._write_down(attempt)
@@ -269,8 +269,8 @@ class Coordinator:
         assert result.fold_value is not None, "a fold that did not diverge has a value"
         return self._study.report(number, result.fold, result.fold_value)
 
-    def _mourn(self, attempt: _Attempt, reason: str) -> None:
-        """A trial whose worker died is begun again, unless it kills one worker after another at the same place."""
+    def _on_worker_death(self, attempt: _Attempt, reason: str) -> None:
+        """Queue the trial again, unless it has killed one worker after another in the same epoch."""
         deaths = self._deaths.setdefault(attempt.number, _Deaths())
         deaths.count(attempt.last.epoch if attempt.last else 0)
         if deaths.in_a_row > MAX_RETRIES:
@@ -384,7 +384,7 @@ class Coordinator:
             self._session.hurry()
             raise KeyboardInterrupt
         self.interrupted = True
-        self._observer.note("stopping after this epoch; once more to stop at once")
+        self._observer.note("stopping after the current epoch; press Ctrl-C again to stop now")
 
 
 def _with_value(result: EpochResult | None, value: float | None) -> EpochResult | None:

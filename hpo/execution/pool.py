@@ -85,14 +85,14 @@ class WorkerPool(ABC):
         """A worker without a trial, started if need be; there is room."""
 
     def run(self, assignment: Assignment) -> None:
-        """Begin a trial, or go on with it; there must be room."""
+        """Start or continue a trial; there must be room."""
         worker = self._idle_worker()
         worker.trial = assignment.number
         worker.last_heard = time.monotonic()
         worker.send({"assignment": assignment.to_dict()})
 
     def answer(self, trial: int, decision: Decision) -> None:
-        """Tell the worker of a trial how to go on after an epoch."""
+        """Tell the worker of a trial what to do after an epoch."""
         self._worker_of(trial).send({"decision": decision.value})
 
     def abandon(self, trial: int) -> None:
@@ -101,27 +101,27 @@ class WorkerPool(ABC):
             self._remove(worker)
 
     def events(self, timeout_s: float) -> Iterator[tuple[int, Event]]:
-        """What has happened, by trial number; waits for something to happen, for `timeout_s` at the most.
+        """What has happened, by trial number; waits at most `timeout_s` for something to happen.
 
-        Raises SearchError where no worker can do anything for this study.
+        Raises SearchError if no worker can do anything for this study.
         """
         by_connection: dict[Any, Worker] = {worker.connection: worker for worker in self._workers}
-        arrivals = self._arrivals()
-        for ready in wait([*by_connection, *arrivals], timeout_s):
-            if ready in arrivals:
-                self._welcome()
-            elif by_connection[ready] in self._workers:  # whoever handled the last event may have abandoned it
+        listening = self._listening_sockets()
+        for ready in wait([*by_connection, *listening], timeout_s):
+            if ready in listening:
+                self._accept_worker()
+            elif by_connection[ready] in self._workers:  # it may have been abandoned while the last event was handled
                 yield from self._hear(by_connection[ready])
         while silent := self._silent():
             yield from self._lose(silent[0], f"was silent for {self._silence_s:.0f} s")
 
-    def _arrivals(self) -> Sequence[Any]:
-        """Where workers that were started elsewhere knock, to be waited on."""
+    def _listening_sockets(self) -> Sequence[Any]:
+        """Sockets that become readable when a worker that was started elsewhere connects."""
         return ()
 
-    def _welcome(self) -> None:
-        """Let in a worker that knocks."""
-        raise NotImplementedError("nobody knocks where there are no arrivals")
+    def _accept_worker(self) -> None:
+        """Accept a worker that has connected."""
+        raise NotImplementedError("this pool has no listener")
 
     def _hear(self, worker: Worker) -> Iterator[tuple[int, Event]]:
         try:
@@ -137,7 +137,7 @@ class WorkerPool(ABC):
             case LogLine():
                 _logger.log(message.level, message.text)
             case WorkerUnfit():
-                raise SearchError(f"a worker cannot begin: {message.reason}")
+                raise SearchError(f"a worker cannot start: {message.reason}")
             case EpochDone() | TrialDone() | TrialRaised():
                 assert worker.trial is not None, "only a worker with a trial speaks of one"
                 trial = worker.trial

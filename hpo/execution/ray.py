@@ -62,7 +62,7 @@ class RayWorkers(WorkerPool):
         if num_workers is None and self._room == 0:
             self._disconnect()
             raise UsageError(
-                f"no node of the Ray cluster has room for a trial, which takes a CPU and --gpus-per-trial "
+                f"no node of the Ray cluster has room for a trial, which needs a CPU and --gpus-per-trial "
                 f"{gpus_per_trial:g}; with --workers N they wait for nodes to join."
             )
         super().__init__(num_workers or self._room, silence_s=setup.silence_s)
@@ -71,7 +71,7 @@ class RayWorkers(WorkerPool):
         # A process for each worker: one that has served cannot be told apart from one that is about to leave.
         task = self._ray.remote(num_cpus=1, num_gpus=gpus_per_trial, max_retries=0, max_calls=1)
         self._task = task(_work)
-        self._door = _Door(self._ray.util.get_node_ip_address())
+        self._listener = _Listener(self._ray.util.get_node_ip_address())
         self._asked: dict[int, Any] = {}
         """Ray's handles of the workers that have not arrived yet, by their number."""
         self._num_asked = 0
@@ -88,38 +88,38 @@ class RayWorkers(WorkerPool):
         return any(worker.trial is None for worker in self._workers)
 
     def events(self, timeout_s: float) -> Iterator[tuple[int, Event]]:
-        self._replace_stillborn()
+        self._restart_failed_workers()
         yield from super().events(timeout_s)
 
     def _idle_worker(self) -> Worker:
         return next(worker for worker in self._workers if worker.trial is None)
 
-    def _arrivals(self) -> Sequence[Any]:
-        return [self._door.bell]
+    def _listening_sockets(self) -> Sequence[Any]:
+        return [self._listener.wakeup_socket]
 
-    def _welcome(self) -> None:
-        number, connection = self._door.let_in()
+    def _accept_worker(self) -> None:
+        number, connection = self._listener.accept()
         handle = self._asked.pop(number, None)
-        if handle is None:  # it died on the threshold, and another was asked for
+        if handle is None:  # it died before it was accepted, and another was requested
             connection.close()
             return
         self._workers.append(_RayWorker(connection, self._ray, handle))
 
-    def _replace_stillborn(self) -> None:
-        """Ask again for workers that died before they arrived, be it for want of hpo on their node."""
+    def _restart_failed_workers(self) -> None:
+        """Request workers again that died before they connected, for example because their node lacks hpo."""
         if not self._asked:
             return
         handles = list(self._asked.values())
         ended, _ = self._ray.wait(handles, num_returns=len(handles), timeout=0)
         for number in [number for number, handle in self._asked.items() if handle in ended]:
-            # Without a cause it is behind the door: it has arrived, had something to say, and has left.
+            # Without a cause it has connected, reported something, and exited; its connection will tell.
             cause = _cause_of_death(self._ray, self._asked[number])
             if cause is None:
                 continue
             del self._asked[number]
             if cause.is_ours:
                 self._count_failed_start(f"with {cause.text}")
-            _logger.warning("a Ray worker died at its start and is asked for again: %s", cause.text)
+            _logger.warning("a Ray worker died at its start and is requested again: %s", cause.text)
             self._ask_for_worker()
 
     def _remove(self, worker: Worker, grace_s: float = 0) -> str:
@@ -130,7 +130,7 @@ class RayWorkers(WorkerPool):
 
     def _ask_for_worker(self) -> None:
         number, self._num_asked = self._num_asked, self._num_asked + 1
-        self._asked[number] = self._task.remote(self._door.address, self._door.key, number, self._setup)
+        self._asked[number] = self._task.remote(self._listener.address, self._listener.key, number, self._setup)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -139,7 +139,7 @@ class RayWorkers(WorkerPool):
         super().__exit__(kind, error, trace)
         for handle in self._asked.values():
             self._ray.cancel(handle, force=True)
-        self._door.close()
+        self._listener.close()
         self._disconnect()
 
     def _disconnect(self) -> None:
@@ -152,10 +152,12 @@ class _RayWorker(Worker):
         super().__init__(connection)
         self._ray = ray
         self._handle = handle
-        self.has_spoken = True  # to arrive is enough: a node that is lost then takes many with it, and proves nothing
+        self.has_spoken = (
+            True  # connecting is enough: the loss of a node takes many workers with it, and proves nothing
+        )
 
     def end(self, grace_s: float) -> str:
-        # What became of it is of use, but nobody waits long for it: a lost node is certain after half a minute only.
+        # The reason is useful, but not worth a long wait: Ray takes half a minute to be sure that a node is lost.
         ended, _ = self._ray.wait([self._handle], timeout=min(grace_s, _DEATH_NOTICE_S))
         if ended:
             cause = _cause_of_death(self._ray, self._handle)
@@ -171,59 +173,61 @@ def _work(address: tuple[str, int], key: bytes, number: int, setup: Setup) -> No
     serve(connection, setup)
 
 
-class _Door:
-    """Where workers arrive: a port on which only who knows the key is let in."""
+class _Listener:
+    """A port on which workers connect; only those that know the key are accepted."""
 
     def __init__(self, host: str) -> None:
         self.key = secrets.token_bytes(32)
         self._socket = socket.create_server((host, 0), backlog=128)
         self.address: tuple[str, int] = self._socket.getsockname()
         self._arrived: queue.SimpleQueue[tuple[int, Connection]] = queue.SimpleQueue()
-        self.bell, self._rope = socket.socketpair()
-        threading.Thread(target=self._watch, name="hpo-door", daemon=True).start()
+        self.wakeup_socket, self._wakeup_sender = socket.socketpair()
+        threading.Thread(target=self._accept_connections, name="hpo-listener", daemon=True).start()
 
-    def let_in(self) -> tuple[int, Connection]:
-        """Number and connection of a worker, after the bell has rung."""
-        self.bell.recv(1)
+    def accept(self) -> tuple[int, Connection]:
+        """Number and connection of a worker, after `wakeup_socket` became readable."""
+        self.wakeup_socket.recv(1)
         return self._arrived.get()
 
     def close(self) -> None:
         self._socket.shutdown(socket.SHUT_RDWR)  # ends a pending accept, as close alone does not
         self._socket.close()
-        for end in (self.bell, self._rope):
+        for end in (self.wakeup_socket, self._wakeup_sender):
             end.close()
         while not self._arrived.empty():
             self._arrived.get()[1].close()
 
-    def _watch(self) -> None:
+    def _accept_connections(self) -> None:
         while True:
             try:
-                visitor, _ = self._socket.accept()
+                client, _ = self._socket.accept()
             except OSError:  # closed
                 return
-            # A thread for each, so that a stranger who says nothing keeps nobody else waiting.
-            threading.Thread(target=self._check, args=(visitor,), name="hpo-visitor", daemon=True).start()
+            # A thread for each, so that a client that sends nothing keeps nobody else waiting.
+            threading.Thread(target=self._authenticate, args=(client,), name="hpo-client", daemon=True).start()
 
-    def _check(self, visitor: socket.socket) -> None:
-        with visitor:
-            connection = Connection(os.dup(visitor.fileno()))
+    def _authenticate(self, client: socket.socket) -> None:
+        with client:
+            connection = Connection(os.dup(client.fileno()))
             try:
-                _limit_reads(visitor, _GREETING_S)
+                _limit_reads(client, _GREETING_S)
                 deliver_challenge(connection, self.key)
                 answer_challenge(connection, self.key)
                 number = int(connection.recv_bytes(maxlength=20))
-                _limit_reads(visitor, 0)
+                _limit_reads(client, 0)
                 self._arrived.put((number, connection))
-                self._rope.send(b"!")
+                self._wakeup_sender.send(b"!")
             # Python before 3.12 asserts where a challenge is malformed.
             except (AuthenticationError, AssertionError, EOFError, OSError, ValueError) as error:
                 connection.close()
-                _logger.warning("turned away a connection that is no worker's: %s", error or type(error).__name__)
+                _logger.warning(
+                    "rejected a connection that did not come from a worker: %s", error or type(error).__name__
+                )
 
 
-def _limit_reads(visitor: socket.socket, seconds: int) -> None:
-    """Let reads fail that take longer, also on what was duplicated from the socket; 0 lets them wait for ever."""
-    visitor.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", seconds, 0))
+def _limit_reads(client: socket.socket, seconds: int) -> None:
+    """Let reads fail that take longer, also on what was duplicated from the socket; 0 lets them wait forever."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", seconds, 0))
 
 
 def _connect(address: str) -> tuple[Any, bool]:

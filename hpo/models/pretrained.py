@@ -148,7 +148,7 @@ class PretrainedNetwork(nn.Module):
         return dict(state)
 
     def _misfit(self, problem: str) -> DataError:
-        return DataError(f"weights '{self.weights}' are no state dict of torchvision's {self.architecture}: {problem}.")
+        return DataError(f"'{self.weights}' is not a state dict for torchvision's {self.architecture}: {problem}.")
 
 
 def find_pretrained(model: nn.Module) -> PretrainedNetwork | None:
@@ -210,7 +210,7 @@ def _download(architecture: str, weights: WeightsEnum) -> dict[str, Tensor]:
         reason = " ".join(str(problem).split())
         raise DataError(
             f"no weights for {architecture}: {file} could not be downloaded or read ({reason}). Copy {weights.url} "
-            "there, or give -p weights=FILE or -p weights=none; -p architecture=NAME takes another model."
+            "there, or give -p weights=FILE or -p weights=none; -p architecture=NAME selects another model."
         ) from problem
     return state
 

@@ -203,7 +203,7 @@ _SYMPTOMS: dict[str, tuple[Topic, str, str, str]] = {
     ),
     "stalls_from": (
         "plateau",
-        "stands still from epoch {value:g}, its training loss too",
+        "stops improving at epoch {value:g}, training loss included",
         "stand still, their training loss too, half of them from epoch {value:g} or earlier",
         "another learning rate, a schedule that decays or a larger network would help",
     ),
@@ -221,8 +221,8 @@ _SYMPTOMS: dict[str, tuple[Topic, str, str, str]] = {
     ),
     "dead_units": (
         "dead units",
-        "has {value:.0%} dead units, which answer to no example",
-        "have dead units, which answer to no example: {value:.0%} of all in the median",
+        "has {value:.0%} dead units (inactive for every example)",
+        "have dead units (inactive for every example): {value:.0%} of all in the median",
         "use a smaller learning rate, a norm, or an activation such as leaky_relu or gelu",
     ),
 }

@@ -115,9 +115,7 @@ def check_first_rung(name: str, max_epochs: int, first_rung: int | None) -> None
     if first_rung is None:
         return
     if name not in _WITH_RUNGS:
-        raise UsageError(
-            f"--first-rung {first_rung} is for --pruner {' or '.join(_WITH_RUNGS)}, not {name}; leave it out."
-        )
+        raise UsageError(f"--first-rung {first_rung} is for --pruner {' or '.join(_WITH_RUNGS)}, not {name}; omit it.")
     if not 1 <= first_rung <= max_epochs:
         raise UsageError(f"--first-rung {first_rung} is not allowed: it must be from 1 to the {max_epochs} epochs.")
 
@@ -146,7 +144,7 @@ class ModelPruner(BasePruner):
             return False
         others = other_trials(study, trial)
         next_number = len(others) + 1
-        return not self._surrogate.deserves_its_epochs(
+        return not self._surrogate.is_worth_continuing(
             trial,
             others,
             study.sampler.held(study, next_number) if isinstance(study.sampler, PrioritySampler) else {},

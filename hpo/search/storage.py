@@ -143,7 +143,7 @@ class StudyStorage(_CachedStorage):
             return error
         url = self.engine.url.render_as_string()
         return OutageError(
-            f"the study's database {url} does not answer ({_reason(error)}); once it does, the same command goes on."
+            f"the study's database {url} does not answer ({_reason(error)}); run the same command again when it does."
         )
 
     def _note_outage(self, error: Exception) -> None:
@@ -282,11 +282,11 @@ def _connected(url: str) -> Iterator[Connection]:
 
 def _postgresql_address(url: str) -> URL:
     shown = without_password(url)
-    wanted = "give postgresql+psycopg://USER@HOST/DATABASE, or nothing for sqlite in the home, for one machine alone"
+    wanted = "give postgresql+psycopg://USER@HOST/DATABASE, or omit it to use SQLite in the home, on one machine"
     try:
         address = make_url(url)
     except (ArgumentError, ValueError) as error:
-        raise StoreError(f"the storage '{shown}' is no address of a database; {wanted}.") from error
+        raise StoreError(f"'{shown}' is not a database URL; {wanted}.") from error
     if address.get_backend_name() == "sqlite":
         raise StoreError(
             f"the storage '{shown}' is sqlite, whose locks and write-ahead log do not work between machines; {wanted}."

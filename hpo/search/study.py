@@ -171,7 +171,9 @@ def _explained() -> Iterator[None]:
         yield
     except StorageInternalError as error:
         cause = str(error.__cause__ or error).partition("\n")[0]
-        raise StoreError(f"the study's database refused: {cause}; free its disk or its locks.") from error
+        raise StoreError(
+            f"cannot write to the study database ({cause}): free disk space or close whatever locks it."
+        ) from error
 
 
 class Study:

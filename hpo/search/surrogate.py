@@ -102,7 +102,7 @@ class Surrogate:
                 return None
             return self._encoding.values(self._most_promising(belief, held, rng)[0]) | dict(held)
 
-    def deserves_its_epochs(
+    def is_worth_continuing(
         self,
         trial: FrozenTrial,
         others: Sequence[FrozenTrial],

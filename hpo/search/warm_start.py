@@ -35,7 +35,7 @@ def best_configurations(earlier: Study, space: Space) -> list[dict[str, Value]]:
     """
     records = ranked(earlier.trials(), earlier.settings.direction)
     if not records:
-        raise UsageError(f"--warm-start {earlier.name}: no trial of study '{earlier.name}' has a result; leave it out.")
+        raise UsageError(f"--warm-start {earlier.name}: no trial of study '{earlier.name}' has a result; omit it.")
     if not set(earlier.settings.space.parameters) & set(space.parameters):
         searched = ", ".join(earlier.settings.space.parameters)
         raise UsageError(

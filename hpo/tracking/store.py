@@ -57,7 +57,7 @@ def open_store(home: Path, tracking_uri: str | None = None) -> TrackingStore:
     """
     home = home.absolute()
     if "?" in str(home):
-        raise StoreError(f"the home {home} holds a '?', which no database address can; choose another with --home.")
+        raise StoreError(f"the path {home} contains '?', which a database URL cannot; choose another with --home.")
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or home_store_uri(home)
     _require_known_scheme(uri)
     database = _sqlite_path(uri)
@@ -179,7 +179,7 @@ class TrackingStore:
         if experiment and experiment.lifecycle_stage == "deleted":
             raise StoreError(
                 f"the experiment '{experiment.name}' in {without_password(self.uri)} was deleted; bring it back with "
-                f"`mlflow experiments restore -x {experiment.experiment_id}`, or give the study another name."
+                f"`mlflow experiments restore -x {experiment.experiment_id}`, or choose another --study."
             )
         return experiment
 
@@ -242,8 +242,8 @@ def _require_known_scheme(uri: str) -> None:
     scheme = urlsplit(uri).scheme.split("+")[0]
     if scheme not in _SCHEMES:
         raise StoreError(
-            f"the tracking URI '{without_password(uri)}' is not one of {'://, '.join(_SCHEMES)}://; "
-            "plain folders are not."
+            f"tracking URI '{without_password(uri)}' is not supported: use {'://, '.join(_SCHEMES)}://; "
+            "plain directories are not supported."
         )
 
 
@@ -269,8 +269,8 @@ def _require_answer(uri: str) -> None:
         socket.create_connection((parts.hostname or "", port), timeout=_CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise StoreError(
-            f"no MLflow server answers at {without_password(uri)} ({error.strerror or error}); start it, or leave "
-            "--tracking-uri and MLFLOW_TRACKING_URI away to record in the home."
+            f"no MLflow server answers at {without_password(uri)} ({error.strerror or error}); start it, or omit "
+            "--tracking-uri and unset MLFLOW_TRACKING_URI to record in the home."
         ) from error
 
 
@@ -280,7 +280,7 @@ def _sqlite_path(uri: str) -> Path | None:
     path = uri.partition(":///")[2].partition("?")[0]
     if not path or path == ":memory:":
         raise StoreError(
-            f"the tracking URI '{without_password(uri)}' names no file; give sqlite:////ABSOLUTE/PATH/mlflow.db."
+            f"the tracking URI '{without_password(uri)}' does not name a file; use sqlite:////ABSOLUTE/PATH/mlflow.db."
         )
     return Path(path)
 

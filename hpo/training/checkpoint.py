@@ -201,7 +201,9 @@ def _from_bytes(content: bytes, path: Path) -> dict[str, Any]:
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as problem:  # torch raises whatever it stumbles over in foreign bytes
-        raise CheckpointError(f"{path} was not written by hpo: it is no file of tensors and plain values.") from problem
+        raise CheckpointError(
+            f"{path} was not written by hpo: it is not a file of tensors and plain values."
+        ) from problem
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} was not written by hpo: it holds a {type(state).__name__}, not a dictionary.")
     return state
