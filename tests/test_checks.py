@@ -73,6 +73,12 @@ def test_the_distributions_hold_what_they_should_and_nothing_else(tmp_path: Path
     assert not [entry for entry in entries if "__pycache__" in entry or entry.endswith((".db", ".pt"))]
 
 
+def test_the_workflow_follows_its_schema_and_runs_the_line_of_the_readme() -> None:
+    workflow = ".github/workflows/ci.yml"
+    run("-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", workflow)
+    assert ".ci/run" in (ROOT / workflow).read_text()
+
+
 def test_no_file_names_a_package_index() -> None:
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     hosts = ("pypi" + ".org", "files.python" + "hosted.org", "download.py" + "torch.org")

@@ -156,7 +156,10 @@ BAD_INPUT = [
     ("search digits --try lr=0.1:0.2", "'0.1:0.2' is not a number; allowed is 0.0001:0.3"),
     ("search digits --try optimizer=adam,momentum=0.9", "momentum .* is active only when optimizer is sgd; set that"),
     ("search digits -p optimizer=adam --try optimizer=sgd", "'sgd' is not one of adam"),
-    ("search digits --strategy grid --try lr=0.1", "--try lr=0.1 is not for --strategy grid, which runs the points"),
+    (
+        "search digits --strategy grid --try lr=0.1",
+        "--try lr=0.1 is not for --strategy grid, which runs only",
+    ),
     ("search digits --warm-start nothing", "no study 'nothing'"),
     ("search digits --warm-start digits", "--warm-start digits is the study itself"),
     (

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from optuna._transform import _SearchSpaceTransform
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
@@ -19,6 +18,7 @@ from optuna.trial import TrialState
 
 from hpo.config import derive_seed
 from hpo.errors import UnknownNameError
+from hpo.search.internals import SearchSpaceTransform, set_system_attr
 from hpo.search.strategy import PrioritySampler
 from hpo.search.wrappers import DefaultFirstSampler, TrialSeededSampler
 from hpo.space import Choice, Float, Int
@@ -107,13 +107,13 @@ class CmaEsSampler(BaseSampler):
         if not search_space:
             return {}
         # Each parameter on its own scale, from 0 to 1.
-        transform = _SearchSpaceTransform(search_space, transform_0_1=True)
+        transform = SearchSpaceTransform(search_space, transform_0_1=True)
         optimizer = self._optimizer(study, transform)
         optimizer.reseed_rng(derive_seed(self._seed, trial.number) % 2**32)
-        study._storage.set_trial_system_attr(trial._trial_id, self._GENERATION, optimizer.generation)
+        set_system_attr(study, trial, self._GENERATION, optimizer.generation)
         return transform.untransform(optimizer.ask())
 
-    def _optimizer(self, study: Study, transform: _SearchSpaceTransform) -> CMA:
+    def _optimizer(self, study: Study, transform: SearchSpaceTransform) -> CMA:
         """The optimizer as the study's complete trials have made it; of a generation the first ones to end count."""
         from cmaes import CMA  # it imports scipy, which takes a second
 

@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 
 from hpo.config import derive_seed
 from hpo.search.encoding import Encoding, distribution
+from hpo.search.internals import all_trials, identity
 from hpo.search.surrogate import Surrogate
 from hpo.search.wrappers import PinningSampler, TrialSeededSampler
 
@@ -164,7 +165,7 @@ class PrioritySampler(PinningSampler):
 
     def _surrogate_of(self, study: Study) -> Surrogate:
         # It remembers the trials of one study; a sampler may serve several.
-        key = (study._storage, study._study_id)
+        key = identity(study)
         if self._surrogate_study != key:
             self._surrogate, self._surrogate_study = Surrogate(self._space, has_curves=self._has_curves), key
         return self._surrogate
@@ -180,16 +181,14 @@ class PrioritySampler(PinningSampler):
 
 def other_trials(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
     """All trials of the study but this one, by number; not copies."""
-    # Not study.get_trials(): with the Hyperband pruner that shows the trials of one bracket only.
-    trials = study._storage.get_all_trials(study._study_id, deepcopy=False)
-    return [other for other in trials if other.number != trial.number]
+    return [other for other in all_trials(study) if other.number != trial.number]
 
 
 def _best_values(study: Study) -> dict[str, Value]:
     """The values of the best complete trial; empty while there is none, and with several objectives."""
     if len(study.directions) > 1:
         return {}
-    trials = study._storage.get_all_trials(study._study_id, deepcopy=False, states=(TrialState.COMPLETE,))
+    trials = all_trials(study, states=(TrialState.COMPLETE,))
     if not trials:
         return {}
     sign = -1 if study.direction == StudyDirection.MAXIMIZE else 1

@@ -20,6 +20,7 @@ from hpo.config import derive_seed
 from hpo.errors import HpoError, StoreError, StudyMismatchError, UnknownNameError
 from hpo.search.encoding import distribution
 from hpo.search.finalists import finalists, is_spared
+from hpo.search.internals import trial_id
 from hpo.search.pruners import build_pruner, describe_verdict
 from hpo.search.samplers import build_sampler, grid_size
 from hpo.search.storage import StudyStorage
@@ -311,7 +312,7 @@ class Study:
 
     def _store_value(self, running: _RunningTrial, step: int, value: float) -> None:
         if self.settings.costs:  # Optuna reports, and prunes, where there is one objective alone
-            self._storage.set_trial_intermediate_value(running.handle._trial_id, step, value)
+            self._storage.set_trial_intermediate_value(trial_id(running.handle), step, value)
         else:
             running.handle.report(value, step)
 
@@ -376,7 +377,7 @@ class Study:
         assert isinstance(self._storage, StudyStorage), "only a database can take a trial up again"
         for record in self.finalists():
             fact = {"after": len(record.curve), "total": self.num_trials}
-            self._storage.reopen_trial(self._trials()[record.number]._trial_id, _CONTINUED, fact)
+            self._storage.reopen_trial(trial_id(self._trials()[record.number]), _CONTINUED, fact)
 
     @property
     def is_done(self) -> bool:
@@ -434,8 +435,8 @@ class Study:
 
     def _requeue(self, number: int) -> None:
         study_id = self._storage.get_study_id_from_name(self.name)
-        trial_id = self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
-        self._storage.set_trial_state_values(trial_id, OptunaState.WAITING)
+        id_in_database = self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
+        self._storage.set_trial_state_values(id_in_database, OptunaState.WAITING)
 
     def remaining(self, num_trials: int) -> int:
         """Trials yet to be asked for until `num_trials` are complete or pruned, if those that are running will be.

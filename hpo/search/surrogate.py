@@ -20,6 +20,7 @@ from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 from hpo.search.encoding import Encoding
 from hpo.search.gaussian_process import Array, GaussianProcess
+from hpo.search.internals import trial_id
 from hpo.space import Space, Value
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ class Surrogate:
         return [curve for trial in trials if (curve := self._curve(trial, sign)) is not None]
 
     def _curve(self, trial: FrozenTrial, sign: int) -> _Curve | None:
-        key = (trial.number, trial._trial_id)  # a pruned trial that is continued has a new id
+        key = (trial.number, trial_id(trial))  # a pruned trial that is continued has a new id
         if key in self._ended:
             return self._ended[key]
         if trial.state in (TrialState.FAIL, TrialState.WAITING) or not self._encoding.contains(trial.params):
