@@ -122,7 +122,8 @@ def find_edges(study: Study) -> Iterator[Finding]:
             if is_at_end and not _is_natural(parameter, bound):
                 yield Finding(
                     topic="edge of range",
-                    text=f"{name}'s best is at {active[0]:.3g}, the {end} end of {parameter.describe()}: widen it.",
+                    text=f"{name}'s best is at {active[0]:.3g}, the {end} end of {parameter.describe()}: "
+                    "widen it in a file for --space, because -p only narrows.",
                     data={"parameter": name, "value": active[0], "end": end, "bound": bound},
                 )
 
@@ -204,7 +205,7 @@ _SYMPTOMS: dict[str, tuple[Topic, str, str, str]] = {
     "stalls_from": (
         "plateau",
         "stops improving at epoch {value:g}, training loss included",
-        "stand still, their training loss too, half of them from epoch {value:g} or earlier",
+        "stop improving, training loss included, half of them at epoch {value:g} or earlier",
         "another learning rate, a schedule that decays or a larger network would help",
     ),
     "vanishing_layers": (
