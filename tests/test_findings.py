@@ -103,10 +103,8 @@ def test_a_best_value_at_the_end_of_its_range_is_told_on_the_scale_of_the_range(
 
     best = study.best()
     assert best is not None
-    assert (
-        finding.text
-        == f"lr's best is at {best.values['lr']:.3g}, the upper end of 0.0001:0.1 (log): widen it in a file for --space, because -p only narrows."
-    )
+    advice = "widen it in a file for --space, because -p only narrows."
+    assert finding.text == f"lr's best is at {best.values['lr']:.3g}, the upper end of 0.0001:0.1 (log): {advice}"
     assert finding.data == {"parameter": "lr", "value": best.values["lr"], "end": "upper", "bound": 0.1}
 
 

@@ -141,15 +141,15 @@ def start(url: str) -> Iterator[Callable[..., Process]]:
         ("sqlite:///optuna.db", "sqlite, whose locks and write-ahead log do not work between machines"),
         ("mysql://me:s3cret@host/db", "not PostgreSQL with psycopg"),
         ("postgresql+psycopg2://me:s3cret@host/db", "not PostgreSQL with psycopg"),
-        ("studies.db", "is not a database URL"),
-        ("postgresql://me:s3cret@host:port/db", "is not a database URL"),
+        ("studies.db", "not a database URL"),
+        ("postgresql://me:s3cret@host:port/db", "not a database URL"),
     ],
 )
 def test_an_address_that_is_not_postgresql_is_refused_with_what_to_give(
     address: str, reason: str, tmp_path: Path
 ) -> None:
     for opened in (open_storage, read_storage):
-        with pytest.raises(StoreError, match=rf"the storage '.*' is {reason}.*postgresql\+psycopg://USER@") as refusal:
+        with pytest.raises(StoreError, match=rf"'.*' is {reason}.*postgresql\+psycopg://USER@") as refusal:
             opened(tmp_path / "home", address)
         assert_one_line_without_secrets(refusal.value)
     assert not (tmp_path / "home").exists()
