@@ -610,7 +610,7 @@ def test_ctrl_c_in_a_terminal_reaches_everyone_and_twice_ends_all_within_5_s(sea
     os.killpg(process.pid, signal.SIGINT)
     wait_until_gone({process.pid, *family})
     _, err = process.communicate()
-    assert (process.returncode, err.strip()) == (130, "Error: interrupted")
+    assert (process.returncode, err.strip()) == (130, "Error: interrupted; run the same command again to resume")
     assert searches.study().counts()["interrupted"] == 2
     assert [run.info.status for run in searches.runs() + searches.runs("study")] == ["KILLED"] * 3
     searches.assert_nothing_runs()
@@ -645,7 +645,7 @@ def test_ctrl_c_while_the_search_begins_is_one_line(searches: Searches) -> None:
     family = descendants(process.pid)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=PATIENCE_S)
-    assert (process.returncode, err.strip()) == (130, "Error: interrupted")
+    assert (process.returncode, err.strip()) == (130, "Error: interrupted; run the same command again to resume")
     wait_until_gone(family)
 
 

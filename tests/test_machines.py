@@ -743,7 +743,7 @@ def test_outages_of_postgresql_and_of_mlflow_lose_nothing_and_a_machine_that_is_
         team.release(machine, 1)
         team.reached(machine, 2, *workers, times=3)
     anna.signal(signal.SIGTERM)
-    wait_until(lambda: "stopping after this epoch" in anna.said, bert)
+    wait_until(lambda: "stopping after the current epoch" in anna.said, bert)
     team.release("anna", 2)
     assert anna.finish() == 130, anna.said
     assert bert.name == team.now().removeprefix("searched by ")
