@@ -25,7 +25,7 @@ KNOWN = {
     "trial._trial_id": 1,
     # MLflow: its schema, created in a file aside.
     "mlflow.store.db.utils._initialize_tables": 1,
-    # PyTorch: base classes of layers, whole lists of tensors at once, settings of the compiler, and which types a CPU multiplies.
+    # PyTorch: base classes of layers, operations on lists of tensors, the compiler, and which types a CPU multiplies.
     "torch.nn.modules.batchnorm._BatchNorm": 1,
     "nn.modules.batchnorm._BatchNorm": 1,
     "torch.nn.modules.dropout._DropoutNd": 1,
