@@ -56,7 +56,7 @@ class TrainConfig:
     """Settings of one training run. Every field is validated, alone and against the others, on construction."""
 
     max_epochs: int = 20
-    """Passes over the training split at the most; schedules stretch over this number."""
+    """Maximum number of passes over the training split; schedules stretch over this number."""
 
     batch_size: int = 128
     """Examples a step, at least 1; the last, smaller batch of an epoch is dropped."""
@@ -130,7 +130,7 @@ class TrainConfig:
     """Share of the target spread over all classes, in [0, 1)."""
 
     augment: str = "none"
-    """Names of AUGMENTATIONS joined by "+", done in this order, or "none"; drawn anew for each example; images only."""
+    """Names of AUGMENTATIONS joined by "+", applied in this order, or "none"; drawn for each example; images only."""
 
     augment_strength: float = 0.5
     """How far rotation, zoom, translation, contrast, colour_jitter and randaugment go, in (0, 1]."""

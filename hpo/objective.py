@@ -30,7 +30,7 @@ class Split:
         return len(self.targets)
 
     def fingerprints(self) -> list[bytes]:
-        """A hash of the inputs of each example: where two are equal, so are the inputs."""
+        """A hash of the inputs of each example: equal inputs have equal hashes."""
         parts = (self.inputs[first : first + 1024].numpy() for first in range(0, len(self), 1024))
         return [blake2b(example.tobytes(), digest_size=16).digest() for part in parts for example in part]
 
@@ -38,7 +38,7 @@ class Split:
 class SealedSplit:
     """The test split: opened once, for the winner of a study.
 
-    Everything before that sees no more than its size; `times_opened` lets a test prove it.
+    Before that only its size is visible; `times_opened` lets a test check this.
     """
 
     def __init__(self, read: Callable[[], Split], size: int) -> None:
@@ -55,7 +55,7 @@ class SealedSplit:
         return self._read()
 
     def count_known(self, fingerprints: Collection[bytes]) -> int:
-        """How many examples have a fingerprint among these. It tells no more than that, and leaves the split sealed."""
+        """Number of examples whose fingerprint is among these. The split stays sealed."""
         return sum(fingerprint in fingerprints for fingerprint in self._read().fingerprints())
 
 
@@ -81,13 +81,13 @@ class DataSpec:
 
     @property
     def num_outputs(self) -> int:
-        """One logit a class, or one value for a regression."""
+        """One logit per class, or one value for a regression."""
         return len(self.classes) or 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """A task: what is trained on what, and how it is judged.
+    """A task: its data, model, loss, metric and search space.
 
     A parameter of the search space that is a field of `TrainConfig` sets the trainer; every other parameter
     is passed to `model` by its name, so `model` must accept it as a keyword.
@@ -105,20 +105,20 @@ class Objective:
     model: Callable[..., nn.Module]
     """`model(spec, **parameters)`: a network from normalised inputs (B, *input_shape) to outputs (B, num_outputs).
 
-    Where the network has a method `initialize_from_data(inputs)`, it is called with the first 512 normalised training
-    examples before the training begins. hpo.models.networks has some that ship."""
+    If the network has a method `initialize_from_data(inputs)`, it is called with the first 512 normalised training
+    examples before the training. `hpo.mlp`, `hpo.convnet`, `hpo.airnet` and `hpo.pretrained` are such functions."""
 
     loss: str = "cross_entropy"
     """One of `hpo.config.LOSSES`."""
 
     metric: str = "accuracy"
-    """What is optimised on the validation split: one of `hpo.config.METRICS`."""
+    """The metric to optimise on the validation split: one of `hpo.config.METRICS`."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `TrainConfig` that differ from their defaults for this task, such as max_epochs."""
 
     space: Space | None = None
-    """The search space; without it the registered space of the same name is used."""
+    """The search space; if omitted, the registered space of the same name is used."""
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:

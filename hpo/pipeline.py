@@ -59,27 +59,27 @@ _POLL_S = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOutcome:
-    """How a search ended."""
+    """The result of a search."""
 
     study: str
     home: Path
     counts: Mapping[TrialState, int]
-    """Trials of the study by how they ended."""
+    """Number of trials of the study in each state."""
     num_trials: int
-    """Complete and pruned trials that were asked for."""
+    """Total of complete, pruned and diverged trials that was requested."""
     is_done: bool
-    """Whether all of them have run; only then is the winner tested."""
+    """Whether all of them have run; the winner is tested only then."""
     interrupted: bool
-    """Whether someone stopped the search."""
+    """Whether Ctrl-C or a signal stopped the search."""
     winner: Winner | None
     to_continue: tuple[int, ...] = ()
-    """Pruned trials that may yet win, once all trials have run; the next session continues them."""
+    """Pruned trials that may still win, after all trials have run; the next session continues them."""
     front: list[dict[str, Any]] = field(default_factory=list)
     """The Pareto front, the best metric first; empty with one objective."""
 
     @property
     def all_diverged(self) -> bool:
-        """Whether the search is done, and all that came of it are trials that diverged."""
+        """Whether the search is complete and every trial with a result diverged."""
         return self.is_done and self.winner is None and self.counts["diverged"] > 0
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,10 +123,11 @@ def run_search(
     tracking_uri: str | None = None,
     observer: Observer | None = None,
 ) -> SearchOutcome:
-    """Search a task's hyperparameters; the parameters are the options of `hpo search`, `timeout` is in seconds.
+    """Search a task's hyperparameters. The parameters are the options of `hpo search`; `timeout` is in seconds.
 
-    A study of that name goes on: what is left out (None) stays as the study has it, what is given must agree with it.
-    Raises UsageError before anything is written when something given is wrong, SearchError when trials keep failing.
+    If a study of that name exists, the search resumes it: omitted parameters (None) keep the study's values, and those
+    that are given must agree with it. Raises UsageError for wrong parameters, before anything is written, and
+    SearchError if trials keep failing.
     """
     means = find_means(
         home=home,

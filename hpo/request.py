@@ -43,7 +43,7 @@ class Means:
     device: str
     """As torch names it."""
     workers: int | None
-    """Trials at a time; None for one a GPU, or one a core where there is none."""
+    """Trials to run in parallel; None for one per GPU, or one per core without a GPU."""
     keep: int
     """Trials whose best weights stay in MLflow."""
     timeout_s: float | None

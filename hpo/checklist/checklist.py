@@ -35,7 +35,7 @@ QUICK_CHECKS: dict[str, Callable[[Subject], Verdict]] = {
     "first loss": check_first_loss,
     "gradients": check_gradients,
 }
-"""They take a second at the most for a small network, and train nothing."""
+"""They take at most a second for a small network, and train nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -123,7 +123,7 @@ def check_baseline(subject: Subject) -> Verdict:
 
 
 def _as_fits_the_time(subject: Subject) -> tuple[Splits, int]:
-    """As many examples and epochs as a few seconds allow, of the 5 000 and of what the task has at the most."""
+    """As many examples and epochs as a few seconds allow, of the 5 000 but no more than the task has."""
     splits, batch_size = subject.splits, subject.config.batch_size
     num_steps = max(1, int(TRAINING_S / seconds_a_step(subject, batch_size)))
     num_examples = min(len(splits.train), max(batch_size, min(NUM_EXAMPLES, num_steps * batch_size)))

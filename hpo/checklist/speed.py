@@ -44,7 +44,7 @@ def _describe(num_bytes: int) -> str:
 
 
 def _batch_sizes(subject: Subject) -> list[int]:
-    """The sizes that a search may draw, a few at the most; powers of two around the task's own where it has one."""
+    """The sizes that a search may draw, a few at most; powers of two around the task's own if it has one."""
     parameter, own = subject.task.space.parameters.get("batch_size"), subject.config.batch_size
     if isinstance(parameter, Choice):
         sizes = {int(size) for size in parameter.choices}
@@ -71,7 +71,7 @@ def seconds_a_step(subject: Subject, batch_size: int, at_least_s: float = 0.0) -
 
 
 def _memory_of_step(subject: Subject, batch_size: int) -> int:
-    """Bytes on a GPU at the most; on a CPU, what the forward pass keeps for the backward pass, and the weights."""
+    """Peak bytes on a GPU; on a CPU, what the forward pass keeps for the backward pass, and the weights."""
     step, batch = _step(subject, batch_size), subject.sample(batch_size)
     if subject.config.device != "cpu":
         step(batch.inputs, batch.targets)

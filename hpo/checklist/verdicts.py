@@ -96,7 +96,7 @@ class Subject:
         return loss_function(plain, self.num_classes, self.target_scale)
 
     def sample(self, num_examples: int) -> Sample:
-        """So many training examples at the most, on the device; the classes are in proportion."""
+        """At most this many training examples, on the device; the classes are in proportion."""
         train, device = self.splits.train, self.config.device
         return Sample(train.inputs[:num_examples].to(device), train.targets[:num_examples].to(device))
 

@@ -170,7 +170,7 @@ def evaluation_batch_size(split: Split, training_batch_size: int, *, convolves_o
     """2048 for small examples, and a training's batch of large ones: what fits with gradients fits without.
 
     Convolutions on a CPU get 256: their outputs for 2048 images of 32x32 fall out of its caches, and are so large that
-    each is fetched from the system anew, which took as long as the arithmetic (torch 2.15, one core).
+    each is fetched from the system again, which took as long as the arithmetic (torch 2.15, one core).
     """
     if split.inputs.shape[1:].numel() > _SMALL_EXAMPLE:
         return training_batch_size

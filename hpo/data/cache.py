@@ -1,6 +1,6 @@
 """Converted splits, kept so that originals are decoded once.
 
-A file is `<name>.<fingerprint of the originals>.<SHA-256 of the file>.pt`: changed originals are converted anew, and a
+A file is `<name>.<fingerprint of the originals>.<SHA-256 of the file>.pt`: changed originals are converted again, and a
 damaged file is noticed. It is written under another name and then renamed, so that processes that convert at the same
 time replace each other's file by an equal one.
 """

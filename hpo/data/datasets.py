@@ -123,7 +123,7 @@ def all_examples(splits: Splits) -> Split:
 
 
 def folds(splits: Splits, num_folds: int) -> Iterator[Splits]:
-    """All examples of `splits` divided anew for a cross-validation: each is validated on in one fold.
+    """All examples of `splits` divided again for a cross-validation: each is validated on in one fold.
 
     The folds are of the same size, but for one example, and hold the classes in proportion.
     """

@@ -130,7 +130,7 @@ def _are_there(*splits: _Originals) -> bool:
 
 
 def _download(dataset: type[CIFAR10 | FashionMNIST], data_dir: Path, looked_for: str) -> None:
-    """Let torchvision download a data set, one process at a time; DataError where there is no way to it."""
+    """Let torchvision download a data set, one process at a time. Raises DataError if it cannot be reached."""
     logger.info("%s is not in %s; it is downloaded there.", dataset.__name__, data_dir)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,7 @@ def crown_winner(
 
     The test split is opened only if this winner has not been tested before.
     `task` finds the code of its model. What has been cross-validated has no model before `retrain` has made it; where
-    that is cut short it is made anew. The caller holds the study's lock, so that no two crown it.
+    that is cut short it is made again. The caller holds the study's lock, so that no two crown it.
     """
     winner = find_winner(study)
     if winner is not None and winner.comparison is None:

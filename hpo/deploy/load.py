@@ -32,13 +32,13 @@ def load_best(
     device: str = "cpu",
     trial: int | None = None,
 ) -> PreprocessedModel:
-    """The best model of a study, or that of another `trial` whose weights were kept, in eval mode, on `device`.
+    """Return the best model of a study, or of another `trial` whose weights were kept, in eval mode on `device`.
 
-    It contains its preprocessing: it takes raw inputs, such as (N, 3, 32, 32) uint8 images, and gives logits
+    The model contains its preprocessing: it takes raw inputs, such as (N, 3, 32, 32) uint8 images, and returns logits
     (N, classes), or values in the target's units. `.classes` names the classes. Only tensors are unpickled
-    (weights_only), after their SHA-256 has been checked. The task's code must be importable where it is loaded; `task`
-    names it (as on the command line) where it is no longer where the search found it. `storage` is the URL of a shared
-    database; a task that is named there alone must be a registered one.
+    (weights_only), after their SHA-256 has been checked. The task's code must be importable; if it has moved since the
+    search, `task` names it as on the command line. `storage` is the URL of a shared database; without `task`, the
+    study's task must then be a registered one.
 
     Raises UnknownNameError for an unknown study, UsageError while no trial has finished and for a cross-validated trial
     that is not the winner, CheckpointError for damage.
@@ -50,7 +50,7 @@ def load_best(
         require_registered(OBJECTIVES, opened.task_reference)
     best = opened.best()
     if best is None:
-        raise UsageError(f"study '{study}' has no finished trial yet; let `hpo search` run on.")
+        raise UsageError(f"study '{study}' has no finished trial yet; continue it with `hpo search`.")
     if trial is not None and all(record.number != trial for record in opened.trials()):
         raise UsageError(f"study '{study}' has no trial {trial}; `hpo show {study}` lists its trials.")
     number = best.number if trial is None else trial

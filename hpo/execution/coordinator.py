@@ -1,7 +1,7 @@
 """The coordinator: the only one that asks and tells, the only writer of its trials.
 
-It owns the budget (the study's total of complete and pruned trials), hands each trial to a worker, decides after every
-epoch whether to go on, writes down how the trial ended, in Optuna and in MLflow, and begins anew what a dead worker
+It owns the budget (the study's total of finished trials), hands each trial to a worker, decides after every
+epoch whether to go on, writes down how the trial ended, in Optuna and in MLflow, and queues again what a dead worker
 has left. Where several machines search one study each has a coordinator; what one of them runs is its own until its
 lease expires.
 """

@@ -51,7 +51,7 @@ class LocalWorkers(WorkerPool):
     """Processes on the CPU, which share its cores, or each on a GPU, taken in turn."""
 
     def __init__(self, setup: Setup, *, num_workers: int, gpus: list[str]) -> None:
-        """`gpus` are values of CUDA_VISIBLE_DEVICES, one a GPU; none for the CPU."""
+        """`gpus` are values of CUDA_VISIBLE_DEVICES, one per GPU; empty for the CPU."""
         super().__init__(num_workers, silence_s=setup.silence_s)
         self.device = "cuda" if gpus else "cpu"
         self._setup = setup

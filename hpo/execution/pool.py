@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hpo.execution.messages import Assignment, Decision
 
 MAX_FAILED_STARTS = 4
-"""Workers in a row that died before they said a word; then there is no use in starting another."""
+"""Workers in a row that died before they reported anything; after these no other is started."""
 
 _EXIT_S = 2.0
 """Between the end of a connection and that of its process."""
@@ -96,7 +96,7 @@ class WorkerPool(ABC):
         self._worker_of(trial).send({"decision": decision.value})
 
     def abandon(self, trial: int) -> None:
-        """End the worker of a trial that is no longer ours, if it is still at it."""
+        """End the worker of a trial that is no longer ours, if it is still training it."""
         for worker in [worker for worker in self._workers if worker.trial == trial]:
             self._remove(worker)
 

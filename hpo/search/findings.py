@@ -30,7 +30,7 @@ MIN_TRIALS = 10
 """Below this many trials the best tenth is not even one of them."""
 
 MIN_BEST_TRIALS = 3
-"""The best tenth of the trials, but so many at the least, says where the good region is."""
+"""The best tenth of the trials, but at least this many, says where the good region is."""
 
 EDGE = 0.05
 """The outer part of a range, on its own scale, that the best value must lie in to be at its end."""
@@ -40,13 +40,13 @@ NEAR_EDGE = 0.2
 
 MIN_DIVERGED = 3
 ACCIDENT = 0.05
-"""Highest probability that so many of the largest learning rates would have diverged by accident."""
+"""Highest probability that this many of the largest learning rates would have diverged by accident."""
 
 NUM_RESAMPLES = 50
 """Enough for a standard error (Efron and Tibshirani, 1993, section 6.4)."""
 
 MAX_RESAMPLE = 200
-"""Trials in a resample at the most; with more, the evaluation of 50 of them takes seconds."""
+"""Maximum trials in a resample; with more, the evaluation of 50 of them takes seconds."""
 
 
 COMMON = 0.25

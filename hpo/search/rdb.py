@@ -51,7 +51,7 @@ _USER_ATTRIBUTES: Table = TrialUserAttributeModel.__table__
 _SYSTEM_ATTRIBUTES: Table = TrialSystemAttributeModel.__table__
 
 _MAX_IDS = 500
-"""Trials whose rows are asked for at once: a database takes so many parameters and no more."""
+"""Trials whose rows are read at once: a database limits the number of parameters."""
 
 
 class OutageError(StoreError):

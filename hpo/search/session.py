@@ -213,7 +213,7 @@ class Session:
 
         An outage of the database breaks the lock. The action is then run again from its beginning, so it must look at
         the study anew, and put back trials that have no owner, for its own last attempt may have left one. An action
-        that asks the database nothing for the time `idle` loses the lock; "0" waits for ever.
+        that asks the database nothing for the time `idle` loses the lock; "0" waits forever.
         """
 
         def attempt() -> _T:
@@ -296,7 +296,7 @@ class Session:
             self._renewed_at = asked_at
 
     def _write_row(self) -> int:
-        """Renew the row, or make it anew if it is gone; how often the lease has run out so far."""
+        """Renew the row, or recreate it if it is gone; return how often the lease has expired so far."""
         is_own = _SESSIONS.c.id == self.id
         with self._storage.engine.begin() as connection:
             if connection.execute(_RENEWAL.where(is_own)).rowcount:

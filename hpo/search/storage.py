@@ -305,7 +305,7 @@ def _connect_args(address: URL) -> dict[str, str | int]:
         "keepalives_count": 3,
         "tcp_user_timeout": 20_000,
         "application_name": "hpo",
-        # A process that is stopped in the middle of a transaction must not hold up the others for ever.
+        # A process that is stopped in the middle of a transaction must not hold up the others forever.
         "options": "-c idle_in_transaction_session_timeout=30s",
     }
     return {name: value for name, value in wanted.items() if name not in address.query}

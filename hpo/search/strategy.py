@@ -34,7 +34,7 @@ NUM_STARTUP_TRIALS = 4
 """Trials before the model of the learning curves proposes any: the default configuration, then points of a sequence."""
 
 NUM_MODELLED_TRIALS = 250
-"""Trials before TPE takes over: the model weighs 400 observations at the most, and would forget the others."""
+"""Trials before TPE takes over: the model weighs at most 400 observations, and would forget the others."""
 
 DEFAULT_CONFIGURATION = "default configuration"
 TRIED_BY_HAND = "tried by hand"

@@ -78,7 +78,7 @@ class StudySettings:
     """One of hpo.search.pruners.PRUNERS."""
 
     max_epochs: int
-    """Epochs of a trial at the most."""
+    """Maximum number of epochs per trial."""
 
     metric: str
     """What is optimised, measured on the validation split."""
@@ -109,7 +109,7 @@ class StudySettings:
 
     @property
     def num_steps(self) -> int:
-        """What a trial reports at the most: its folds, or else its epochs."""
+        """How many values a trial can report: its folds, or else its epochs."""
         return self.folds or self.max_epochs
 
     @property
@@ -439,7 +439,7 @@ class Study:
         self._storage.set_trial_state_values(id_in_database, OptunaState.WAITING)
 
     def remaining(self, num_trials: int) -> int:
-        """Trials yet to be asked for until `num_trials` are complete or pruned, if those that are running will be.
+        """Trials still to be created until `num_trials` are complete, pruned or diverged, if the running ones will be.
 
         A grid ends at its last point; a point whose trial failed is not tried again.
         """

@@ -1,6 +1,6 @@
 """What an earlier study of a task has found, as configurations that another study of it tries first.
 
-They are measured anew and not believed: data, epochs and the space may have changed since.
+They are measured again and not believed: data, epochs and the space may have changed since.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hpo.trial import TrialRecord
 
 NUM_CONFIGURATIONS = 5
-"""Configurations that are taken over at the most."""
+"""Maximum number of configurations to take over."""
 
 MIN_DISTANCE = 0.5
 """How far apart they are at least: half the range of one number, or another value of one choice, is as much."""

@@ -1,4 +1,4 @@
-"""Samplers that wrap another one: seeded anew for each trial, or with some of its parameters pinned."""
+"""Samplers that wrap another one: seeded for each trial, or with some of its parameters pinned."""
 
 from __future__ import annotations
 

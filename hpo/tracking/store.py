@@ -139,7 +139,7 @@ class TrackingStore:
             self.client.log_artifacts(run_id, str(folder), artifact_path)
 
     def remove_file(self, run_id: str, artifact_path: str) -> None:
-        """Delete one of a run's files; one that is not there is no error."""
+        """Delete one of a run's files; a missing file is not an error."""
         with explained(self.uri):
             if artifact_path in self.file_sizes(run_id, artifact_path.rpartition("/")[0]):
                 self._artifacts(run_id).delete_artifacts(artifact_path)  # type: ignore[no-untyped-call]

@@ -60,7 +60,7 @@ class AveragedWeights:
 
 
 def _renew_batch_norms(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Take the statistics of batch norms anew, from a pass over `batches`.
+    """Recompute the statistics of batch norms in a pass over `batches`.
 
     It is torch's update_bn, but for frozen norms, which stay in evaluation mode and keep theirs.
     """

@@ -2,7 +2,7 @@
 
 Everything that differs from trial to trial but not from architecture to architecture (learning rate, momentum, weight
 decay, dropout, label smoothing) is a tensor in that graph. So the next trial of the same architecture, batch size and
-optimizer finds it compiled; torch's own optimizers, compiled, would be compiled anew for each weight decay.
+optimizer finds it compiled; torch's own optimizers, compiled, would be compiled again for each weight decay.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class CompiledStep:
         self._num_steps = _steps_so_far(step.optimizer)
         self._run = _compiled_step(mode)
         if mode == "graph":
-            # A graph may change in place only what it knows to stay where it is; the next trial's is recorded anew.
+            # A graph may change in place only what it knows to stay where it is; the next trial's is recorded again.
             for tensor in (tensor for group in self._groups for tensors in group for tensor in tensors):
                 torch._dynamo.mark_static_address(tensor)
 

@@ -104,7 +104,7 @@ def fit(
     With `num_epochs` nothing is judged by the validation split: the training ends after so many of the `max_epochs`
     that its schedule is made for, and the model has the last weights.
 
-    The global random state is seeded anew for each epoch. Raises UsageError before any work where the config does not
+    The global random state is seeded again for each epoch. Raises UsageError before any work where the config does not
     fit the data or the device, CheckpointError where the folder holds a run with another config, and DeviceMemoryError
     where half a batch does not fit either.
     """
