@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,12 +50,17 @@ if TYPE_CHECKING:
     from hpo.execution.pool import WorkerPool
     from hpo.plugins import Task
     from hpo.search.study import StudySettings
+    from hpo.tracking.recorder import SummaryRun
 
 NUM_COLUMNS = 5  # parameters in MLflow's table of runs, the first in tuning priority
 SILENCE_S = 30.0
 """Seconds of silence after which a worker, or a whole session, counts as dead."""
 
+RENEWAL_S = 120.0
+"""Seconds after which plots and findings in MLflow are renewed while a search runs."""
+
 _POLL_S = 0.5
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -430,7 +436,7 @@ def _run_and_crown(
     summary = session.exclusively(runs.summary_run)
     try:
         log_verdicts(summary, verdicts)
-        coordinator.run()
+        coordinator.run(_Renewal(study, summary))
         ending = "training the winner on all examples" if study.settings.folds else "testing the winner"
         observer.note("drawing the plots" + (f" and {ending}" if coordinator.is_done else ""))
         runs.flush()
@@ -456,6 +462,24 @@ def _run_and_crown(
         raise
     finally:
         observer.search_ended()
+
+
+class _Renewal:
+    """Writes the summary while the search runs: every `RENEWAL_S` seconds, and in 2 % of the time at most."""
+
+    def __init__(self, study: Study, summary: SummaryRun) -> None:
+        self._study, self._summary = study, summary
+        self._due = time.monotonic() + RENEWAL_S
+
+    def __call__(self) -> None:
+        started = time.monotonic()
+        if started < self._due or not self._study.num_finished:
+            return
+        try:
+            write_summary(self._study, self._summary, find_winner(self._study))
+        except StoreError as error:  # a server that is down for a while must not end the search
+            _logger.warning("the plots in MLflow are not renewed: %s", error)
+        self._due = time.monotonic() + max(RENEWAL_S, 50 * (time.monotonic() - started))
 
 
 def _await_others(session: Session) -> None:

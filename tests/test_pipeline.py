@@ -24,6 +24,7 @@ from postgres import Postgres
 from rich.console import Console
 
 import hpo
+from hpo import pipeline
 from hpo.cli import cli
 from hpo.errors import CheckpointError, SearchError, StoreError, StudyMismatchError, UsageError
 from hpo.execution.observer import Observer, Standing
@@ -33,6 +34,8 @@ from hpo.progress import ProgressLines
 from hpo.request import agree, find_means
 from hpo.search.storage import open_storage
 from hpo.search.study import Study, Suggestion
+from hpo.search.winner import Winner
+from hpo.tracking.recorder import SummaryRun
 from hpo.tracking.store import open_store
 from hpo.training.trainer import EpochResult
 from hpo.trial import TrialState
@@ -663,3 +666,24 @@ def test_the_description_beside_the_weights_holds_all_that_was_set(
     assert description["config"]["lr"] == 0.1
     assert description["config"]["max_epochs"] == 3
     assert description["config"]["device"] in ("cpu", "cuda")
+
+
+def test_plots_and_findings_are_there_while_a_search_runs(
+    search: Callable[..., SearchOutcome], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that does not take them for a while does not end the search."""
+    seen: list[str] = []
+    write = pipeline.write_summary
+
+    def watched(study: Study, summary: SummaryRun, winner: Winner | None) -> None:
+        write(study, summary, winner)
+        seen.append(open_store(home).client.get_run(summary.run_id).info.status)
+        if len(seen) == 1:
+            assert open_store(home).download(summary.run_id, "plots/history.png").is_file()
+            raise StoreError("MLflow is away.")
+
+    monkeypatch.setattr(pipeline, "write_summary", watched)
+    monkeypatch.setattr(pipeline, "RENEWAL_S", 0.0)
+    assert search(trials=3, overrides=("mood=slow",)).is_done
+    assert len(seen) >= 2
+    assert set(seen) == {"RUNNING"}

@@ -626,6 +626,39 @@ def test_the_summary_is_one_run_that_is_found_again(runs: StudyRuns) -> None:
     assert runs.store.download(summary.run_id, "plots/history.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_summary_runs_while_its_search_does(runs: StudyRuns) -> None:
+    """A search first ends what earlier ones have left RUNNING, and leaves its own summary alone."""
+    summary = runs.summary_run()
+    runs.recover()
+    found = runs.store.client.get_run(summary.run_id)
+    assert (found.info.status, found.data.tags["hpo.state"]) == ("RUNNING", "running")
+
+
+def test_a_running_trial_stands_in_the_table_with_its_best_value_so_far(runs: StudyRuns) -> None:
+    run = runs.trial_run(0, params={})
+    for epoch, value in ((1, 0.5), (2, 0.75)):
+        run.log_epoch(epoch, {"val/accuracy": value, "best/accuracy": value})
+    assert runs.flush()
+    assert find_trial(runs.store, 0).data.metrics["best/accuracy"] == 0.75
+    run.finish("complete", value=0.7123456789)
+    assert runs.flush()
+    assert find_trial(runs.store, 0).data.metrics["best/accuracy"] == 0.712346
+    run = runs.trial_run(1, params={})
+    run.log_epoch(1, {"best/accuracy": 0.9})
+    run.finish("failed")
+    assert runs.flush()
+    assert math.isnan(find_trial(runs.store, 1).data.metrics["best/accuracy"]), "it sorts last"
+
+
+def test_the_ui_names_the_address_of_each_study(store: TrackingStore) -> None:
+    for study in ("digits", "wine"):
+        StudyRuns(store, study, metric="accuracy", direction="maximize", session="one").close()
+    base = "http://127.0.0.1:5000"
+    one, several = (server._addresses(store, study, base) for study in ("wine", None))
+    assert one == [f"MLflow is at {store.study_url('wine', base)}"]
+    assert several[1:] == [f"  {name}  {store.study_url(name, base)}" for name in ("wine", "digits")]
+
+
 @pytest.mark.parametrize(("direction", "ascending"), [("maximize", False), ("minimize", True)])
 def test_the_saved_view_of_the_runs_table_puts_the_best_on_top(
     store: TrackingStore, direction: Any, ascending: bool
@@ -636,7 +669,13 @@ def test_the_saved_view_of_the_runs_table_puts_the_best_on_top(
         tags = store.client.get_experiment(runs.experiment_id).tags
     view = json.loads(tags["mlflow.sharedViewState.hpo"])
     assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`best/rmse`", ascending)
-    assert {"metrics.`best/rmse`", "params.`lr`", "tags.`hpo.state`"} <= set(view["selectedColumns"])
+    assert view["columnOrder"] == ["tags.`hpo.state`", "metrics.`best/rmse`", "params.`lr`"]
+    assert view["searchFilter"] == "tags.`hpo.kind` = 'trial'", "the summary is no trial"
+    assert [chart.get("selectedMetricKeys") for chart in view["compareRunCharts"]] == [
+        ["train/loss", "val/loss"],
+        ["val/rmse"],
+        None,
+    ]
     assert tags["mlflow.note.content"] == "What this is."
     assert "viewStateShareKey=hpo" in store.study_url("digits", "http://127.0.0.1:5000")
 

@@ -14,7 +14,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,6 +28,7 @@ from hpo.execution.observer import Observer, Standing
 from hpo.execution.pool import WorkerDied
 from hpo.execution.worker import BEST_WEIGHTS, CHECKPOINT, DESCRIPTION
 from hpo.search.study import TrialTakenError
+from hpo.tracking.delivery import rounded
 from hpo.trial import CROWNABLE, losses, pareto_front, ranked
 
 if TYPE_CHECKING:
@@ -100,14 +101,18 @@ class Coordinator:
         self._failures: list[str] = []
         self.interrupted = False
 
-    def run(self) -> None:
-        """Run what is missing. Raises SearchError when trial after trial fails."""
+    def run(self, look_around: Callable[[], None] = lambda: None) -> None:
+        """Run what is missing, and call `look_around` at least once a second.
+
+        Raises SearchError when trial after trial fails.
+        """
         self._runs.recover(self._session.living, self._study.owners)
         self.remove_old_checkpoints()
         self._observer.search_started(self._standing())
         try:
             with self._signals_heard(), self._workers:
                 while self._goes_on():
+                    look_around()
                     for number, event in self._workers.events(_LOOK_AROUND_S):
                         self._let_go_of_lost_trials()
                         if number in self._attempts:
@@ -244,7 +249,7 @@ class Coordinator:
             attempt.run.set_tags({f"hpo.{name}": value for name, value in result.settled.items()})
         # The first result of a resumed trial is known already, unless the process died before it was written down.
         attempt.last = result
-        attempt.run.log_epoch(result.epoch, result.metrics)
+        attempt.run.log_epoch(result.epoch, {**result.metrics, **self._best_so_far(result)})
         self._observer.epoch_done(attempt.suggestion, result)
         if result.diverged:
             return attempt.end("diverged", f"the loss was not finite in epoch {result.epoch}")
@@ -259,6 +264,12 @@ class Coordinator:
         if self._time_is_up():
             return attempt.end("interrupted", "the time was up")
         return Decision.GO_ON
+
+    def _best_so_far(self, result: EpochResult) -> dict[str, float]:
+        """For the table of runs, where an epoch is the best one of its trial; with folds the end tells their mean."""
+        if result.fold or not result.is_best or result.best_value is None:
+            return {}
+        return {f"best/{self._study.settings.metric}": rounded(result.best_value)}
 
     def _report(self, number: int, result: EpochResult) -> bool:
         """Tell the study of an epoch, or of a fold that is over; whether the trial is too weak to go on."""

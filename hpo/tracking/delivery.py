@@ -283,8 +283,12 @@ class Delivery:
         from mlflow.entities import Metric, RunTag
 
         run_id = self._ensure_run()
+        if value is None and state in ("failed", "diverged"):
+            value = math.nan  # what it had while it ran does not count
         is_told = value is not None and (math.isfinite(value) or self._takes_back(run_id, value))
-        best = [Metric(f"best/{self._metric}", value, time_ms, 0)] if value is not None and is_told else []
+        # MLflow shows the value of the last step.
+        step = max(0, self._last_epoch)
+        best = [Metric(f"best/{self._metric}", rounded(value), time_ms, step)] if value is not None and is_told else []
         best += [Metric(f"cost/{name}", cost, time_ms, 0) for name, cost in (costs or {}).items()]
         tags = [RunTag("hpo.state", state)] + ([RunTag("hpo.reason", reason[:_MAX_TAG])] if reason else [])
         self._client.log_batch(run_id, best, tags=tags)
@@ -293,6 +297,11 @@ class Delivery:
     def _takes_back(self, run_id: str, value: float) -> bool:
         """Whether NaN replaces a value that the run has: MLflow deletes no metric, and sorts NaN last."""
         return math.isnan(value) and f"best/{self._metric}" in self._client.get_run(run_id).data.metrics
+
+
+def rounded(value: float) -> float:
+    """A value to six significant digits, for a table; the curves have all of them."""
+    return float(f"{value:.6g}")
 
 
 def _attempt(tags: Mapping[str, str]) -> int:

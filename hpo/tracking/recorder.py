@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from hpo.database import without_password
 from hpo.errors import StoreError
 from hpo.tracking.delivery import ATTEMPT_TAG, RUN_STATUS, Delivery, Event, Sender, Spool
-from hpo.tracking.store import ORPHANED_TAG, STUDY_ID_TAG, VIEW_NAME, explained, is_of_study, search_runs
+from hpo.tracking.store import ORPHANED_TAG, STUDY_ID_TAG, explained, is_of_study, search_runs
+from hpo.tracking.view import FRONT_TAG, VIEW_TAG, study_view
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 _FLUSH_TIMEOUT_S = 60.0
 _HURRIED_FLUSH_TIMEOUT_S = 3.0
-
-FRONT_TAG = "hpo.front"
 
 
 class StudyRuns:
@@ -58,7 +56,7 @@ class StudyRuns:
         from mlflow.tracking.context.registry import resolve_tags
 
         described = {"hpo.study": study, "hpo.metric": metric, "hpo.direction": direction, **(tags or {})}
-        described[f"mlflow.sharedViewState.{VIEW_NAME}"] = _runs_table(metric, direction, columns, costs)
+        described[VIEW_TAG] = study_view(metric, direction, columns, costs)
         if note:
             described["mlflow.note.content"] = note
         self.store = store
@@ -74,6 +72,7 @@ class StudyRuns:
         self._folder = _make_folder(self._spools / session)
         self._deliveries: dict[int, Delivery] = {}
         self._sender = Sender()
+        self._summary_id: str | None = None
         atexit.register(self.close)
 
     def _mark_orphans(self) -> None:
@@ -112,11 +111,15 @@ class StudyRuns:
         with explained(self.store.uri):
             found = search_runs(client, self.experiment_id, "tags.`hpo.kind` = 'study'", self._study_id)
             if found:
-                client.update_run(found[0].info.run_id, status="RUNNING")
-                return SummaryRun(self.store, found[0].info.run_id)
-            tags = {**self._source_tags, **self._study_tags, "hpo.kind": "study", "hpo.study": self.study}
-            run = client.create_run(self.experiment_id, tags=tags, run_name="study summary")
-            return SummaryRun(self.store, run.info.run_id)
+                self._summary_id = found[0].info.run_id
+                client.update_run(self._summary_id, status="RUNNING")
+                client.set_tag(self._summary_id, "hpo.state", "running")
+            else:
+                tags = {**self._source_tags, **self._study_tags, "hpo.kind": "study", "hpo.study": self.study}
+                tags["hpo.state"] = "running"
+                run = client.create_run(self.experiment_id, tags=tags, run_name="study summary")
+                self._summary_id = run.info.run_id
+        return SummaryRun(self.store, self._summary_id)
 
     def mark_front(self, numbers: Collection[int]) -> None:
         """Say of each trial's run whether it is on the Pareto front, in the tag `hpo.front`: `yes`, or none."""
@@ -151,7 +154,8 @@ class StudyRuns:
             running = {str(number) for number, owner in owners().items() if owner in alive}
             for run in runs:
                 is_summary = run.data.tags.get("hpo.kind") == "study"
-                if run.data.tags.get("hpo.trial") not in running and not (is_summary and len(alive) > 1):
+                is_ours = run.info.run_id == self._summary_id
+                if run.data.tags.get("hpo.trial") not in running and not (is_summary and (is_ours or len(alive) > 1)):
                     client.set_tag(run.info.run_id, "hpo.state", "interrupted")
                     client.set_terminated(run.info.run_id, "KILLED")
 
@@ -321,23 +325,6 @@ def begin_check_run(store: TrackingStore, study: str) -> SummaryRun:
         tags = {**resolve_tags(), "hpo.kind": "check", "hpo.study": study}
         run = store.client.create_run(experiment_id, tags=tags, run_name="check")
     return SummaryRun(store, run.info.run_id)
-
-
-def _runs_table(metric: str, direction: Direction, columns: Sequence[str], costs: Sequence[str]) -> str:
-    """MLflow's saved view of the runs table: the best first, the value, the costs, the parameters and the state.
-
-    It is what the UI's "share" button stores, an experiment tag that no document describes (read in MLflow 3.17.2).
-    """
-    value = f"metrics.`best/{metric}`"
-    measured = [f"metrics.`cost/{name}`" for name in costs]
-    measured += [f"tags.`{FRONT_TAG}`"] if costs else []
-    parameters = [f"params.`{name}`" for name in columns]
-    view = {
-        "orderByKey": value,
-        "orderByAsc": direction == "minimize",
-        "selectedColumns": ["attributes.`Duration`", value, *measured, *parameters, "tags.`hpo.state`"],
-    }
-    return json.dumps(view)
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -42,16 +42,32 @@ def serve(
     not start.
     """
     if store.is_server:
-        say(f"MLflow is at {store.study_url(study, store.uri) if study else store.uri}")
+        for line in _addresses(store, study, store.uri):
+            say(line)
         return
-    where = store.study_url(study, _base_url(host, port)) if study else _base_url(host, port)
+    if study:
+        store.study_url(study, "")  # raises where there is none, before the server is started
     if not _is_loopback(host):
         say(f"Warning: whoever can reach {host}:{port} can read and change every run; MLflow asks for no password.")
     say("Starting MLflow, which takes 10 to 20 seconds ...")
     with running_server(store, host=host, port=port) as server:
-        say(f"MLflow is at {where}")
+        for line in _addresses(store, study, _base_url(host, port)):
+            say(line)
         say("Stop it with Ctrl-C.")
         server.wait()
+
+
+def _addresses(store: TrackingStore, study: str | None, base_url: str) -> list[str]:
+    """Where MLflow shows the study, or each study, the newest first: its own start page shows traces, not runs."""
+    studies = [study] if study else store.studies()
+    if not studies:
+        return [f"MLflow is at {base_url}"]
+    if len(studies) == 1:
+        return [f"MLflow is at {store.study_url(studies[0], base_url)}"]
+    return [
+        "MLflow shows, the newest study first:",
+        *(f"  {name}  {store.study_url(name, base_url)}" for name in studies),
+    ]
 
 
 @contextmanager

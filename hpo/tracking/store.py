@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from hpo.database import prepare_sqlite, without_password
 from hpo.errors import StoreError, UnknownNameError
 from hpo.home import create_home
+from hpo.tracking.view import VIEW_NAME
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -31,9 +32,6 @@ _CONNECT_TIMEOUT_S = 5.0
 STUDY_ID_TAG = "hpo.study_id"
 ORPHANED_TAG = "hpo.orphaned"
 """On a run whose study is gone: its database was lost, and another study has its name."""
-
-VIEW_NAME = "hpo"
-"""The saved view of the runs table that every study's experiment has."""
 
 # Telemetry stays off and MLflow's progress bars, links and INFO lines off the user's terminal. Five retries, its own
 # default, block for a minute when a server is down; the sender retries by itself.
