@@ -26,6 +26,7 @@ from hpo.config import AUGMENTATIONS, CLASS_WEIGHTS, OPTIMIZERS, SAMPLINGS, SCHE
 from hpo.data.datasets import Splits, split_dataset
 from hpo.errors import CheckpointError, DeviceMemoryError, UnknownNameError, UsageError
 from hpo.objective import Dataset, DataSpec, SealedSplit, Split
+from hpo.training import precision
 from hpo.training.checkpoint import CheckpointFolder
 from hpo.training.compiled import let_dropout_vary, settle_compile_mode
 from hpo.training.losses import CLASSIFICATION_LOSSES, loss_function, target_scale
@@ -1194,16 +1195,55 @@ class Convolution(nn.Module):
         return self.output(functional.relu(self.convolution(images / 255.0)).mean((2, 3)))
 
 
-@pytest.mark.parametrize("has_bf16", [True, False])
-def test_auto_takes_bf16_for_convolutions_where_the_processor_has_it(
-    monkeypatch: pytest.MonkeyPatch, has_bf16: bool
+def settled(wanted: str, model: nn.Module) -> str:
+    train = image_splits().train
+    assert isinstance(train.inputs, Tensor)
+    batch = train.inputs[:8], train.targets[:8]
+    return settle_precision(wanted, model, functional.cross_entropy, lambda: batch)
+
+
+@pytest.mark.parametrize(
+    ("has_bf16", "seconds", "expected"),
+    [
+        (True, {"fp32": 1.0, "bf16": 0.5}, "bf16"),
+        (True, {"fp32": 1.0, "bf16": 0.99}, "fp32"),
+        (True, {"fp32": 1.0, "bf16": 1.3}, "fp32"),
+        (False, {}, "fp32"),
+    ],
+)
+def test_auto_takes_what_was_measured_to_be_faster(
+    monkeypatch: pytest.MonkeyPatch, has_bf16: bool, seconds: dict[str, float], expected: str
 ) -> None:
+    """Once for an architecture, a batch and a device; without convolutions, or instructions for bf16, it is fp32."""
+    measured: list[str] = []
+
+    def measure(model: nn.Module, loss: Any, inputs: Tensor, targets: Tensor, precision: str) -> float:
+        measured.append(precision)
+        return seconds[precision]
+
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert settle_precision("auto", Convolution(), "cpu") == ("bf16" if has_bf16 else "fp32")
-    assert settle_precision("auto", ImageNet(), "cpu") == "fp32"
-    assert settle_precision("fp32", Convolution(), "cpu") == "fp32"
-    assert settle_precision("fp16", ImageNet(), "cpu") == "fp16"
+    monkeypatch.setattr(precision, "_fastest", {})
+    monkeypatch.setattr(precision, "_seconds_a_pass", measure)
+    assert [settled("auto", Convolution()) for _ in range(2)] == [expected] * 2
+    assert measured == list(seconds)
+    assert settled("auto", ImageNet()) == "fp32"
+    assert settled("fp32", Convolution()) == "fp32"
+    assert settled("fp16", ImageNet()) == "fp16"
+    assert measured == list(seconds)
+
+
+def test_measuring_what_is_faster_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that settled on a precision is bit-equal to one that was asked for it."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(precision, "_fastest", {})
+    curves = []
+    for wanted in ("auto", None):
+        model = nn.Sequential(Convolution(), nn.BatchNorm1d(NUM_CLASSES), nn.Dropout(0.3))
+        wanted = wanted or curves[0][0].settled["precision"]
+        curves.append(list(fit(model, image_splits(), quick_config(precision=wanted, max_epochs=2))))
+    first, second = ([without_time(result) for result in curve] for curve in curves)
+    assert first == second
 
 
 @pytest.mark.parametrize(

@@ -223,8 +223,8 @@ def _range_test(subject: Subject) -> tuple[list[float], list[float]]:
     num_rates = max(MIN_RATES, min(NUM_RATES, int(RANGE_TEST_S / seconds_a_step(subject, config.batch_size))))
     model = subject.network().train()
     optimizer = build_optimizer(model, config)
-    precision = settle_precision(config.precision, model, config.device)
     loss = training_loss(config, subject.splits.train, subject.num_classes)
+    precision = settle_precision(config.precision, model, loss, lambda: subject.batch(config.batch_size))
     step = TrainingStep(model, loss, optimizer, clip_norm=config.clip_norm, precision=precision)
     shares = [group["lr"] / config.lr for group in optimizer.param_groups]
     growth = (HIGHEST_RATE / LOWEST_RATE) ** (1 / (num_rates - 1))

@@ -92,7 +92,7 @@ def _memory_of_step(subject: Subject, batch_size: int) -> int:
 
 def _step(subject: Subject, batch_size: int) -> TrainingStep:
     model = subject.network().train()
-    precision = settle_precision(subject.config.precision, model, subject.config.device)
+    precision = settle_precision(subject.config.precision, model, subject.loss, lambda: subject.batch(batch_size))
     return TrainingStep(model, subject.loss, build_optimizer(model, subject.config), precision=precision)
 
 

@@ -100,6 +100,11 @@ class Subject:
         train, device = self.splits.train, self.config.device
         return Sample(train.inputs[:num_examples].to(device), train.targets[:num_examples].to(device))
 
+    def batch(self, size: int) -> tuple[Tensor, Tensor]:
+        """A batch of training examples and their targets, on the device."""
+        sample = self.sample(size)
+        return sample.inputs, sample.targets
+
     def small_sample(self) -> Sample:
         """As many training examples as a large network takes seconds for on a CPU."""
         return self.sample(64 if self.splits.train.inputs.shape[1:].numel() <= LARGE_EXAMPLE else 16)

@@ -100,6 +100,11 @@ class TrainingBatches:
     def __len__(self) -> int:
         return len(self._split) // self._batch_size
 
+    def first(self) -> tuple[Tensor, Tensor]:
+        """The first examples of the split as a batch, as they are; nothing is drawn."""
+        split, size = self._split, self._batch_size
+        return split.inputs[:size].to(self._device), split.targets[:size].to(self._device)
+
     @property
     def are_mixed(self) -> bool:
         """Whether targets are the shares (B, num_classes) of mixed examples."""

@@ -172,15 +172,16 @@ class _Run:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.model, config)
         self.schedule = build_schedule(self.optimizer, config, config.max_epochs * len(self.batches))
+        loss = training_loss(config, splits.train, self.num_classes)
         self.step: TrainingStep | CompiledStep = TrainingStep(
             self.model,
-            training_loss(config, splits.train, self.num_classes),
+            loss,
             self.optimizer,
             clip_norm=config.clip_norm,
             clip_value=config.clip_value,
             l1=config.l1,
             max_norm=config.max_norm,
-            precision=settle_precision(config.precision, model, config.device),
+            precision=settle_precision(config.precision, self.model, loss, self.batches.first),
         )
         check_compile_mode(config.compile, self.step.precision, config.device)
         self.compile_mode = "off"
