@@ -159,6 +159,9 @@ machine_options = _options(
     click.option("--compile", metavar="MODE", help="auto, off, step or graph. [default: auto, step if it is faster]"),
     click.option("--deterministic", is_flag=True, help="Use only deterministic GPU algorithms (slower)."),
     click.option(
+        "--accept-changes", is_flag=True, help="Resume although the data or the task's source changed; reports say so."
+    ),
+    click.option(
         "--keep", type=int, default=5, show_default=True, metavar="K", help="Keep the weights of the K best trials."
     ),
     data_dir_option,

@@ -25,6 +25,7 @@ from hpo.execution.observer import Observer
 from hpo.home import claim_files, require_own_files, require_space, study_lock
 from hpo.plugins import OBJECTIVES, SEARCH_SPACES, require_registered
 from hpo.preflight import check_task, load_dataset
+from hpo.provenance import Provenance, record_session, require_unchanged
 from hpo.report import to_plain
 from hpo.request import (
     DEFAULT_KEEP,
@@ -122,6 +123,7 @@ def run_search(
     precision: str | None = None,
     compile: str | None = None,
     deterministic: bool = False,
+    accept_changes: bool = False,
     data_dir: Path | None = None,
     home: Path | None = None,
     storage: str | None = None,
@@ -151,6 +153,7 @@ def run_search(
         precision=precision,
         compile=compile,
         deterministic=deterministic,
+        accept_changes=accept_changes,
     )
     given = _study_fields(
         trials, epochs, overrides, strategy, pruner, first_rung, seed, limit, space, metric, folds, objectives
@@ -217,6 +220,7 @@ def join_search(
     precision: str | None = None,
     compile: str | None = None,
     deterministic: bool = False,
+    accept_changes: bool = False,
     keep: int = DEFAULT_KEEP,
     data_dir: Path | None = None,
     home: Path | None = None,
@@ -242,6 +246,7 @@ def join_search(
         precision=precision,
         compile=compile,
         deterministic=deterministic,
+        accept_changes=accept_changes,
     )
     task = Study.load(read_storage(means.home, means.storage), study).task_reference
     # Whoever can write to the database must not choose what code runs here.
@@ -300,6 +305,9 @@ def _search(
         warm_up()  # the workers' server imports torch while the data are read
     observer.note(f"loading the data of {task.objective.name}")
     dataset = load_dataset(task, means.data_dir)
+    provenance = Provenance.of_session(task.objective, dataset)
+    if known := read_study(means, name):
+        require_unchanged(known, provenance, accept_changes=means.accepts_changes)
     fraction = 1 / settings.folds if settings.folds else VALIDATION_FRACTION
     splits = split_dataset(dataset, validation_fraction=fraction, seed=settings.seed, limit=settings.limit)
     if settings.folds:
@@ -324,6 +332,7 @@ def _search(
             gone = session.forget_gone()
             _require_alone(session, means, name)
             study = Study.open(database, name, settings)
+            record_session(study, provenance, accept_changes=means.accepts_changes)
             study.remember_session(
                 num_trials=trials or study.num_trials,
                 task_reference=task.reference,
@@ -337,7 +346,7 @@ def _search(
         if num_queued := study.counts()["queued"]:
             observer.note(f"{num_queued} queued configurations are tried first")
         # Of two machines that make the experiment at once, one would fail.
-        opened = session.exclusively(partial(_open_runs, store, study, task, session))
+        opened = session.exclusively(partial(_open_runs, store, study, task, session, provenance))
         with opened as runs, _written(splits, splits_file, session):
             coordinator = Coordinator(
                 study=study,
@@ -488,7 +497,7 @@ def _await_others(session: Session) -> None:
         time.sleep(_POLL_S)
 
 
-def _open_runs(store: TrackingStore, study: Study, task: Task, session: Session) -> StudyRuns:
+def _open_runs(store: TrackingStore, study: Study, task: Task, session: Session, provenance: Provenance) -> StudyRuns:
     settings = study.settings
     best_first = "descending" if settings.direction == "maximize" else "ascending"
     value = f", the mean of {settings.folds} folds" if settings.folds else ""
@@ -508,5 +517,6 @@ def _open_runs(store: TrackingStore, study: Study, task: Task, session: Session)
         columns=list(settings.space.parameters)[:NUM_COLUMNS],
         costs=settings.costs,
         tags={"hpo.task": settings.task},
+        run_tags=provenance.tags(),
         note=note,
     )

@@ -15,6 +15,8 @@ from rich.table import Table
 from hpo.errors import HpoError
 from hpo.home import find_home, find_storage
 from hpo.plugins import OBJECTIVES, load_task, registered
+from hpo.provenance import describe as describe_provenance
+from hpo.provenance import sessions
 from hpo.search.findings import findings, importances
 from hpo.search.session import living_sessions
 from hpo.search.storage import read_storage
@@ -170,6 +172,8 @@ def study_facts(name: str, home: Path | None, storage: str | None = None, top: i
             "limit": study.settings.limit,
             "folds": study.settings.folds,
             "counts": study.counts(),
+            "provenance": [asdict(session) for session in sessions(study)],
+            "made_with": describe_provenance(study),
             "pruned_winner": _describe_pruned_winner(find_winner(study), study),
             "importances": {group: asdict(importance) for group, importance in importances(study).items()},
             "findings": [asdict(finding) for finding in findings(study)],
@@ -194,6 +198,8 @@ def print_study(console: Console, facts: dict[str, Any]) -> None:
         f"strategy {facts['strategy']}, "
         f"pruner {facts['pruner']}, {facts['epochs']} epochs, seed {facts['seed']}; {describe_counts(facts['counts'])}"
     )
+    for line in facts["made_with"]:
+        console.print(line, soft_wrap=True)
     costs = facts["objectives"][1:]
     is_estimated = [bool(facts["folds"]) and trial["state"] == "pruned" for trial in facts["trials"]]
     steps = "folds" if facts["folds"] else "epochs"
@@ -269,7 +275,12 @@ def best_facts(name: str, home: Path | None, storage: str | None = None) -> dict
     """The winner of a study, as far as it is known."""
     study = Study.load(read_storage(find_home(home), find_storage(storage)), name)
     winner = find_winner(study)
-    facts = {"study": name, "home": str(find_home(home)), "winner": winner and to_plain(asdict(winner))}
+    facts = {
+        "study": name,
+        "home": str(find_home(home)),
+        "winner": winner and to_plain(asdict(winner)),
+        "made_with": describe_provenance(study),
+    }
     return facts | ({"front": to_plain(front_rows(study))} if study.settings.costs else {})
 
 
@@ -278,6 +289,8 @@ def print_best(console: Console, facts: dict[str, Any]) -> None:
         console.print(f"Study '{facts['study']}' has no finished trial yet; resume it with `hpo search`.")
         return
     _print_winner(console, Winner(**facts["winner"]))
+    for line in facts["made_with"]:
+        console.print(line, soft_wrap=True)
     home = "" if facts["home"] == str(find_home()) else f", home={facts['home']!r}"
     console.print(f'Load it: model = hpo.load_best("{facts["study"]}"{home})', soft_wrap=True)
     if facts.get("front"):

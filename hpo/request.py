@@ -49,6 +49,8 @@ class Means:
     timeout_s: float | None
     joins: bool
     """Whether the study may be under way elsewhere."""
+    accepts_changes: bool
+    """Whether to continue with other data, or another source of the task, than the study began with."""
     executor: str
     """One of EXECUTORS: where the workers run."""
     ray_address: str
@@ -80,6 +82,7 @@ def find_means(
     precision: str | None = None,
     compile: str | None = None,
     deterministic: bool = False,
+    accept_changes: bool = False,
 ) -> Means:
     """The means of a session, as given, or as the environment and the machine say. Raises UsageError."""
     for option, number in (("--workers", workers), ("--keep", keep)):
@@ -102,6 +105,7 @@ def find_means(
         keep=keep,
         timeout_s=timeout,
         joins=join,
+        accepts_changes=accept_changes,
         executor=executor,
         ray_address=address or "auto",
         gpus_per_trial=gpus_per_trial or 0.0,

@@ -13,6 +13,7 @@ from hpo.errors import CheckpointError, HpoError, SearchError, StoreError
 from hpo.execution.messages import Assignment
 from hpo.execution.worker import CHECKPOINT, refit
 from hpo.models.preprocessed import MirrorAveraged
+from hpo.provenance import describe as describe_provenance
 from hpo.search.findings import findings, importances
 from hpo.search.winner import (
     COMPARISONS,
@@ -234,7 +235,8 @@ def _in_words(study: Study, winner: Winner) -> str:
     return (
         f"**Winner: trial {winner.trial}**, {winner.metric} {winner.validation:.4f} {judged}; "
         f"test split: {test}.{compared}\n\n| parameter | value |\n| --- | --- |\n{rows}\n"
-        f'Load it: `hpo.load_best("{study.name}")`. Plots, settings and search space are in the artifacts.'
+        f'Load it: `hpo.load_best("{study.name}")`. Plots, settings and search space are in the artifacts.\n\n'
+        f"{'. '.join(describe_provenance(study))}."
     )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpo.config import TrainConfig
-from hpo.errors import UsageError
+from hpo.errors import CheckpointError, UsageError
 from hpo.execution.worker import BEST_WEIGHTS, CHECKPOINT, TrialDescription
 from hpo.home import find_home, find_storage
 from hpo.models.preprocessed import PreprocessedModel, build_model
@@ -15,8 +16,11 @@ from hpo.plugins import OBJECTIVES, load_objective, require_registered
 from hpo.search.storage import read_storage
 from hpo.search.study import Study
 from hpo.search.winner import TEST_READINGS
+from hpo.sources import changed_sources, source_checksums
 from hpo.tracking.store import home_store_uri, open_store
 from hpo.training.checkpoint import load_weights
+
+_logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from hpo.tracking.store import TrackingStore
@@ -90,5 +94,22 @@ def load_trial(
     description = TrialDescription.read(folder)
     objective = load_objective(task or study.task_reference)
     model = build_model(objective, description.spec, description.model_parameters, seed=0, pretrained=False)
-    model.load_state_dict(load_weights(folder / BEST_WEIGHTS, description.weights_sha256))
+    changed = changed_sources(description.sources, source_checksums(objective)) if description.sources else []
+    if changed:
+        _logger.warning(
+            "trial %d of study '%s' was trained with another version of %s; its predictions may differ from then.",
+            number,
+            study.name,
+            ", ".join(changed),
+        )
+    weights = load_weights(folder / BEST_WEIGHTS, description.weights_sha256)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"the weights of trial {number} of study '{study.name}' do not fit the model that its task builds now "
+            f"({reason[:300]}); restore the source that it was trained with"
+            + (f": {', '.join(changed)} changed since." if changed else ".")
+        ) from error
     return LoadedTrial(model.eval().to(device), replace(description.config, device=device))

@@ -12,7 +12,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -42,6 +42,7 @@ from hpo.files import write_atomically
 from hpo.models.preprocessed import PreprocessedModel, build_model
 from hpo.objective import DataSpec, Objective
 from hpo.plugins import load_objective
+from hpo.sources import source_checksums
 from hpo.space import Value
 from hpo.training.checkpoint import CheckpointFolder, save_weights
 from hpo.training.costs import measure_costs
@@ -165,6 +166,8 @@ class TrialDescription:
     best_epoch: int
     best_value: float
     weights_sha256: str
+    sources: dict[str, str] = field(default_factory=dict)
+    """Checksums of the task's source files (hpo.sources); none where an earlier version trained."""
 
     def write(self, folder: Path) -> None:
         write_atomically(folder / DESCRIPTION, json.dumps(asdict(self), indent=2).encode())
@@ -207,7 +210,7 @@ def run_trial(
     if result.best_epoch is None or result.best_value is None:
         return {}
     if not assignment.folds:
-        _save(model, assignment, splits.spec, result.best_epoch, result.best_value)
+        _save(model, assignment, objective, splits.spec, result.best_epoch, result.best_value)
     elif assignment.costs:
         model = build(splits, config)
     else:
@@ -231,7 +234,7 @@ def refit(assignment: Assignment, objective: Objective, splits: Splits, *, num_e
                 f"trial {assignment.number}, the winner, diverged when it was trained on all examples; "
                 "search again with smaller learning rates: -p lr=LOW:HIGH in a new --study."
             )
-    _save(model, assignment, splits.spec, num_epochs, value)
+    _save(model, assignment, objective, splits.spec, num_epochs, value)
 
 
 def _build(
@@ -244,7 +247,9 @@ def _build(
     return model
 
 
-def _save(model: nn.Module, assignment: Assignment, spec: DataSpec, best_epoch: int, best_value: float) -> None:
+def _save(
+    model: nn.Module, assignment: Assignment, objective: Objective, spec: DataSpec, best_epoch: int, best_value: float
+) -> None:
     TrialDescription(
         trial=assignment.number,
         spec=spec,
@@ -252,5 +257,6 @@ def _save(model: nn.Module, assignment: Assignment, spec: DataSpec, best_epoch: 
         config=assignment.config,
         best_epoch=best_epoch,
         best_value=best_value,
+        sources=source_checksums(objective),
         weights_sha256=save_weights(model.state_dict(), assignment.folder / BEST_WEIGHTS),
     ).write(assignment.folder)

@@ -51,6 +51,7 @@ class StudyRuns:
         columns: Sequence[str] = (),
         costs: Sequence[str] = (),
         tags: Mapping[str, str] | None = None,
+        run_tags: Mapping[str, str] | None = None,
         note: str | None = None,
     ) -> None:
         from mlflow.tracking.context.registry import resolve_tags
@@ -63,7 +64,8 @@ class StudyRuns:
         self.study = study
         self.metric = metric
         self.experiment_id = store.open_experiment(study, described)
-        self._source_tags: dict[str, str] = resolve_tags()  # user and source: a run made by a client has none
+        # User and source, which a run made by a client lacks, and what the session searches with.
+        self._source_tags: dict[str, str] = {**resolve_tags(), **(run_tags or {})}
         self._study_id = study_id
         if is_new and study_id:
             self._mark_orphans()
