@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from pretended_cuda import pretended_cuda
+from pretended_cuda import Seen, pretended_cuda
 from torch import nn
 
 from hpo.checklist.checklist import whole_list
@@ -28,7 +28,9 @@ from hpo.models.preprocessed import MirrorAveraged, build_model
 from hpo.objective import DataSpec, Objective, SealedSplit, Split
 from hpo.plugins import Task
 from hpo.space import Float, Group, Space
+from hpo.training import trainer
 from hpo.training.checkpoint import load_weights
+from hpo.training.step import StepResult, TrainingStep
 from hpo.training.trainer import evaluate, evaluate_classes
 
 pytestmark = pytest.mark.pretended_gpu
@@ -82,6 +84,13 @@ IN_EACH_STEP = {
     },
 }
 """Waits in each step that are there for a reason, by configuration."""
+
+OF_THE_OPTIMIZER = {
+    "training/optimizers.py:_step",
+    "training/optimizers.py:step",
+    "training/step.py:_step",  # those of torch, which are no part of hpo
+}
+"""Where a step may be given other numbers than the one before: its rates, and corrections for the number of steps."""
 
 CONV = {"model": "convnet", "parameters": {"width": 8}}
 ON_IMAGES = "crop+flip+rotation+colour_jitter+cutout+randaugment"
@@ -177,7 +186,25 @@ def make_objective(model: Callable[..., nn.Module]) -> Objective:
     )
 
 
-def train(case: dict[str, Any], folder: Path, *, batch_size: int) -> Any:
+def listening(seen: Seen, addresses: list[tuple[int, ...]]) -> type[TrainingStep]:
+    """A step that notes all operations up to the next one, and where weights and the optimizer's state are after it."""
+
+    class ListeningStep(TrainingStep):
+        def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> StepResult:
+            seen.operations.append([])
+            seen.is_listening = True
+            result = super().__call__(inputs, targets)
+            state = [value for of_parameter in self.optimizer.state.values() for value in of_parameter.values()]
+            kept = [*self.model.state_dict().values(), *[value for value in state if isinstance(value, torch.Tensor)]]
+            addresses.append(tuple(tensor.data_ptr() for tensor in kept))
+            return result
+
+    return ListeningStep
+
+
+def train(
+    case: dict[str, Any], folder: Path, *, batch_size: int, addresses: list[tuple[int, ...]] | None = None
+) -> Any:
     """What a GPU would have seen of a trial in a worker, from the splits to the costs, and of the winner's test."""
     settings = dict(case)
     splits = make_splits(is_regression=settings.get("metric") == "r2")
@@ -206,6 +233,8 @@ def train(case: dict[str, Any], folder: Path, *, batch_size: int) -> Any:
         if resumes:
             run_trial(replace(assignment, config=replace(config, device="cpu")), objective, splits, leave)
         with pretended_cuda() as seen:
+            if addresses is not None:
+                patch.setattr(trainer, "TrainingStep", listening(seen, addresses))
             if resumes:
                 asked = iter([Decision.GO_ON, Decision.LEAVE])  # the CPU's epoch once more, and one on the GPU
                 run_trial(assignment, objective, splits, lambda result: next(asked))
@@ -245,15 +274,28 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", configurations())
-def test_a_trial_runs_waits_between_epochs_alone_and_leaves_nothing(name: str, tmp_path: Path) -> None:
-    """What the host waits for in 2 steps an epoch and in 6 is the same, but for the permitted waits."""
+def test_a_trial_runs_waits_between_epochs_alone_repeats_its_step_and_leaves_nothing(name: str, tmp_path: Path) -> None:
+    """What the host waits for in 2 steps an epoch and in 6 is the same, but for the permitted waits.
+
+    Each step has the operations, the plain numbers and the addresses of the one before it, but for the optimizer's
+    rates.
+    """
     case = configurations()[name]
-    few, many = (train(case, tmp_path / str(size), batch_size=size) for size in (24, 8))
+    addresses: list[tuple[int, ...]] = []
+    few = train(case, tmp_path / "few", batch_size=24)
+    many = train(case, tmp_path / "many", batch_size=8, addresses=addresses)
     assert many.without_cudnn == {}
     assert many.bytes_alive() == 0
     more = {wait for wait, count in many.waits.items() if count > few.waits[wait]} - NOT_COMPARED
     assert more == IN_EACH_STEP.get(name, set())
     assert many.waits.keys() <= BETWEEN_STEPS.keys() | more
+    # A CUDA graph repeats a step with the numbers and addresses that it was captured with.
+    # The first step makes the optimizer's state, and after the last ones there is less to stream, or an evaluation.
+    one, other = many.operations[1:3]
+    assert addresses[1] == addresses[2]
+    assert [operation for operation, _, _ in one] == [operation for operation, _, _ in other]
+    changing = {place for (_, before, place), (_, after, _) in zip(one, other, strict=True) if before != after}
+    assert changing <= OF_THE_OPTIMIZER
 
 
 def test_the_data_stay_on_the_device_from_trial_to_trial_and_their_statistics_are_kept() -> None:
