@@ -4,12 +4,13 @@ For each case the sides train in turn, in one process and on the same examples, 
 
     reference   the tutorial's loop: torchvision data set, a transform for each image, DataLoader, `.item()` and a
                 torchmetrics update in each step, one checkpoint file
+    tensors     the same loop on a TensorDataset of floats that were normalised once, as for Fashion-MNIST in guides
     lightning   the same data through Lightning, with logger, progress bar and checkpoints off
     hpo         hpo.training.fit with `--precision auto --compile off`
     hpo-step    the same with `--compile step`
 
 It prints the time of an epoch (CPU time on a CPU, device events on a GPU; the first two epochs of a run are left out),
-how many times faster than the reference each side is, and its share of what an fp32 matrix product of the shape that
+how many times faster than both loops each side is, and its share of what an fp32 matrix product of the shape that
 the case's largest layer has reaches on this machine. With `--accuracy N` all sides also train N seeds to the
 end. The data sets are found by HPO_DATA_DIR. The last lines name what was used.
 """
@@ -41,7 +42,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.datasets import CIFAR10, FashionMNIST
@@ -91,6 +92,10 @@ def mlp(spec: DataSpec) -> nn.Module:
     return MLP(spec, depth=2, width=256)
 
 
+def small_mlp(spec: DataSpec) -> nn.Module:
+    return MLP(spec, depth=3, width=100)
+
+
 def _case(name: str, task: str, network: Callable[[DataSpec], nn.Module], num_examples: int, **settings: Any) -> Case:
     config = TrainConfig(**{"schedule": "one_cycle", "patience": 1000, **settings})
     return Case(name, task, network, config, num_examples)
@@ -102,6 +107,8 @@ CASES = {
         _case("mlp-20x100-b128", "cifar10", deep_mlp, 20_000, batch_size=128, optimizer="adamw", lr=2e-3),
         _case("fashion-b32", "fashion_mnist", mlp, 20_000, batch_size=32, optimizer="sgd", lr=0.05),
         _case("fashion-b512", "fashion_mnist", mlp, 60_000, batch_size=512, optimizer="adamw", lr=2e-3),
+        _case("fashion-3x100-b32", "fashion_mnist", small_mlp, 20_000, batch_size=32, optimizer="sgd", lr=0.05),
+        _case("fashion-3x100-b512", "fashion_mnist", small_mlp, 60_000, batch_size=512, optimizer="sgd", lr=0.05),
         _case("convnet-b256", "cifar10", ConvNet, 4_000, batch_size=256, optimizer="sgd", lr=0.1, weight_decay=5e-4),
         _case(
             "resnet18-b64", "cifar10", resnet18_for_32_pixels, 640, batch_size=64, optimizer="sgd", lr=0.05,
@@ -153,6 +160,7 @@ class Stopwatch:
 
 
 Side = Callable[[Case, Splits, TrainConfig], Iterator[Epoch]]
+Loaders = Callable[[Splits, TrainConfig], tuple[DataLoader[Any], DataLoader[Any]]]
 
 
 def ours(case: Case, splits: Splits, config: TrainConfig, **settings: Any) -> Iterator[Epoch]:
@@ -165,10 +173,10 @@ def ours(case: Case, splits: Splits, config: TrainConfig, **settings: Any) -> It
         yield Epoch(stopwatch.lap(), result.metrics["val/accuracy"])
 
 
-def reference(case: Case, splits: Splits, config: TrainConfig) -> Iterator[Epoch]:
+def reference(case: Case, splits: Splits, config: TrainConfig, load: Loaders | None = None) -> Iterator[Epoch]:
     """The loop of the tutorials."""
     torch.manual_seed(config.seed)
-    train_loader, validation_loader = loaders(splits, config)
+    train_loader, validation_loader = (load or loaders)(splits, config)
     model = case.network(splits.spec).to(config.device)
     optimizer, schedule = optimizer_and_schedule(model, config, len(train_loader))
     checkpoint = Path(tempfile.gettempdir()) / "reference.pt"
@@ -270,6 +278,16 @@ def loaders(splits: Splits, config: TrainConfig) -> tuple[DataLoader[Any], DataL
     return train_loader, DataLoader(validation, batch_size=config.batch_size)
 
 
+def tensor_loaders(splits: Splits, config: TrainConfig) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    channels = splits.train.inputs.transpose(0, 1).flatten(1).float()
+    mean, std = (values.view(-1, 1, 1) for values in (channels.mean(1), channels.std(1)))
+    train, validation = (
+        TensorDataset((split.inputs.float() - mean) / std, split.targets) for split in (splits.train, splits.validation)
+    )
+    train_loader = DataLoader(train, batch_size=config.batch_size, shuffle=True, drop_last=True)
+    return train_loader, DataLoader(validation, batch_size=config.batch_size)
+
+
 def _torchvision_dataset(split: Split, transform: Callable[[Any], Tensor]) -> CIFAR10 | FashionMNIST:
     """torchvision's own class over these examples; it has no constructor for what is in memory already."""
     is_colour = split.inputs.shape[1] == 3
@@ -293,6 +311,7 @@ def optimizer_and_schedule(model: nn.Module, config: TrainConfig, steps_per_epoc
 
 SIDES: dict[str, Side] = {
     "reference": reference,
+    "tensors": partial(reference, load=tensor_loaders),
     "lightning": by_lightning,
     "hpo": partial(ours, compile="off"),
     "hpo-step": partial(ours, compile="step"),
@@ -361,16 +380,22 @@ def compare_speed(case: Case, splits: Splits, arguments: argparse.Namespace) -> 
             times[name].append(statistics.median(epoch.seconds for epoch in warm))
     flops, limit = flops_of_an_epoch(case, splits), limit_flops(case, splits)
     title = f"{case.name}: {len(splits.train)} + {len(splits.validation)} examples"
-    table = Table("side", "s an epoch", "times the reference's speed", "of the product's speed", title=title)
+    loops = [name for name in ("reference", "tensors") if name in times]
+    headings = [f"times the speed of {loop}" for loop in loops]
+    table = Table("side", "s an epoch", *headings, "of the product's speed", title=title)
     for name, seconds in times.items():
-        ratios = [theirs / own for theirs, own in zip(times["reference"], seconds, strict=True)]
         table.add_row(
             name,
             f"{statistics.median(seconds):.2f}",
-            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+            *(_ratio(times[loop], seconds) for loop in loops),
             f"{flops / statistics.median(seconds) / limit:.0%}",
         )
     console.print(table)
+
+
+def _ratio(theirs: list[float], own: list[float]) -> str:
+    ratios = [one / other for one, other in zip(theirs, own, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def compare_accuracy(case: Case, splits: Splits, arguments: argparse.Namespace) -> None:

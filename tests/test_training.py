@@ -27,6 +27,7 @@ from hpo.data.datasets import Splits, split_dataset
 from hpo.errors import CheckpointError, DeviceMemoryError, UnknownNameError, UsageError
 from hpo.objective import Dataset, DataSpec, SealedSplit, Split
 from hpo.training import precision
+from hpo.training import step as training_step
 from hpo.training.checkpoint import CheckpointFolder
 from hpo.training.compiled import let_dropout_vary, settle_compile_mode
 from hpo.training.losses import CLASSIFICATION_LOSSES, loss_function, target_scale
@@ -36,7 +37,7 @@ from hpo.training.precision import settle_precision
 from hpo.training.schedules import build_schedule
 from hpo.training.step import TrainingStep
 from hpo.training.stopping import EarlyStopping
-from hpo.training.trainer import EpochResult, evaluate, evaluate_classes, fit
+from hpo.training.trainer import NORM_EVERY, EpochResult, evaluate, evaluate_classes, fit
 
 NUM_CLASSES = 4
 IMAGE_SHAPE = (1, 8, 8)
@@ -1340,3 +1341,21 @@ def test_nothing_of_a_training_is_alive_after_it(mode: str) -> None:
         list(fit(ImageNet(dropout=0.1), splits, quick_config(seed=seed, compile=mode)))
         counts.append(tensors())
     assert counts[3] == counts[2] == counts[1]  # the first one may fill caches
+
+
+@pytest.mark.parametrize(("clip_norm", "share"), [(0.0, 1 / NORM_EVERY), (1.0, 1.0)])
+def test_the_norm_of_the_gradients_is_measured_now_and_then_unless_it_clips_them(
+    clip_norm: float, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms: list[float] = []
+
+    def watched(*arguments: Any) -> Tensor:
+        norms.append(float(clip := clip_gradients(*arguments)))
+        return clip
+
+    clip_gradients = training_step._clip_gradients
+    monkeypatch.setattr(training_step, "_clip_gradients", watched)
+    splits, config = image_splits(), quick_config(batch_size=4, max_epochs=1, clip_norm=clip_norm)
+    [result] = fit(ImageNet(), splits, config)
+    assert len(norms) == math.ceil(share * (len(splits.train) // 4))
+    assert result.metrics["grad_norm"] == pytest.approx(sum(norms) / len(norms))

@@ -70,10 +70,10 @@ class CompiledStep:
         self._complete_optimizer()
         return self._eager.state_dict()
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> StepResult:
-        """Take in a batch (B, ...) with targets (B,)."""
+    def __call__(self, inputs: Tensor, targets: Tensor, *, measures_norm: bool = True) -> StepResult:
+        """Take in a batch (B, ...) with targets (B,). What is compiled computes the gradients' norm in any case."""
         if self.mode == "off":
-            return self._eager(inputs, targets)
+            return self._eager(inputs, targets, measures_norm=measures_norm)
         from torch._dynamo.exc import TorchDynamoException
 
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -97,4 +97,4 @@ def _multiplies_bf16(device: torch.device) -> bool:
 def autocast(precision: str, device: torch.device | str) -> AbstractContextManager[None]:
     """Run what gains from it in `precision`; weights, sums and losses stay in fp32. Nothing changes for "fp32"."""
     half = _HALF.get(precision)
-    return torch.autocast(torch.device(device).type, dtype=half, enabled=half is not None)
+    return torch.autocast(torch.device(device).type, dtype=half) if half else nullcontext()

@@ -27,7 +27,7 @@ class StepResult(NamedTuple):
 
     outputs: Tensor  # (B, num_outputs)
     loss: Tensor  # () mean over the batch
-    grad_norm: Tensor  # () before clipping
+    grad_norm: Tensor | None  # () before clipping; None where it was not asked for
 
 
 class TrainingStep:
@@ -56,6 +56,7 @@ class TrainingStep:
         self.model = model
         self.loss_function = loss_function
         self.optimizer = optimizer
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.clip_norm = clip_norm
         self.clip_value = clip_value
         self.l1 = l1
@@ -65,6 +66,7 @@ class TrainingStep:
         """Parts that a batch is taken in."""
         self.scaler = _scaler(model, precision)
         self._has_stepped = False
+        self._measures_norm = True
 
     @property
     def is_plain(self) -> bool:
@@ -81,8 +83,12 @@ class TrainingStep:
         self.scaler = _scaler(self.model, self.precision)
         self.scaler.load_state_dict(state["scaler"])
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> StepResult:
-        """Take in a batch (B, ...) with targets (B,)."""
+    def __call__(self, inputs: Tensor, targets: Tensor, *, measures_norm: bool = True) -> StepResult:
+        """Take in a batch (B, ...) with targets (B,).
+
+        Without `measures_norm` the gradients' norm is computed only where clipping needs it.
+        """
+        self._measures_norm = measures_norm or self.clip_norm > 0 or self.clip_value > 0
         result = self._try(inputs, targets)
         if result is None and self.num_parts == 1:
             # Out here the failed attempt's tensors are gone; in an except block the traceback would hold them.
@@ -116,14 +122,17 @@ class TrainingStep:
         return result
 
     def _step(self, inputs: Tensor, targets: Tensor) -> StepResult:
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self._parameters:  # what zero_grad does, without its record for the profiler
+            parameter.grad = None
         parts = [
             self._backward(part, part_targets, share=len(part) / len(inputs))
             for part, part_targets in zip(inputs.chunk(self.num_parts), targets.chunk(self.num_parts), strict=True)
         ]
         self.scaler.unscale_(self.optimizer)
-        grad_norm = _clip_gradients(self.optimizer, self.clip_norm, self.clip_value)
-        if self.scaler.is_enabled():
+        grad_norm = None
+        if self._measures_norm:
+            grad_norm = _clip_gradients(self._parameters, self.clip_norm, self.clip_value)
+        if self.scaler.is_enabled() and grad_norm is not None:
             grad_norm = grad_norm.nan_to_num(0.0, 0.0, 0.0)  # the scaler passes over a step that overflowed
         if self.l1 > 0:
             _add_l1(self.optimizer, self.l1)
@@ -151,16 +160,15 @@ def _scaler(model: nn.Module, precision: str) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(next(model.parameters()).device.type, enabled=precision == "fp16")
 
 
-def _clip_gradients(optimizer: Optimizer, clip_norm: float, clip_value: float) -> Tensor:
+def _clip_gradients(all_parameters: list[Tensor], clip_norm: float, clip_value: float) -> Tensor:
     """The global norm of all gradients; elements beyond `clip_value`, then a norm beyond `clip_norm`, are cut down."""
-    # The optimizer's lists, because walking a deep model for its parameters takes as long as a small layer.
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    grad_norm = get_total_norm([p.grad for p in parameters])
+    gradients = [parameter.grad for parameter in all_parameters if parameter.grad is not None]
+    grad_norm = get_total_norm(gradients)
+    parameters = [parameter for parameter in all_parameters if parameter.grad is not None]
     if clip_value > 0:
         clip_grad_value_(parameters, clip_value)
     if clip_norm > 0:
-        clipped_norm = get_total_norm([p.grad for p in parameters]) if clip_value > 0 else grad_norm
-        clip_grads_with_norm_(parameters, clip_norm, clipped_norm)
+        clip_grads_with_norm_(parameters, clip_norm, get_total_norm(gradients) if clip_value > 0 else grad_norm)
     return grad_norm
 
 

@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from hpo.objective import Split
 
 
+NORM_EVERY = 8
+"""Steps between two measurements of the gradients' norm where clipping does not need it."""
+
+
 @dataclass(frozen=True)
 class EpochResult:
     """One epoch in plain values, so that it can cross processes and be logged as it is."""
@@ -47,10 +51,10 @@ class EpochResult:
 
     metrics: dict[str, float]
     """`train/loss`, `val/loss` and every other metric of the task for both (`auroc` for the validation alone), `lr` at
-    the epoch's end, `grad_norm` (mean over the steps, before clipping) and `time/epoch_s`. The train values are means
-    over the epoch as the weights change, with dropout and augmentation. `watch/gap` is the validation loss without the
-    training loss, `watch/epochs_without_progress` of the training loss; the others of `watch/` are in
-    `hpo.training.probe`."""
+    the epoch's end, `grad_norm` (before clipping; the mean over the steps, or over every eighth step if nothing is
+    clipped) and `time/epoch_s`. The train values are means over the epoch as the weights change, with dropout and
+    augmentation. `watch/gap` is the validation loss without the training loss, `watch/epochs_without_progress` of the
+    training loss; the others of `watch/` are in `hpo.training.probe`."""
 
     value: float
     """The metric that decides, on the validation split; NaN where the epoch diverged."""
@@ -246,16 +250,17 @@ class _Run:
     def _train(self) -> tuple[dict[str, Tensor], Tensor]:
         """Metrics and the mean gradient norm of a pass over the training split, on the device."""
         metrics = EpochMetrics(self.num_classes, self.config.device)
-        grad_norm_sum = torch.zeros((), device=self.config.device)
+        norms: list[Tensor] = []
         self.model.train()
-        for inputs, targets in self.batches:
-            step = self.step(inputs, targets)
+        for index, (inputs, targets) in enumerate(self.batches):
+            step = self.step(inputs, targets, measures_norm=index % NORM_EVERY == 0)
             self.schedule.step()
             if self.average:
                 self.average.end_step()
             metrics.update(step.outputs, targets, step.loss)
-            grad_norm_sum += step.grad_norm
-        return metrics.compute(), grad_norm_sum / len(self.batches)
+            if step.grad_norm is not None:
+                norms.append(step.grad_norm)
+        return metrics.compute(), torch.stack(norms).mean()
 
     def _candidate(self, epoch: int) -> nn.Module:
         """What is measured, and kept where it is the best."""
