@@ -816,12 +816,23 @@ def test_one_trial_that_went_astray_does_not_flatten_the_others() -> None:
     [axes] = media.plot_history([*records, astray], metric="R2", direction="maximize").axes
     low, high = axes.get_ylim()
     assert high - low < 1
+    assert [text.get_text() for text in axes.texts] == ["1 more below this axis"]
+
+
+def test_curves_show_the_values_that_were_measured() -> None:
+    """The axis is limited, never the data: a bad first epoch is not drawn at the edge."""
+    curves = [{1: 0.1 * number, 2: 0.8, 3: 0.9 + number / 100} for number in range(1, 5)]
+    records = [record(number, "complete", curve) for number, curve in enumerate(curves)]
+    [axes] = media.plot_curves(records, metric="accuracy", direction="maximize").axes
+    drawn = sorted(list(map(float, line.get_ydata())) for line in axes.lines if line.get_marker() == "o")  # type: ignore[arg-type]
+    assert drawn == sorted(list(curve.values()) for curve in curves)
 
 
 def test_curves_name_the_best_first_and_count_the_stopped() -> None:
     records = some_study(12)
     figure = media.plot_curves(records, metric="accuracy", direction="maximize", num_best=2)
-    assert legend_of(figure) == ["trial 8: 0.828", "trial 6: 0.826", "2 pruned", "2 diverged", "best epoch"]
+    left_out = "2 more, complete, not shown"
+    assert legend_of(figure) == ["trial 8: 0.828", "trial 6: 0.826", "2 pruned", "2 diverged", left_out, "best epoch"]
     lowest = media.plot_curves(records, metric="accuracy", direction="minimize", num_best=1)
     number, value = min(
         (

@@ -54,7 +54,7 @@ def plot_history(records: Sequence[TrialRecord], *, metric: str, direction: Dire
     figure, axes = _figure("Value by trial", width=9, height=5)
     valued = [record for record in records if _has_value(record)]
     limits = _shown_range([_value(record) for record in valued], direction)
-    _scatter(axes, [(record.number, record) for record in valued], limits)
+    _scatter(axes, [(record.number, record) for record in valued])
     for record in records:
         if not _has_value(record):
             colour, marker = _LOOKS[record.state]
@@ -62,13 +62,13 @@ def plot_history(records: Sequence[TrialRecord], *, metric: str, direction: Dire
             axes.plot(record.number, 0.0, marker, color=colour, markersize=7, clip_on=False, transform=at_the_foot)
     candidates = sorted(ranked(valued, direction), key=lambda record: record.number)
     better = max if direction == "maximize" else min
-    best_so_far = [_clip(value, limits) for value in accumulate(map(_value, candidates), better)]
+    best_so_far = list(accumulate(map(_value, candidates), better))
     axes.step([r.number for r in candidates], best_so_far, where="post", color=_GREEN, linewidth=2, zorder=1)
-    _mark_default(axes, valued, limits)
+    _mark_default(axes, valued)
     axes.set_xlabel("trial")
     axes.set_xlim(-0.5, max([1, *(record.number for record in records)]) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _finish_value_axis(axes, metric, direction, limits, empty=not valued)
+    _finish_value_axis(axes, metric, direction, limits, [_value(record) for record in valued])
     _legend(figure, records, best_so_far=bool(candidates), default=any(r.number == 0 for r in valued))
     return figure
 
@@ -89,12 +89,12 @@ def plot_curves(
     limits = _shown_range(shown, direction)
     handles = []
     for record in stopped:
-        _draw_curve(axes, record, limits, color=_LOOKS[record.state][0], alpha=0.45, linewidth=1, markersize=3)
+        _draw_curve(axes, record, color=_LOOKS[record.state][0], alpha=0.45, linewidth=1, markersize=3)
     for rank, (colour, record) in enumerate(zip(cycle(_CURVE_COLOURS), best, strict=False)):
-        _draw_curve(axes, record, limits, color=colour, linewidth=2, markersize=4, zorder=4 - rank / len(best))
+        _draw_curve(axes, record, color=colour, linewidth=2, markersize=4, zorder=4 - rank / len(best))
         handles.append(Line2D([], [], color=colour, label=f"trial {record.number}: {record.value:.4g}"))
         if record.best_epoch in record.curve and not has_folds:
-            best_value = _clip(record.curve[record.best_epoch], limits)
+            best_value = record.curve[record.best_epoch]
             axes.plot(
                 record.best_epoch, best_value, "*", color=colour, markersize=13, markeredgecolor="white", zorder=5
             )
@@ -102,9 +102,11 @@ def plot_curves(
         count = sum(record.state == state for record in stopped)
         if count:
             handles.append(Line2D([], [], color=_LOOKS[state][0], alpha=0.6, label=f"{count} {state}"))
+    if num_left_out := len(ranked(records, direction)) - len(best) - sum(r.state == "pruned" for r in stopped):
+        handles.append(Line2D([], [], linestyle="", label=f"{num_left_out} more, complete, not shown"))
     axes.set_xlabel("fold" if has_folds else "epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _finish_value_axis(axes, metric, direction, limits, empty=not shown)
+    _finish_value_axis(axes, metric, direction, limits, shown)
     if best and not has_folds:
         handles.append(Line2D([], [], color=_GREY, marker="*", linestyle="", markersize=11, label="best epoch"))
     if handles:
@@ -135,10 +137,10 @@ def plot_slices(records: Sequence[TrialRecord], space: Space, *, metric: str, di
     for axes, (name, parameter) in zip(cells, searched.items(), strict=False):
         active = [record for record in valued if name in record.values and name not in record.inactive]
         points = [(_position(parameter, record, name), record) for record in active]
-        _scatter(axes, points, limits, size=26)
+        _scatter(axes, points, size=26)
         for x, record in points:
             if record is best:
-                axes.plot(x, _clip(_value(record), limits), "*", color=_GREEN, markersize=15, markeredgecolor="white")
+                axes.plot(x, _value(record), "*", color=_GREEN, markersize=15, markeredgecolor="white")
         axes.set_xlabel(name)
         _scale_parameter_axis(axes, parameter)
         _style(axes)
@@ -190,28 +192,39 @@ def plot_front(
 ) -> Figure:
     """The value of each complete trial against each of its costs; the trials in `front` by number.
 
-    With one cost a line joins them; with two a trial may be on the front for the sake of the other one.
+    With one cost steps join them; with two a trial may be on the front for the sake of the other one. A star marks the
+    winner.
     """
     measured = [record for record in records if record.costs and _has_value(record)]
+    winner = next(iter(ranked([record for record in measured if record.number in front], direction)), None)
     limits = _shown_range([_value(record) for record in measured], direction)
     figure = Figure(figsize=(max(7.0, 5.0 * len(costs)), 4.5), dpi=_DPI, layout="constrained")
     figure.suptitle("Pareto front", fontweight="bold")
     for axes, cost in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs, strict=True):
         _style(axes)
-        _scatter(axes, [(record.costs[cost], record) for record in measured if record.number not in front], limits)
+        _scatter(axes, [(record.costs[cost], record) for record in measured if record.number not in front])
         chosen = sorted((r for r in measured if r.number in front), key=lambda record: record.costs[cost])
-        points = [(record.costs[cost], _clip(_value(record), limits)) for record in chosen]
-        style = "o-" if len(costs) == 1 else "o"
-        axes.plot(*zip(*points, strict=True), style, color=_GREEN, markersize=8, markeredgecolor="white")
+        points = [(record.costs[cost], _value(record)) for record in chosen]
+        axes.plot(*zip(*points, strict=True), "o", color=_GREEN, markersize=8, markeredgecolor="white")
+        if len(costs) == 1:  # between two trials of the front there is nothing better than the cheaper one
+            axes.step(*zip(*points, strict=True), where="post", color=_GREEN, zorder=1)
         for record, point in zip(chosen, points, strict=True):
-            axes.annotate(str(record.number), point, (5, 5), textcoords="offset points", fontsize=9)
+            if record is winner:
+                axes.plot(*point, "*", color=_GREEN, markersize=16, markeredgecolor="white", zorder=4)
+            axes.annotate(str(record.number), point, (6, -12), textcoords="offset points", fontsize=9)
         axes.set_xscale("log")
         amounts = [record.costs[cost] for record in measured]
         axes.xaxis.set_major_locator(_log_ticks(max(amounts) / min(amounts)))
         axes.xaxis.set_major_formatter(lambda value, _: format_value(value))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(f"{cost} ({_COST_UNITS[cost]}, lower is better)")
-        _finish_value_axis(axes, metric, direction, limits, empty=False)
+        _finish_value_axis(axes, metric, direction, limits, [_value(record) for record in measured])
+    looks = [("o", 8, "front"), ("*", 13, "winner")]
+    handles = [Line2D([], [], color=_GREEN, marker=m, markersize=s, linestyle="", label=text) for m, s, text in looks]
+    if others := len(measured) - len(front):
+        colour, marker = _LOOKS["complete"]
+        handles.append(Line2D([], [], color=colour, marker=marker, linestyle="", label=f"{others} others"))
+    figure.legend(handles=handles, loc="outside right upper", frameon=False)
     return figure
 
 
@@ -363,7 +376,7 @@ def _shown_range(values: Sequence[float], direction: Direction) -> Limits:
     """The part of the value axis worth showing: everything but what is far worse than most.
 
     The worst value shown is three interquartile ranges beyond the worse quartile, so that one trial that went astray
-    does not flatten all the others; values beyond it are drawn on the edge.
+    does not flatten all the others. Values beyond it are outside of the picture, which says how many there are.
     """
     if not values:
         return 0.0, 1.0
@@ -377,28 +390,28 @@ def _shown_range(values: Sequence[float], direction: Direction) -> Limits:
     return (low, high) if low < high else (low - abs(low) * 0.05 - 1e-9, high + abs(high) * 0.05 + 1e-9)
 
 
-def _clip(value: float, limits: Limits) -> float:
-    return min(max(value, limits[0]), limits[1])
-
-
 def _limit_value_axis(axes: Axes, limits: Limits) -> None:
     margin = 0.06 * (limits[1] - limits[0])
     axes.set_ylim(limits[0] - margin, limits[1] + margin)
 
 
-def _finish_value_axis(axes: Axes, metric: str, direction: Direction, limits: Limits, *, empty: bool) -> None:
+def _finish_value_axis(axes: Axes, metric: str, direction: Direction, limits: Limits, values: Sequence[float]) -> None:
     axes.set_ylabel(f"validation {metric} ({'higher' if direction == 'maximize' else 'lower'} is better)")
     _limit_value_axis(axes, limits)
-    if empty:
+    if not values:
         _say_nothing_to_show(axes, _NO_VALUES)
+    elif num_outside := sum(not limits[0] <= value <= limits[1] for value in values):
+        side, height = ("below", 0.02) if direction == "maximize" else ("above", 0.94)
+        text = f"{num_outside} more {side} this axis"
+        axes.text(0.99, height, text, transform=axes.transAxes, ha="right", color=_GREY, fontsize=9)
 
 
-def _scatter(axes: Axes, points: Sequence[tuple[float, TrialRecord]], limits: Limits, size: float = 36) -> None:
+def _scatter(axes: Axes, points: Sequence[tuple[float, TrialRecord]], size: float = 36) -> None:
     for state, (colour, marker) in _LOOKS.items():
         chosen = [(x, record) for x, record in points if record.state == state]
         axes.scatter(
             [x for x, _ in chosen],
-            [_clip(_value(record), limits) for _, record in chosen],
+            [_value(record) for _, record in chosen],
             s=size,
             c=colour,
             marker=marker,
@@ -408,15 +421,15 @@ def _scatter(axes: Axes, points: Sequence[tuple[float, TrialRecord]], limits: Li
         )
 
 
-def _mark_default(axes: Axes, valued: Sequence[TrialRecord], limits: Limits) -> None:
+def _mark_default(axes: Axes, valued: Sequence[TrialRecord]) -> None:
     for record in valued:
         if record.number == 0:
-            axes.scatter([0], [_clip(_value(record), limits)], s=150, facecolors="none", edgecolors=_BLACK, zorder=3)
+            axes.scatter([0], [_value(record)], s=150, facecolors="none", edgecolors=_BLACK, zorder=3)
 
 
-def _draw_curve(axes: Axes, record: TrialRecord, limits: Limits, **looks: float | str) -> None:
+def _draw_curve(axes: Axes, record: TrialRecord, **looks: float | str) -> None:
     epochs = sorted(record.curve)
-    values = [_clip(v, limits) if math.isfinite(v) else math.nan for v in (record.curve[epoch] for epoch in epochs)]
+    values = [v if math.isfinite(v) else math.nan for v in (record.curve[epoch] for epoch in epochs)]
     axes.plot(epochs, values, marker="o", **looks)  # type: ignore[arg-type]
 
 
