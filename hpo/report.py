@@ -17,7 +17,7 @@ from hpo.home import find_home, find_storage
 from hpo.plugins import OBJECTIVES, load_task, registered
 from hpo.provenance import describe as describe_provenance
 from hpo.provenance import sessions
-from hpo.search.findings import findings, importances
+from hpo.search.findings import MIN_TRIALS_FOR_IMPORTANCES, findings, importances
 from hpo.search.session import living_sessions
 from hpo.search.storage import read_storage
 from hpo.search.study import Study, list_studies
@@ -258,7 +258,7 @@ def print_cleaned(console: Console, facts: dict[str, Any]) -> None:
 
 def _print_importances(console: Console, importances: dict[str, dict[str, Any]]) -> None:
     if not importances:
-        console.print("Importances need at least 10 trials that differ.")
+        console.print(f"Importances need at least {MIN_TRIALS_FOR_IMPORTANCES} trials that differ.")
         return
     table = _table("group", "importance", "by parameter (± standard error)")
     for group, importance in importances.items():

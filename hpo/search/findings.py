@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 MIN_TRIALS = 10
 """Below this many trials the best tenth is not even one of them."""
 
+MIN_TRIALS_FOR_IMPORTANCES = 30
+"""Below this many, the best tenth is one or two trials, and importances are chance."""
+
 MIN_BEST_TRIALS = 3
 """The best tenth of the trials, but at least this many, says where the good region is."""
 
@@ -251,11 +254,13 @@ def find_savings(study: Study) -> Iterator[Finding]:
 
 
 def importances(study: Study) -> dict[str, GroupImportance]:
-    """Importance of each parameter that varies, by group; the shares sum to 1.
+    """Importance of each parameter that varies and is active in every trial, by group; the shares sum to 1.
 
     PED-ANOVA (Watanabe et al., 2023, arXiv:2304.10255): how much the values in the best tenth of the trials differ
     from those in all. Pruned trials count with their best epoch, and diverged ones as the worst, for among complete
-    trials alone hardly anything differs. Empty below 10 such trials, and where the best tenth cannot be told apart.
+    trials alone hardly anything differs. Parameters that were inactive in some trial are left out: PED-ANOVA would
+    count values that no network has seen. Empty below `MIN_TRIALS_FOR_IMPORTANCES` such trials, and where the best
+    tenth cannot be told from the others.
 
     The standard error is the spread over bootstrap resamples of the trials (Efron, 1979). Where there are many, a
     resample holds some of them only, and its spread is scaled down accordingly (Bickel et al., 1997). Against the
@@ -263,9 +268,16 @@ def importances(study: Study) -> dict[str, GroupImportance]:
     up to two and a half times too large in between; it takes 0.3 s to 0.6 s on one core (Optuna 5.0.0).
     """
     trials = _scored_trials(study)
-    if len(trials) < MIN_TRIALS or not _has_best_tenth(trials):
+    if len(trials) < MIN_TRIALS_FOR_IMPORTANCES or not _has_best_tenth(trials):
         return {}
-    groups = tunable_groups(study.settings.space)
+    conditional = {name for trial in study.trials() for name in trial.inactive}
+    groups = {
+        group: rated
+        for group, members in tunable_groups(study.settings.space).items()
+        if (rated := [name for name in members if name not in conditional])
+    }
+    if not groups:
+        return {}
     names = [name for group in groups.values() for name in group]
     shares = dict(zip(names, _shares(trials, names), strict=True))
     size = min(len(trials), MAX_RESAMPLE)
