@@ -31,7 +31,8 @@ _Rows = Tensor | slice
 
 def place(splits: Splits, device: torch.device | str) -> Splits:
     """The splits on the device, where they leave it room to train; else as they are, to be streamed."""
-    if splits.train.targets.device.type == torch.device(device).type:
+    wanted, there = torch.device(device), splits.train.targets.device
+    if there.type == wanted.type and wanted.index in (None, there.index):
         return splits
     is_mapped = not all(isinstance(split.inputs, Tensor) for split in (splits.train, splits.validation))
     if is_mapped or splits.num_bytes > DEVICE_SHARE * _free_memory(torch.device(device)):

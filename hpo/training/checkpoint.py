@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WRITING_SHARE = 0.05
-"""Of the time, what writing checkpoints may take."""
+"""Of the time, what writing checkpoints takes, unless a write takes longer than a tenth of a second: see MAX_REST_S."""
 
 MAX_REST_S = 2.0
 """After which the newest state is written in any case, seconds."""
@@ -87,9 +87,9 @@ class CheckpointWriter:
     """Writes the newest state of a training in a thread, so that no epoch waits for the disk.
 
     Each epoch hands over a copy of its state, on the CPU. The thread writes the newest one and then rests, so that
-    writing takes `WRITING_SHARE` of the time, but for `MAX_REST_S` at most. A process that is killed so loses the epoch
-    under way and what was not written yet: at most `MAX_REST_S` and the time of a write. Use it as a context manager:
-    leaving it writes the last state.
+    writing takes `WRITING_SHARE` of the time; but it rests for `MAX_REST_S` at most. A process that is killed loses the
+    epoch under way and what was not written yet: at most `MAX_REST_S` and the time of a write. Use it as a context
+    manager: leaving it writes the last state.
     """
 
     def __init__(self, folder: CheckpointFolder) -> None:

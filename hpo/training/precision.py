@@ -37,7 +37,10 @@ def settle_precision(wanted: str, model: nn.Module, loss_function: LossFunction,
     inputs, targets = batch()
     key = (str(model), tuple(inputs.shape), str(inputs.device))
     if key not in _fastest:
-        _fastest[key] = _measure_fastest(model, loss_function, inputs, targets)
+        try:
+            _fastest[key] = _measure_fastest(model, loss_function, inputs, targets)
+        except torch.OutOfMemoryError:
+            return "bf16"  # it needs half of the memory
     return _fastest[key]
 
 
@@ -47,34 +50,31 @@ def _measure_fastest(model: nn.Module, loss_function: LossFunction, inputs: Tens
     model.train()
     try:
         with torch.random.fork_rng(devices=[inputs.device] if inputs.is_cuda else []):
-            seconds = {
-                precision: _seconds_a_pass(model, loss_function, inputs, targets, precision)
-                for precision in ("fp32", "bf16")
-            }
-    except torch.OutOfMemoryError:
-        return "bf16"  # it needs half of the memory
+            # In turn, so that what else the machine does falls on both; the first pass of each is not counted.
+            seconds = [
+                [_seconds_a_pass(model, loss_function, inputs, targets, precision) for precision in ("fp32", "bf16")]
+                for _ in range(3)
+            ]
     finally:
         model.train(was_training)
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
-    return "bf16" if seconds["bf16"] < 0.95 * seconds["fp32"] else "fp32"
+    fp32, bf16 = (min(times[1:]) for times in zip(*seconds, strict=True))
+    return "bf16" if bf16 < 0.95 * fp32 else "fp32"
 
 
 def _seconds_a_pass(
     model: nn.Module, loss_function: LossFunction, inputs: Tensor, targets: Tensor, precision: str
 ) -> float:
-    """Forward and backward: the faster of two, after one that is not counted."""
+    """The time of a forward and a backward pass."""
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    times: list[float] = []
-    for _ in range(3):
-        _synchronize(inputs.device)
-        started = time.perf_counter()
-        with autocast(precision, inputs.device):
-            loss = loss_function(model(inputs), targets)
-        torch.autograd.grad(loss, weights, allow_unused=True)
-        _synchronize(inputs.device)
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
+    _synchronize(inputs.device)
+    started = time.perf_counter()
+    with autocast(precision, inputs.device):
+        loss = loss_function(model(inputs), targets)
+    torch.autograd.grad(loss, weights, allow_unused=True)
+    _synchronize(inputs.device)
+    return time.perf_counter() - started
 
 
 def _synchronize(device: torch.device) -> None:

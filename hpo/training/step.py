@@ -115,8 +115,9 @@ class TrainingStep:
                 # An optimizer makes its state in its first step, and takes a half-made one for a whole one.
                 for parameter in {*self.optimizer.state} - known:
                     del self.optimizer.state[parameter]
-            if self.scaler.is_enabled():
-                self.scaler.update(self.scaler.get_scale())  # lets the gradients be unscaled once more
+            # A new one lets the gradients be unscaled once more; the state of this one may be that of half a step.
+            state, self.scaler = self.scaler.state_dict(), _scaler(self.model, self.precision)
+            self.scaler.load_state_dict(state)
             return None
         self._has_stepped = True
         return result

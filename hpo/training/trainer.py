@@ -51,10 +51,10 @@ class EpochResult:
 
     metrics: dict[str, float]
     """`train/loss`, `val/loss` and every other metric of the task for both (`auroc` for the validation alone), `lr` at
-    the epoch's end, `grad_norm` (before clipping; the mean over the steps, or over every eighth step if nothing is
-    clipped) and `time/epoch_s`. The train values are means over the epoch as the weights change, with dropout and
-    augmentation. `watch/gap` is the validation loss without the training loss, `watch/epochs_without_progress` of the
-    training loss; the others of `watch/` are in `hpo.training.probe`."""
+    the epoch's end, `grad_norm` (before clipping; the mean over the steps, or over every eighth one if nothing is
+    clipped or compiled) and `time/epoch_s`. The train values are means over the epoch as the weights change, with
+    dropout and augmentation. `watch/gap` is the validation loss without the training loss,
+    `watch/epochs_without_progress` of the training loss; the others of `watch/` are in `hpo.training.probe`."""
 
     value: float
     """The metric that decides, on the validation split; NaN where the epoch diverged."""
