@@ -43,6 +43,7 @@ from hpo.trial import TrialState
 # The digits with one more thing that a test needs: it can take its time, raise, or give NaN.
 TASK = """
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -687,3 +688,20 @@ def test_plots_and_findings_are_there_while_a_search_runs(
     assert search(trials=3, overrides=("mood=slow",)).is_done
     assert len(seen) >= 2
     assert set(seen) == {"RUNNING"}
+
+
+def test_a_home_that_was_moved_loads_and_continues_in_its_new_place(
+    search: Callable[..., SearchOutcome], task: str, home: Path
+) -> None:
+    """In a new process: MLflow remembers where the runs are that a process has opened."""
+    search(trials=1)
+    moved = home.rename(home.with_name("moved"))
+    assert hpo.load_best("moody", home=moved).classes
+    command = [sys.executable, "-m", "hpo", "search", task, "--home", str(moved), "--trials", "2", "--workers", "1"]
+    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    assert not home.exists(), f"nothing is written to the old place: {sorted(home.rglob('*'))}"
+    store = open_store(moved)
+    for number in (0, 1):
+        run = store.client.get_run(store.find_trial_run("moody", number))
+        assert run.info.artifact_uri.startswith((moved / "artifacts" / "moody").as_uri())
+        assert store.file_sizes(run.info.run_id, "checkpoint")

@@ -63,7 +63,9 @@ def open_store(home: Path, tracking_uri: str | None = None) -> TrackingStore:
         _require_answer(uri)
     if database:
         create_home(home)
-        return TrackingStore(home=home, uri=uri, client=_open_sqlite(database, uri))
+        return TrackingStore(
+            home=home, uri=uri, client=_open_sqlite(database, uri, is_in_home=uri == home_store_uri(home))
+        )
     client = _connect(uri)  # before the home is made: a wrong address leaves nothing behind
     create_home(home)
     return TrackingStore(home=home, uri=uri, client=client)
@@ -283,7 +285,7 @@ def _sqlite_path(uri: str) -> Path | None:
     return Path(path)
 
 
-def _open_sqlite(path: Path, uri: str) -> MlflowClient:
+def _open_sqlite(path: Path, uri: str, *, is_in_home: bool) -> MlflowClient:
     """Creates the schema under a lock: without one, 3 of 4 processes that start at once crash."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -292,11 +294,40 @@ def _open_sqlite(path: Path, uri: str) -> MlflowClient:
                 _create(path)
             # The write-ahead log makes logging 3 times cheaper.
             prepare_sqlite(path, holding="the curves so far")
+            if is_in_home:
+                _follow_home(path)
             return _connect(uri)
     except Timeout as error:
         raise StoreError(f"another process has held {path}.lock for {_LOCK_TIMEOUT_S:.0f} s; stop it first.") from error
     except OSError as error:
         raise StoreError(f"cannot open {path}: {error.strerror}; choose another folder with --home.") from error
+
+
+def _follow_home(database: Path) -> None:
+    """Let artifacts be found in the home of this database, wherever it was when they were written.
+
+    MLflow stores absolute addresses of artifacts: after a home was renamed, copied or mounted elsewhere, its models
+    could not be found, and a search would write into the old place. The tables are MLflow 3.17.2's.
+    """
+    artifacts = database.parent / "artifacts"
+    prefix = _experiment_name("")
+    with closing(sqlite3.connect(database, timeout=20)) as connection, connection:
+        stored = connection.execute(
+            "SELECT experiment_id, name, artifact_location FROM experiments WHERE name LIKE ?", (f"{prefix}%",)
+        ).fetchall()
+        for experiment_id, name, location in stored:
+            study = name.removeprefix(prefix)
+            wanted = (artifacts / study).as_uri()
+            if location == wanted or not (location.startswith("file:") and location.endswith(f"/artifacts/{study}")):
+                continue
+            connection.execute(
+                "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (wanted, experiment_id)
+            )
+            connection.execute(
+                "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) "
+                "WHERE experiment_id = ? AND substr(artifact_uri, 1, ?) = ?",
+                (wanted, len(location) + 1, experiment_id, len(location), location),
+            )
 
 
 def _create(path: Path) -> None:
