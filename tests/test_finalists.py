@@ -299,7 +299,8 @@ def test_a_pruned_trial_that_was_ahead_is_continued_from_its_checkpoint_through_
     assert (compared["trial"], compared["value"]) == (0, pytest.approx(2 * won_by, rel=1e-4))
     assert [compared[name] for name in ("gain", "low", "high")] == pytest.approx([won_by] * 3, rel=1e-4)
     trained = Counter((tmp_path / "late.epochs").read_text().split())
-    assert [trained[str(epoch)] for epoch in (1, 2, 3, 4)] == [1, 1, 1, 1], "from its checkpoint"
+    assert [trained[str(epoch)] for epoch in (1, 2)] == [1, 1], "from its checkpoint"
+    assert all(trained[str(epoch)] <= 2 for epoch in range(3, 11)), "what was not on disk when its worker was ended"
     assert set(trained) == {str(epoch) for epoch in range(1, 11)}
     store = open_store(home)
     run = store.client.get_run(store.find_trial_run("scripted", 2))

@@ -190,10 +190,10 @@ def listening(seen: Seen, addresses: list[tuple[int, ...]]) -> type[TrainingStep
     """A step that notes all operations up to the next one, and where weights and the optimizer's state are after it."""
 
     class ListeningStep(TrainingStep):
-        def __call__(self, inputs: torch.Tensor, targets: torch.Tensor) -> StepResult:
+        def __call__(self, inputs: torch.Tensor, targets: torch.Tensor, *, measures_norm: bool = True) -> StepResult:
             seen.operations.append([])
             seen.is_listening = True
-            result = super().__call__(inputs, targets)
+            result = super().__call__(inputs, targets, measures_norm=measures_norm)
             state = [value for of_parameter in self.optimizer.state.values() for value in of_parameter.values()]
             kept = [*self.model.state_dict().values(), *[value for value in state if isinstance(value, torch.Tensor)]]
             addresses.append(tuple(tensor.data_ptr() for tensor in kept))

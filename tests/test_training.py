@@ -1136,7 +1136,7 @@ def test_a_model_that_cannot_be_compiled_is_trained_as_it_is_and_the_user_reads_
     config = quick_config(optimizer="adam", compile="step")
     expected = [without_time(result) for result in fit(Untraceable(), image_splits(), replace(config, compile="off"))]
     assert [without_time(result) for result in fit(Untraceable(), image_splits(), config)] == expected
-    assert "the step cannot be compiled and goes on as it is: " in caplog.text
+    assert "the step cannot be compiled and continues without: " in caplog.text
 
 
 def test_dropout_in_a_compiled_step_keeps_its_rate_and_its_mean() -> None:

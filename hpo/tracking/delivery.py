@@ -286,8 +286,8 @@ class Delivery:
         if value is None and state in ("failed", "diverged"):
             value = math.nan  # what it had while it ran does not count
         is_told = value is not None and (math.isfinite(value) or self._takes_back(run_id, value))
-        # MLflow shows the value of the last step.
-        step = max(0, self._last_epoch)
+        # MLflow shows the value of the last step, and of two in one step and millisecond the larger one.
+        step = max(0, self._last_epoch + 1)
         best = [Metric(f"best/{self._metric}", rounded(value), time_ms, step)] if value is not None and is_told else []
         best += [Metric(f"cost/{name}", cost, time_ms, 0) for name, cost in (costs or {}).items()]
         tags = [RunTag("hpo.state", state)] + ([RunTag("hpo.reason", reason[:_MAX_TAG])] if reason else [])
