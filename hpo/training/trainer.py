@@ -250,7 +250,7 @@ class _Run:
     def _train(self) -> tuple[dict[str, Tensor], Tensor]:
         """Metrics and the mean gradient norm of a pass over the training split, on the device."""
         metrics = EpochMetrics(self.num_classes, self.config.device)
-        norms: list[Tensor] = []
+        norm_sum, num_norms = torch.zeros((), device=self.config.device), 0
         self.model.train()
         for index, (inputs, targets) in enumerate(self.batches):
             step = self.step(inputs, targets, measures_norm=index % NORM_EVERY == 0)
@@ -259,8 +259,9 @@ class _Run:
                 self.average.end_step()
             metrics.update(step.outputs, targets, step.loss)
             if step.grad_norm is not None:
-                norms.append(step.grad_norm)
-        return metrics.compute(), torch.stack(norms).mean()
+                norm_sum += step.grad_norm  # at once: the next step of a graph writes to the same memory
+                num_norms += 1
+        return metrics.compute(), norm_sum / num_norms
 
     def _candidate(self, epoch: int) -> nn.Module:
         """What is measured, and kept where it is the best."""
