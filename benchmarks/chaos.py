@@ -27,14 +27,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.execution.observer import Observer
-from hpo.pipeline import run_search
-from hpo.request import find_means, read_study
+from hpo.session.request import find_means, read_study
+from hpo.session.search import run_search
 from hpo.tracking.store import home_store_uri, open_store, search_runs
 
 if TYPE_CHECKING:
+    from hpo.records import EndState
     from hpo.search.study import Suggestion
     from hpo.training.trainer import EpochResult
-    from hpo.trial import EndState
 
 STUDY = "chaos"
 TIME_LIMIT_S = 1800

@@ -39,7 +39,7 @@ from rich.table import Table
 from sqlalchemy import insert, select
 
 from hpo.search.encoding import distribution
-from hpo.search.session import Session
+from hpo.search.lease import Session
 from hpo.search.storage import open_storage
 from hpo.search.study import Study, StudySettings, Suggestion
 from hpo.space import Choice, Float, Group, Int, Space

@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from hpo.execution.observer import Observer
-from hpo.pipeline import run_search
+from hpo.session.search import run_search
 
 if TYPE_CHECKING:
+    from hpo.records import EndState
     from hpo.search.study import Suggestion
     from hpo.training.trainer import EpochResult
-    from hpo.trial import EndState
 
 
 class Clock(Observer):

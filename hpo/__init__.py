@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from hpo.objective import Objective as Objective
     from hpo.objective import SealedSplit as SealedSplit
     from hpo.objective import Split as Split
-    from hpo.pipeline import SearchOutcome as SearchOutcome
-    from hpo.pipeline import run_search as run_search
-    from hpo.search.strategy import PrioritySampler as PrioritySampler
+    from hpo.search.priority import PrioritySampler as PrioritySampler
+    from hpo.session.search import SearchOutcome as SearchOutcome
+    from hpo.session.search import run_search as run_search
     from hpo.space import Choice as Choice
     from hpo.space import Float as Float
     from hpo.space import Group as Group
@@ -88,9 +88,9 @@ _MODULES = {
     "Objective": "hpo.objective",
     "SealedSplit": "hpo.objective",
     "Split": "hpo.objective",
-    "SearchOutcome": "hpo.pipeline",
-    "run_search": "hpo.pipeline",
-    "PrioritySampler": "hpo.search.strategy",
+    "SearchOutcome": "hpo.session.search",
+    "run_search": "hpo.session.search",
+    "PrioritySampler": "hpo.search.priority",
     "Choice": "hpo.space",
     "Float": "hpo.space",
     "Group": "hpo.space",

@@ -19,7 +19,7 @@ from hpo.errors import HpoError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hpo.pipeline import SearchOutcome
+    from hpo.session.search import SearchOutcome
 
 FAILED, INTERRUPTED = 1, 130
 PIPED_WIDTH = 200  # columns of a table in a file or a pipe, which have no width
@@ -206,7 +206,7 @@ def search(as_json: bool, **request: Any) -> None:
     Run the same command again to resume a search; raise --trials to extend it.
     Options you leave out keep the study's values.
     """
-    from hpo.pipeline import run_search
+    from hpo.session.search import run_search
 
     _run(run_search, as_json, **request)
 
@@ -226,8 +226,8 @@ def submit(as_json: bool, **request: Any) -> None:
     \b
     hpo submit digits --trials 100 --storage postgresql+psycopg://hpo@db/hpo --tracking-uri http://mlflow:5000
     """
-    from hpo.pipeline import submit_study
-    from hpo.report import print_submitted
+    from hpo.session.search import submit_study
+    from hpo.terminal.tables import print_submitted
 
     study = submit_study(**request)
     facts = {"study": study.name, "trials": study.num_trials, "missing": study.remaining(study.num_trials)}
@@ -249,14 +249,14 @@ def worker(as_json: bool, **request: Any) -> None:
     \b
     hpo worker digits --storage postgresql+psycopg://hpo@db/hpo --tracking-uri http://mlflow:5000
     """
-    from hpo.pipeline import join_search
+    from hpo.session.search import join_search
 
     _run(join_search, as_json, **request)
 
 
 def _run(search: Callable[..., SearchOutcome], as_json: bool, **request: Any) -> None:
-    from hpo.progress import search_progress
-    from hpo.report import print_outcome
+    from hpo.terminal.progress import search_progress
+    from hpo.terminal.tables import print_outcome
 
     console = _console(stderr=as_json)
     with search_progress(console) as progress:
@@ -279,7 +279,7 @@ def tasks(as_json: bool) -> None:
     \b
     hpo tasks
     """
-    from hpo.report import print_tasks, task_rows
+    from hpo.terminal.tables import print_tasks, task_rows
 
     rows = task_rows()
     _print_json(rows) if as_json else print_tasks(_console(), rows)
@@ -297,7 +297,7 @@ def space(task: str, overrides: tuple[str, ...], space: str | None, as_json: boo
     hpo space cifar10 -p optimizer=sgd
     """
     from hpo.plugins import load_task
-    from hpo.report import print_space
+    from hpo.terminal.tables import print_space
 
     found = load_task(task, space)
     narrowed = found.narrow(overrides).space
@@ -323,8 +323,9 @@ def check(as_json: bool, **request: Any) -> None:
     \b
     hpo check digits
     """
-    from hpo.checklist.checklist import run_check
-    from hpo.report import print_checklist, print_verdict, to_plain
+    from hpo.checks.checklist import run_check
+    from hpo.records import to_plain
+    from hpo.terminal.tables import print_checklist, print_verdict
 
     console = _console(stderr=as_json)
     checklist = run_check(tell=lambda verdict: None if as_json else print_verdict(console, verdict), **request)
@@ -343,7 +344,7 @@ def studies(home: Path | None, storage: str | None, as_json: bool) -> None:
     \b
     hpo studies
     """
-    from hpo.report import print_studies, study_rows
+    from hpo.terminal.tables import print_studies, study_rows
 
     rows = study_rows(home, storage)
     _print_json(rows) if as_json else print_studies(_console(), rows)
@@ -361,7 +362,7 @@ def show(study: str, top: int | None, home: Path | None, storage: str | None, as
     \b
     hpo show digits --top 10
     """
-    from hpo.report import print_study, study_facts
+    from hpo.terminal.tables import print_study, study_facts
 
     facts = study_facts(study, home, storage, top)
     _print_json(facts) if as_json else print_study(_console(), facts)
@@ -378,7 +379,7 @@ def best(study: str, home: Path | None, storage: str | None, as_json: bool) -> N
     \b
     hpo best digits
     """
-    from hpo.report import best_facts, print_best
+    from hpo.terminal.tables import best_facts, print_best
 
     facts = best_facts(study, home, storage)
     _print_json(facts) if as_json else print_best(_console(), facts)
@@ -408,8 +409,8 @@ def gc(as_json: bool, **request: Any) -> None:
     \b
     hpo gc digits --keep 3 --dry-run
     """
-    from hpo.deploy.clean import clean_study
-    from hpo.report import print_cleaned
+    from hpo.session.clean import clean_study
+    from hpo.terminal.tables import print_cleaned
 
     facts = clean_study(**request)
     _print_json(facts) if as_json else print_cleaned(_console(), facts)

@@ -7,7 +7,7 @@ HpoError                    something expected went wrong; the message is for th
 │   ├── StudyMismatchError  the study of that name was created with other settings
 │   ├── DataError           a data set is missing or damaged
 │   └── StoreError          the home or a store cannot be used, at the start or later (full disk)
-│       └── OutageError     the database does not answer (hpo.search.rdb)
+│       └── OutageError     the database does not answer (hpo.search.optuna_tables)
 ├── CheckpointError         a checkpoint is damaged, or was not written by hpo
 ├── DeviceMemoryError       a training does not fit into the memory of its device
 └── SearchError             the search had to stop before it was complete

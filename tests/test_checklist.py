@@ -14,20 +14,20 @@ import torch
 from mlflow import MlflowClient
 from torch import Tensor, nn
 
-from hpo.checklist.checklist import quick_part
-from hpo.checklist.data import check_duplicates, check_inputs, check_leak, check_normalised, check_targets
-from hpo.checklist.learning import check_baseline, check_learning_rate, check_one_batch
-from hpo.checklist.network import check_first_loss, check_forward, check_gradients
-from hpo.checklist.speed import check_speed
-from hpo.checklist.verdicts import Subject, in_few_lines
+from hpo.checks.checklist import quick_part
+from hpo.checks.data import check_duplicates, check_inputs, check_leak, check_normalised, check_targets
+from hpo.checks.learning import check_baseline, check_learning_rate, check_one_batch
+from hpo.checks.network import check_first_loss, check_forward, check_gradients
+from hpo.checks.speed import check_speed
+from hpo.checks.verdicts import Subject, in_few_lines
 from hpo.cli import main
 from hpo.data.datasets import Splits
 from hpo.execution.observer import Observer
 from hpo.models.layers import initialize_output
 from hpo.models.mlp import MLP
 from hpo.objective import Dataset, DataSpec, Objective, SealedSplit, Split
-from hpo.pipeline import run_search
 from hpo.plugins import Task
+from hpo.session.search import run_search
 from hpo.space import Choice, Float, Group, Space
 from hpo.tracking.store import open_store
 
@@ -359,7 +359,7 @@ def test_a_network_that_is_worse_than_a_linear_model_is_told() -> None:
 
 
 def test_a_training_that_had_no_time_is_not_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hpo.checklist.learning.TRAINING_S", 1e-9)
+    monkeypatch.setattr("hpo.checks.learning.TRAINING_S", 1e-9)
     train, validation = (shuffled(points(200, seed=seed)) for seed in (0, 1))
     verdict = check_baseline(subject(train=train, validation=validation))
     assert verdict.state == "warning"

@@ -20,17 +20,17 @@ from test_training import ImageNet, Scripted, assert_equal_weights, image_splits
 
 import hpo
 from hpo.data.datasets import Splits, check_folds, folds, split_dataset
-from hpo.deploy import finish
 from hpo.errors import UsageError
 from hpo.execution.observer import Observer
 from hpo.objective import Dataset, SealedSplit, Split
 from hpo.objectives import diabetes
-from hpo.pipeline import run_search
+from hpo.plots.study import plot_curves
 from hpo.search.findings import find_savings
 from hpo.search.storage import open_storage
 from hpo.search.study import Study, StudySettings, Suggestion
+from hpo.session import conclude
+from hpo.session.search import run_search
 from hpo.space import Float, Group, Space
-from hpo.tracking.media import plot_curves
 from hpo.tracking.store import open_store
 from hpo.training.cross_validation import fit_folds, fold_config
 from hpo.training.trainer import EpochResult, fit
@@ -284,7 +284,7 @@ def test_the_winner_is_trained_again_where_that_was_cut_short(home: Path, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(finish, "refit", interrupted)
+        patched.setattr(conclude, "refit", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_search("diabetes", **options)
     with pytest.raises(UsageError, match="has no model of its own: with --folds the winner alone gets one"):

@@ -50,7 +50,7 @@ def test_every_command_has_help_an_example_and_a_line_in_the_readme(name: str) -
 
 def test_help_names_every_strategy_and_pruner() -> None:
     from hpo.search.pruners import PRUNERS
-    from hpo.search.samplers import STRATEGIES
+    from hpo.search.strategies import STRATEGIES
 
     words = re.findall(r"\w+", help_of("search"))
     assert {*STRATEGIES, *PRUNERS} <= set(words)
@@ -154,7 +154,7 @@ def test_the_prediction_example_runs_after_the_search_of_the_readme(home: Path) 
 
 @pytest.mark.parametrize("page", ["README.md", "searching.md"])
 def test_the_loading_example_runs(page: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hpo.pipeline import run_search
+    from hpo.session.search import run_search
 
     monkeypatch.setenv("HPO_HOME", str(home))
     run_search("digits", trials=1, epochs=1)

@@ -34,20 +34,20 @@ from click.testing import CliRunner
 from mlflow.entities import Run
 
 import hpo
-from hpo import pipeline
 from hpo.cli import cli
 from hpo.data.datasets import save_splits, split_dataset
 from hpo.errors import DataError, SearchError, StoreError, UsageError
 from hpo.execution.local import LocalWorkers
 from hpo.execution.messages import Assignment, Decision, EpochDone, Setup
 from hpo.execution.observer import Observer
-from hpo.pipeline import SearchOutcome, run_search
 from hpo.plugins import load_task
+from hpo.records import TrialRecord
 from hpo.search.storage import open_storage
 from hpo.search.study import Study
+from hpo.session import search as session_search
+from hpo.session.search import SearchOutcome, run_search
 from hpo.tracking.server import running_server
 from hpo.tracking.store import open_store
-from hpo.trial import TrialRecord
 
 PATIENCE_S = 120.0  # until a condition that must come true counts as missed, on a busy machine
 GONE_WITHIN_S = 5.0  # the promise, of a machine that has nothing else to do
@@ -280,7 +280,7 @@ class Searches:
         client = open_store(self.home).client
         experiment = client.get_experiment_by_name("hpo/moody")
         found = client.search_runs([experiment.experiment_id], f"tags.`hpo.kind` = '{kind}'")
-        return sorted(found, key=lambda run: int(run.data.tags.get("hpo.trial", -1)))
+        return sorted(found, key=lambda run: int(run.data.tags.get("hpo.records", -1)))
 
     def recorded_epochs(self, run: Run) -> list[int]:
         history = open_store(self.home).client.get_metric_history(run.info.run_id, "val/accuracy")
@@ -446,7 +446,7 @@ def kill_server() -> int:
 def test_a_stopped_worker_is_replaced_once_it_was_silent_for_too_long(
     searches: Searches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "SILENCE_S", 2.0)
+    monkeypatch.setattr(session_search, "SILENCE_S", 2.0)
     searches.hold(2)
     search = searches.begin(trials=2, workers=2)
     stopped, other = searches.reached(2, 2, search)

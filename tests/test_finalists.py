@@ -13,17 +13,17 @@ import pytest
 from rich.console import Console
 
 from hpo.execution.observer import Observer
-from hpo.pipeline import SearchOutcome, run_search
-from hpo.report import best_facts, print_best, print_outcome, print_study, study_facts
+from hpo.records import TrialRecord, TrialState
 from hpo.search.finalists import MAX_FINALISTS, finalists, is_spared
-from hpo.search.session import Session
+from hpo.search.lease import Session
+from hpo.search.priority import DEFAULT_CONFIGURATION, EVERYTHING, TRIED_BY_HAND
 from hpo.search.storage import open_storage
-from hpo.search.strategy import DEFAULT_CONFIGURATION, EVERYTHING, TRIED_BY_HAND
 from hpo.search.study import Study, StudySettings
 from hpo.search.winner import find_winner
+from hpo.session.search import SearchOutcome, run_search
 from hpo.space import Float, Group, Space
+from hpo.terminal.tables import best_facts, print_best, print_outcome, print_study, study_facts
 from hpo.tracking.store import open_store
-from hpo.trial import TrialRecord, TrialState
 
 SETTINGS = StudySettings(
     task="digits",

@@ -14,8 +14,7 @@ import pytest
 from optuna.storages import BaseStorage, InMemoryStorage
 from rich.console import Console
 
-from hpo.deploy.finish import write_summary
-from hpo.report import print_study, study_facts
+from hpo.records import EndState
 from hpo.search.findings import (
     find_divergence,
     find_edges,
@@ -27,10 +26,11 @@ from hpo.search.findings import (
 )
 from hpo.search.storage import open_storage
 from hpo.search.study import Study, StudySettings, Suggestion
+from hpo.session.conclude import write_summary
 from hpo.space import Choice, Float, Group, Int, Space, Value
-from hpo.tracking.recorder import StudyRuns
+from hpo.terminal.tables import print_study, study_facts
+from hpo.tracking.runs import StudyRuns
 from hpo.tracking.store import open_store
-from hpo.trial import EndState
 
 SPACE = Space(
     Group(

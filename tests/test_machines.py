@@ -36,13 +36,13 @@ from postgres import PASSWORD, Postgres, running_postgres
 
 import hpo
 from hpo.cli import main
-from hpo.pipeline import submit_study
-from hpo.search.session import living_sessions
+from hpo.records import TrialRecord
+from hpo.search.lease import living_sessions
 from hpo.search.storage import open_storage
 from hpo.search.study import Study
 from hpo.search.winner import TEST_READINGS
+from hpo.session.search import submit_study
 from hpo.tracking.store import open_store
-from hpo.trial import TrialRecord
 
 pytestmark = pytest.mark.xdist_group("machines")  # one PostgreSQL and one MLflow server for all
 
@@ -109,9 +109,9 @@ objective = Objective(
 HPO_WITH_LEASE = """
 import sys
 from functools import partial
-from hpo import pipeline
+from hpo.session import search as session_search
 from hpo.cli import main
-pipeline.Session = partial(pipeline.Session, lease_s=float(sys.argv.pop(1)))
+session_search.Session = partial(session_search.Session, lease_s=float(sys.argv.pop(1)))
 main()
 """
 
@@ -507,7 +507,7 @@ class Team:
         experiment = client.get_experiment_by_name(f"hpo/{self.study_name}")
         assert experiment is not None
         found = client.search_runs([experiment.experiment_id], f"tags.`hpo.kind` = '{kind}'")
-        return sorted(found, key=lambda run: int(run.data.tags.get("hpo.trial", -1)))
+        return sorted(found, key=lambda run: int(run.data.tags.get("hpo.records", -1)))
 
     def recorded_epochs(self, run: Run) -> list[int]:
         history = open_store(self.home("desk")).client.get_metric_history(run.info.run_id, "val/accuracy")
@@ -523,7 +523,7 @@ class Team:
             study.settings.max_epochs
         ] * study.counts()["complete"]
         runs = self.runs()
-        assert [int(run.data.tags["hpo.trial"]) for run in runs] == list(range(num_trials))
+        assert [int(run.data.tags["hpo.records"]) for run in runs] == list(range(num_trials))
         assert {run.info.status for run in runs} == {"FINISHED"}
         assert [self.recorded_epochs(run) for run in runs] == [list(trial.curve) for trial in trials]
         assert [run.info.status for run in self.runs("study")] == ["FINISHED"]
@@ -762,7 +762,7 @@ def test_outages_of_postgresql_and_of_mlflow_lose_nothing_and_a_machine_that_is_
 PRESENCE = """
 import sys
 from pathlib import Path
-from hpo.search.session import Session
+from hpo.search.lease import Session
 from hpo.search.storage import open_storage
 with Session(open_storage(Path(), sys.argv[1]), sys.argv[2], lease_s=1):
     sys.stdin.read()

@@ -24,21 +24,21 @@ from postgres import Postgres
 from rich.console import Console
 
 import hpo
-from hpo import pipeline
 from hpo.cli import cli
 from hpo.errors import CheckpointError, SearchError, StoreError, StudyMismatchError, UsageError
 from hpo.execution.observer import Observer, Standing
-from hpo.pipeline import SearchOutcome, run_search
 from hpo.plugins import load_objective
-from hpo.progress import ProgressLines
-from hpo.request import agree, find_means
+from hpo.records import TrialState
 from hpo.search.storage import open_storage
 from hpo.search.study import Study, Suggestion
 from hpo.search.winner import Winner
-from hpo.tracking.recorder import SummaryRun
+from hpo.session import search as session_search
+from hpo.session.request import agree, find_means
+from hpo.session.search import SearchOutcome, run_search
+from hpo.terminal.progress import ProgressLines
+from hpo.tracking.runs import SummaryRun
 from hpo.tracking.store import open_store
 from hpo.training.trainer import EpochResult
-from hpo.trial import TrialState
 
 # The digits with one more thing that a test needs: it can take its time, raise, or give NaN.
 TASK = """
@@ -143,7 +143,7 @@ def runs(home: Path, filter_string: str = "tags.`hpo.kind` = 'trial'", name: str
     assert experiment is not None
     return sorted(
         client.search_runs([experiment.experiment_id], filter_string),
-        key=lambda run: int(run.data.tags.get("hpo.trial", -1)),
+        key=lambda run: int(run.data.tags.get("hpo.records", -1)),
     )
 
 
@@ -408,7 +408,7 @@ def test_runs_of_a_database_that_was_lost_are_marked_and_never_added_to(
     old = [run for kind in ("trial", "study") for run in runs(home, f"tags.`hpo.kind` = '{kind}'") if run not in new]
     marked = {run.info.run_id for run in old if run.data.tags.get("hpo.state") == "orphaned"}
     assert marked == set(lost)
-    assert all(curve(home, run) == [1, 2, 3] for run in old if "hpo.trial" in run.data.tags)
+    assert all(curve(home, run) == [1, 2, 3] for run in old if "hpo.records" in run.data.tags)
     assert open_store(home).find_trial_run("moody", 0) == new[0].info.run_id
     assert outcome.winner is not None
     assert hpo.load_best("moody", home=home).classes
@@ -545,7 +545,7 @@ def test_a_store_that_fails_at_the_end_loses_no_trial(
         raise StoreError("MLflow at http://away refused: no route.")
 
     with monkeypatch.context() as patched:
-        patched.setattr("hpo.tracking.recorder.SummaryRun.log_figure", refuse)
+        patched.setattr("hpo.tracking.runs.SummaryRun.log_figure", refuse)
         with pytest.raises(SearchError, match="the same command again finishes the study"):
             search(trials=2)
     outcome = search(trials=2)
@@ -674,7 +674,7 @@ def test_plots_and_findings_are_there_while_a_search_runs(
 ) -> None:
     """A store that does not take them for a while does not end the search."""
     seen: list[str] = []
-    write = pipeline.write_summary
+    write = session_search.write_summary
 
     def watched(study: Study, summary: SummaryRun, winner: Winner | None) -> None:
         write(study, summary, winner)
@@ -683,8 +683,8 @@ def test_plots_and_findings_are_there_while_a_search_runs(
             assert open_store(home).download(summary.run_id, "plots/history.png").is_file()
             raise StoreError("MLflow is away.")
 
-    monkeypatch.setattr(pipeline, "write_summary", watched)
-    monkeypatch.setattr(pipeline, "RENEWAL_S", 0.0)
+    monkeypatch.setattr(session_search, "write_summary", watched)
+    monkeypatch.setattr(session_search, "RENEWAL_S", 0.0)
     assert search(trials=3, overrides=("mood=slow",)).is_done
     assert len(seen) >= 2
     assert set(seen) == {"RUNNING"}

@@ -15,8 +15,8 @@ import torch
 from pretended_cuda import Seen, pretended_cuda
 from torch import nn
 
-from hpo.checklist.checklist import whole_list
-from hpo.checklist.verdicts import Subject
+from hpo.checks.checklist import whole_list
+from hpo.checks.verdicts import Subject
 from hpo.config import AUGMENTATIONS, OPTIMIZERS, SCHEDULES, TrainConfig
 from hpo.data import batches
 from hpo.data.datasets import Splits

@@ -19,8 +19,8 @@ from hpo.errors import CheckpointError, StudyMismatchError
 from hpo.objective import Dataset, SealedSplit, Split
 from hpo.plugins import load_objective
 from hpo.provenance import Provenance
-from hpo.report import study_facts
 from hpo.sources import source_checksums
+from hpo.terminal.tables import study_facts
 from hpo.tracking.store import open_store
 
 TASK = """

@@ -31,10 +31,10 @@ from hpo.execution import ray as ray_workers
 from hpo.execution.messages import Assignment, Setup
 from hpo.execution.pool import WorkerDied
 from hpo.execution.ray import RayWorkers
-from hpo.pipeline import SILENCE_S
 from hpo.plugins import load_task
 from hpo.search.storage import open_storage
 from hpo.search.study import Study
+from hpo.session.search import SILENCE_S
 from hpo.tracking.store import open_store
 
 pytestmark = pytest.mark.xdist_group("ray")  # one cluster for all

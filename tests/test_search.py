@@ -22,11 +22,9 @@ from optuna.storages import BaseStorage, InMemoryStorage
 
 from hpo.errors import StoreError, StudyMismatchError, UnknownNameError
 from hpo.plugins import SEARCH_SPACES, load_task, registered
+from hpo.records import EndState, TrialState
 from hpo.search.encoding import distribution
-from hpo.search.pruners import PRUNERS, build_pruner
-from hpo.search.samplers import STRATEGIES, GridSampler, build_sampler, grid_points, grid_size
-from hpo.search.storage import open_storage, read_storage
-from hpo.search.strategy import (
+from hpo.search.priority import (
     DEFAULT_CONFIGURATION,
     EVERYTHING,
     SCOUT,
@@ -35,9 +33,11 @@ from hpo.search.strategy import (
     stage_length,
     stage_name,
 )
+from hpo.search.pruners import PRUNERS, build_pruner
+from hpo.search.storage import open_storage, read_storage
+from hpo.search.strategies import STRATEGIES, GridSampler, build_sampler, grid_points, grid_size
 from hpo.search.study import Study, StudySettings, Suggestion, list_studies, read_settings
 from hpo.space import Choice, Float, Group, Int, Space, Value
-from hpo.trial import EndState, TrialState
 
 SPACE = Space(
     Group(

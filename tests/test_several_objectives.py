@@ -19,19 +19,19 @@ from rich.console import Console
 
 import hpo
 from hpo.config import COSTS
-from hpo.deploy.clean import clean_study
 from hpo.errors import StudyMismatchError, UsageError
-from hpo.pipeline import run_search
-from hpo.report import best_facts, print_outcome, print_study, study_facts
-from hpo.request import agree, find_means
-from hpo.search.samplers import STRATEGIES
+from hpo.plots.study import plot_front
+from hpo.records import pareto_front
 from hpo.search.storage import open_storage
+from hpo.search.strategies import STRATEGIES
 from hpo.search.study import Study, StudySettings
+from hpo.session.clean import clean_study
+from hpo.session.request import agree, find_means
+from hpo.session.search import run_search
 from hpo.space import Choice, Float, Group, Int, Space
-from hpo.tracking.media import plot_front
+from hpo.terminal.tables import best_facts, print_outcome, print_study, study_facts
 from hpo.tracking.store import open_store
 from hpo.training.costs import measure_costs
-from hpo.trial import pareto_front
 
 SPACE = Space(
     Group("step size", lr=Float(1e-4, 1.0, log=True, default=1e-2)),

@@ -28,13 +28,13 @@ from sqlalchemy.exc import OperationalError
 
 from hpo.database import without_password
 from hpo.errors import StoreError
-from hpo.search import rdb
-from hpo.search.rdb import DirectStorage
-from hpo.search.session import Session, living_sessions
+from hpo.records import TrialState as StateName
+from hpo.search import optuna_tables
+from hpo.search.lease import Session, living_sessions
+from hpo.search.optuna_tables import DirectStorage
 from hpo.search.storage import OutageError, StudyStorage, open_storage, read_storage
 from hpo.search.study import Study, StudySettings, list_studies
 from hpo.space import Float, Group, Int, Space
-from hpo.trial import TrialState as StateName
 
 SECRETS = (PASSWORD, "s3cret")
 TIMEOUT_S = 60
@@ -90,7 +90,7 @@ class Process:
     """Another coordinator's process: Python code with a `storage`, that reads lines and prints answers."""
 
     def __init__(self, url: str, code: str, *args: object) -> None:
-        opening = "import sys\nfrom pathlib import Path\nfrom hpo.search.session import Session\n"
+        opening = "import sys\nfrom pathlib import Path\nfrom hpo.search.lease import Session\n"
         opening += "from hpo.search.storage import open_storage\nstorage = open_storage(Path(), sys.argv[1])\n"
         self.process = subprocess.Popen(
             [sys.executable, "-c", opening + code, url, *map(str, args)],
@@ -228,7 +228,7 @@ def test_a_home_of_an_earlier_version_has_no_sessions_and_gets_them(tmp_path: Pa
 def test_what_is_written_is_what_optuna_reads_and_the_other_way_round(
     storage: StudyStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rdb, "_MAX_IDS", 2)
+    monkeypatch.setattr(optuna_tables, "_MAX_IDS", 2)
     optunas = plain(storage)
     study_id = storage.create_new_study([StudyDirection.MINIMIZE], "study")
     fill(storage, study_id)

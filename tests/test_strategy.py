@@ -18,11 +18,11 @@ from scipy.optimize import check_grad
 from scipy.stats import norm
 
 from hpo.errors import StudyMismatchError, UsageError
-from hpo.search import strategy
+from hpo.search import priority
 from hpo.search.encoding import Encoding, distribution
 from hpo.search.gaussian_process import GaussianProcess, negative_log_posterior
+from hpo.search.priority import PrioritySampler
 from hpo.search.pruners import NUM_HALVED_TRIALS, build_pruner
-from hpo.search.strategy import PrioritySampler
 from hpo.search.study import Study, StudySettings
 from hpo.search.surrogate import Surrogate, log_expected_improvement
 from hpo.space import Choice, Float, Group, Int, Space, Value
@@ -91,12 +91,12 @@ def test_several_objectives_are_left_to_tpe_after_the_default_configuration() ->
 
 
 def test_tpe_takes_over_where_the_model_becomes_costly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strategy, "NUM_MODELLED_TRIALS", 12)
+    monkeypatch.setattr(priority, "NUM_MODELLED_TRIALS", 12)
     modelled = optuna.create_study(sampler=PrioritySampler(LINE, num_trials=5))
     for _ in range(12):
         trial = modelled.ask(distributions(LINE))
         modelled.tell(trial, trial.params["x"])
-    tpe = optuna.create_study(sampler=strategy.TrialSeededSampler(lambda seed: TPESampler(seed=seed), 0))
+    tpe = optuna.create_study(sampler=priority.TrialSeededSampler(lambda seed: TPESampler(seed=seed), 0))
     tpe.add_trials(modelled.trials)
 
     assert modelled.ask(distributions(LINE)).params == tpe.ask(distributions(LINE)).params

@@ -30,12 +30,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hpo.errors import SearchError, StoreError, UnknownNameError, UsageError
+from hpo.plots import study as plots
+from hpo.records import EndState, TrialRecord
 from hpo.space import Choice, Float, Group, Int, Space
-from hpo.tracking import media, server
-from hpo.tracking.delivery import Sender, Spool
-from hpo.tracking.recorder import StudyRuns
+from hpo.tracking import server
+from hpo.tracking.runs import StudyRuns
+from hpo.tracking.spool import Sender, Spool
 from hpo.tracking.store import TrackingStore, open_store
-from hpo.trial import EndState, TrialRecord
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def spooled(home: Path) -> list[str]:
 
 def run_python(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
     """A process of its own that runs this code; `import_all` of the room stands above it."""
-    prelude = "import os, sys, time\nfrom pathlib import Path\nfrom hpo.tracking.recorder import StudyRuns\n"
+    prelude = "import os, sys, time\nfrom pathlib import Path\nfrom hpo.tracking.runs import StudyRuns\n"
     prelude += "from hpo.tracking.store import open_store\nhome = Path(sys.argv[1])\n"
     return subprocess.Popen(
         [sys.executable, "-c", prelude + code, *map(str, arguments)],
@@ -97,8 +98,8 @@ def run_python(code: str, *arguments: object, **environment: str) -> subprocess.
 def test_importing_the_room_imports_no_mlflow() -> None:
     code = (
         "import sys\n"
-        "import hpo.tracking.recorder, hpo.tracking.server, hpo.tracking.store, hpo.tracking.delivery\n"
-        "import hpo.tracking.media\n"
+        "import hpo.tracking.runs, hpo.tracking.server, hpo.tracking.store, hpo.tracking.spool\n"
+        "import hpo.plots.study\n"
         "sys.exit(bool({'mlflow', 'torch', 'optuna', 'matplotlib.pyplot'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -286,7 +287,7 @@ def test_a_trial_is_a_run_with_parameters_curves_and_its_end(runs: StudyRuns, st
         "optimizer": "sgd",
         "nesterov": "True",
     }
-    expected = {"hpo.kind": "trial", "hpo.trial": "7", "hpo.state": state, "hpo.stage": "step size"}
+    expected = {"hpo.kind": "trial", "hpo.records": "7", "hpo.state": state, "hpo.stage": "step size"}
     assert (expected | {"hpo.reason": "because"}).items() <= found.data.tags.items()
     assert {"mlflow.user", "mlflow.source.name"} <= set(found.data.tags)
     assert found.data.metrics["best/accuracy"] == 0.75
@@ -408,7 +409,7 @@ runs.trial_run(0, params={"lr": 0.1}).finish("complete", value=0.5)
 run = runs.trial_run(1, params={"lr": 0.2})
 run.log_epoch(0, {"val/accuracy": 0.0})
 runs.flush()
-runs.store.client.create_run(runs.experiment_id, tags={"hpo.kind": "trial", "hpo.trial": "2"})
+runs.store.client.create_run(runs.experiment_id, tags={"hpo.kind": "trial", "hpo.records": "2"})
 for epoch in range(1, 50):
     run.log_epoch(epoch, {"val/accuracy": epoch / 50})
 print("ready", flush=True)
@@ -426,7 +427,7 @@ time.sleep(60)
         runs.recover()
         found = store.client.search_runs([runs.experiment_id])
     assert curve(store, 1) == [(epoch, epoch / 50) for epoch in range(50)]
-    ends = {run.data.tags.get("hpo.trial"): (run.info.status, run.data.tags["hpo.state"]) for run in found}
+    ends = {run.data.tags.get("hpo.records"): (run.info.status, run.data.tags["hpo.state"]) for run in found}
     assert ends == {
         None: ("KILLED", "interrupted"),
         "0": ("FINISHED", "complete"),
@@ -609,7 +610,7 @@ def test_the_summary_is_one_run_that_is_found_again(runs: StudyRuns) -> None:
     summary = runs.summary_run()
     assert runs.store.client.get_run(summary.run_id).info.status == "RUNNING"
     summary.log_dict({"step size": {"lr": [0.1, 1.0]}}, "space.json")
-    summary.log_figure("plots/history.png", media.plot_history([], metric="accuracy", direction="maximize"))
+    summary.log_figure("plots/history.png", plots.plot_history([], metric="accuracy", direction="maximize"))
     summary.log_metrics({"best/accuracy": 0.9, "test/accuracy": 0.8})
     summary.set_tags({"hpo.best_trial": "3"})
     summary.set_note("The winner is **trial 3**.")
@@ -752,9 +753,9 @@ STUDIES = {
 def all_plots(records: list[TrialRecord], direction: Any = "maximize") -> dict[str, Figure]:
     named: dict[str, Any] = {"metric": "accuracy", "direction": direction}
     return {
-        "history": media.plot_history(records, **named),
-        "curves": media.plot_curves(records, **named),
-        "slices": media.plot_slices(records, SPACE, **named),
+        "history": plots.plot_history(records, **named),
+        "curves": plots.plot_curves(records, **named),
+        "slices": plots.plot_slices(records, SPACE, **named),
     }
 
 
@@ -762,7 +763,7 @@ def all_plots(records: list[TrialRecord], direction: Any = "maximize") -> dict[s
 def test_a_confusion_matrix_shows_shares_of_the_class_and_its_counts_while_they_fit(num_classes: int) -> None:
     counts = [[3 if row == column else 1 for column in range(num_classes)] for row in range(num_classes)]
     counts[1] = [0] * num_classes  # a class that no example has
-    axes = media.plot_confusion([f"class {label}" for label in range(num_classes)], counts).axes[0]
+    axes = plots.plot_confusion([f"class {label}" for label in range(num_classes)], counts).axes[0]
     shares = axes.images[0].get_array()
     assert shares is not None
     assert shares[0, 0] == pytest.approx(3 / (2 + num_classes))
@@ -787,7 +788,7 @@ def legend_of(figure: Figure) -> list[str]:
 
 
 def test_the_history_tells_the_states_and_the_default_apart() -> None:
-    figure = media.plot_history(some_study(12), metric="accuracy", direction="maximize")
+    figure = plots.plot_history(some_study(12), metric="accuracy", direction="maximize")
     assert legend_of(figure) == [
         "4 complete",
         "2 pruned",
@@ -803,7 +804,7 @@ def test_the_history_tells_the_states_and_the_default_apart() -> None:
 @settings(max_examples=20)
 def test_the_best_so_far_never_gets_worse_and_ends_at_the_best(values: list[float], direction: Any) -> None:
     records = [record(number, "complete", {1: value}) for number, value in enumerate(values)]
-    [axes] = media.plot_history(records, metric="accuracy", direction=direction).axes
+    [axes] = plots.plot_history(records, metric="accuracy", direction=direction).axes
     [line] = axes.lines
     heights = [float(height) for height in line.get_ydata()]  # type: ignore[union-attr]
     assert heights == sorted(heights, reverse=direction == "minimize")
@@ -813,7 +814,7 @@ def test_the_best_so_far_never_gets_worse_and_ends_at_the_best(values: list[floa
 def test_one_trial_that_went_astray_does_not_flatten_the_others() -> None:
     records = [record(number, "complete", {1: 0.5 + number / 100}) for number in range(10)]
     astray = record(10, "complete", {1: -1e6})
-    [axes] = media.plot_history([*records, astray], metric="R2", direction="maximize").axes
+    [axes] = plots.plot_history([*records, astray], metric="R2", direction="maximize").axes
     low, high = axes.get_ylim()
     assert high - low < 1
     assert [text.get_text() for text in axes.texts] == ["1 more below this axis"]
@@ -823,17 +824,17 @@ def test_curves_show_the_values_that_were_measured() -> None:
     """The axis is limited, never the data: a bad first epoch is not drawn at the edge."""
     curves = [{1: 0.1 * number, 2: 0.8, 3: 0.9 + number / 100} for number in range(1, 5)]
     records = [record(number, "complete", curve) for number, curve in enumerate(curves)]
-    [axes] = media.plot_curves(records, metric="accuracy", direction="maximize").axes
+    [axes] = plots.plot_curves(records, metric="accuracy", direction="maximize").axes
     drawn = sorted(list(map(float, line.get_ydata())) for line in axes.lines if line.get_marker() == "o")  # type: ignore[arg-type]
     assert drawn == sorted(list(curve.values()) for curve in curves)
 
 
 def test_curves_name_the_best_first_and_count_the_stopped() -> None:
     records = some_study(12)
-    figure = media.plot_curves(records, metric="accuracy", direction="maximize", num_best=2)
+    figure = plots.plot_curves(records, metric="accuracy", direction="maximize", num_best=2)
     left_out = "2 more, complete, not shown"
     assert legend_of(figure) == ["trial 8: 0.828", "trial 6: 0.826", "2 pruned", "2 diverged", left_out, "best epoch"]
-    lowest = media.plot_curves(records, metric="accuracy", direction="minimize", num_best=1)
+    lowest = plots.plot_curves(records, metric="accuracy", direction="minimize", num_best=1)
     number, value = min(
         (
             (record.number, record.value)
@@ -847,7 +848,7 @@ def test_curves_name_the_best_first_and_count_the_stopped() -> None:
 
 def test_slices_show_every_parameter_that_is_searched_and_active_trials_alone() -> None:
     records = some_study(60)
-    figure = media.plot_slices(records, SPACE, metric="accuracy", direction="maximize")
+    figure = plots.plot_slices(records, SPACE, metric="accuracy", direction="maximize")
     panels = {axes.get_xlabel(): axes for axes in figure.axes if axes.get_visible()}
     assert list(panels) == [name for name in SPACE.parameters if name not in FIXED]
     scales = {name: axes.get_xscale() for name, axes in panels.items()}
@@ -860,7 +861,7 @@ def test_slices_show_every_parameter_that_is_searched_and_active_trials_alone() 
 
 def test_the_points_of_a_choice_stay_with_their_choice() -> None:
     records = [record(number, "complete", {1: 0.5}) for number in range(50)]
-    figure = media.plot_slices(records, SPACE, metric="accuracy", direction="maximize")
+    figure = plots.plot_slices(records, SPACE, metric="accuracy", direction="maximize")
     axes = next(axes for axes in figure.axes if axes.get_xlabel() == "nesterov")
     assert [label.get_text() for label in axes.get_xticklabels()] == ["true", "false"]
     positions = [float(x) for points in axes.collections for x, _ in points.get_offsets()]  # type: ignore[misc]
@@ -868,7 +869,7 @@ def test_the_points_of_a_choice_stay_with_their_choice() -> None:
 
 
 def test_importances_keep_the_groups_in_order_and_colour_them() -> None:
-    figure = media.plot_importances(
+    figure = plots.plot_importances(
         {"step size": {"batch_size": 0.1, "lr": 0.5}, "regularization": {"dropout": 0.3, "weight_decay": 0.1}}
     )
     [axes] = figure.axes
@@ -879,7 +880,7 @@ def test_importances_keep_the_groups_in_order_and_colour_them() -> None:
 
 
 def test_importances_of_too_few_trials_say_so() -> None:
-    [axes] = media.plot_importances({}).axes
+    [axes] = plots.plot_importances({}).axes
     assert [text.get_text() for text in axes.texts] == ["too few trials that differ to say"]
 
 

@@ -11,11 +11,11 @@ import pytest
 from optuna.storages import InMemoryStorage
 
 from hpo.errors import UnknownNameError, UsageError
-from hpo.pipeline import run_search
-from hpo.request import Proposal, find_means, find_proposals
 from hpo.search.storage import open_storage
 from hpo.search.study import Study, StudySettings
 from hpo.search.warm_start import MIN_DISTANCE, NUM_CONFIGURATIONS, best_configurations, translate
+from hpo.session.request import Proposal, find_means, find_proposals
+from hpo.session.search import run_search
 from hpo.space import Choice, Float, Group, Int, Space, Value
 
 SPACE = Space(

@@ -27,19 +27,19 @@ from hpo.execution.messages import Assignment, Decision, EpochDone, TrialDone, T
 from hpo.execution.observer import Observer, Standing
 from hpo.execution.pool import WorkerDied
 from hpo.execution.worker import BEST_WEIGHTS, CHECKPOINT, DESCRIPTION
+from hpo.records import CROWNABLE, losses, pareto_front, ranked
 from hpo.search.study import TrialTakenError
-from hpo.tracking.delivery import rounded
-from hpo.trial import CROWNABLE, losses, pareto_front, ranked
+from hpo.tracking.spool import rounded
 
 if TYPE_CHECKING:
     from hpo.config import Direction
     from hpo.execution.pool import Event, WorkerPool
     from hpo.plugins import Task
-    from hpo.search.session import Session
+    from hpo.records import EndState, TrialRecord
+    from hpo.search.lease import Session
     from hpo.search.study import Study, Suggestion
-    from hpo.tracking.recorder import StudyRuns, TrialRun
+    from hpo.tracking.runs import StudyRuns, TrialRun
     from hpo.training.trainer import EpochResult
-    from hpo.trial import EndState, TrialRecord
 
 MAX_FAILURES_IN_A_ROW = 5
 MAX_RETRIES = 3

@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from hpo.config import Direction
+    from hpo.records import EndState, TrialState
     from hpo.search.study import Suggestion
     from hpo.training.trainer import EpochResult
-    from hpo.trial import EndState, TrialState
 
 
 @dataclass(frozen=True, kw_only=True)

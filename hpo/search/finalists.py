@@ -12,8 +12,8 @@ from itertools import islice
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from hpo.search.strategy import DEFAULT_CONFIGURATION, TRIED_BY_HAND
-from hpo.trial import TrialRecord, TrialState, ranked
+from hpo.records import TrialRecord, TrialState, ranked
+from hpo.search.priority import DEFAULT_CONFIGURATION, TRIED_BY_HAND
 
 if TYPE_CHECKING:
     from hpo.search.study import StudySettings

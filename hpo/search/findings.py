@@ -18,10 +18,10 @@ from optuna.trial import FrozenTrial
 from optuna.trial import TrialState as OptunaState
 
 from hpo.config import derive_seed
+from hpo.records import CROWNABLE, TrialRecord, ranked
 from hpo.search.encoding import Encoding, distribution
-from hpo.search.strategy import tunable_groups
+from hpo.search.priority import tunable_groups
 from hpo.space import Choice, Float, Int, Value, format_value
-from hpo.trial import CROWNABLE, TrialRecord, ranked
 
 if TYPE_CHECKING:
     from hpo.search.study import Study

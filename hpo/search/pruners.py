@@ -20,7 +20,7 @@ from optuna.study import StudyDirection
 
 from hpo.config import derive_seed
 from hpo.errors import UnknownNameError, UsageError
-from hpo.search.strategy import NUM_MODELLED_TRIALS, PrioritySampler, other_trials
+from hpo.search.priority import NUM_MODELLED_TRIALS, PrioritySampler, other_trials
 from hpo.search.surrogate import Surrogate
 
 if TYPE_CHECKING:

@@ -36,8 +36,8 @@ from sqlalchemy.pool import NullPool
 from hpo.database import TIMEOUT_S, connect_sqlite, prepare_sqlite
 from hpo.database import without_password as without_password
 from hpo.errors import StoreError
-from hpo.search.rdb import DirectStorage, refuse_another
-from hpo.search.rdb import OutageError as OutageError
+from hpo.search.optuna_tables import DirectStorage, refuse_another
+from hpo.search.optuna_tables import OutageError as OutageError
 
 FILE_NAME = "optuna.db"
 PATIENCE_S = 300.0

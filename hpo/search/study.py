@@ -18,15 +18,15 @@ from optuna.trial import TrialState as OptunaState
 
 from hpo.config import derive_seed
 from hpo.errors import HpoError, StoreError, StudyMismatchError, UnknownNameError
+from hpo.records import EndState, TrialRecord, TrialState, describe_pruning, losses, pareto_front, ranked
 from hpo.search.encoding import distribution
 from hpo.search.finalists import finalists, is_spared
 from hpo.search.internals import trial_id
+from hpo.search.priority import DEFAULT_CONFIGURATION, EVERYTHING, stage_name, tunable_groups
 from hpo.search.pruners import build_pruner, describe_verdict
-from hpo.search.samplers import build_sampler, grid_size
 from hpo.search.storage import StudyStorage
-from hpo.search.strategy import DEFAULT_CONFIGURATION, EVERYTHING, stage_name, tunable_groups
+from hpo.search.strategies import build_sampler, grid_size
 from hpo.space import Space, format_value
-from hpo.trial import EndState, TrialRecord, TrialState, describe_pruning, losses, pareto_front, ranked
 
 if TYPE_CHECKING:
     from optuna.pruners import BasePruner
@@ -72,7 +72,7 @@ class StudySettings:
     """Seed that every random draw of the study follows from."""
 
     strategy: str
-    """One of hpo.search.samplers.STRATEGIES."""
+    """One of hpo.search.strategies.STRATEGIES."""
 
     pruner: str
     """One of hpo.search.pruners.PRUNERS."""

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hpo.errors import UsageError
+from hpo.records import ranked
 from hpo.search.encoding import Encoding
 from hpo.space import Choice, Int
-from hpo.trial import ranked
 
 if TYPE_CHECKING:
+    from hpo.records import TrialRecord
     from hpo.search.study import Study
     from hpo.space import Parameter, Space, Value
-    from hpo.trial import TrialRecord
 
 NUM_CONFIGURATIONS = 5
 """Maximum number of configurations to take over."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hpo.trial import describe_pruning
+from hpo.records import describe_pruning
 
 if TYPE_CHECKING:
+    from hpo.records import TrialRecord, TrialState
     from hpo.search.study import Study, StudySettings
-    from hpo.trial import TrialRecord, TrialState
 
 TEST_READINGS = "test_readings"
 TEST_CONFUSIONS = "test_confusions"

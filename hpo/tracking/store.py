@@ -102,7 +102,7 @@ class TrackingStore:
         """The run id of a trial of the study with that id. Raises StoreError where MLflow has no such run."""
         experiment = self._find_experiment(study)
         with explained(self.uri):
-            of_trial = f"tags.`hpo.trial` = '{number}'"
+            of_trial = f"tags.`hpo.records` = '{number}'"
             runs = search_runs(self.client, experiment.experiment_id, of_trial, study_id) if experiment else []
         if not runs:
             raise StoreError(

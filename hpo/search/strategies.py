@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 from hpo.config import derive_seed
 from hpo.errors import UnknownNameError
 from hpo.search.internals import SearchSpaceTransform, set_system_attr
-from hpo.search.strategy import PrioritySampler
+from hpo.search.priority import PrioritySampler
 from hpo.search.wrappers import DefaultFirstSampler, TrialSeededSampler
 from hpo.space import Choice, Float, Int
 
@@ -39,7 +39,7 @@ def build_sampler(strategy: str, space: Space, *, seed: int, num_trials: int, ha
 
     `has_curves` says whether what trials report are learning curves, and matters to `priority` alone.
 
-    priority  see hpo.search.strategy; `num_trials` is what the study was planned with, and matters here alone
+    priority  see hpo.search.priority; `num_trials` is what the study was planned with, and matters here alone
     tpe       tree-structured Parzen estimators (Watanabe, 2023, arXiv:2304.11127) after 10 random trials
     gp        a Gaussian process after 10 random trials; learns from complete trials only
     random    independent draws

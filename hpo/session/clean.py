@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from hpo.deploy.load import find_runs
 from hpo.execution.worker import BEST_WEIGHTS, CHECKPOINT
 from hpo.home import find_home, find_storage, require_home, require_own_files
-from hpo.search.session import living_sessions
+from hpo.records import ranked
+from hpo.search.lease import living_sessions
+from hpo.search.priority import DEFAULT_CONFIGURATION
 from hpo.search.storage import read_storage
-from hpo.search.strategy import DEFAULT_CONFIGURATION
 from hpo.search.study import Study
 from hpo.tracking.store import open_store
-from hpo.trial import ranked
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage

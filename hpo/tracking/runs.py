@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from hpo.database import without_password
 from hpo.errors import StoreError
-from hpo.tracking.delivery import ATTEMPT_TAG, RUN_STATUS, Delivery, Event, Sender, Spool
+from hpo.tracking.spool import ATTEMPT_TAG, RUN_STATUS, Delivery, Event, Sender, Spool
 from hpo.tracking.store import ORPHANED_TAG, STUDY_ID_TAG, explained, is_of_study, search_runs
 from hpo.tracking.view import FRONT_TAG, VIEW_TAG, study_view
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from hpo.config import Direction
+    from hpo.records import EndState
     from hpo.tracking.store import TrackingStore
-    from hpo.trial import EndState
 
 _logger = logging.getLogger(__name__)
 _FLUSH_TIMEOUT_S = 60.0
@@ -128,7 +128,7 @@ class StudyRuns:
         client = self.store.client
         with explained(self.store.uri):
             for run in search_runs(client, self.experiment_id, "tags.`hpo.kind` = 'trial'", self._study_id):
-                is_on_front = int(run.data.tags["hpo.trial"]) in numbers
+                is_on_front = int(run.data.tags["hpo.records"]) in numbers
                 if is_on_front and FRONT_TAG not in run.data.tags:
                     client.set_tag(run.info.run_id, FRONT_TAG, "yes")
                 elif not is_on_front and FRONT_TAG in run.data.tags:
@@ -157,7 +157,7 @@ class StudyRuns:
             for run in runs:
                 is_summary = run.data.tags.get("hpo.kind") == "study"
                 is_ours = run.info.run_id == self._summary_id
-                if run.data.tags.get("hpo.trial") not in running and not (is_summary and (is_ours or len(alive) > 1)):
+                if run.data.tags.get("hpo.records") not in running and not (is_summary and (is_ours or len(alive) > 1)):
                     client.set_tag(run.info.run_id, "hpo.state", "interrupted")
                     client.set_terminated(run.info.run_id, "KILLED")
 

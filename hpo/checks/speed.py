@@ -7,7 +7,7 @@ import time
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from hpo.checklist.verdicts import Subject, Verdict
+from hpo.checks.verdicts import Subject, Verdict
 from hpo.errors import DeviceMemoryError
 from hpo.space import Choice
 from hpo.training.optimizers import build_optimizer

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from hpo.config import Direction
+
 
 EndState = Literal["complete", "pruned", "diverged", "failed", "interrupted"]
 TrialState = Literal["complete", "pruned", "diverged", "failed", "interrupted", "running", "queued"]
@@ -98,3 +100,14 @@ def pareto_front(points: Mapping[int, tuple[float, ...]]) -> list[int]:
 
 def _is_as_good(point: tuple[float, ...], other: tuple[float, ...]) -> bool:
     return all(one <= another for one, another in zip(point, other, strict=True))
+
+
+def to_plain(value: Any) -> Any:
+    """The value as JSON can hold it: keys as strings, NaN and infinities as null."""
+    if isinstance(value, Mapping):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -13,7 +13,9 @@ from hpo.errors import CheckpointError, HpoError, SearchError, StoreError
 from hpo.execution.messages import Assignment
 from hpo.execution.worker import CHECKPOINT, refit
 from hpo.models.preprocessed import MirrorAveraged
+from hpo.plots.study import plot_confusion, plot_curves, plot_front, plot_history, plot_importances, plot_slices
 from hpo.provenance import describe as describe_provenance
+from hpo.records import CROWNABLE
 from hpo.search.findings import findings, importances
 from hpo.search.winner import (
     COMPARISONS,
@@ -27,11 +29,9 @@ from hpo.search.winner import (
     front_rows,
     how_far,
 )
-from hpo.tracking.media import plot_confusion, plot_curves, plot_front, plot_history, plot_importances, plot_slices
 from hpo.training.comparison import compare_folds, compare_models
 from hpo.training.losses import target_scale
 from hpo.training.trainer import evaluate, evaluate_classes
-from hpo.trial import CROWNABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -39,12 +39,12 @@ if TYPE_CHECKING:
     from hpo.data.datasets import Splits
     from hpo.objective import SealedSplit, Split
     from hpo.plugins import Task
+    from hpo.records import TrialRecord
     from hpo.search.findings import Finding, GroupImportance
     from hpo.search.study import Study
-    from hpo.tracking.recorder import SummaryRun
+    from hpo.tracking.runs import SummaryRun
     from hpo.tracking.store import TrackingStore
     from hpo.training.comparison import Difference
-    from hpo.trial import TrialRecord
 
 
 def crown_winner(

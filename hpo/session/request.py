@@ -14,10 +14,10 @@ from hpo.database import without_password
 from hpo.errors import StudyMismatchError, UnknownNameError, UsageError
 from hpo.home import check_study_name, find_data_dir, find_home, find_storage
 from hpo.plugins import SEARCH_SPACES, Task, load_task, require_registered
+from hpo.search.priority import TRIED_BY_HAND
 from hpo.search.pruners import PRUNERS, check_first_rung, check_folds_pruner
-from hpo.search.samplers import STRATEGIES
 from hpo.search.storage import read_storage
-from hpo.search.strategy import TRIED_BY_HAND
+from hpo.search.strategies import STRATEGIES
 from hpo.search.study import Study, StudySettings, read_settings
 from hpo.search.warm_start import best_configurations
 from hpo.space import Value

@@ -8,24 +8,24 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hpo.checklist.data import check_duplicates, check_inputs, check_leak, check_normalised, check_targets
-from hpo.checklist.learning import check_baseline, check_learning_rate, check_one_batch
-from hpo.checklist.network import check_first_loss, check_forward, check_gradients
-from hpo.checklist.speed import check_speed
-from hpo.checklist.verdicts import Subject, Verdict, as_markdown
+from hpo.checks.compatibility import check_task, load_dataset
+from hpo.checks.data import check_duplicates, check_inputs, check_leak, check_normalised, check_targets
+from hpo.checks.learning import check_baseline, check_learning_rate, check_one_batch
+from hpo.checks.network import check_first_loss, check_forward, check_gradients
+from hpo.checks.speed import check_speed
+from hpo.checks.verdicts import Subject, Verdict, as_markdown
 from hpo.data.datasets import VALIDATION_FRACTION, split_dataset
 from hpo.home import check_study_name, find_data_dir, find_home
+from hpo.plots.study import plot_checklist
 from hpo.plugins import load_task
-from hpo.preflight import check_task, load_dataset
-from hpo.tracking.media import plot_checklist
-from hpo.tracking.recorder import begin_check_run
+from hpo.tracking.runs import begin_check_run
 from hpo.tracking.store import open_store
 from hpo.training.device import choose_device
 
 if TYPE_CHECKING:
     from hpo.objective import SealedSplit
     from hpo.space import Value
-    from hpo.tracking.recorder import SummaryRun
+    from hpo.tracking.runs import SummaryRun
 
 QUICK_CHECKS: dict[str, Callable[[Subject], Verdict]] = {
     "inputs": check_inputs,

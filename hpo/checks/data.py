@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 import torch
 from torch import Tensor, nn
 
-from hpo.checklist.verdicts import Subject, Verdict
+from hpo.checks.verdicts import Subject, Verdict
 from hpo.objective import SealedSplit
 
 SAMPLE = 5_000

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from hpo.checklist.verdicts import Subject, Verdict
+from hpo.checks.verdicts import Subject, Verdict
 from hpo.training.probe import EXPLODED, VANISHED, backward_in_evaluation_mode, layers, relative_gradients
 
 NUM_STEPS = 3

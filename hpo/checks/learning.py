@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hpo.checklist.speed import seconds_a_step
-from hpo.checklist.verdicts import Sample, Subject, Verdict
+from hpo.checks.speed import seconds_a_step
+from hpo.checks.verdicts import Sample, Subject, Verdict
 from hpo.config import derive_seed
 from hpo.data.batches import build_batches
 from hpo.data.datasets import Splits

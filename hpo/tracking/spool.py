@@ -22,8 +22,8 @@ from hpo.tracking.store import STUDY_ID_TAG, search_runs
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
+    from hpo.records import EndState
     from hpo.tracking.store import TrackingStore
-    from hpo.trial import EndState
 
 Event = dict[str, Any]
 
@@ -216,7 +216,7 @@ class Delivery:
         return self._run_id
 
     def _find_run(self) -> Run | None:
-        runs = search_runs(self._client, self._experiment_id, f"tags.`hpo.trial` = '{self.number}'", self._study_id)
+        runs = search_runs(self._client, self._experiment_id, f"tags.`hpo.records` = '{self.number}'", self._study_id)
         if not runs:
             return None
         run = runs[0]
@@ -233,7 +233,7 @@ class Delivery:
         )
 
     def _create_run(self, time_ms: int) -> Run:
-        tags = {"hpo.kind": "trial", "hpo.trial": str(self.number)}
+        tags = {"hpo.kind": "trial", "hpo.records": str(self.number)}
         tags |= {STUDY_ID_TAG: self._study_id} if self._study_id else {}
         return self._client.create_run(self._experiment_id, time_ms, tags, run_name=f"trial-{self.number:04d}")
 

@@ -16,8 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullFormatter
 
 from hpo.config import Direction
+from hpo.records import TrialRecord, TrialState, ranked
 from hpo.space import Choice, Parameter, Space, format_value
-from hpo.trial import TrialRecord, TrialState, ranked
 
 _BLACK, _GREY = "#000000", "#7f7f7f"
 _ORANGE, _SKY, _GREEN, _YELLOW, _BLUE, _RED, _PURPLE = (

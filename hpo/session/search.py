@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from hpo.checklist.checklist import log_verdicts, quick_part
-from hpo.checklist.verdicts import Subject, Verdict, in_few_lines
+from hpo.checks.checklist import log_verdicts, quick_part
+from hpo.checks.compatibility import check_task, load_dataset
+from hpo.checks.verdicts import Subject, Verdict, in_few_lines
 from hpo.data.datasets import VALIDATION_FRACTION, check_folds, save_splits, split_dataset
-from hpo.deploy.finish import crown_winner, refit_winner, write_summary
 from hpo.errors import SearchError, StoreError, UsageError
 from hpo.execution.coordinator import Coordinator
 from hpo.execution.local import LocalWorkers, warm_up
@@ -24,10 +24,14 @@ from hpo.execution.messages import Setup
 from hpo.execution.observer import Observer
 from hpo.home import claim_files, require_own_files, require_space, study_lock
 from hpo.plugins import OBJECTIVES, SEARCH_SPACES, require_registered
-from hpo.preflight import check_task, load_dataset
 from hpo.provenance import Provenance, record_session, require_unchanged
-from hpo.report import to_plain
-from hpo.request import (
+from hpo.records import TrialState, to_plain
+from hpo.search.lease import Session
+from hpo.search.storage import open_storage, read_storage
+from hpo.search.study import Study
+from hpo.search.winner import Winner, find_winner, front_rows
+from hpo.session.conclude import crown_winner, refit_winner, write_summary
+from hpo.session.request import (
     DEFAULT_KEEP,
     Means,
     Proposal,
@@ -37,21 +41,16 @@ from hpo.request import (
     find_proposals,
     read_study,
 )
-from hpo.search.session import Session
-from hpo.search.storage import open_storage, read_storage
-from hpo.search.study import Study
-from hpo.search.winner import Winner, find_winner, front_rows
-from hpo.tracking.recorder import StudyRuns
+from hpo.tracking.runs import StudyRuns
 from hpo.tracking.store import TrackingStore, open_store
 from hpo.training.device import memory_share, visible_gpus
-from hpo.trial import TrialState
 
 if TYPE_CHECKING:
     from hpo.data.datasets import Splits
     from hpo.execution.pool import WorkerPool
     from hpo.plugins import Task
     from hpo.search.study import StudySettings
-    from hpo.tracking.recorder import SummaryRun
+    from hpo.tracking.runs import SummaryRun
 
 NUM_COLUMNS = 5  # parameters in MLflow's table of runs, the first in tuning priority
 SILENCE_S = 30.0

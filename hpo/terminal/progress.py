@@ -15,13 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.execution.observer import Observer, Standing
-from hpo.report import ESTIMATED, STYLES, format_configuration, format_duration
-from hpo.trial import CROWNABLE
+from hpo.records import CROWNABLE
+from hpo.terminal.tables import ESTIMATED, STYLES, format_configuration, format_duration
 
 if TYPE_CHECKING:
+    from hpo.records import EndState
     from hpo.search.study import Suggestion
     from hpo.training.trainer import EpochResult
-    from hpo.trial import EndState
 
 REFRESHES_PER_SECOND = 4
 MAX_TRIALS_SHOWN = 8

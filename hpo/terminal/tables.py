@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,21 +16,21 @@ from hpo.home import find_home, find_storage
 from hpo.plugins import OBJECTIVES, load_task, registered
 from hpo.provenance import describe as describe_provenance
 from hpo.provenance import sessions
+from hpo.records import ranked, to_plain
 from hpo.search.findings import MIN_TRIALS_FOR_IMPORTANCES, findings, importances
-from hpo.search.session import living_sessions
+from hpo.search.lease import living_sessions
 from hpo.search.storage import read_storage
 from hpo.search.study import Study, list_studies
 from hpo.search.winner import Winner, describe_comparison, find_winner, front_rows
 from hpo.space import Group, Parameter, Space, describe_conditions, format_value
-from hpo.trial import ranked
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hpo.checklist.checklist import Checklist
-    from hpo.checklist.verdicts import State, Verdict
-    from hpo.pipeline import SearchOutcome
-    from hpo.trial import TrialState
+    from hpo.checks.checklist import Checklist
+    from hpo.checks.verdicts import State, Verdict
+    from hpo.records import TrialState
+    from hpo.session.search import SearchOutcome
 
 
 STYLES: dict[State, str] = {"ok": "green", "warning": "yellow", "wrong": "red"}
@@ -360,17 +359,6 @@ def describe_counts(counts: Mapping[TrialState, int]) -> str:
     """`12 complete, 7 pruned (pruned trials were stopped early to save epochs)`."""
     text = ", ".join(f"{number} {state}" for state, number in counts.items() if number) or "no trial yet"
     return f"{text} (pruned trials were stopped early to save epochs)" if counts["pruned"] else text
-
-
-def to_plain(value: Any) -> Any:
-    """The value as JSON can hold it: keys as strings, NaN and infinities as null."""
-    if isinstance(value, Mapping):
-        return {str(key): to_plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [to_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def _configuration(trial: dict[str, Any]) -> str:

@@ -1,0 +1,1 @@
+"""Figures of a study and of a check, drawn by matplotlib."""
