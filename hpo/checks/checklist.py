@@ -16,7 +16,7 @@ from hpo.checks.speed import check_speed
 from hpo.checks.verdicts import Subject, Verdict, as_markdown
 from hpo.data.datasets import VALIDATION_FRACTION, split_dataset
 from hpo.home import check_study_name, find_data_dir, find_home
-from hpo.plots.study import plot_checklist
+from hpo.plots.checks import plot_checklist
 from hpo.plugins import load_task
 from hpo.tracking.runs import begin_check_run
 from hpo.tracking.store import open_store

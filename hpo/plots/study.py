@@ -1,48 +1,49 @@
-"""Plots of a study, from plain records: history, learning curves, parameter slices, importances; and of a checklist.
-
-Colours are those of Okabe and Ito (2008), which stay apart for colour-blind readers; states differ in shape as well.
-"""
+"""Plots of a study, from plain records: history, learning curves, parameter slices, importances, Pareto front."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, cycle, product
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from hpo.config import Direction
+from hpo.plots.style import (
+    BLACK,
+    BLUE,
+    DPI,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+    YELLOW,
+    log_ticks,
+    new_figure,
+    say_nothing_to_show,
+    style_axes,
+)
 from hpo.records import TrialRecord, TrialState, ranked
 from hpo.space import Choice, Parameter, Space, format_value
 
-_BLACK, _GREY = "#000000", "#7f7f7f"
-_ORANGE, _SKY, _GREEN, _YELLOW, _BLUE, _RED, _PURPLE = (
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#F0E442",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-)
 _LOOKS: dict[TrialState, tuple[str, str]] = {  # colour, marker
-    "complete": (_BLUE, "o"),
-    "pruned": (_ORANGE, "v"),
-    "diverged": (_PURPLE, "D"),
-    "failed": (_RED, "X"),
-    "interrupted": (_GREY, "s"),
-    "running": (_SKY, "P"),
-    "queued": (_GREY, "d"),
+    "complete": (BLUE, "o"),
+    "pruned": (ORANGE, "v"),
+    "diverged": (PURPLE, "D"),
+    "failed": (RED, "X"),
+    "interrupted": (GREY, "s"),
+    "running": (SKY, "P"),
+    "queued": (GREY, "d"),
 }
-_CURVE_COLOURS = (_BLUE, _RED, _GREEN, _PURPLE, _BLACK)
-_GROUP_COLOURS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _RED, _SKY, _YELLOW, _GREY)
+_CURVE_COLOURS = (BLUE, RED, GREEN, PURPLE, BLACK)
+_GROUP_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY, YELLOW, GREY)
 _SLICE_COLUMNS = 4
 _NO_VALUES = "no trial has finished an epoch yet"
-_DPI = 110
 
 
 def plot_history(records: Sequence[TrialRecord], *, metric: str, direction: Direction) -> Figure:
@@ -51,7 +52,7 @@ def plot_history(records: Sequence[TrialRecord], *, metric: str, direction: Dire
     A diverged or interrupted trial never counts as the best. A trial without a value, such as a failed one, is a mark
     below the plot.
     """
-    figure, axes = _figure("Value by trial", width=9, height=5)
+    figure, axes = new_figure("Value by trial", width=9, height=5)
     valued = [record for record in records if _has_value(record)]
     limits = _shown_range([_value(record) for record in valued], direction)
     _scatter(axes, [(record.number, record) for record in valued])
@@ -63,7 +64,7 @@ def plot_history(records: Sequence[TrialRecord], *, metric: str, direction: Dire
     candidates = sorted(ranked(valued, direction), key=lambda record: record.number)
     better = max if direction == "maximize" else min
     best_so_far = list(accumulate(map(_value, candidates), better))
-    axes.step([r.number for r in candidates], best_so_far, where="post", color=_GREEN, linewidth=2, zorder=1)
+    axes.step([r.number for r in candidates], best_so_far, where="post", color=GREEN, linewidth=2, zorder=1)
     _mark_default(axes, valued)
     axes.set_xlabel("trial")
     axes.set_xlim(-0.5, max([1, *(record.number for record in records)]) + 0.5)
@@ -82,7 +83,7 @@ def plot_curves(
     has_folds: bool = False,
 ) -> Figure:
     """Learning curves, or values by fold: the best trials by name, other pruned and diverged ones in the background."""
-    figure, axes = _figure("Folds" if has_folds else "Learning curves", width=9, height=5)
+    figure, axes = new_figure("Folds" if has_folds else "Learning curves", width=9, height=5)
     best = ranked(records, direction)[:num_best]
     stopped = [r for r in records if r.state in ("pruned", "diverged") and r.curve and r not in best]
     shown = [value for record in stopped + best for value in record.curve.values() if math.isfinite(value)]
@@ -108,7 +109,7 @@ def plot_curves(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _finish_value_axis(axes, metric, direction, limits, shown)
     if best and not has_folds:
-        handles.append(Line2D([], [], color=_GREY, marker="*", linestyle="", markersize=11, label="best epoch"))
+        handles.append(Line2D([], [], color=GREY, marker="*", linestyle="", markersize=11, label="best epoch"))
     if handles:
         figure.legend(handles=handles, loc="outside right upper", frameon=False)
     return figure
@@ -123,13 +124,13 @@ def plot_slices(records: Sequence[TrialRecord], space: Space, *, metric: str, di
     searched = {name: parameter for name, parameter in space.parameters.items() if not parameter.is_fixed}
     valued = [record for record in records if _has_value(record)]
     if not (searched and valued):
-        figure, axes = _figure("Value by parameter", width=9, height=3)
-        _say_nothing_to_show(axes, _NO_VALUES if searched else "every parameter is fixed")
+        figure, axes = new_figure("Value by parameter", width=9, height=3)
+        say_nothing_to_show(axes, _NO_VALUES if searched else "every parameter is fixed")
         return figure
     limits = _shown_range([_value(record) for record in valued], direction)
     columns = min(_SLICE_COLUMNS, len(searched))
     rows = math.ceil(len(searched) / columns)
-    figure = Figure(figsize=(max(7.0, 3.2 * columns), 1.2 + 2.7 * rows), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(max(7.0, 3.2 * columns), 1.2 + 2.7 * rows), dpi=DPI, layout="constrained")
     figure.suptitle("Value by parameter", fontweight="bold")
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     cells = grid.flatten()
@@ -140,10 +141,10 @@ def plot_slices(records: Sequence[TrialRecord], space: Space, *, metric: str, di
         _scatter(axes, points, size=26)
         for x, record in points:
             if record is best:
-                axes.plot(x, _value(record), "*", color=_GREEN, markersize=15, markeredgecolor="white")
+                axes.plot(x, _value(record), "*", color=GREEN, markersize=15, markeredgecolor="white")
         axes.set_xlabel(name)
         _scale_parameter_axis(axes, parameter)
-        _style(axes)
+        style_axes(axes)
         _limit_value_axis(axes, limits)
     for axes in cells[len(searched) :]:
         axes.set_visible(False)
@@ -159,9 +160,9 @@ def plot_importances(importances: Mapping[str, Mapping[str, float]]) -> Figure:
     Importances are shares in [0, 1], such as `{"step size": {"lr": 0.6}, "regularization": {"dropout": 0.4}}`.
     """
     count = sum(map(len, importances.values()))
-    figure, axes = _figure("Importance of the parameters", width=9, height=max(3.0, 1.6 + 0.34 * count), grid="x")
+    figure, axes = new_figure("Importance of the parameters", width=9, height=max(3.0, 1.6 + 0.34 * count), grid="x")
     if not count:
-        _say_nothing_to_show(axes, "too few trials that differ to say")
+        say_nothing_to_show(axes, "too few trials that differ to say")
         return figure
     names: list[str] = []
     handles = []
@@ -198,29 +199,29 @@ def plot_front(
     measured = [record for record in records if record.costs and _has_value(record)]
     winner = next(iter(ranked([record for record in measured if record.number in front], direction)), None)
     limits = _shown_range([_value(record) for record in measured], direction)
-    figure = Figure(figsize=(max(7.0, 5.0 * len(costs)), 4.5), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(max(7.0, 5.0 * len(costs)), 4.5), dpi=DPI, layout="constrained")
     figure.suptitle("Pareto front", fontweight="bold")
     for axes, cost in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs, strict=True):
-        _style(axes)
+        style_axes(axes)
         _scatter(axes, [(record.costs[cost], record) for record in measured if record.number not in front])
         chosen = sorted((r for r in measured if r.number in front), key=lambda record: record.costs[cost])
         points = [(record.costs[cost], _value(record)) for record in chosen]
-        axes.plot(*zip(*points, strict=True), "o", color=_GREEN, markersize=8, markeredgecolor="white")
+        axes.plot(*zip(*points, strict=True), "o", color=GREEN, markersize=8, markeredgecolor="white")
         if len(costs) == 1:  # between two trials of the front there is nothing better than the cheaper one
-            axes.step(*zip(*points, strict=True), where="post", color=_GREEN, zorder=1)
+            axes.step(*zip(*points, strict=True), where="post", color=GREEN, zorder=1)
         for record, point in zip(chosen, points, strict=True):
             if record is winner:
-                axes.plot(*point, "*", color=_GREEN, markersize=16, markeredgecolor="white", zorder=4)
+                axes.plot(*point, "*", color=GREEN, markersize=16, markeredgecolor="white", zorder=4)
             axes.annotate(str(record.number), point, (6, -12), textcoords="offset points", fontsize=9)
         axes.set_xscale("log")
         amounts = [record.costs[cost] for record in measured]
-        axes.xaxis.set_major_locator(_log_ticks(max(amounts) / min(amounts)))
+        axes.xaxis.set_major_locator(log_ticks(max(amounts) / min(amounts)))
         axes.xaxis.set_major_formatter(lambda value, _: format_value(value))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(f"{cost} ({_COST_UNITS[cost]}, lower is better)")
         _finish_value_axis(axes, metric, direction, limits, [_value(record) for record in measured])
     looks = [("o", 8, "front"), ("*", 13, "winner")]
-    handles = [Line2D([], [], color=_GREEN, marker=m, markersize=s, linestyle="", label=text) for m, s, text in looks]
+    handles = [Line2D([], [], color=GREEN, marker=m, markersize=s, linestyle="", label=text) for m, s, text in looks]
     if others := len(measured) - len(front):
         colour, marker = _LOOKS["complete"]
         handles.append(Line2D([], [], color=colour, marker=marker, linestyle="", label=f"{others} others"))
@@ -231,7 +232,7 @@ def plot_front(
 def plot_confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> Figure:
     """What each class, a row, is taken for, a column: as shares of the class, with the counts where they fit."""
     side = max(4.5, 1.5 + 0.45 * len(classes))
-    figure = Figure(figsize=(side + 1, side), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(side + 1, side), dpi=DPI, layout="constrained")
     figure.suptitle("Confusion matrix of the winner on the test split", fontweight="bold")
     axes = figure.subplots()
     shares = [[count / max(1, sum(row)) for count in row] for row in counts]
@@ -246,118 +247,9 @@ def plot_confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> F
     if len(classes) <= _MAX_COUNTED:
         for row, column in product(ticks, ticks):
             if count := counts[row][column]:
-                colour = "white" if shares[row][column] > 0.5 else _BLACK
+                colour = "white" if shares[row][column] > 0.5 else BLACK
                 axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=9)
     return figure
-
-
-def plot_checklist(task: str, data: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """What the checks of a task measured, by check; a panel stays empty where a check has not come to its end."""
-    figure = Figure(figsize=(13.0, 7.0), dpi=_DPI, layout="constrained")
-    figure.suptitle(f"hpo check {task}", fontweight="bold")
-    panels: dict[str, Callable[[Axes, Mapping[str, Any]], None]] = {
-        "targets": _draw_targets,
-        "gradients": _draw_gradients,
-        "one batch": _draw_one_batch,
-        "baseline": _draw_baseline,
-        "learning rate": _draw_range_test,
-        "speed by batch": _draw_speed,
-    }
-    for axes, (check, draw) in zip(figure.subplots(2, 3).flatten(), panels.items(), strict=True):
-        _style(axes)
-        axes.set_title(check, fontsize=10)
-        if any(isinstance(values, list) and values for values in data[check].values()) or check == "baseline":
-            draw(axes, data[check])
-        else:
-            _say_nothing_to_show(axes, "nothing was measured")
-    return figure
-
-
-def _draw_targets(axes: Axes, data: Mapping[str, Any]) -> None:
-    if "values" in data:
-        axes.hist(data["values"], bins=30, color=_BLUE)
-        axes.set_xlabel("target")
-    else:
-        axes.bar(range(len(data["counts"])), data["counts"], color=_BLUE)
-        names, crowded = data["classes"], len("".join(data["classes"])) > 40
-        if len(names) <= 30:
-            axes.set_xticks(
-                range(len(names)), names, rotation=30 if crowded else 0, ha="right" if crowded else "center"
-            )
-    axes.set_ylabel("training examples")
-
-
-def _draw_gradients(axes: Axes, data: Mapping[str, Any]) -> None:
-    axes.semilogy(range(1, len(data["gradients"]) + 1), [g or math.nan for g in data["gradients"]], "o-", color=_BLUE)
-    axes.set_xlabel("layer")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel("gradient beside the weights")
-
-
-def _draw_one_batch(axes: Axes, data: Mapping[str, Any]) -> None:
-    axes.plot(range(1, len(data["losses"]) + 1), data["losses"], color=_BLUE)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss on the batch")
-
-
-def _draw_baseline(axes: Axes, data: Mapping[str, Any]) -> None:
-    if not data:
-        _say_nothing_to_show(axes, "nothing was measured")
-        return
-    scores = {
-        "no network": data["naive"],
-        "linear": data["linear"],
-        f"network,\nepoch {data['epochs']}": data["network"],
-    }
-    bars = axes.bar(list(scores), list(scores.values()), color=(_GREY, _SKY, _BLUE))
-    axes.bar_label(bars, fmt="%.3f", fontsize=9)
-    axes.margins(y=0.1)
-    axes.axhline(0, color=_GREY, linewidth=0.8)
-    axes.set_ylabel(f"validation {data['metric']}")
-
-
-def _draw_range_test(axes: Axes, data: Mapping[str, Any]) -> None:
-    axes.semilogx(data["rates"], data["losses"], color=_SKY, linewidth=1, label="loss")
-    axes.semilogx(data["rates"], data["smoothed"], color=_BLUE, label="smoothed")
-    if "low" in data:
-        axes.axvspan(data["low"], data["high"], color=_GREEN, alpha=0.15, label=f"{data['low']:g} to {data['high']:g}")
-    lowest, first = min(data["smoothed"]), data["smoothed"][0]
-    axes.set_ylim(lowest - 0.3 * (first - lowest) - 0.02 * first, first + 0.6 * (first - lowest) + 0.02 * first)
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("loss of the step")
-    axes.legend(frameon=False, fontsize=8)
-
-
-def _draw_speed(axes: Axes, data: Mapping[str, Any]) -> None:
-    axes.plot(data["batch_sizes"], data["examples_a_second"], "o-", color=_BLUE)
-    for size, rate, memory in zip(data["batch_sizes"], data["examples_a_second"], data["memory"], strict=True):
-        axes.annotate(memory, (size, rate), (0, 7), textcoords="offset points", ha="center", fontsize=8)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(data["batch_sizes"], [str(size) for size in data["batch_sizes"]])
-    axes.margins(x=0.12, y=0.15)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("batch size")
-    axes.set_ylabel("examples a second")
-
-
-def _figure(title: str, *, width: float, height: float, grid: str = "y") -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
-    figure.suptitle(title, fontweight="bold")
-    axes = figure.subplots()
-    _style(axes, grid)
-    return figure, axes
-
-
-def _style(axes: Axes, grid: str = "y") -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(visible=True, axis=grid, color="#e5e5e5", linewidth=0.8)  # type: ignore[arg-type]
-    axes.set_axisbelow(True)
-
-
-def _say_nothing_to_show(axes: Axes, text: str) -> None:
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=_GREY)
-    axes.set_yticks([])
 
 
 def _has_value(record: TrialRecord) -> bool:
@@ -399,11 +291,11 @@ def _finish_value_axis(axes: Axes, metric: str, direction: Direction, limits: Li
     axes.set_ylabel(f"validation {metric} ({'higher' if direction == 'maximize' else 'lower'} is better)")
     _limit_value_axis(axes, limits)
     if not values:
-        _say_nothing_to_show(axes, _NO_VALUES)
+        say_nothing_to_show(axes, _NO_VALUES)
     elif num_outside := sum(not limits[0] <= value <= limits[1] for value in values):
         side, height = ("below", 0.02) if direction == "maximize" else ("above", 0.94)
         text = f"{num_outside} more {side} this axis"
-        axes.text(0.99, height, text, transform=axes.transAxes, ha="right", color=_GREY, fontsize=9)
+        axes.text(0.99, height, text, transform=axes.transAxes, ha="right", color=GREY, fontsize=9)
 
 
 def _scatter(axes: Axes, points: Sequence[tuple[float, TrialRecord]], size: float = 36) -> None:
@@ -424,7 +316,7 @@ def _scatter(axes: Axes, points: Sequence[tuple[float, TrialRecord]], size: floa
 def _mark_default(axes: Axes, valued: Sequence[TrialRecord]) -> None:
     for record in valued:
         if record.number == 0:
-            axes.scatter([0], [_value(record)], s=150, facecolors="none", edgecolors=_BLACK, zorder=3)
+            axes.scatter([0], [_value(record)], s=150, facecolors="none", edgecolors=BLACK, zorder=3)
 
 
 def _draw_curve(axes: Axes, record: TrialRecord, **looks: float | str) -> None:
@@ -447,14 +339,14 @@ def _legend(
         if count:
             handles.append(Line2D([], [], color=colour, marker=marker, linestyle="", label=f"{count} {state}"))
     if best_so_far:
-        handles.append(Line2D([], [], color=_GREEN, linewidth=2, label="best so far"))
+        handles.append(Line2D([], [], color=GREEN, linewidth=2, label="best so far"))
     if default:
-        ring = Line2D([], [], color=_BLACK, marker="o", linestyle="", markersize=10, markerfacecolor="none")
+        ring = Line2D([], [], color=BLACK, marker="o", linestyle="", markersize=10, markerfacecolor="none")
         ring.set_label("default configuration")
         handles.append(ring)
     if best_trial:
         label = f"best: trial {best_trial.number}"
-        handles.append(Line2D([], [], color=_GREEN, marker="*", linestyle="", markersize=12, label=label))
+        handles.append(Line2D([], [], color=GREEN, marker="*", linestyle="", markersize=12, label=label))
     if handles:
         figure.legend(handles=handles, loc="outside right upper", frameon=False)
 
@@ -480,16 +372,9 @@ def _scale_parameter_axis(axes: Axes, parameter: Parameter) -> None:
         axes.set_xscale("log")
         margin = (high / low) ** 0.04
         axes.set_xlim(low / margin, high * margin)
-        axes.xaxis.set_major_locator(_log_ticks(high / low))
+        axes.xaxis.set_major_locator(log_ticks(high / low))
         axes.xaxis.set_major_formatter(lambda value, _: format_value(value))
         axes.xaxis.set_minor_formatter(NullFormatter())
         return
     axes.set_xlim(low - 0.04 * (high - low), high + 0.04 * (high - low))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=isinstance(low, int) and isinstance(high, int)))
-
-
-def _log_ticks(ratio: float) -> Locator:
-    """Ticks at powers of ten; in a range of less than three decades also at 2 and 5, in less than one even."""
-    if ratio < 10:
-        return MaxNLocator(nbins=4)
-    return LogLocator(subs=(1.0,) if ratio >= 1000 else (1.0, 2.0, 5.0), numticks=6 if ratio >= 1000 else 12)
