@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from hpo.config import Direction
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -30,8 +32,10 @@ from optuna.storages import InMemoryStorage
 from hpo.config import derive_seed
 from hpo.data.datasets import Splits, split_dataset
 from hpo.models.preprocessed import build_model
-from hpo.plugins import Task, load_task
-from hpo.search.study import Study, StudySettings, Suggestion
+from hpo.plugins import load_task
+from hpo.search.settings import StudySettings
+from hpo.search.study import Study, Suggestion
+from hpo.task import Task
 from hpo.training.trainer import fit
 
 NUM_FULL_TRIALS = 30
@@ -88,7 +92,7 @@ def _open_study(problem: Problem, task: Task, strategy: str, seed: int) -> Study
         pruner=CONTENDERS[strategy],
         max_epochs=problem.max_epochs,
         metric="accuracy",
-        direction="maximize",
+        direction=Direction.MAXIMIZE,
         limit=problem.limit,
         planned_trials=NUM_FULL_TRIALS,
     )

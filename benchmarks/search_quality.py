@@ -33,6 +33,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from hpo.config import Direction
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -46,7 +48,8 @@ from optuna.trial import TrialState
 
 from hpo.config import derive_seed
 from hpo.search.encoding import distribution
-from hpo.search.study import Study, StudySettings
+from hpo.search.settings import StudySettings
+from hpo.search.study import Study
 from hpo.space import Choice, Space, Value
 
 MARKS = (5, 10, 20, 30, 50, 100)
@@ -98,7 +101,7 @@ class OurStudy(Contender):
             pruner=pruner,
             max_epochs=task.num_epochs,
             metric="loss",
-            direction="minimize",
+            direction=Direction.MINIMIZE,
             limit=None,
             planned_trials=max(100, runs),
         )
@@ -413,7 +416,7 @@ def print_cost() -> None:
     task_space = LCBenchTask.space(object.__new__(LCBenchTask), "good")
     settings = StudySettings(
         task="cost", space=task_space, seed=0, strategy="priority", pruner="model", max_epochs=20, metric="loss",
-        direction="minimize", limit=None, planned_trials=10_000,
+        direction=Direction.MINIMIZE, limit=None, planned_trials=10_000,
     )  # fmt: skip
     study = Study.open(InMemoryStorage(), "cost", settings)
     print("\n| trial | ask, s of CPU | peak memory, MiB |\n| ---: | ---: | ---: |")

@@ -38,10 +38,12 @@ from rich.console import Console
 from rich.table import Table
 from sqlalchemy import insert, select
 
+from hpo.config import Direction
 from hpo.search.encoding import distribution
 from hpo.search.lease import Session
+from hpo.search.settings import StudySettings
 from hpo.search.storage import open_storage
-from hpo.search.study import Study, StudySettings, Suggestion
+from hpo.search.study import Study, Suggestion
 from hpo.space import Choice, Float, Group, Int, Space
 
 NUM_EPOCHS = 20
@@ -76,7 +78,7 @@ def settings(planned_trials: int, *, pruner: str) -> StudySettings:
         pruner=pruner,
         max_epochs=NUM_EPOCHS,
         metric="accuracy",
-        direction="maximize",
+        direction=Direction.MAXIMIZE,
         limit=None,
         planned_trials=planned_trials,
     )

@@ -51,10 +51,10 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 
 from hpo.config import TrainConfig
 from hpo.data.datasets import Splits, split_dataset
+from hpo.data.examples import DataSpec, Split
 from hpo.models.convnet import ConvNet
 from hpo.models.mlp import MLP
 from hpo.models.preprocessed import PreprocessedModel
-from hpo.objective import DataSpec, Split
 from hpo.plugins import load_task
 from hpo.training.trainer import fit
 

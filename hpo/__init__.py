@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from hpo.data.datasets import Splits as Splits
     from hpo.data.datasets import hold_out as hold_out
     from hpo.data.datasets import split_dataset as split_dataset
+    from hpo.data.examples import Dataset as Dataset
+    from hpo.data.examples import DataSpec as DataSpec
+    from hpo.data.examples import SealedSplit as SealedSplit
+    from hpo.data.examples import Split as Split
     from hpo.data.mapped import MappedImages as MappedImages
     from hpo.data.photos import load_image_folder as load_image_folder
     from hpo.data.photos import read_photos as read_photos
@@ -34,13 +38,9 @@ if TYPE_CHECKING:
     from hpo.models.networks import mlp as mlp
     from hpo.models.networks import pretrained as pretrained
     from hpo.models.preprocessed import PreprocessedModel as PreprocessedModel
-    from hpo.objective import Dataset as Dataset
-    from hpo.objective import DataSpec as DataSpec
     from hpo.objective import Objective as Objective
-    from hpo.objective import SealedSplit as SealedSplit
-    from hpo.objective import Split as Split
+    from hpo.records import SearchOutcome as SearchOutcome
     from hpo.search.priority import PrioritySampler as PrioritySampler
-    from hpo.session.search import SearchOutcome as SearchOutcome
     from hpo.session.search import run_search as run_search
     from hpo.space import Choice as Choice
     from hpo.space import Float as Float
@@ -83,12 +83,12 @@ _MODULES = {
     "mlp": "hpo.models.networks",
     "pretrained": "hpo.models.networks",
     "PreprocessedModel": "hpo.models.preprocessed",
-    "Dataset": "hpo.objective",
-    "DataSpec": "hpo.objective",
+    "Dataset": "hpo.data.examples",
+    "DataSpec": "hpo.data.examples",
     "Objective": "hpo.objective",
-    "SealedSplit": "hpo.objective",
-    "Split": "hpo.objective",
-    "SearchOutcome": "hpo.session.search",
+    "SealedSplit": "hpo.data.examples",
+    "Split": "hpo.data.examples",
+    "SearchOutcome": "hpo.records",
     "run_search": "hpo.session.search",
     "PrioritySampler": "hpo.search.priority",
     "Choice": "hpo.space",

@@ -19,7 +19,7 @@ from hpo.errors import HpoError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hpo.session.search import SearchOutcome
+    from hpo.records import SearchOutcome
 
 FAILED, INTERRUPTED = 1, 130
 PIPED_WIDTH = 200  # columns of a table in a file or a pipe, which have no width
@@ -430,11 +430,11 @@ def ui(study: str | None, port: int, host: str, home: Path | None, tracking_uri:
     \b
     hpo ui digits
     """
-    from hpo.home import find_home, require_home
+    from hpo.home import Home
     from hpo.tracking.server import serve
     from hpo.tracking.store import open_store
 
-    serve(open_store(require_home(find_home(home)), tracking_uri), study=study, host=host, port=port, say=click.echo)
+    serve(open_store(Home.find(home).require().path, tracking_uri), study=study, host=host, port=port, say=click.echo)
 
 
 def main() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from enum import StrEnum
+from typing import Any
 
 from hpo.errors import UnknownNameError, UsageError
 
@@ -30,20 +31,35 @@ SAMPLINGS = ("uniform", "balanced")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 COMPILE_MODES = ("auto", "off", "step", "graph")
 
-Direction = Literal["maximize", "minimize"]
-METRICS: dict[str, Direction] = {
-    "loss": "minimize",
-    "accuracy": "maximize",
-    "precision": "maximize",
-    "recall": "maximize",
-    "f1": "maximize",
-    "precision_weighted": "maximize",
-    "f1_weighted": "maximize",
-    "auroc": "maximize",
-    "mse": "minimize",
-    "rmse": "minimize",
-    "mae": "minimize",
-    "r2": "maximize",
+
+class Direction(StrEnum):
+    """Whether a larger or a smaller metric is better."""
+
+    MAXIMIZE = "maximize"
+    MINIMIZE = "minimize"
+
+    def loss(self, value: float) -> float:
+        """The value turned so that lower is better; done twice, it is the value again."""
+        return -value if self is Direction.MAXIMIZE else value
+
+    def gain(self, value: float, over: float) -> float:
+        """How much better a value is than another, below 0 where it is worse."""
+        return self.loss(over) - self.loss(value)
+
+
+METRICS = {
+    "loss": Direction.MINIMIZE,
+    "accuracy": Direction.MAXIMIZE,
+    "precision": Direction.MAXIMIZE,
+    "recall": Direction.MAXIMIZE,
+    "f1": Direction.MAXIMIZE,
+    "precision_weighted": Direction.MAXIMIZE,
+    "f1_weighted": Direction.MAXIMIZE,
+    "auroc": Direction.MAXIMIZE,
+    "mse": Direction.MINIMIZE,
+    "rmse": Direction.MINIMIZE,
+    "mae": Direction.MINIMIZE,
+    "r2": Direction.MAXIMIZE,
 }
 """What can be optimised on the validation split, and whether more of it is better."""
 

@@ -8,6 +8,8 @@ mlruns/
     spool/                   curves on their way to MLflow
     logs/                    what the workers print
     locks/                   one lock a study: one search at a time; and whose files the home keeps
+
+`Home` owns this layout: nobody else joins a path below it. A home may be moved, copied or mounted elsewhere.
 """
 
 from __future__ import annotations
@@ -15,9 +17,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from filelock import FileLock, Timeout
 
@@ -27,11 +31,6 @@ from hpo.files import write_atomically
 
 _LEAST_SPACE = 20_000_000  # bytes: two empty databases and a few small checkpoints
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-def find_home(given: Path | None = None) -> Path:
-    """The home's absolute path: as given, else HPO_HOME, else ./mlruns. It need not exist yet."""
-    return Path(given or os.environ.get("HPO_HOME") or "mlruns").absolute()
 
 
 def find_data_dir(given: Path | None = None) -> Path:
@@ -53,77 +52,173 @@ def check_study_name(name: str) -> str:
     return name
 
 
-def create_home(home: Path) -> None:
-    """Make the home if it is not there, and be sure that it can be written."""
-    try:
-        (home / "locks").mkdir(parents=True, exist_ok=True)
-        probe = home / "locks" / f".probe-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise StoreError(
-            f"the home {home} cannot be written: {error.strerror}; choose another with --home or HPO_HOME."
-        ) from error
+@dataclass(frozen=True)
+class Home:
+    """The layout of a home. Nothing of it is made or read before a method is called that says so."""
+
+    path: Path
+    """Absolute."""
+
+    @classmethod
+    def find(cls, given: Path | None = None) -> Self:
+        """The home as given, else HPO_HOME, else ./mlruns. It need not exist yet."""
+        return cls(Path(given or os.environ.get("HPO_HOME") or "mlruns").absolute())
+
+    @property
+    def mlflow_database(self) -> Path:
+        return self.path / "mlflow.db"
+
+    @property
+    def optuna_database(self) -> Path:
+        return self.path / "optuna.db"
+
+    @property
+    def artifacts(self) -> Path:
+        return self.path / "artifacts"
+
+    def study(self, name: str) -> StudyFiles:
+        """The files of one study."""
+        return StudyFiles(self, name)
+
+    def create(self) -> None:
+        """Make the home if it is not there, and be sure that it can be written."""
+        probe = self.path / "locks" / f".probe-{os.getpid()}"
+        try:
+            probe.parent.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise StoreError(
+                f"the home {self.path} cannot be written: {error.strerror}; choose another with --home or HPO_HOME."
+            ) from error
+
+    def require(self) -> Self:
+        """The home, if there is one: a command that only looks must not make it."""
+        if not self.path.is_dir():
+            raise UsageError(
+                f"there is no home {self.path} yet; start with `hpo search`, or choose another with --home."
+            )
+        return self
+
+    def require_space(self, num_bytes: int) -> None:
+        """Raise StoreError where the disk has no room for this much and the least that a search writes."""
+        existing = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
+        free, needed = shutil.disk_usage(existing).free, num_bytes + _LEAST_SPACE
+        if free < needed:
+            raise StoreError(
+                f"the home {self.path} has {free / 1e6:.0f} MB left, and a search needs {needed / 1e6:.0f} MB at "
+                "least; make room, or choose another with --home or HPO_HOME."
+            )
 
 
-def require_space(home: Path, num_bytes: int) -> None:
-    """Raise StoreError where the disk has no room for this much and the least that a search writes."""
-    existing = next(folder for folder in (home, *home.parents) if folder.exists())
-    free, needed = shutil.disk_usage(existing).free, num_bytes + _LEAST_SPACE
-    if free < needed:
-        raise StoreError(
-            f"the home {home} has {free / 1e6:.0f} MB left, and a search needs {needed / 1e6:.0f} MB at least; "
-            "make room, or choose another with --home or HPO_HOME."
-        )
+@dataclass(frozen=True)
+class StudyFiles:
+    """What a home keeps under the name of one study."""
 
+    home: Home
+    name: str
 
-def require_home(home: Path) -> Path:
-    """The home, if there is one: a command that only looks must not make it."""
-    if not home.is_dir():
-        raise UsageError(f"there is no home {home} yet; start with `hpo search`, or choose another with --home.")
-    return home
+    @property
+    def artifacts(self) -> Path:
+        """Where MLflow puts the files of the study's runs, unless a server decides."""
+        return self.home.artifacts / self.name
 
+    @property
+    def checkpoints(self) -> Path:
+        """A folder for each trial that runs or can be resumed: `trial-0007.2` is the second attempt at trial 7."""
+        return self.home.path / "checkpoints" / self.name
 
-def claim_files(home: Path, study: str, *, storage: str | None) -> None:
-    """Note whose files the home keeps under a study's name. Raises UsageError where they are another database's."""
-    require_own_files(home, study, storage=storage)
-    path = _owner_file(home, study)
-    try:
-        write_atomically(path, _database_name(storage).encode())
-    except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror}; choose another with --home or HPO_HOME.") from error
+    @property
+    def spool(self) -> Path:
+        """A folder for each session, with a file for each trial of which MLflow has yet to be told."""
+        return self.home.path / "spool" / self.name
 
+    @property
+    def logs(self) -> Path:
+        """What the workers print."""
+        return self.home.path / "logs" / self.name
 
-def require_own_files(home: Path, study: str, *, storage: str | None) -> None:
-    """Raise UsageError where what the home keeps of a study belongs to one of that name in another database."""
-    ours, owner_file = _database_name(storage), _owner_file(home, study)
-    theirs = owner_file.read_text() if owner_file.exists() else ours
-    if theirs != ours:
-        raise UsageError(
-            f"the home {home} keeps files of the study '{study}' in {theirs}, not of the one in {ours}; "
-            "use another home with --home, or another name with --study."
-        )
+    def splits(self, session: str) -> Path:
+        """The training and validation data of a session, as its workers map them."""
+        return self._splits / f"{session}.pt"
 
+    @property
+    def _splits(self) -> Path:
+        return self.home.path / "splits" / self.name
 
-def _owner_file(home: Path, study: str) -> Path:
-    return home / "locks" / f"{study}.database"
+    def splits_of_the_dead(self, living: Callable[[], Collection[str]]) -> list[Path]:
+        """The data that sessions have left which are not among the `living`."""
+        found = sorted(self._splits.glob("*.pt"))  # before the sessions: whoever has a file by now is one of them
+        alive = living()
+        return [file for file in found if file.stem not in alive]
+
+    def trial_folders(self) -> list[tuple[int, Path]]:
+        """The folders with checkpoints, and the number of the trial that each belongs to."""
+        return [
+            (int(folder.name.removeprefix("trial-").partition(".")[0]), folder)
+            for folder in sorted(self.checkpoints.glob("trial-[0-9]*"))
+        ]
+
+    def claim_trial_folder(self, number: int, attempt: int) -> Path:
+        """The folder of an attempt at a trial, with the checkpoints of the attempt before.
+
+        Renamed, so that a worker which was cut off and goes on writing harms nothing that is read.
+        """
+        folder = self.checkpoints / f"trial-{number:04d}.{attempt}"
+        for earlier in (folder.with_suffix(f".{before}") for before in range(attempt - 1, 0, -1)):
+            if earlier.exists():
+                earlier.rename(folder)
+                break
+        return folder
+
+    def spool_file(self, session: str, number: int) -> Path:
+        """What MLflow has yet to be told of a trial."""
+        return self.spool / session / f"trial-{number:04d}.jsonl"
+
+    def is_spooled(self, number: int) -> bool:
+        """Whether MLflow has yet to be told of a trial, by any session."""
+        return any(self.spool.glob(f"*/trial-{number:04d}.jsonl"))
+
+    def claim(self, storage: str | None) -> None:
+        """Note whose files these are. Raises UsageError where they are another database's."""
+        self.require_own(storage)
+        try:
+            write_atomically(self._owner_file, _database_name(storage).encode())
+        except OSError as error:
+            raise StoreError(
+                f"cannot write {self._owner_file}: {error.strerror}; choose another with --home or HPO_HOME."
+            ) from error
+
+    def require_own(self, storage: str | None) -> None:
+        """Raise UsageError where these files belong to a study of that name in another database."""
+        ours = _database_name(storage)
+        theirs = self._owner_file.read_text() if self._owner_file.exists() else ours
+        if theirs != ours:
+            raise UsageError(
+                f"the home {self.home.path} keeps files of the study '{self.name}' in {theirs}, not of the one in "
+                f"{ours}; use another home with --home, or another name with --study."
+            )
+
+    @property
+    def _owner_file(self) -> Path:
+        return self.home.path / "locks" / f"{self.name}.database"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the study for this process; the operating system lets go of it when the process dies."""
+        lock = FileLock(self.home.path / "locks" / f"{self.name}.lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise UsageError(
+                f"study '{self.name}' is being searched by another process; wait for it, or choose another name with "
+                "--study."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 def _database_name(storage: str | None) -> str:
     return without_password(storage).partition("?")[0] if storage else "the home"
-
-
-@contextmanager
-def study_lock(home: Path, study: str) -> Iterator[None]:
-    """Hold the study for this process; the operating system lets go of it when the process dies."""
-    lock = FileLock(home / "locks" / f"{study}.lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise UsageError(
-            f"study '{study}' is being searched by another process; wait for it, or choose another name with --study."
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()

@@ -22,7 +22,8 @@ from hpo.errors import StudyMismatchError
 from hpo.sources import changed_sources, source_checksums, source_folder
 
 if TYPE_CHECKING:
-    from hpo.objective import Dataset, Objective
+    from hpo.data.examples import Dataset
+    from hpo.objective import Objective
     from hpo.search.study import Study
 
 PROVENANCE = "provenance"

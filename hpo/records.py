@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -74,14 +75,13 @@ def describe_pruning(num_steps: int, of: int, *, folds: bool) -> str:
 def ranked(records: Iterable[TrialRecord], direction: Direction) -> list[TrialRecord]:
     """The trials that can be the winner, the best first, the earlier of equals first."""
     candidates = [record for record in records if record.state in CROWNABLE and record.value is not None]
-    sign = -1 if direction == "maximize" else 1
-    return sorted(candidates, key=lambda record: (sign * (record.value or 0.0), record.number))
+    return sorted(candidates, key=lambda record: (direction.loss(record.value or 0.0), record.number))
 
 
 def losses(record: TrialRecord, direction: Direction) -> tuple[float, ...]:
     """The objectives of a trial with a value, each better when smaller."""
     assert record.value is not None, "the trial has a value"
-    return -record.value if direction == "maximize" else record.value, *record.costs.values()
+    return direction.loss(record.value), *record.costs.values()
 
 
 def pareto_front(points: Mapping[int, tuple[float, ...]]) -> list[int]:
@@ -111,3 +111,84 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What the winner gains over the default configuration, on the examples that chose the winner."""
+
+    trial: int
+    """The trial of the default configuration."""
+    state: TrialState
+    value: float | None
+    """Its metric on the validation split, or over the folds; None where it diverged or failed."""
+    pruned: str | None
+    """`pruned after 3 of 20 epochs` for a default that did not run to its end."""
+    gain: float | None
+    """How much better the winner's metric is; None for the default itself, and where either has no model to compare."""
+    low: float | None
+    """Lower end of the 95 % interval of the gain."""
+    high: float | None
+    num_examples: int
+    """Validation examples that both models judged; 0 where folds were compared."""
+
+    @property
+    def is_distinct(self) -> bool:
+        """Whether the interval leaves out 0: the two are not just as good."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Winner:
+    """The best trial by its validation score, and what the test split says of it."""
+
+    trial: int
+    configuration: dict[str, Any]
+    metric: str
+    validation: float
+    """The metric at the best epoch on the validation split; the mean over the folds where there are any."""
+    best_epoch: int
+    """With folds the mean over them, rounded: for so many epochs the model is trained on all examples."""
+    folds: int | None
+    pruned: str | None
+    """`pruned after 3 of 20 epochs` for a trial that did not run to its end; None for one that did."""
+    test: dict[str, float] | None
+    """Scores on the test split; None until the search has reached its end."""
+    confusion: dict[str, Any] | None
+    """What the test split's classes are taken for: `classes` and `counts`, a row of counts for each class. None for a
+    regression, and with more than MAX_CONFUSED classes."""
+    comparison: dict[str, Any] | None
+    """A `Comparison` with the default configuration, as plain data; None until the search has reached its end."""
+    num_test_readings: int
+    """How often this study has read the test split: once for each winner that it had at an end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOutcome:
+    """The result of a search."""
+
+    study: str
+    home: Path
+    counts: Mapping[TrialState, int]
+    """Number of trials of the study in each state."""
+    num_trials: int
+    """Total of complete, pruned and diverged trials that was requested."""
+    is_done: bool
+    """Whether all of them have run; the winner is tested only then."""
+    interrupted: bool
+    """Whether Ctrl-C or a signal stopped the search."""
+    winner: Winner | None
+    to_continue: tuple[int, ...] = ()
+    """Pruned trials that may still win, after all trials have run; the next session continues them."""
+    front: list[dict[str, Any]] = field(default_factory=list)
+    """The Pareto front, the best metric first; empty with one objective."""
+
+    @property
+    def all_diverged(self) -> bool:
+        """Whether the search is complete and every trial with a result diverged."""
+        return self.is_done and self.winner is None and self.counts["diverged"] > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The outcome as JSON can hold it."""
+        plain: dict[str, Any] = to_plain(asdict(self) | {"home": str(self.home)})
+        return plain

@@ -17,9 +17,9 @@ from torchvision.transforms.v2.functional import adjust_brightness, adjust_contr
 
 from hpo import config
 from hpo.data.augment import AUGMENTATIONS, AlternatingFlip, Crop, Cutout, Distortion, Flip, build_augmentations
+from hpo.data.examples import Split
 from hpo.data.mixing import Mixing
 from hpo.errors import UsageError
-from hpo.objective import Split
 
 # --- Augmentation
 

@@ -22,13 +22,14 @@ from hpo.checks.speed import check_speed
 from hpo.checks.verdicts import Subject, in_few_lines
 from hpo.cli import main
 from hpo.data.datasets import Splits
+from hpo.data.examples import Dataset, DataSpec, SealedSplit, Split
 from hpo.execution.observer import Observer
 from hpo.models.layers import initialize_output
 from hpo.models.mlp import MLP
-from hpo.objective import Dataset, DataSpec, Objective, SealedSplit, Split
-from hpo.plugins import Task
+from hpo.objective import Objective
 from hpo.session.search import run_search
 from hpo.space import Choice, Float, Group, Space
+from hpo.task import Task
 from hpo.tracking.store import open_store
 
 CLASSES = ("a", "b", "c", "d")
@@ -424,7 +425,8 @@ def test_a_batch_that_does_not_fit_into_memory_is_told() -> None:
 BROKEN = """
 import torch
 from dataclasses import replace
-from hpo.objective import Objective, SealedSplit, Split
+from hpo.objective import Objective
+from hpo.data.examples import SealedSplit, Split
 from hpo.models.networks import mlp as model
 from hpo.objectives.digits import load
 

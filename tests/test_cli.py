@@ -91,7 +91,7 @@ BROKEN_FILES |= {
     + "def nine(data_dir): return dataclasses.replace(load(data_dir), classes=tuple('123456789'))\n"
     + "objective = Objective(**given | {'load': nine})",
     "float_targets.py": MINE
-    + "from hpo.objective import Split\n"
+    + "from hpo import Split\n"
     + "def floats(data_dir):\n"
     + "    data = load(data_dir)\n"
     + "    return dataclasses.replace(data, train=Split(data.train.inputs, data.train.targets.float()))\n"

@@ -9,8 +9,9 @@ import torch
 from scipy import stats
 
 from hpo.config import TrainConfig
-from hpo.objective import Split
-from hpo.search.winner import Comparison, Winner, describe_comparison
+from hpo.data.examples import Split
+from hpo.records import Comparison, Winner
+from hpo.search.winner import describe_comparison
 from hpo.training.comparison import Difference, compare_folds, compare_models
 
 

@@ -19,15 +19,17 @@ from optuna.storages import InMemoryStorage
 from test_training import ImageNet, Scripted, assert_equal_weights, image_splits, quick_config, weights_of, without_time
 
 import hpo
+from hpo.config import Direction
 from hpo.data.datasets import Splits, check_folds, folds, split_dataset
+from hpo.data.examples import Dataset, SealedSplit, Split
 from hpo.errors import UsageError
 from hpo.execution.observer import Observer
-from hpo.objective import Dataset, SealedSplit, Split
 from hpo.objectives import diabetes
 from hpo.plots.study import plot_curves
 from hpo.search.findings import find_savings
+from hpo.search.settings import StudySettings
 from hpo.search.storage import open_storage
-from hpo.search.study import Study, StudySettings, Suggestion
+from hpo.search.study import Study, Suggestion
 from hpo.session import conclude
 from hpo.session.search import run_search
 from hpo.space import Float, Group, Space
@@ -155,7 +157,7 @@ SETTINGS = StudySettings(
     pruner="wilcoxon",
     max_epochs=30,
     metric="r2",
-    direction="maximize",
+    direction=Direction.MAXIMIZE,
     limit=None,
     planned_trials=20,
     folds=5,
@@ -179,7 +181,7 @@ def run(study: Study, values: list[float]) -> Suggestion:
     return suggestion
 
 
-@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+@pytest.mark.parametrize("direction", [*Direction])
 def test_a_trial_that_is_worse_in_two_folds_is_pruned(direction: Any) -> None:
     sign = 1 if direction == "maximize" else -1
     study = new_study(direction=direction)
@@ -233,7 +235,7 @@ def test_priority_learns_from_the_means_alone() -> None:
 def test_folds_are_no_learning_curve_in_the_plot() -> None:
     study = new_study()
     run(study, BASELINE)
-    figure = plot_curves(study.trials(), metric="r2", direction="maximize", has_folds=True)
+    figure = plot_curves(study.trials(), metric="r2", direction=Direction.MAXIMIZE, has_folds=True)
     assert figure.axes[0].get_xlabel() == "fold"
     assert [text.get_text() for legend in figure.legends for text in legend.get_texts()] == ["trial 0: 0.54"]
 

@@ -31,9 +31,9 @@ from hpo.data import vision
 from hpo.data.batches import TrainingBatches, evaluation_batches
 from hpo.data.cache import cached_split
 from hpo.data.datasets import hold_out, split_dataset
+from hpo.data.examples import Dataset, SealedSplit, Split
 from hpo.data.vision import CIFAR10_CLASSES, load_cifar10, load_fashion_mnist
 from hpo.errors import DataError, UnknownNameError, UsageError
-from hpo.objective import Dataset, SealedSplit, Split
 
 # --- Splits
 

@@ -59,7 +59,8 @@ def test_help_names_every_strategy_and_pruner() -> None:
 
 
 def test_the_docs_name_every_setting_of_the_trainer() -> None:
-    from hpo.plugins import NOT_TUNABLE, config_fields
+    from hpo.config import config_fields
+    from hpo.task import NOT_TUNABLE
 
     guide = (ROOT / "docs" / "training.md").read_text()
     assert [name for name in config_fields() if name not in NOT_TUNABLE and f"`{name}`" not in guide] == []

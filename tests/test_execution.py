@@ -41,11 +41,11 @@ from hpo.execution.local import LocalWorkers
 from hpo.execution.messages import Assignment, Decision, EpochDone, Setup
 from hpo.execution.observer import Observer
 from hpo.plugins import load_task
-from hpo.records import TrialRecord
+from hpo.records import SearchOutcome, TrialRecord
 from hpo.search.storage import open_storage
 from hpo.search.study import Study
 from hpo.session import search as session_search
-from hpo.session.search import SearchOutcome, run_search
+from hpo.session.search import run_search
 from hpo.tracking.server import running_server
 from hpo.tracking.store import open_store
 
@@ -280,7 +280,7 @@ class Searches:
         client = open_store(self.home).client
         experiment = client.get_experiment_by_name("hpo/moody")
         found = client.search_runs([experiment.experiment_id], f"tags.`hpo.kind` = '{kind}'")
-        return sorted(found, key=lambda run: int(run.data.tags.get("hpo.records", -1)))
+        return sorted(found, key=lambda run: int(run.data.tags.get("hpo.trial", -1)))
 
     def recorded_epochs(self, run: Run) -> list[int]:
         history = open_store(self.home).client.get_metric_history(run.info.run_id, "val/accuracy")

@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from hpo.config import Direction
 from hpo.execution.observer import Observer
-from hpo.records import TrialRecord, TrialState
+from hpo.records import SearchOutcome, TrialRecord, TrialState
 from hpo.search.finalists import MAX_FINALISTS, finalists, is_spared
 from hpo.search.lease import Session
 from hpo.search.priority import DEFAULT_CONFIGURATION, EVERYTHING, TRIED_BY_HAND
+from hpo.search.settings import StudySettings
 from hpo.search.storage import open_storage
-from hpo.search.study import Study, StudySettings
+from hpo.search.study import Study
 from hpo.search.winner import find_winner
-from hpo.session.search import SearchOutcome, run_search
+from hpo.session.search import run_search
 from hpo.space import Float, Group, Space
 from hpo.terminal.tables import best_facts, print_best, print_outcome, print_study, study_facts
 from hpo.tracking.store import open_store
@@ -33,7 +35,7 @@ SETTINGS = StudySettings(
     pruner="sha",
     max_epochs=10,
     metric="accuracy",
-    direction="maximize",
+    direction=Direction.MAXIMIZE,
     limit=None,
     planned_trials=4,
 )
@@ -62,8 +64,8 @@ def test_a_trial_goes_on_while_none_was_better_in_any_epoch() -> None:
     assert not is_spared(record(1, "running", 0.8), [slow_winner], SETTINGS)
     assert is_spared(record(1, "running", 0.9), [slow_winner], SETTINGS)
     assert is_spared(record(1, "running", 0.95, 0.1), [slow_winner], SETTINGS), "its best epoch is what counts"
-    assert not is_spared(record(1, "running", 0.1), [slow_winner], replace(SETTINGS, direction="maximize"))
-    assert is_spared(record(1, "running", 0.1), [slow_winner], replace(SETTINGS, direction="minimize"))
+    assert not is_spared(record(1, "running", 0.1), [slow_winner], replace(SETTINGS, direction=Direction.MAXIMIZE))
+    assert is_spared(record(1, "running", 0.1), [slow_winner], replace(SETTINGS, direction=Direction.MINIMIZE))
 
 
 @pytest.mark.parametrize("stage", [DEFAULT_CONFIGURATION, TRIED_BY_HAND])
@@ -175,7 +177,8 @@ from pathlib import Path
 
 import torch
 
-from hpo.objective import Dataset, Objective, SealedSplit, Split
+from hpo.objective import Objective
+from hpo.data.examples import Dataset, SealedSplit, Split
 from hpo.space import Choice, Float, Group, Space
 
 CURVES = {

@@ -14,6 +14,7 @@ import pytest
 from optuna.storages import BaseStorage, InMemoryStorage
 from rich.console import Console
 
+from hpo.config import Direction
 from hpo.records import EndState
 from hpo.search.findings import (
     find_divergence,
@@ -24,8 +25,9 @@ from hpo.search.findings import (
     findings,
     importances,
 )
+from hpo.search.settings import StudySettings
 from hpo.search.storage import open_storage
-from hpo.search.study import Study, StudySettings, Suggestion
+from hpo.search.study import Study, Suggestion
 from hpo.session.conclude import write_summary
 from hpo.space import Choice, Float, Group, Int, Space, Value
 from hpo.terminal.tables import print_study, study_facts
@@ -54,7 +56,7 @@ SETTINGS = StudySettings(
     pruner="none",
     max_epochs=20,
     metric="accuracy",
-    direction="maximize",
+    direction=Direction.MAXIMIZE,
     limit=None,
     planned_trials=30,
 )
@@ -109,7 +111,7 @@ def test_a_best_value_at_the_end_of_its_range_is_told_on_the_scale_of_the_range(
 
 
 def test_the_lower_end_is_told_too_and_where_smaller_is_better() -> None:
-    study = a_study(60, rising_with(log_lr), direction="minimize", seed=1)
+    study = a_study(60, rising_with(log_lr), direction=Direction.MINIMIZE, seed=1)
 
     assert [finding.data["end"] for finding in find_edges(study)] == ["lower"]
 
@@ -389,7 +391,7 @@ def test_show_and_the_summary_run_tell_the_same_each_in_a_line(home: Path) -> No
     facts = study_facts("s", home)
     console = Console(record=True, width=200, file=io.StringIO())
     print_study(console, facts)
-    with StudyRuns(open_store(home), "s", metric="accuracy", direction="maximize", session="1") as runs:
+    with StudyRuns(open_store(home), "s", metric="accuracy", direction=Direction.MAXIMIZE, session="1") as runs:
         summary = runs.summary_run()
         write_summary(study, summary, None)
         path = runs.store.client.download_artifacts(summary.run_id, "findings.md")

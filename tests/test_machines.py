@@ -507,7 +507,7 @@ class Team:
         experiment = client.get_experiment_by_name(f"hpo/{self.study_name}")
         assert experiment is not None
         found = client.search_runs([experiment.experiment_id], f"tags.`hpo.kind` = '{kind}'")
-        return sorted(found, key=lambda run: int(run.data.tags.get("hpo.records", -1)))
+        return sorted(found, key=lambda run: int(run.data.tags.get("hpo.trial", -1)))
 
     def recorded_epochs(self, run: Run) -> list[int]:
         history = open_store(self.home("desk")).client.get_metric_history(run.info.run_id, "val/accuracy")
@@ -523,7 +523,7 @@ class Team:
             study.settings.max_epochs
         ] * study.counts()["complete"]
         runs = self.runs()
-        assert [int(run.data.tags["hpo.records"]) for run in runs] == list(range(num_trials))
+        assert [int(run.data.tags["hpo.trial"]) for run in runs] == list(range(num_trials))
         assert {run.info.status for run in runs} == {"FINISHED"}
         assert [self.recorded_epochs(run) for run in runs] == [list(trial.curve) for trial in trials]
         assert [run.info.status for run in self.runs("study")] == ["FINISHED"]

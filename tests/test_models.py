@@ -15,13 +15,14 @@ from torch.nn import functional
 
 from hpo.config import TrainConfig
 from hpo.data.datasets import Splits
+from hpo.data.examples import DataSpec, Split
 from hpo.errors import UnknownNameError, UsageError
 from hpo.models.airnet import AirNet
 from hpo.models.convnet import ConvNet, ResidualBlock
 from hpo.models.layers import ACTIVATIONS, GATED_ACTIVATIONS, IMAGE_NORMS, INITS, VECTOR_NORMS, DropConnectLinear
 from hpo.models.mlp import MLP
 from hpo.models.preprocessed import MirrorAveraged, PreprocessedModel, build_model
-from hpo.objective import DataSpec, Objective, Split
+from hpo.objective import Objective
 from hpo.training.trainer import fit
 
 CLASSES = tuple(f"class {label}" for label in range(10))

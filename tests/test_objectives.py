@@ -17,8 +17,9 @@ from hpo import objectives, search_spaces
 from hpo.config import TrainConfig, config_fields
 from hpo.data.augment import build_augmentations
 from hpo.data.datasets import split_dataset
+from hpo.data.examples import Dataset, DataSpec, SealedSplit, Split
 from hpo.models.preprocessed import build_model
-from hpo.objective import Dataset, DataSpec, Objective, SealedSplit, Split
+from hpo.objective import Objective
 from hpo.space import Choice, Float, Int, Parameter, Space
 
 NAMES = sorted(module.name for module in pkgutil.iter_modules(objectives.__path__))

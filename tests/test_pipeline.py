@@ -25,16 +25,16 @@ from rich.console import Console
 
 import hpo
 from hpo.cli import cli
+from hpo.config import Direction
 from hpo.errors import CheckpointError, SearchError, StoreError, StudyMismatchError, UsageError
 from hpo.execution.observer import Observer, Standing
 from hpo.plugins import load_objective
-from hpo.records import TrialState
+from hpo.records import SearchOutcome, TrialState, Winner
 from hpo.search.storage import open_storage
 from hpo.search.study import Study, Suggestion
-from hpo.search.winner import Winner
 from hpo.session import search as session_search
 from hpo.session.request import agree, find_means
-from hpo.session.search import SearchOutcome, run_search
+from hpo.session.search import run_search
 from hpo.terminal.progress import ProgressLines
 from hpo.tracking.runs import SummaryRun
 from hpo.tracking.store import open_store
@@ -143,7 +143,7 @@ def runs(home: Path, filter_string: str = "tags.`hpo.kind` = 'trial'", name: str
     assert experiment is not None
     return sorted(
         client.search_runs([experiment.experiment_id], filter_string),
-        key=lambda run: int(run.data.tags.get("hpo.records", -1)),
+        key=lambda run: int(run.data.tags.get("hpo.trial", -1)),
     )
 
 
@@ -216,7 +216,8 @@ def test_the_winner_is_the_best_on_validation_and_its_model_scores_what_was_said
 RARE_TASK = """
 import torch
 from hpo.models.mlp import MLP
-from hpo.objective import Dataset, Objective, SealedSplit, Split
+from hpo.objective import Objective
+from hpo.data.examples import Dataset, SealedSplit, Split
 from hpo.space import Choice, Group, Space
 
 
@@ -282,7 +283,7 @@ def test_a_winner_that_was_trained_on_mirror_images_is_also_tested_with_them_and
 def test_the_test_split_is_opened_once_for_each_winner(
     search: Callable[..., SearchOutcome], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hpo.objective import SealedSplit
+    from hpo.data.examples import SealedSplit
 
     opened = []
     original = SealedSplit.open
@@ -408,7 +409,7 @@ def test_runs_of_a_database_that_was_lost_are_marked_and_never_added_to(
     old = [run for kind in ("trial", "study") for run in runs(home, f"tags.`hpo.kind` = '{kind}'") if run not in new]
     marked = {run.info.run_id for run in old if run.data.tags.get("hpo.state") == "orphaned"}
     assert marked == set(lost)
-    assert all(curve(home, run) == [1, 2, 3] for run in old if "hpo.records" in run.data.tags)
+    assert all(curve(home, run) == [1, 2, 3] for run in old if "hpo.trial" in run.data.tags)
     assert open_store(home).find_trial_run("moody", 0) == new[0].info.run_id
     assert outcome.winner is not None
     assert hpo.load_best("moody", home=home).classes
@@ -418,7 +419,9 @@ def test_a_failed_trial_shows_its_reason_and_a_pruned_one_of_folds_that_its_mean
     shown = StringIO()
     lines = ProgressLines(Console(file=shown, width=200))
     counts = dict.fromkeys(get_args(TrialState), 0)
-    lines.search_started(Standing(study="s", metric="r2", direction="maximize", num_trials=9, counts=counts, best=None))
+    lines.search_started(
+        Standing(study="s", metric="r2", direction=Direction.MAXIMIZE, num_trials=9, counts=counts, best=None)
+    )
     result = EpochResult(
         epoch=1,
         metrics={},

@@ -20,17 +20,19 @@ from hpo.checks.verdicts import Subject
 from hpo.config import AUGMENTATIONS, OPTIMIZERS, SCHEDULES, TrainConfig
 from hpo.data import batches
 from hpo.data.datasets import Splits
+from hpo.data.examples import DataSpec, SealedSplit, Split
 from hpo.data.mapped import MappedImages
 from hpo.execution.messages import Assignment, Decision
-from hpo.execution.worker import BEST_WEIGHTS, TrialDescription, refit, run_trial
+from hpo.execution.worker import refit, run_trial
 from hpo.models import networks, preprocessed
 from hpo.models.preprocessed import MirrorAveraged, build_model
-from hpo.objective import DataSpec, Objective, SealedSplit, Split
-from hpo.plugins import Task
+from hpo.objective import Objective
 from hpo.space import Float, Group, Space
+from hpo.task import Task
 from hpo.training import trainer
 from hpo.training.checkpoint import load_weights
 from hpo.training.step import StepResult, TrainingStep
+from hpo.training.trained import BEST_WEIGHTS, TrialDescription
 from hpo.training.trainer import evaluate, evaluate_classes
 
 pytestmark = pytest.mark.pretended_gpu

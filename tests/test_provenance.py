@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import hpo
+from hpo.data.examples import Dataset, SealedSplit, Split
 from hpo.data.fingerprint import data_fingerprint
 from hpo.data.mapped import MappedImages
 from hpo.errors import CheckpointError, StudyMismatchError
-from hpo.objective import Dataset, SealedSplit, Split
 from hpo.plugins import load_objective
 from hpo.provenance import Provenance
 from hpo.sources import source_checksums

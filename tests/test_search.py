@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from optuna.samplers._tpe.sampler import _split_trials
 from optuna.storages import BaseStorage, InMemoryStorage
 
+from hpo.config import Direction
 from hpo.errors import StoreError, StudyMismatchError, UnknownNameError
 from hpo.plugins import SEARCH_SPACES, load_task, registered
 from hpo.records import EndState, TrialState
@@ -34,9 +35,10 @@ from hpo.search.priority import (
     stage_name,
 )
 from hpo.search.pruners import PRUNERS, build_pruner
+from hpo.search.settings import StudySettings
 from hpo.search.storage import open_storage, read_storage
 from hpo.search.strategies import STRATEGIES, GridSampler, build_sampler, grid_points, grid_size
-from hpo.search.study import Study, StudySettings, Suggestion, list_studies, read_settings
+from hpo.search.study import Study, Suggestion, list_studies, read_settings
 from hpo.space import Choice, Float, Group, Int, Space, Value
 
 SPACE = Space(
@@ -65,7 +67,7 @@ SETTINGS = StudySettings(
     pruner="none",
     max_epochs=3,
     metric="accuracy",
-    direction="maximize",
+    direction=Direction.MAXIMIZE,
     limit=None,
     planned_trials=20,
 )
@@ -625,7 +627,7 @@ def test_a_failed_trial_keeps_its_reason_and_does_not_count(storage: BaseStorage
     assert (study.trials()[0].state, study.trials()[0].reason) == ("failed", "RuntimeError: out of memory")
 
 
-@pytest.mark.parametrize(("direction", "best"), [("maximize", 2), ("minimize", 1)])
+@pytest.mark.parametrize(("direction", "best"), [(Direction.MAXIMIZE, 2), (Direction.MINIMIZE, 1)])
 def test_the_best_trial_and_its_best_epoch_follow_the_direction(
     direction: Any, best: int, storage: BaseStorage, name: str
 ) -> None:
@@ -827,7 +829,7 @@ def with_group(**parameters: Any) -> StudySettings:
         (changed(strategy="tpe"), "--strategy priority, not tpe"),
         (changed(pruner="sha"), "--pruner none, not sha"),
         (changed(max_epochs=30), "--epochs 3, not 30"),
-        (changed(metric="loss", direction="minimize"), "--metric accuracy, not loss"),
+        (changed(metric="loss", direction=Direction.MINIMIZE), "--metric accuracy, not loss"),
         (changed(limit=500), "no --limit, not 500"),
         (changed(space=SPACE.narrow(["lr=1e-3:0.1"])), "lr (in 'step size') 0.0001:1 (log), not 0.001:0.1 (log)"),
         (changed(space=SPACE.narrow(["optimizer=sgd"]), seed=2), "--seed 0, not 2; optimizer (in 'archi"),
@@ -957,12 +959,14 @@ def test_facts_about_a_study_are_kept(storage: BaseStorage, name: str) -> None:
 OPEN_AND_ASK = """
 import sys
 from pathlib import Path
+from hpo.config import Direction
 from hpo.search.storage import open_storage
-from hpo.search.study import Study, StudySettings
+from hpo.search.study import Study
+from hpo.search.settings import StudySettings
 from hpo.space import Float, Group, Space
 study = Study.open(open_storage(Path(sys.argv[1])), sys.argv[2], StudySettings(
     task="t", space=Space(Group("g", x=Float(0.0, 1.0, default=0.5))), seed=0, strategy="priority", pruner="sha",
-    max_epochs=3, metric="m", direction="minimize", limit=None, planned_trials=3))
+    max_epochs=3, metric="m", direction=Direction.MINIMIZE, limit=None, planned_trials=3))
 study.tell(study.ask().number, "complete", value=1.0)
 print("torch" in sys.modules)
 """

@@ -29,10 +29,10 @@ from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage
 
 from hpo.data.cache import cached_split
+from hpo.data.examples import Split
 from hpo.data.vision import load_cifar10
 from hpo.errors import DataError, StoreError, UsageError
 from hpo.home import check_study_name
-from hpo.objective import Split
 from hpo.search.strategies import CmaEsSampler, build_sampler
 from hpo.space import Float, Group, Int, Space
 from hpo.tracking.store import open_store, prepare_mlflow

@@ -18,13 +18,14 @@ from optuna.storages import InMemoryStorage
 from rich.console import Console
 
 import hpo
-from hpo.config import COSTS
+from hpo.config import COSTS, Direction
 from hpo.errors import StudyMismatchError, UsageError
 from hpo.plots.study import plot_front
 from hpo.records import pareto_front
+from hpo.search.settings import StudySettings
 from hpo.search.storage import open_storage
 from hpo.search.strategies import STRATEGIES
-from hpo.search.study import Study, StudySettings
+from hpo.search.study import Study
 from hpo.session.clean import clean_study
 from hpo.session.request import agree, find_means
 from hpo.session.search import run_search
@@ -45,7 +46,7 @@ SETTINGS = StudySettings(
     pruner="none",
     max_epochs=3,
     metric="accuracy",
-    direction="maximize",
+    direction=Direction.MAXIMIZE,
     limit=None,
     planned_trials=40,
     objectives=("val/accuracy", "params"),
@@ -247,7 +248,7 @@ def test_the_front_is_drawn_against_each_cost(costs: tuple[str, ...], tmp_path: 
         study.tell(number, "complete", value=value, best_epoch=1, costs=dict.fromkeys(costs, 10.0 * (number + 1)))
     front = [trial.number for trial in study.front()]
 
-    figure = plot_front(study.trials(), front, metric="accuracy", direction="maximize", costs=costs)
+    figure = plot_front(study.trials(), front, metric="accuracy", direction=Direction.MAXIMIZE, costs=costs)
 
     figure.savefig(tmp_path / "front.png")
     assert [axes.get_xlabel().split()[0] for axes in figure.axes] == list(costs)

@@ -26,14 +26,16 @@ from postgres import PASSWORD, Postgres
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
+from hpo.config import Direction
 from hpo.database import without_password
 from hpo.errors import StoreError
 from hpo.records import TrialState as StateName
 from hpo.search import optuna_tables
 from hpo.search.lease import Session, living_sessions
 from hpo.search.optuna_tables import DirectStorage
+from hpo.search.settings import StudySettings
 from hpo.search.storage import OutageError, StudyStorage, open_storage, read_storage
-from hpo.search.study import Study, StudySettings, list_studies
+from hpo.search.study import Study, list_studies
 from hpo.space import Float, Group, Int, Space
 
 SECRETS = (PASSWORD, "s3cret")
@@ -46,7 +48,7 @@ SETTINGS = StudySettings(
     pruner="none",
     max_epochs=5,
     metric="accuracy",
-    direction="maximize",
+    direction=Direction.MAXIMIZE,
     limit=None,
     planned_trials=20,
 )

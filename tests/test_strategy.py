@@ -17,13 +17,15 @@ from optuna.trial import TrialState, create_trial
 from scipy.optimize import check_grad
 from scipy.stats import norm
 
+from hpo.config import Direction
 from hpo.errors import StudyMismatchError, UsageError
 from hpo.search import priority
 from hpo.search.encoding import Encoding, distribution
 from hpo.search.gaussian_process import GaussianProcess, negative_log_posterior
 from hpo.search.priority import PrioritySampler
 from hpo.search.pruners import NUM_HALVED_TRIALS, build_pruner
-from hpo.search.study import Study, StudySettings
+from hpo.search.settings import StudySettings
+from hpo.search.study import Study
 from hpo.search.surrogate import Surrogate, log_expected_improvement
 from hpo.space import Choice, Float, Group, Int, Space, Value
 
@@ -56,11 +58,11 @@ def past_trial(x: float, curve: list[float], state: TrialState, number: int) -> 
     return trial
 
 
-def proposals(trials: list[optuna.trial.FrozenTrial], sign: int = 1) -> list[float]:
+def proposals(trials: list[optuna.trial.FrozenTrial], direction: Direction = Direction.MINIMIZE) -> list[float]:
     """What the model proposes for x, under ten seeds."""
     found = []
     for seed in range(10):
-        values = Surrogate(LINE).propose(trials, {}, sign=sign, rng=np.random.default_rng(seed))
+        values = Surrogate(LINE).propose(trials, {}, direction=direction, rng=np.random.default_rng(seed))
         assert values is not None
         found.append(float(values["x"]))
     return found
@@ -164,7 +166,7 @@ def test_a_higher_metric_is_a_lower_loss() -> None:
     losses = [past_trial(x, [(x - 0.4) ** 2], TrialState.COMPLETE, i) for i, x in enumerate((0.0, 0.3, 0.6, 1.0))]
     gains = [past_trial(x, [-((x - 0.4) ** 2)], TrialState.COMPLETE, i) for i, x in enumerate((0.0, 0.3, 0.6, 1.0))]
 
-    assert proposals(losses) == proposals(gains, sign=-1)
+    assert proposals(losses) == proposals(gains, Direction.MAXIMIZE)
 
 
 @pytest.mark.parametrize("factor", [1e-9, 1.0, 1e9])
@@ -189,8 +191,8 @@ def test_what_is_running_counts_as_known() -> None:
 def test_nothing_is_proposed_while_the_trials_cannot_be_told_apart() -> None:
     alike = [past_trial(x, [0.5], TrialState.COMPLETE, i) for i, x in enumerate((0.0, 0.3, 0.6, 1.0))]
 
-    assert Surrogate(LINE).propose(alike, {}, sign=1, rng=np.random.default_rng(0)) is None
-    assert Surrogate(LINE).propose([], {}, sign=1, rng=np.random.default_rng(0)) is None
+    assert Surrogate(LINE).propose(alike, {}, direction=Direction.MINIMIZE, rng=np.random.default_rng(0)) is None
+    assert Surrogate(LINE).propose([], {}, direction=Direction.MINIMIZE, rng=np.random.default_rng(0)) is None
 
 
 def test_more_observations_than_the_model_takes_are_thinned_out() -> None:
@@ -200,7 +202,7 @@ def test_more_observations_than_the_model_takes_are_thinned_out() -> None:
         for i, x in enumerate(xs)
     ]
 
-    values = Surrogate(LINE).propose(trials, {}, sign=1, rng=np.random.default_rng(0))
+    values = Surrogate(LINE).propose(trials, {}, direction=Direction.MINIMIZE, rng=np.random.default_rng(0))
 
     assert values is not None
     assert float(values["x"]) == pytest.approx(0.4, abs=0.05)
@@ -289,7 +291,7 @@ def test_what_is_held_keeps_its_exact_value_in_a_proposal(held: dict[str, Value]
     for number in range(6):
         study.tell(study.ask(distributions(SPACE)), float(number))
 
-    values = Surrogate(SPACE).propose(study.trials, held, sign=1, rng=np.random.default_rng(0))
+    values = Surrogate(SPACE).propose(study.trials, held, direction=Direction.MINIMIZE, rng=np.random.default_rng(0))
 
     assert values is not None
     assert values.items() >= held.items()
@@ -305,34 +307,37 @@ def late_bloomer(x: float, num_epochs: int) -> list[float]:
 
 
 def goes_on(
-    x: float, trials: list[optuna.trial.FrozenTrial], sign: int = 1, held: dict[str, Value] | None = None
+    x: float,
+    trials: list[optuna.trial.FrozenTrial],
+    direction: Direction = Direction.MINIMIZE,
+    held: dict[str, Value] | None = None,
 ) -> bool:
     """Whether a trial at x that has shown two epochs of eight goes on; `held` is what the next one would not search."""
-    curve = [sign * loss for loss in late_bloomer(x, 2)]
+    curve = [direction.loss(loss) for loss in late_bloomer(x, 2)]
     return Surrogate(LINE).is_worth_continuing(
         past_trial(x, curve, TrialState.RUNNING, len(trials)),
         trials,
         held or {},
         last_epoch=8,
-        sign=sign,
+        direction=direction,
         rng=np.random.default_rng(0),
     )
 
 
-def bloomed(sign: int = 1) -> list[optuna.trial.FrozenTrial]:
-    """Five complete trials; `sign` -1 where larger values are better."""
+def bloomed(direction: Direction = Direction.MINIMIZE) -> list[optuna.trial.FrozenTrial]:
+    """Five complete trials."""
     trials = []
     for number, x in enumerate((0.0, 0.2, 0.4, 0.6, 0.8)):
-        trial = past_trial(x, [sign * loss for loss in late_bloomer(x, 8)], TrialState.COMPLETE, number)
-        trial.value = sign * min(late_bloomer(x, 8))
+        trial = past_trial(x, [direction.loss(loss) for loss in late_bloomer(x, 8)], TrialState.COMPLETE, number)
+        trial.value = direction.loss(min(late_bloomer(x, 8)))
         trials.append(trial)
     return trials
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-def test_a_trial_goes_on_if_the_model_expects_the_best_end_of_it_however_it_begins(sign: int) -> None:
-    assert goes_on(1.0, bloomed(sign), sign)
-    assert not goes_on(0.1, bloomed(sign), sign)
+@pytest.mark.parametrize("direction", [*Direction])
+def test_a_trial_goes_on_if_the_model_expects_the_best_end_of_it_however_it_begins(direction: Direction) -> None:
+    assert goes_on(1.0, bloomed(direction), direction)
+    assert not goes_on(0.1, bloomed(direction), direction)
 
 
 def test_a_trial_need_only_promise_more_than_what_may_be_tried_next() -> None:
@@ -365,7 +370,7 @@ def test_a_hopeless_trial_is_stopped_at_the_first_rung_also_before_the_model_jud
 ) -> None:
     settings = StudySettings(
         task="digits", space=LINE, seed=0, strategy="random", pruner="model", max_epochs=24, metric="loss",
-        direction="minimize", limit=None, planned_trials=20, first_rung=first_rung,
+        direction=Direction.MINIMIZE, limit=None, planned_trials=20, first_rung=first_rung,
     )  # fmt: skip
     good = [1 / epoch for epoch in range(1, 25)]
     hopeless = [[5.0 + number] * 24 for number in range(NUM_HALVED_TRIALS + 2)]
@@ -394,7 +399,7 @@ def test_the_weakest_trial_is_stopped_at_the_first_rung(first_rung: int | None, 
 def test_the_first_rung_is_a_setting_of_the_study() -> None:
     chosen = StudySettings(
         task="digits", space=LINE, seed=0, strategy="random", pruner="sha", max_epochs=20, metric="loss",
-        direction="minimize", limit=None, planned_trials=5, first_rung=2,
+        direction=Direction.MINIMIZE, limit=None, planned_trials=5, first_rung=2,
     )  # fmt: skip
     storage = InMemoryStorage()
     study = Study.open(storage, "study", chosen)

@@ -14,10 +14,10 @@ from hpo.config import TrainConfig
 from hpo.data import batches as batches_module
 from hpo.data.batches import TrainingBatches, evaluation_batch_size, evaluation_batches, place
 from hpo.data.datasets import Splits, hold_out, load_splits, save_splits, split_dataset
+from hpo.data.examples import Dataset, DataSpec, SealedSplit, Split
 from hpo.data.mapped import MappedImages
 from hpo.errors import DataError
 from hpo.models.preprocessed import PreprocessedModel
-from hpo.objective import Dataset, DataSpec, SealedSplit, Split
 from hpo.training.checkpoint import CheckpointFolder
 from hpo.training.trainer import evaluate, fit
 

@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from hpo.config import Direction
 from hpo.errors import SearchError, StoreError, UnknownNameError, UsageError
 from hpo.plots import study as plots
 from hpo.records import EndState, TrialRecord
@@ -51,7 +52,7 @@ def runs(store: TrackingStore) -> Iterator[StudyRuns]:
 
 
 def open_runs(store: TrackingStore) -> StudyRuns:
-    return StudyRuns(store, "digits", metric="accuracy", direction="maximize", session=uuid4().hex)
+    return StudyRuns(store, "digits", metric="accuracy", direction=Direction.MAXIMIZE, session=uuid4().hex)
 
 
 class BrokenClient:
@@ -82,7 +83,8 @@ def spooled(home: Path) -> list[str]:
 
 def run_python(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
     """A process of its own that runs this code; `import_all` of the room stands above it."""
-    prelude = "import os, sys, time\nfrom pathlib import Path\nfrom hpo.tracking.runs import StudyRuns\n"
+    prelude = "import os, sys, time\nfrom pathlib import Path\nfrom hpo.config import Direction\n"
+    prelude += "from hpo.tracking.runs import StudyRuns\n"
     prelude += "from hpo.tracking.store import open_store\nhome = Path(sys.argv[1])\n"
     return subprocess.Popen(
         [sys.executable, "-c", prelude + code, *map(str, arguments)],
@@ -146,7 +148,7 @@ def test_processes_may_start_at_once_and_just_end_and_every_row_arrives(tmp_path
     (aside / "mlflow.db").write_bytes(b"half a schema")
     (aside / "mlflow.db-journal").write_bytes(b"half a journal")
     code = """
-runs = StudyRuns(open_store(home), sys.argv[2], metric="accuracy", direction="maximize", session="one")
+runs = StudyRuns(open_store(home), sys.argv[2], metric="accuracy", direction=Direction.MAXIMIZE, session="one")
 run = runs.trial_run(0, params={})
 for epoch in range(20):
     run.log_epoch(epoch, {"val/accuracy": epoch / 20})
@@ -287,7 +289,7 @@ def test_a_trial_is_a_run_with_parameters_curves_and_its_end(runs: StudyRuns, st
         "optimizer": "sgd",
         "nesterov": "True",
     }
-    expected = {"hpo.kind": "trial", "hpo.records": "7", "hpo.state": state, "hpo.stage": "step size"}
+    expected = {"hpo.kind": "trial", "hpo.trial": "7", "hpo.state": state, "hpo.stage": "step size"}
     assert (expected | {"hpo.reason": "because"}).items() <= found.data.tags.items()
     assert {"mlflow.user", "mlflow.source.name"} <= set(found.data.tags)
     assert found.data.metrics["best/accuracy"] == 0.75
@@ -403,13 +405,13 @@ def test_a_resumed_trial_goes_on_in_its_run_and_repeats_no_epoch(runs: StudyRuns
 
 def test_kill_9_loses_no_row_and_leaves_nothing_running(home: Path) -> None:
     code = """
-runs = StudyRuns(open_store(home), "digits", metric="accuracy", direction="maximize", session="dead")
+runs = StudyRuns(open_store(home), "digits", metric="accuracy", direction=Direction.MAXIMIZE, session="dead")
 runs.summary_run()
 runs.trial_run(0, params={"lr": 0.1}).finish("complete", value=0.5)
 run = runs.trial_run(1, params={"lr": 0.2})
 run.log_epoch(0, {"val/accuracy": 0.0})
 runs.flush()
-runs.store.client.create_run(runs.experiment_id, tags={"hpo.kind": "trial", "hpo.records": "2"})
+runs.store.client.create_run(runs.experiment_id, tags={"hpo.kind": "trial", "hpo.trial": "2"})
 for epoch in range(1, 50):
     run.log_epoch(epoch, {"val/accuracy": epoch / 50})
 print("ready", flush=True)
@@ -427,7 +429,7 @@ time.sleep(60)
         runs.recover()
         found = store.client.search_runs([runs.experiment_id])
     assert curve(store, 1) == [(epoch, epoch / 50) for epoch in range(50)]
-    ends = {run.data.tags.get("hpo.records"): (run.info.status, run.data.tags["hpo.state"]) for run in found}
+    ends = {run.data.tags.get("hpo.trial"): (run.info.status, run.data.tags["hpo.state"]) for run in found}
     assert ends == {
         None: ("KILLED", "interrupted"),
         "0": ("FINISHED", "complete"),
@@ -610,7 +612,7 @@ def test_the_summary_is_one_run_that_is_found_again(runs: StudyRuns) -> None:
     summary = runs.summary_run()
     assert runs.store.client.get_run(summary.run_id).info.status == "RUNNING"
     summary.log_dict({"step size": {"lr": [0.1, 1.0]}}, "space.json")
-    summary.log_figure("plots/history.png", plots.plot_history([], metric="accuracy", direction="maximize"))
+    summary.log_figure("plots/history.png", plots.plot_history([], metric="accuracy", direction=Direction.MAXIMIZE))
     summary.log_metrics({"best/accuracy": 0.9, "test/accuracy": 0.8})
     summary.set_tags({"hpo.best_trial": "3"})
     summary.set_note("The winner is **trial 3**.")
@@ -653,14 +655,14 @@ def test_a_running_trial_stands_in_the_table_with_its_best_value_so_far(runs: St
 
 def test_the_ui_names_the_address_of_each_study(store: TrackingStore) -> None:
     for study in ("digits", "wine"):
-        StudyRuns(store, study, metric="accuracy", direction="maximize", session="one").close()
+        StudyRuns(store, study, metric="accuracy", direction=Direction.MAXIMIZE, session="one").close()
     base = "http://127.0.0.1:5000"
     one, several = (server._addresses(store, study, base) for study in ("wine", None))
     assert one == [f"MLflow is at {store.study_url('wine', base)}"]
     assert several[1:] == [f"  {name}  {store.study_url(name, base)}" for name in ("wine", "digits")]
 
 
-@pytest.mark.parametrize(("direction", "ascending"), [("maximize", False), ("minimize", True)])
+@pytest.mark.parametrize(("direction", "ascending"), [(Direction.MAXIMIZE, False), (Direction.MINIMIZE, True)])
 def test_the_saved_view_of_the_runs_table_puts_the_best_on_top(
     store: TrackingStore, direction: Any, ascending: bool
 ) -> None:
@@ -750,7 +752,7 @@ STUDIES = {
 }
 
 
-def all_plots(records: list[TrialRecord], direction: Any = "maximize") -> dict[str, Figure]:
+def all_plots(records: list[TrialRecord], direction: Direction = Direction.MAXIMIZE) -> dict[str, Figure]:
     named: dict[str, Any] = {"metric": "accuracy", "direction": direction}
     return {
         "history": plots.plot_history(records, **named),
@@ -771,7 +773,7 @@ def test_a_confusion_matrix_shows_shares_of_the_class_and_its_counts_while_they_
     assert [text.get_text() for text in axes.texts] == (["3", "1"] if num_classes == 2 else [])
 
 
-@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+@pytest.mark.parametrize("direction", [*Direction])
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_plot_can_be_drawn_and_nothing_is_cut_off(study: str, direction: str, tmp_path: Path) -> None:
     for name, figure in all_plots(STUDIES[study], direction).items():
@@ -788,7 +790,7 @@ def legend_of(figure: Figure) -> list[str]:
 
 
 def test_the_history_tells_the_states_and_the_default_apart() -> None:
-    figure = plots.plot_history(some_study(12), metric="accuracy", direction="maximize")
+    figure = plots.plot_history(some_study(12), metric="accuracy", direction=Direction.MAXIMIZE)
     assert legend_of(figure) == [
         "4 complete",
         "2 pruned",
@@ -800,7 +802,7 @@ def test_the_history_tells_the_states_and_the_default_apart() -> None:
     ]
 
 
-@given(st.lists(st.floats(-1, 1), min_size=1, max_size=30), st.sampled_from(["maximize", "minimize"]))
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=30), st.sampled_from([*Direction]))
 @settings(max_examples=20)
 def test_the_best_so_far_never_gets_worse_and_ends_at_the_best(values: list[float], direction: Any) -> None:
     records = [record(number, "complete", {1: value}) for number, value in enumerate(values)]
@@ -814,7 +816,7 @@ def test_the_best_so_far_never_gets_worse_and_ends_at_the_best(values: list[floa
 def test_one_trial_that_went_astray_does_not_flatten_the_others() -> None:
     records = [record(number, "complete", {1: 0.5 + number / 100}) for number in range(10)]
     astray = record(10, "complete", {1: -1e6})
-    [axes] = plots.plot_history([*records, astray], metric="R2", direction="maximize").axes
+    [axes] = plots.plot_history([*records, astray], metric="R2", direction=Direction.MAXIMIZE).axes
     low, high = axes.get_ylim()
     assert high - low < 1
     assert [text.get_text() for text in axes.texts] == ["1 more below this axis"]
@@ -824,17 +826,17 @@ def test_curves_show_the_values_that_were_measured() -> None:
     """The axis is limited, never the data: a bad first epoch is not drawn at the edge."""
     curves = [{1: 0.1 * number, 2: 0.8, 3: 0.9 + number / 100} for number in range(1, 5)]
     records = [record(number, "complete", curve) for number, curve in enumerate(curves)]
-    [axes] = plots.plot_curves(records, metric="accuracy", direction="maximize").axes
+    [axes] = plots.plot_curves(records, metric="accuracy", direction=Direction.MAXIMIZE).axes
     drawn = sorted(list(map(float, line.get_ydata())) for line in axes.lines if line.get_marker() == "o")  # type: ignore[arg-type]
     assert drawn == sorted(list(curve.values()) for curve in curves)
 
 
 def test_curves_name_the_best_first_and_count_the_stopped() -> None:
     records = some_study(12)
-    figure = plots.plot_curves(records, metric="accuracy", direction="maximize", num_best=2)
+    figure = plots.plot_curves(records, metric="accuracy", direction=Direction.MAXIMIZE, num_best=2)
     left_out = "2 more, complete, not shown"
     assert legend_of(figure) == ["trial 8: 0.828", "trial 6: 0.826", "2 pruned", "2 diverged", left_out, "best epoch"]
-    lowest = plots.plot_curves(records, metric="accuracy", direction="minimize", num_best=1)
+    lowest = plots.plot_curves(records, metric="accuracy", direction=Direction.MINIMIZE, num_best=1)
     number, value = min(
         (
             (record.number, record.value)
@@ -848,7 +850,7 @@ def test_curves_name_the_best_first_and_count_the_stopped() -> None:
 
 def test_slices_show_every_parameter_that_is_searched_and_active_trials_alone() -> None:
     records = some_study(60)
-    figure = plots.plot_slices(records, SPACE, metric="accuracy", direction="maximize")
+    figure = plots.plot_slices(records, SPACE, metric="accuracy", direction=Direction.MAXIMIZE)
     panels = {axes.get_xlabel(): axes for axes in figure.axes if axes.get_visible()}
     assert list(panels) == [name for name in SPACE.parameters if name not in FIXED]
     scales = {name: axes.get_xscale() for name, axes in panels.items()}
@@ -861,7 +863,7 @@ def test_slices_show_every_parameter_that_is_searched_and_active_trials_alone() 
 
 def test_the_points_of_a_choice_stay_with_their_choice() -> None:
     records = [record(number, "complete", {1: 0.5}) for number in range(50)]
-    figure = plots.plot_slices(records, SPACE, metric="accuracy", direction="maximize")
+    figure = plots.plot_slices(records, SPACE, metric="accuracy", direction=Direction.MAXIMIZE)
     axes = next(axes for axes in figure.axes if axes.get_xlabel() == "nesterov")
     assert [label.get_text() for label in axes.get_xticklabels()] == ["true", "false"]
     positions = [float(x) for points in axes.collections for x, _ in points.get_offsets()]  # type: ignore[misc]

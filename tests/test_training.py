@@ -22,10 +22,10 @@ from torch._dynamo.utils import counters
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hpo.config import AUGMENTATIONS, CLASS_WEIGHTS, OPTIMIZERS, SAMPLINGS, SCHEDULES, TrainConfig
+from hpo.config import AUGMENTATIONS, CLASS_WEIGHTS, OPTIMIZERS, SAMPLINGS, SCHEDULES, Direction, TrainConfig
 from hpo.data.datasets import Splits, split_dataset
+from hpo.data.examples import Dataset, DataSpec, SealedSplit, Split
 from hpo.errors import CheckpointError, DeviceMemoryError, UnknownNameError, UsageError
-from hpo.objective import Dataset, DataSpec, SealedSplit, Split
 from hpo.training import precision
 from hpo.training import step as training_step
 from hpo.training.checkpoint import CheckpointFolder
@@ -693,7 +693,7 @@ def test_a_killed_process_is_continued_bit_equal_by_another(tmp_path: Path) -> N
 
 
 def stopped_at(values: list[float], **changes: Any) -> int | None:
-    stopping = EarlyStopping("maximize", **({"patience": 2} | changes))
+    stopping = EarlyStopping(Direction.MAXIMIZE, **({"patience": 2} | changes))
     for epoch, value in enumerate(values, start=1):
         stopping.update(epoch, value)
         if stopping.should_stop:
@@ -725,7 +725,7 @@ def test_patience_counts_epochs_without_improvement(
 
 
 def test_the_best_epoch_is_any_strict_improvement_even_below_min_delta() -> None:
-    stopping = EarlyStopping("maximize", patience=9, min_delta=1.0)
+    stopping = EarlyStopping(Direction.MAXIMIZE, patience=9, min_delta=1.0)
     assert [stopping.update(epoch, value) for epoch, value in enumerate([1.0, 1.1, 1.1, 0.9], 1)] == [
         True,
         True,
@@ -738,7 +738,7 @@ def test_the_best_epoch_is_any_strict_improvement_even_below_min_delta() -> None
 any_values = st.lists(st.floats(width=16), max_size=12)
 
 
-@given(values=any_values, direction=st.sampled_from(["maximize", "minimize"]))
+@given(values=any_values, direction=st.sampled_from([*Direction]))
 def test_the_best_is_the_first_of_the_best_finite_values(values: list[float], direction: Any) -> None:
     stopping = EarlyStopping(direction, patience=1)
     for epoch, value in enumerate(values, start=1):
@@ -754,7 +754,7 @@ def test_early_stopping_goes_on_from_its_saved_state(
     values: list[float], at: int, stop_after: int, min_delta: float
 ) -> None:
     def new() -> EarlyStopping:
-        return EarlyStopping("minimize", patience=2, min_delta=min_delta, stop_after=stop_after)
+        return EarlyStopping(Direction.MINIMIZE, patience=2, min_delta=min_delta, stop_after=stop_after)
 
     whole, first, second = new(), new(), new()
     for epoch, value in enumerate(values, start=1):

@@ -30,8 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hpo.config import OPTIMIZERS, TrainConfig
 from hpo.data.batches import TrainingBatches
 from hpo.data.datasets import Splits
+from hpo.data.examples import DataSpec, Split
 from hpo.errors import UsageError
-from hpo.objective import DataSpec, Split
 from hpo.training.averaging import AveragedWeights
 from hpo.training.checkpoint import CheckpointFolder
 from hpo.training.compiled import settle_compile_mode

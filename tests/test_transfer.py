@@ -27,11 +27,12 @@ from hpo.cli import main
 from hpo.config import OPTIMIZERS, TrainConfig
 from hpo.data import photos as photos_module
 from hpo.data.datasets import Splits
+from hpo.data.examples import DataSpec, Split
 from hpo.data.photos import load_image_folder, read_photos
 from hpo.errors import DataError, UnknownNameError, UsageError
 from hpo.models.preprocessed import PreprocessedModel, build_model
 from hpo.models.pretrained import PretrainedNetwork, _layers, find_pretrained
-from hpo.objective import DataSpec, Objective, Split
+from hpo.objective import Objective
 from hpo.training.checkpoint import CheckpointFolder
 from hpo.training.optimizers import build_optimizer
 from hpo.training.schedules import build_schedule

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from optuna.storages import InMemoryStorage
 
+from hpo.config import Direction
 from hpo.errors import UnknownNameError, UsageError
+from hpo.search.settings import StudySettings
 from hpo.search.storage import open_storage
-from hpo.search.study import Study, StudySettings
+from hpo.search.study import Study
 from hpo.search.warm_start import MIN_DISTANCE, NUM_CONFIGURATIONS, best_configurations, translate
 from hpo.session.request import Proposal, find_means, find_proposals
 from hpo.session.search import run_search
@@ -35,7 +37,7 @@ SETTINGS = StudySettings(
     pruner="none",
     max_epochs=3,
     metric="accuracy",
-    direction="maximize",
+    direction=Direction.MAXIMIZE,
     limit=None,
     planned_trials=20,
 )
@@ -121,7 +123,7 @@ def test_no_more_than_a_few_are_chosen_however_many_differ() -> None:
     assert MIN_DISTANCE > 0
 
 
-@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+@pytest.mark.parametrize("direction", [*Direction])
 def test_the_best_follow_the_direction_of_the_earlier_study(direction: Any) -> None:
     first, last = given(lr=0.3, depth=1), given(lr=0.001, depth=8)
 

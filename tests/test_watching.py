@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from hpo.config import TrainConfig
 from hpo.data.datasets import Splits
+from hpo.data.examples import DataSpec, Split
 from hpo.models.mlp import MLP
-from hpo.objective import DataSpec, Split
 from hpo.training.probe import VANISHED, Probe, relative_gradients
 from hpo.training.symptoms import Symptoms
 from hpo.training.trainer import EpochResult, fit

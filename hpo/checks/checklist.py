@@ -8,22 +8,23 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hpo.checks.compatibility import check_task, load_dataset
+from hpo.checks.compatibility import check_task
 from hpo.checks.data import check_duplicates, check_inputs, check_leak, check_normalised, check_targets
 from hpo.checks.learning import check_baseline, check_learning_rate, check_one_batch
 from hpo.checks.network import check_first_loss, check_forward, check_gradients
 from hpo.checks.speed import check_speed
 from hpo.checks.verdicts import Subject, Verdict, as_markdown
 from hpo.data.datasets import VALIDATION_FRACTION, split_dataset
-from hpo.home import check_study_name, find_data_dir, find_home
+from hpo.home import Home, check_study_name, find_data_dir
 from hpo.plots.checks import plot_checklist
 from hpo.plugins import load_task
+from hpo.task import load_dataset
 from hpo.tracking.runs import begin_check_run
 from hpo.tracking.store import open_store
 from hpo.training.device import choose_device
 
 if TYPE_CHECKING:
-    from hpo.objective import SealedSplit
+    from hpo.data.examples import SealedSplit
     from hpo.space import Value
     from hpo.tracking.runs import SummaryRun
 
@@ -80,7 +81,7 @@ def run_check(
     dataset = load_dataset(found, find_data_dir(data_dir))
     splits = split_dataset(dataset, validation_fraction=VALIDATION_FRACTION, seed=0, limit=limit)
     check_task(found, splits)
-    store = open_store(find_home(home), tracking_uri)
+    store = open_store(Home.find(home).path, tracking_uri)
     run = begin_check_run(store, name)
     state: Literal["complete", "failed", "interrupted"] = "interrupted"
     try:

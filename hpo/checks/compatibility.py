@@ -4,37 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
 from hpo.config import config_fields
 from hpo.data.batches import build_batches
 from hpo.data.datasets import Splits
-from hpo.errors import DataError, HpoError, SpaceError, UsageError
+from hpo.errors import DataError, SpaceError, UsageError
 from hpo.models.preprocessed import build_model
-from hpo.objective import Dataset, SealedSplit
-from hpo.plugins import Task
 from hpo.space import Choice, Value, format_value
+from hpo.task import Task
 from hpo.training.losses import training_loss
 from hpo.training.metrics import check_metric
 from hpo.training.trainer import check_fine_tuning
-
-
-def load_dataset(task: Task, data_dir: Path) -> Dataset:
-    """The task's data; whatever goes wrong while they are read is told as a DataError."""
-    name = task.objective.name
-    try:
-        dataset = task.objective.load(data_dir)
-    except HpoError:
-        raise
-    except (Exception, SystemExit) as error:  # reading is a stranger's code and may raise anything
-        raise DataError(f"the data of task '{name}' cannot be loaded: {type(error).__name__}: {error}") from error
-    if not isinstance(dataset, Dataset):
-        raise DataError(f"load of task '{name}' must return a Dataset, but returned a {type(dataset).__name__}.")
-    if not isinstance(dataset.test, SealedSplit) or len(dataset.test) == 0:
-        raise DataError(f"the data of task '{name}' have no test split; hpo.data.datasets.hold_out makes one.")
-    return dataset
 
 
 def check_task(task: Task, splits: Splits) -> None:

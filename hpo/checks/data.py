@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hpo.checks.verdicts import Subject, Verdict
-from hpo.objective import SealedSplit
+from hpo.data.examples import SealedSplit
 
 SAMPLE = 5_000
 """Examples that ranges and statistics are taken from."""

@@ -18,7 +18,7 @@ from hpo.checks.verdicts import Sample, Subject, Verdict
 from hpo.config import derive_seed
 from hpo.data.batches import build_batches
 from hpo.data.datasets import Splits
-from hpo.objective import Split
+from hpo.data.examples import Split
 from hpo.space import Choice, format_value
 from hpo.training.losses import training_loss
 from hpo.training.metrics import ConfusionMetrics, RegressionMetrics

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from hpo.config import TrainConfig
 from hpo.data.datasets import Splits
+from hpo.data.examples import Split
 from hpo.models.preprocessed import PreprocessedModel, build_model
-from hpo.objective import Split
 from hpo.training.losses import LossFunction, loss_function, target_scale
 from hpo.training.precision import has_convolutions
 
 if TYPE_CHECKING:
-    from hpo.plugins import Task
     from hpo.space import Value
+    from hpo.task import Task
 
 State = Literal["ok", "warning", "wrong"]
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from hpo.data.augment import Augmentation, build_augmentations
+from hpo.data.examples import Split
 from hpo.data.mixing import Mixing, build_mixing
 from hpo.errors import UsageError
-from hpo.objective import Split
 
 if TYPE_CHECKING:
     from hpo.config import TrainConfig

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
+from hpo.data.examples import Split
 from hpo.files import write_atomically
-from hpo.objective import Split
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hpo.config import derive_seed
+from hpo.data.examples import Dataset, DataSpec, SealedSplit, Split
 from hpo.data.mapped import MappedImages
 from hpo.errors import DataError, UsageError
-from hpo.objective import Dataset, DataSpec, SealedSplit, Split
 
 MEMORY_SHARE = 0.25
 """Of the machine's memory, what images from a file may take; more of them stay in the file."""

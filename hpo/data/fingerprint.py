@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from hpo.objective import Dataset
+    from hpo.data.examples import Dataset
 
 MAX_BYTES = 2**30
 """Inputs that are read for a checksum: about a second of SHA-256. Of more, evenly spaced examples are read."""

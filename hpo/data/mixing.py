@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hpo.config import TrainConfig
+from hpo.data.examples import Split
 from hpo.errors import UsageError
-from hpo.objective import Split
 
 
 @dataclass(frozen=True)

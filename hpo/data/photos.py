@@ -29,10 +29,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from hpo.data.datasets import hold_out
+from hpo.data.examples import Dataset, SealedSplit, Split
 from hpo.data.mapped import MappedImages
 from hpo.errors import DataError
 from hpo.files import write_atomically
-from hpo.objective import Dataset, SealedSplit, Split
 
 logger = logging.getLogger(__name__)
 

@@ -30,8 +30,8 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, FashionMNIST  # type: ignore[import-untyped]
 
 from hpo.data.cache import cached_split, ensure_converted
+from hpo.data.examples import Dataset, SealedSplit, Split
 from hpo.errors import DataError
-from hpo.objective import Dataset, SealedSplit, Split
 
 logger = logging.getLogger(__name__)
 

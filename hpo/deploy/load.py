@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from hpo.config import TrainConfig
 from hpo.errors import CheckpointError, UsageError
-from hpo.execution.worker import BEST_WEIGHTS, CHECKPOINT, TrialDescription
-from hpo.home import find_home, find_storage
+from hpo.home import Home, find_storage
 from hpo.models.preprocessed import PreprocessedModel, build_model
 from hpo.plugins import OBJECTIVES, load_objective, require_registered
 from hpo.search.storage import read_storage
@@ -19,6 +18,7 @@ from hpo.search.winner import TEST_READINGS
 from hpo.sources import changed_sources, source_checksums
 from hpo.tracking.store import home_store_uri, open_store
 from hpo.training.checkpoint import load_weights
+from hpo.training.trained import BEST_WEIGHTS, CHECKPOINT, TrialDescription
 
 _logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def load_best(
     Raises UnknownNameError for an unknown study, UsageError while no trial has finished and for a cross-validated trial
     that is not the winner, CheckpointError for damage.
     """
-    home = find_home(home)
+    home = Home.find(home).path
     storage = find_storage(storage)
     opened = Study.load(read_storage(home, storage), study)
     if storage is not None and task is None:

@@ -14,7 +14,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,18 +26,19 @@ from hpo.errors import SearchError, StoreError
 from hpo.execution.messages import Assignment, Decision, EpochDone, TrialDone, TrialRaised
 from hpo.execution.observer import Observer, Standing
 from hpo.execution.pool import WorkerDied
-from hpo.execution.worker import BEST_WEIGHTS, CHECKPOINT, DESCRIPTION
-from hpo.records import CROWNABLE, losses, pareto_front, ranked
+from hpo.execution.retention import BestTrials, without_use_for_checkpoints
+from hpo.records import CROWNABLE
 from hpo.search.study import TrialTakenError
 from hpo.tracking.spool import rounded
+from hpo.training.trained import BEST_WEIGHTS, CHECKPOINT, DESCRIPTION
 
 if TYPE_CHECKING:
-    from hpo.config import Direction
     from hpo.execution.pool import Event, WorkerPool
-    from hpo.plugins import Task
-    from hpo.records import EndState, TrialRecord
+    from hpo.home import StudyFiles
+    from hpo.records import EndState
     from hpo.search.lease import Session
     from hpo.search.study import Study, Suggestion
+    from hpo.task import Task
     from hpo.tracking.runs import StudyRuns, TrialRun
     from hpo.training.trainer import EpochResult
 
@@ -74,13 +75,13 @@ class Coordinator:
         runs: StudyRuns,
         task: Task,
         workers: WorkerPool,
-        checkpoints: Path,
+        files: StudyFiles,
         keep: int,
         timeout_s: float | None,
         trainer: Mapping[str, Any],
         observer: Observer,
     ) -> None:
-        """`checkpoints` is the study's folder of states; the best weights of `keep` trials stay in MLflow.
+        """The best weights of `keep` trials stay in MLflow, and checkpoints among the home's `files` of the study.
 
         `trainer` are settings of TrainConfig that are this machine's, such as its precision.
         """
@@ -89,9 +90,8 @@ class Coordinator:
         self._runs = runs
         self._task = task
         self._workers = workers
-        self._checkpoints = checkpoints
-        has_default = study.settings.strategy != "grid"
-        self._best = _BestTrials(keep, study.settings.direction, study.trials(), has_default=has_default)
+        self._files = files
+        self._best = BestTrials(study, keep)
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._observer = observer
         self._trainer = trainer
@@ -130,10 +130,10 @@ class Coordinator:
 
     def remove_old_checkpoints(self) -> None:
         """Delete the checkpoints of trials that have ended for good, once MLflow has all of them."""
-        may_go_on = {trial.number for trial in self._study.finalists()}
-        for folder in self._checkpoints.glob("trial-[0-9]*"):
-            number = int(folder.name.removeprefix("trial-").partition(".")[0])
-            if number not in may_go_on and self._study.has_ended(number) and self._runs.has_arrived(number):
+        folders = self._files.trial_folders()
+        ended = without_use_for_checkpoints(self._study, {number for number, _ in folders})
+        for number, folder in folders:
+            if number in ended and self._runs.has_arrived(number):
                 with suppress(FileNotFoundError):  # another session of this home was faster
                     shutil.rmtree(folder)
 
@@ -191,7 +191,11 @@ class Coordinator:
         if self._session.is_shared or suggestion.pruned:
             self._observer.study_moved(self._standing())
         self._observer.trial_started(suggestion)
-        attempt = _Attempt(suggestion, self._open_run(suggestion), self._claim_folder(suggestion))
+        attempt = _Attempt(
+            suggestion,
+            self._open_run(suggestion),
+            self._files.claim_trial_folder(suggestion.number, suggestion.attempt),
+        )
         self._attempts[suggestion.number] = attempt
         self._workers.run(
             Assignment(
@@ -215,19 +219,6 @@ class Coordinator:
         return self._runs.trial_run(
             suggestion.number, attempt=suggestion.attempt, params=suggestion.active_values, tags=tags
         )
-
-    def _claim_folder(self, suggestion: Suggestion) -> Path:
-        """The folder of this attempt, with the checkpoints of the one before.
-
-        Renamed, so that a worker which was cut off and goes on writing harms nothing that is read.
-        """
-        folder = self._checkpoints / f"trial-{suggestion.number:04d}.{suggestion.attempt}"
-        for attempt in range(suggestion.attempt - 1, 0, -1):
-            earlier = folder.with_suffix(f".{attempt}")
-            if earlier.exists():
-                earlier.rename(folder)
-                break
-        return folder
 
     def _handle(self, attempt: _Attempt, event: Event) -> None:
         match event:
@@ -438,30 +429,3 @@ class _Deaths:
     def count(self, epoch: int) -> None:
         self.in_a_row = 1 if epoch > self.epoch else self.in_a_row + 1
         self.epoch = max(epoch, self.epoch)
-
-
-class _BestTrials:
-    """The trials whose weights stay in MLflow: the best `keep`, the default, and with several objectives the front."""
-
-    def __init__(self, keep: int, direction: Direction, trials: Iterable[TrialRecord], *, has_default: bool) -> None:
-        self._keep = keep
-        self._spared = {0} if has_default else set()  # the winner is compared with it
-        self._sign = -1 if direction == "maximize" else 1
-        self._losses = {trial.number: losses(trial, direction) for trial in ranked(trials, direction)}
-        self._drop_outdone()
-
-    def add(self, number: int, value: float, costs: Mapping[str, float]) -> list[int]:
-        """The numbers of trials that are no longer kept, this one perhaps."""
-        self._losses[number] = (self._sign * value, *costs.values())
-        return self._drop_outdone()
-
-    def remove(self, number: int) -> None:
-        """Forget a trial that can win no longer."""
-        self._losses.pop(number, None)
-
-    def _drop_outdone(self) -> list[int]:
-        best = sorted(self._losses, key=lambda number: (self._losses[number][0], number))[: self._keep]
-        outdone = sorted(set(self._losses) - {*best, *pareto_front(self._losses), *self._spared})
-        for number in outdone:
-            del self._losses[number]
-        return outdone

@@ -12,11 +12,9 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -24,7 +22,8 @@ from torch import nn
 from hpo.config import TrainConfig, derive_seed
 from hpo.data.batches import place
 from hpo.data.datasets import Splits, all_examples, folds, load_splits
-from hpo.errors import CheckpointError, HpoError, SearchError
+from hpo.data.examples import DataSpec
+from hpo.errors import HpoError, SearchError
 from hpo.execution.messages import (
     Alive,
     Assignment,
@@ -38,9 +37,8 @@ from hpo.execution.messages import (
     WorkerUnfit,
     encode,
 )
-from hpo.files import write_atomically
 from hpo.models.preprocessed import PreprocessedModel, build_model
-from hpo.objective import DataSpec, Objective
+from hpo.objective import Objective
 from hpo.plugins import load_objective
 from hpo.sources import source_checksums
 from hpo.space import Value
@@ -48,11 +46,9 @@ from hpo.training.checkpoint import CheckpointFolder, save_weights
 from hpo.training.costs import measure_costs
 from hpo.training.cross_validation import fit_folds
 from hpo.training.device import limit_memory
+from hpo.training.trained import BEST_WEIGHTS, TrialDescription
 from hpo.training.trainer import EpochResult, fit
 
-CHECKPOINT = "checkpoint"  # folder of a run's artifacts that holds the next two
-BEST_WEIGHTS = "best.pt"
-DESCRIPTION = "trial.json"
 SIGNS_OF_LIFE = 3  # in the time after which a silent worker counts as dead
 
 
@@ -153,34 +149,6 @@ def _forward_log(line: _Line) -> None:
     logger = logging.getLogger("hpo")
     logger.handlers[:] = [Forward()]
     logger.propagate = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrialDescription:
-    """What stands beside a trial's best weights: all that is needed to rebuild the model and to check the file."""
-
-    trial: int
-    spec: DataSpec
-    model_parameters: dict[str, Value]
-    config: TrainConfig
-    best_epoch: int
-    best_value: float
-    weights_sha256: str
-    sources: dict[str, str] = field(default_factory=dict)
-    """Checksums of the task's source files (hpo.sources); none where an earlier version trained."""
-
-    def write(self, folder: Path) -> None:
-        write_atomically(folder / DESCRIPTION, json.dumps(asdict(self), indent=2).encode())
-
-    @classmethod
-    def read(cls, folder: Path) -> Self:
-        """Raises CheckpointError where the file is missing or damaged."""
-        try:
-            plain = json.loads((folder / DESCRIPTION).read_bytes())
-            spec = {name: tuple(values) for name, values in plain["spec"].items()}
-            return cls(**plain | {"spec": DataSpec(**spec), "config": TrainConfig(**plain["config"])})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder / DESCRIPTION} is missing or damaged: {error}") from error
 
 
 def run_trial(

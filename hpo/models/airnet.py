@@ -7,9 +7,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from hpo.data.examples import DataSpec
 from hpo.errors import UsageError
 from hpo.models.layers import dropout_layer, require_at_least_one
-from hpo.objective import DataSpec
 
 WHITENING_EPS = 5e-4
 

@@ -8,6 +8,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from hpo.data.examples import DataSpec
 from hpo.errors import UsageError
 from hpo.models.layers import (
     ACTIVATIONS,
@@ -20,7 +21,6 @@ from hpo.models.layers import (
     require_share,
     scale_to_unit_variance,
 )
-from hpo.objective import DataSpec
 
 DROPOUT_TYPES: dict[str, Callable[[float], nn.Module] | None] = {
     "dropout": None,  # before the output layer, not in the blocks

@@ -7,6 +7,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from hpo.data.examples import DataSpec
 from hpo.errors import UnknownNameError
 from hpo.models.layers import (
     ACTIVATIONS,
@@ -20,7 +21,6 @@ from hpo.models.layers import (
     require_at_least_one,
     scale_to_unit_variance,
 )
-from hpo.objective import DataSpec
 
 DROPOUT_TYPES = ("dropout", "dropconnect")
 

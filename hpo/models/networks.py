@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hpo.objective import DataSpec
+from hpo.data.examples import DataSpec
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from hpo.data.examples import DataSpec, Split
 from hpo.errors import UsageError
 from hpo.models.pretrained import PretrainedNetwork, find_pretrained
-from hpo.objective import DataSpec, Objective, Split
+from hpo.objective import Objective
 
 SAMPLE_SIZE = 4096
 """Images that the statistics of those in a file are taken from; a split is in random order."""

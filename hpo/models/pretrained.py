@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from torch import Tensor, nn
 
+from hpo.data.examples import DataSpec
 from hpo.errors import DataError, UnknownNameError, UsageError
 from hpo.models.layers import initialize_output
-from hpo.objective import DataSpec
 
 if TYPE_CHECKING:
     from torchvision.models import WeightsEnum  # type: ignore[import-untyped]

@@ -62,7 +62,7 @@ def plot_history(records: Sequence[TrialRecord], *, metric: str, direction: Dire
             at_the_foot = axes.get_xaxis_transform()
             axes.plot(record.number, 0.0, marker, color=colour, markersize=7, clip_on=False, transform=at_the_foot)
     candidates = sorted(ranked(valued, direction), key=lambda record: record.number)
-    better = max if direction == "maximize" else min
+    better = max if direction is Direction.MAXIMIZE else min
     best_so_far = list(accumulate(map(_value, candidates), better))
     axes.step([r.number for r in candidates], best_so_far, where="post", color=GREEN, linewidth=2, zorder=1)
     _mark_default(axes, valued)
@@ -275,7 +275,7 @@ def _shown_range(values: Sequence[float], direction: Direction) -> Limits:
     ordered = sorted(values)
     low_quartile, high_quartile = ordered[len(ordered) // 4], ordered[3 * len(ordered) // 4]
     spread = 3 * (high_quartile - low_quartile)
-    if direction == "maximize":
+    if direction is Direction.MAXIMIZE:
         low, high = max(ordered[0], low_quartile - spread), ordered[-1]
     else:
         low, high = ordered[0], min(ordered[-1], high_quartile + spread)
@@ -288,12 +288,12 @@ def _limit_value_axis(axes: Axes, limits: Limits) -> None:
 
 
 def _finish_value_axis(axes: Axes, metric: str, direction: Direction, limits: Limits, values: Sequence[float]) -> None:
-    axes.set_ylabel(f"validation {metric} ({'higher' if direction == 'maximize' else 'lower'} is better)")
+    axes.set_ylabel(f"validation {metric} ({'higher' if direction is Direction.MAXIMIZE else 'lower'} is better)")
     _limit_value_axis(axes, limits)
     if not values:
         say_nothing_to_show(axes, _NO_VALUES)
     elif num_outside := sum(not limits[0] <= value <= limits[1] for value in values):
-        side, height = ("below", 0.02) if direction == "maximize" else ("above", 0.94)
+        side, height = ("below", 0.02) if direction is Direction.MAXIMIZE else ("above", 0.94)
         text = f"{num_outside} more {side} this axis"
         axes.text(0.99, height, text, transform=axes.transAxes, ha="right", color=GREY, fontsize=9)
 

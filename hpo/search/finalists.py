@@ -16,7 +16,7 @@ from hpo.records import TrialRecord, TrialState, ranked
 from hpo.search.priority import DEFAULT_CONFIGURATION, TRIED_BY_HAND
 
 if TYPE_CHECKING:
-    from hpo.search.study import StudySettings
+    from hpo.search.settings import StudySettings
 
 MAX_FINALISTS = 3
 """Pruned trials that are continued at the end of a search at most, unless the best of all is still a pruned one."""
@@ -74,8 +74,9 @@ def _gain_from(step: int, complete: Sequence[TrialRecord], settings: StudySettin
 
 def _loss_by(step: int, trial: TrialRecord, settings: StudySettings) -> float | None:
     """The best value up to an epoch, or the mean up to a fold, with the sign that makes lower better."""
-    sign = -1 if settings.direction == "maximize" else 1
-    losses = [sign * value for at, value in trial.curve.items() if at <= step and math.isfinite(value)]
+    losses = [
+        settings.direction.loss(value) for at, value in trial.curve.items() if at <= step and math.isfinite(value)
+    ]
     if not losses:
         return None
     return fmean(losses) if settings.folds else min(losses)

@@ -303,9 +303,9 @@ def importances(study: Study) -> dict[str, GroupImportance]:
 
 def _scored_trials(study: Study) -> list[FrozenTrial]:
     """Finished trials with their loss as value; lower is better."""
-    sign = -1 if study.settings.direction == "maximize" else 1
+    direction = study.settings.direction
     records = [record for record in study.trials() if record.state in (*CROWNABLE, "diverged")]
-    losses = {r.number: sign * r.value for r in records if r.state in CROWNABLE and r.value is not None}
+    losses = {r.number: direction.loss(r.value) for r in records if r.state in CROWNABLE and r.value is not None}
     worst = max(losses.values(), default=0.0)
     losses |= {record.number: worst for record in records if record.state == "diverged"}
     distributions = {name: distribution(parameter) for name, parameter in study.settings.space.parameters.items()}

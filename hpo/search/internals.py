@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from optuna._transform import _SearchSpaceTransform as SearchSpaceTransform
 
+from hpo.config import Direction
+
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial, Trial, TrialState
 
-__all__ = ["SearchSpaceTransform", "all_trials", "identity", "set_system_attr", "trial_id"]
+__all__ = ["SearchSpaceTransform", "all_trials", "direction_of", "identity", "set_system_attr", "trial_id"]
 
 
 def all_trials(study: Study, states: Sequence[TrialState] | None = None) -> list[FrozenTrial]:
@@ -23,6 +25,11 @@ def all_trials(study: Study, states: Sequence[TrialState] | None = None) -> list
 def identity(study: Study) -> tuple[BaseStorage, int]:
     """What tells the study apart from every other, also in another storage."""
     return study._storage, study._study_id
+
+
+def direction_of(study: Study) -> Direction:
+    """The direction of a study with one objective."""
+    return Direction(study.direction.name.lower())
 
 
 def trial_id(trial: Trial | FrozenTrial) -> int:

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, TPESampler
-from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from hpo.config import derive_seed
 from hpo.search.encoding import Encoding, distribution
-from hpo.search.internals import all_trials, identity
+from hpo.search.internals import all_trials, direction_of, identity
 from hpo.search.surrogate import Surrogate
 from hpo.search.wrappers import PinningSampler, TrialSeededSampler
 
@@ -156,9 +155,10 @@ class PrioritySampler(PinningSampler):
     def _proposal(self, study: Study, trial: FrozenTrial) -> dict[str, Value]:
         held = self.pinned(trial)
         if trial.number >= NUM_STARTUP_TRIALS:
-            sign = -1 if study.direction == StudyDirection.MAXIMIZE else 1
             rng = np.random.default_rng(derive_seed(self._seed, trial.number, "surrogate"))
-            proposed = self._surrogate_of(study).propose(other_trials(study, trial), held, sign=sign, rng=rng)
+            proposed = self._surrogate_of(study).propose(
+                other_trials(study, trial), held, direction=direction_of(study), rng=rng
+            )
             if proposed is not None:
                 return proposed
         return self._sequence_point(trial.number) | dict(held)
@@ -191,8 +191,7 @@ def _best_values(study: Study) -> dict[str, Value]:
     trials = all_trials(study, states=(TrialState.COMPLETE,))
     if not trials:
         return {}
-    sign = -1 if study.direction == StudyDirection.MAXIMIZE else 1
-    return min(trials, key=lambda trial: sign * _value(trial)).params
+    return min(trials, key=lambda trial: direction_of(study).loss(_value(trial))).params
 
 
 def _value(trial: FrozenTrial) -> float:

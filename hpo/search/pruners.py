@@ -16,10 +16,10 @@ from optuna.pruners import (
     SuccessiveHalvingPruner,
     WilcoxonPruner,
 )
-from optuna.study import StudyDirection
 
 from hpo.config import derive_seed
 from hpo.errors import UnknownNameError, UsageError
+from hpo.search.internals import direction_of
 from hpo.search.priority import NUM_MODELLED_TRIALS, PrioritySampler, other_trials
 from hpo.search.surrogate import Surrogate
 
@@ -149,6 +149,6 @@ class ModelPruner(BasePruner):
             others,
             study.sampler.held(study, next_number) if isinstance(study.sampler, PrioritySampler) else {},
             last_epoch=self._max_epochs,
-            sign=-1 if study.direction == StudyDirection.MAXIMIZE else 1,
+            direction=direction_of(study),
             rng=np.random.default_rng(derive_seed(self._seed, trial.number, epoch, "pruner")),
         )

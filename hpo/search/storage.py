@@ -36,10 +36,10 @@ from sqlalchemy.pool import NullPool
 from hpo.database import TIMEOUT_S, connect_sqlite, prepare_sqlite
 from hpo.database import without_password as without_password
 from hpo.errors import StoreError
+from hpo.home import Home
 from hpo.search.optuna_tables import DirectStorage, refuse_another
 from hpo.search.optuna_tables import OutageError as OutageError
 
-FILE_NAME = "optuna.db"
 PATIENCE_S = 300.0
 """How long an outage may last."""
 
@@ -58,13 +58,13 @@ def open_storage(home: Path, url: str | None = None) -> BaseStorage:
     PostgreSQL's, or the tables are of another version of Optuna.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return _open_sqlite(home / FILE_NAME) if url is None else _open_postgresql(url)
+    return _open_sqlite(Home(home).optuna_database) if url is None else _open_postgresql(url)
 
 
 def read_storage(home: Path, url: str | None = None) -> BaseStorage:
     """The storage for looking at studies; where there is none yet, an empty one in memory, and nothing is written."""
     if url is None:
-        return open_storage(home) if (home / FILE_NAME).exists() else InMemoryStorage()
+        return open_storage(home) if Home(home).optuna_database.exists() else InMemoryStorage()
     with _connected(url) as connection:
         is_there = inspect(connection).has_table("studies")
     return open_storage(home, url) if is_there else InMemoryStorage()
@@ -223,7 +223,7 @@ def _open_sqlite(path: Path) -> StudyStorage:
         with FileLock(path.with_name(f".{path.name}.lock"), timeout=TIMEOUT_S):
             prepare_sqlite(path, holding="the studies so far")
             # The connection is made here and not from a URL, which gives a meaning to ?, %, { and } in a path.
-            return StudyStorage(DirectStorage(f"sqlite:///{FILE_NAME}", {"creator": partial(connect_sqlite, path)}))
+            return StudyStorage(DirectStorage(f"sqlite:///{path.name}", {"creator": partial(connect_sqlite, path)}))
     except Timeout as error:
         raise StoreError(f"another process has held {error.lock_file} for {TIMEOUT_S:.0f} s; stop it first.") from error
     except RuntimeError as error:  # Optuna's word for tables of another version

@@ -13,12 +13,11 @@ from optuna.distributions import BaseDistribution, FloatDistribution, IntDistrib
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.search_space import IntersectionSearchSpace
-from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from hpo.config import derive_seed
 from hpo.errors import UnknownNameError
-from hpo.search.internals import SearchSpaceTransform, set_system_attr
+from hpo.search.internals import SearchSpaceTransform, direction_of, set_system_attr
 from hpo.search.priority import PrioritySampler
 from hpo.search.wrappers import DefaultFirstSampler, TrialSeededSampler
 from hpo.space import Choice, Float, Int
@@ -124,11 +123,11 @@ class CmaEsSampler(BaseSampler):
             bounds=transform.bounds,
             n_max_resampling=10 * num_dimensions,
         )
-        sign = 1 if study.direction == StudyDirection.MINIMIZE else -1
+        direction = direction_of(study)
         generations = self._generations(study)
         while len(ended := generations[optimizer.generation]) >= optimizer.population_size:
             told = ended[: optimizer.population_size]
-            optimizer.tell([(transform.transform(trial.params), sign * trial.values[0]) for trial in told])
+            optimizer.tell([(transform.transform(trial.params), direction.loss(trial.values[0])) for trial in told])
         return optimizer
 
     def _generations(self, study: Study) -> defaultdict[int, list[FrozenTrial]]:

@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 from scipy.special import erfcx, ndtr
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
+from hpo.config import Direction
 from hpo.search.encoding import Encoding
 from hpo.search.gaussian_process import Array, GaussianProcess
 from hpo.search.internals import trial_id
@@ -89,14 +90,19 @@ class Surrogate:
         self._ended: dict[tuple[int, int], _Curve] = {}
 
     def propose(
-        self, trials: Sequence[FrozenTrial], held: Mapping[str, Value], *, sign: int, rng: np.random.Generator
+        self,
+        trials: Sequence[FrozenTrial],
+        held: Mapping[str, Value],
+        *,
+        direction: Direction,
+        rng: np.random.Generator,
     ) -> dict[str, Value] | None:
         """The configuration with the highest expected improvement; None while the trials cannot be told apart.
 
-        `held` fixes some of its values. `sign` is 1 where lower values are better, else -1. What is running counts as
+        `held` fixes some of its values. What is running counts as
         if it would end as the model expects, so that trials asked for together differ.
         """
-        curves = self._curves(trials, sign)
+        curves = self._curves(trials, direction)
         with _on_one_thread():
             belief = self._belief(curves, max((epoch for curve in curves for epoch in curve.epochs), default=1))
             if belief is None:
@@ -110,7 +116,7 @@ class Surrogate:
         held: Mapping[str, Value],
         *,
         last_epoch: int,
-        sign: int,
+        direction: Direction,
         rng: np.random.Generator,
     ) -> bool:
         """Whether the epochs that a trial has left promise more than as many of a new configuration.
@@ -118,9 +124,9 @@ class Surrogate:
         The measure is the expected improvement an epoch, over `last_epoch` epochs for a new one, some of whose values
         are `held`. True while the trials cannot be told apart.
         """
-        own = self._curve(trial, sign)
+        own = self._curve(trial, direction)
         with _on_one_thread():
-            belief = self._belief(self._curves(others, sign), last_epoch, own)
+            belief = self._belief(self._curves(others, direction), last_epoch, own)
             if own is None or not own.epochs or belief is None:
                 return True
             _, elsewhere = self._most_promising(belief, held, rng)
@@ -144,10 +150,10 @@ class Surrogate:
             process = process.believing(self._at_the_end(running))
         return _Belief(process, float(targets.min()), units[np.argsort(targets)])
 
-    def _curves(self, trials: Sequence[FrozenTrial], sign: int) -> list[_Curve]:
-        return [curve for trial in trials if (curve := self._curve(trial, sign)) is not None]
+    def _curves(self, trials: Sequence[FrozenTrial], direction: Direction) -> list[_Curve]:
+        return [curve for trial in trials if (curve := self._curve(trial, direction)) is not None]
 
-    def _curve(self, trial: FrozenTrial, sign: int) -> _Curve | None:
+    def _curve(self, trial: FrozenTrial, direction: Direction) -> _Curve | None:
         key = (trial.number, trial_id(trial))  # a pruned trial that is continued has a new id
         if key in self._ended:
             return self._ended[key]
@@ -155,12 +161,12 @@ class Surrogate:
             return None
         reported = sorted(trial.intermediate_values.items())
         learnt_from = reported if self._has_curves else []
-        finite = [(epoch, sign * value) for epoch, value in learnt_from if math.isfinite(value)]
+        finite = [(epoch, direction.loss(value)) for epoch, value in learnt_from if math.isfinite(value)]
         losses = np.minimum.accumulate([loss for _, loss in finite]) if finite else np.empty(0)
         epochs = [max(1, epoch) for epoch, _ in finite]
         has_result = trial.state == TrialState.COMPLETE and trial.value is not None and math.isfinite(trial.value)
         if has_result:
-            epochs, losses = [*epochs, max(epochs, default=1)], np.append(losses, sign * trial.values[0])
+            epochs, losses = [*epochs, max(epochs, default=1)], np.append(losses, direction.loss(trial.values[0]))
         curve = _Curve(
             units=self._encoding.units(trial.params),
             epochs=tuple(epochs),

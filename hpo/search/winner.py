@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hpo.records import describe_pruning
+from hpo.records import Comparison, Winner, describe_pruning
 
 if TYPE_CHECKING:
-    from hpo.records import TrialRecord, TrialState
-    from hpo.search.study import Study, StudySettings
+    from hpo.records import TrialRecord
+    from hpo.search.settings import StudySettings
+    from hpo.search.study import Study
 
 TEST_READINGS = "test_readings"
 TEST_CONFUSIONS = "test_confusions"
@@ -17,56 +17,6 @@ COMPARISONS = "comparisons"
 
 MAX_CONFUSED = 50
 """Classes of which a confusion matrix can be looked at."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """What the winner gains over the default configuration, on the examples that chose the winner."""
-
-    trial: int
-    """The trial of the default configuration."""
-    state: TrialState
-    value: float | None
-    """Its metric on the validation split, or over the folds; None where it diverged or failed."""
-    pruned: str | None
-    """`pruned after 3 of 20 epochs` for a default that did not run to its end."""
-    gain: float | None
-    """How much better the winner's metric is; None for the default itself, and where either has no model to compare."""
-    low: float | None
-    """Lower end of the 95 % interval of the gain."""
-    high: float | None
-    num_examples: int
-    """Validation examples that both models judged; 0 where folds were compared."""
-
-    @property
-    def is_distinct(self) -> bool:
-        """Whether the interval leaves out 0: the two are not just as good."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Winner:
-    """The best trial by its validation score, and what the test split says of it."""
-
-    trial: int
-    configuration: dict[str, Any]
-    metric: str
-    validation: float
-    """The metric at the best epoch on the validation split; the mean over the folds where there are any."""
-    best_epoch: int
-    """With folds the mean over them, rounded: for so many epochs the model is trained on all examples."""
-    folds: int | None
-    pruned: str | None
-    """`pruned after 3 of 20 epochs` for a trial that did not run to its end; None for one that did."""
-    test: dict[str, float] | None
-    """Scores on the test split; None until the search has reached its end."""
-    confusion: dict[str, Any] | None
-    """What the test split's classes are taken for: `classes` and `counts`, a row of counts for each class. None for a
-    regression, and with more than MAX_CONFUSED classes."""
-    comparison: dict[str, Any] | None
-    """A `Comparison` with the default configuration, as plain data; None until the search has reached its end."""
-    num_test_readings: int
-    """How often this study has read the test split: once for each winner that it had at an end."""
 
 
 def find_winner(study: Study) -> Winner | None:

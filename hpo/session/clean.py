@@ -1,4 +1,4 @@
-"""What a study keeps on disk: the weights of its best trials, and nothing that dead searches have left."""
+"""`hpo gc`: delete the weights of all but the best trials, and the files that sessions which died have left."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.deploy.load import find_runs
-from hpo.execution.worker import BEST_WEIGHTS, CHECKPOINT
-from hpo.home import find_home, find_storage, require_home, require_own_files
-from hpo.records import ranked
+from hpo.execution.retention import BestTrials, without_use_for_checkpoints
+from hpo.home import Home, find_storage
 from hpo.search.lease import living_sessions
-from hpo.search.priority import DEFAULT_CONFIGURATION
 from hpo.search.storage import read_storage
 from hpo.search.study import Study
 from hpo.tracking.store import open_store
+from hpo.training.trained import BEST_WEIGHTS, CHECKPOINT
 
 if TYPE_CHECKING:
-    from optuna.storages import BaseStorage
+    from collections.abc import Collection
 
+    from hpo.home import StudyFiles
     from hpo.tracking.store import TrackingStore
 
 
@@ -43,15 +43,20 @@ def clean_study(
 ) -> dict[str, Any]:
     """Remove the weights of all but the `keep` best trials, and files in the home that no trial will ever read.
 
-    Checkpoints of trials that run, or can go on, stay. Gives what was removed, or would be in a `dry_run`, with its
-    size in bytes. May run while the study is searched.
+    Checkpoints of trials that run, or can be resumed, stay. Gives what was removed, or would be in a `dry_run`, with
+    its size in bytes. May run while the study is searched.
     """
-    folder = require_home(find_home(home))
-    database = read_storage(folder, find_storage(storage))
+    layout, url = Home.find(home).require(), find_storage(storage)
+    database = read_storage(layout.path, url)
     opened = Study.load(database, study)
-    store = open_store(folder, find_runs(opened, folder, tracking_uri, is_shared=find_storage(storage) is not None))
-    require_own_files(folder, study, storage=find_storage(storage))
-    leftovers = [*_weak_weights(store, opened, keep), *_orphaned_files(folder, opened, database)]
+    store = open_store(layout.path, find_runs(opened, layout.path, tracking_uri, is_shared=url is not None))
+    files = layout.study(study)
+    files.require_own(url)
+
+    def living() -> set[str]:
+        return {session.id for session in living_sessions(database, study)}
+
+    leftovers = [*_weak_weights(store, opened, keep), *_unread_files(files, opened, living)]
     if not dry_run:
         for leftover in leftovers:
             leftover.remove()
@@ -61,27 +66,21 @@ def clean_study(
 
 def _weak_weights(store: TrackingStore, study: Study, keep: int) -> Iterator[_Leftover]:
     path = f"{CHECKPOINT}/{BEST_WEIGHTS}"
-    front = {trial.number for trial in study.front()} if study.settings.costs else set()
-    for trial in ranked(study.trials(), study.settings.direction)[keep:]:
-        if trial.number in front or trial.stage == DEFAULT_CONFIGURATION:
-            continue
-        run = store.find_trial_run(study.name, trial.number, study.id)
+    for number in BestTrials(study, keep).outdone:
+        run = store.find_trial_run(study.name, number, study.id)
         size = store.file_sizes(run, CHECKPOINT).get(path)
         if size is not None:
-            yield _Leftover(f"weights of trial {trial.number}", size, partial(store.remove_file, run, path))
+            yield _Leftover(f"weights of trial {number}", size, partial(store.remove_file, run, path))
 
 
-def _orphaned_files(home: Path, study: Study, database: BaseStorage) -> Iterator[_Leftover]:
-    splits = sorted((home / "splits" / study.name).glob("*.pt"))  # before the sessions: those that begin are spared
-    living = {session.id for session in living_sessions(database, study.name)}
-    may_go_on = {trial.number for trial in study.finalists()}
-    spools = home / "spool" / study.name
-    for folder in sorted((home / "checkpoints" / study.name).glob("trial-[0-9]*")):
-        number = int(folder.name.removeprefix("trial-").partition(".")[0])
-        is_on_its_way = any(spools.glob(f"*/trial-{number:04d}.jsonl"))  # the next search sends it to MLflow first
-        if number not in may_go_on and study.has_ended(number) and not is_on_its_way:
+def _unread_files(files: StudyFiles, study: Study, living: Callable[[], Collection[str]]) -> Iterator[_Leftover]:
+    left = files.splits_of_the_dead(living)
+    folders = files.trial_folders()
+    ended = without_use_for_checkpoints(study, {number for number, _ in folders})
+    for number, folder in folders:
+        # A trial that is spooled is told to MLflow by the next search, with the files of its folder.
+        if number in ended and not files.is_spooled(number):
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
             yield _Leftover(f"checkpoints of trial {number}", size, partial(shutil.rmtree, folder, ignore_errors=True))
-    for file in splits:
-        if file.stem not in living:
-            yield _Leftover("data of a search that died", file.stat().st_size, partial(file.unlink, missing_ok=True))
+    for file in left:
+        yield _Leftover("data of a search that died", file.stat().st_size, partial(file.unlink, missing_ok=True))

@@ -11,19 +11,17 @@ from hpo.config import augmentation_names, derive_seed
 from hpo.deploy.load import load_trial
 from hpo.errors import CheckpointError, HpoError, SearchError, StoreError
 from hpo.execution.messages import Assignment
-from hpo.execution.worker import CHECKPOINT, refit
+from hpo.execution.worker import refit
 from hpo.models.preprocessed import MirrorAveraged
 from hpo.plots.study import plot_confusion, plot_curves, plot_front, plot_history, plot_importances, plot_slices
 from hpo.provenance import describe as describe_provenance
-from hpo.records import CROWNABLE
+from hpo.records import CROWNABLE, Comparison, Winner
 from hpo.search.findings import findings, importances
 from hpo.search.winner import (
     COMPARISONS,
     MAX_CONFUSED,
     TEST_CONFUSIONS,
     TEST_READINGS,
-    Comparison,
-    Winner,
     describe_comparison,
     find_winner,
     front_rows,
@@ -31,17 +29,18 @@ from hpo.search.winner import (
 )
 from hpo.training.comparison import compare_folds, compare_models
 from hpo.training.losses import target_scale
+from hpo.training.trained import CHECKPOINT
 from hpo.training.trainer import evaluate, evaluate_classes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from hpo.data.datasets import Splits
-    from hpo.objective import SealedSplit, Split
-    from hpo.plugins import Task
+    from hpo.data.examples import SealedSplit, Split
     from hpo.records import TrialRecord
     from hpo.search.findings import Finding, GroupImportance
     from hpo.search.study import Study
+    from hpo.task import Task
     from hpo.tracking.runs import SummaryRun
     from hpo.tracking.store import TrackingStore
     from hpo.training.comparison import Difference
@@ -106,16 +105,19 @@ def compare_with_default(
         else:
             num_examples = len(splits.validation)
             difference = _difference_on(splits, study, store, (winner, default.number), device, task)
-    sign = 1 if study.settings.direction == "maximize" else -1
-    ends = sorted((sign * difference.low, sign * difference.high)) if difference else (None, None)
+    gains = (
+        [study.settings.direction.gain(end, over=0.0) for end in (difference.low, difference.high)]
+        if difference
+        else []
+    )
     return Comparison(
         trial=default.number,
         state=default.state,
         value=default.value if default.state in CROWNABLE else None,
         pruned=how_far(default, study.settings),
-        gain=sign * difference.value if difference else None,
-        low=ends[0],
-        high=ends[1],
+        gain=study.settings.direction.gain(difference.value, over=0.0) if difference else None,
+        low=min(gains, default=None),
+        high=max(gains, default=None),
         num_examples=num_examples,
     )
 

@@ -12,15 +12,17 @@ from typing import Any
 from hpo.config import COSTS, METRICS, TrainConfig
 from hpo.database import without_password
 from hpo.errors import StudyMismatchError, UnknownNameError, UsageError
-from hpo.home import check_study_name, find_data_dir, find_home, find_storage
-from hpo.plugins import SEARCH_SPACES, Task, load_task, require_registered
+from hpo.home import Home, check_study_name, find_data_dir, find_storage
+from hpo.plugins import SEARCH_SPACES, load_task, require_registered
 from hpo.search.priority import TRIED_BY_HAND
 from hpo.search.pruners import PRUNERS, check_first_rung, check_folds_pruner
+from hpo.search.settings import StudySettings
 from hpo.search.storage import read_storage
 from hpo.search.strategies import STRATEGIES
-from hpo.search.study import Study, StudySettings, read_settings
+from hpo.search.study import Study, read_settings
 from hpo.search.warm_start import best_configurations
 from hpo.space import Value
+from hpo.task import Task
 from hpo.tracking.store import home_store_uri
 from hpo.training.compiled import check_compile_mode
 from hpo.training.device import choose_device
@@ -34,7 +36,7 @@ EXECUTORS = ("local", "ray")
 class Means:
     """What one session searches with: its machine, its stores and its share of the work."""
 
-    home: Path
+    home: Home
     storage: str | None
     """URL of the database that several machines share; None for the one in the home."""
     tracking_uri: str | None
@@ -96,7 +98,7 @@ def find_means(
     if executor == "local":
         check_compile_mode(compile or "auto", precision or "auto", chosen_device)
     means = Means(
-        home=find_home(home),
+        home=Home.find(home),
         storage=find_storage(storage),
         tracking_uri=tracking_uri,
         data_dir=find_data_dir(data_dir),
@@ -133,7 +135,7 @@ def _check_executor(executor: str, address: str | None, gpus_per_trial: float | 
 
 def read_study(means: Means, name: str) -> Study | None:
     """The study of that name, if there is one; nothing is written."""
-    storage = read_storage(means.home, means.storage)
+    storage = read_storage(means.home.path, means.storage)
     return Study.load(storage, name) if read_settings(storage, name) else None
 
 
@@ -272,7 +274,7 @@ def find_proposals(
 def _read_source(means: Means, source: str, name: str, task: str) -> Study:
     if source == name:
         raise UsageError(f"--warm-start {source} is the study itself, which is resumed anyway; omit it.")
-    earlier = Study.load(read_storage(means.home, means.storage), source)
+    earlier = Study.load(read_storage(means.home.path, means.storage), source)
     if earlier.settings.task != task:
         raise UsageError(
             f"--warm-start {source}: study '{source}' is of task '{earlier.settings.task}', not '{task}'; "
@@ -294,7 +296,7 @@ def agreed_tracking_uri(means: Means, study: Study | None) -> str | None:
     if study is None:
         return given
     # Not None for the home's own store: MLFLOW_TRACKING_URI would then lead elsewhere.
-    so_far = study.tracking_uri or home_store_uri(means.home)
+    so_far = study.tracking_uri or home_store_uri(means.home.path)
     if given not in (None, so_far):
         raise StudyMismatchError(
             f"the runs of study '{study.name}' are in {without_password(so_far)}, "

@@ -5,31 +5,31 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from hpo.checks.checklist import log_verdicts, quick_part
-from hpo.checks.compatibility import check_task, load_dataset
+from hpo.checks.compatibility import check_task
 from hpo.checks.verdicts import Subject, Verdict, in_few_lines
+from hpo.config import Direction
 from hpo.data.datasets import VALIDATION_FRACTION, check_folds, save_splits, split_dataset
 from hpo.errors import SearchError, StoreError, UsageError
 from hpo.execution.coordinator import Coordinator
 from hpo.execution.local import LocalWorkers, warm_up
 from hpo.execution.messages import Setup
 from hpo.execution.observer import Observer
-from hpo.home import claim_files, require_own_files, require_space, study_lock
 from hpo.plugins import OBJECTIVES, SEARCH_SPACES, require_registered
 from hpo.provenance import Provenance, record_session, require_unchanged
-from hpo.records import TrialState, to_plain
+from hpo.records import SearchOutcome, Winner
 from hpo.search.lease import Session
 from hpo.search.storage import open_storage, read_storage
 from hpo.search.study import Study
-from hpo.search.winner import Winner, find_winner, front_rows
+from hpo.search.winner import find_winner, front_rows
 from hpo.session.conclude import crown_winner, refit_winner, write_summary
 from hpo.session.request import (
     DEFAULT_KEEP,
@@ -41,6 +41,7 @@ from hpo.session.request import (
     find_proposals,
     read_study,
 )
+from hpo.task import load_dataset
 from hpo.tracking.runs import StudyRuns
 from hpo.tracking.store import TrackingStore, open_store
 from hpo.training.device import memory_share, visible_gpus
@@ -48,8 +49,9 @@ from hpo.training.device import memory_share, visible_gpus
 if TYPE_CHECKING:
     from hpo.data.datasets import Splits
     from hpo.execution.pool import WorkerPool
-    from hpo.plugins import Task
-    from hpo.search.study import StudySettings
+    from hpo.home import StudyFiles
+    from hpo.search.settings import StudySettings
+    from hpo.task import Task
     from hpo.tracking.runs import SummaryRun
 
 NUM_COLUMNS = 5  # parameters in MLflow's table of runs, the first in tuning priority
@@ -61,37 +63,6 @@ RENEWAL_S = 120.0
 
 _POLL_S = 0.5
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchOutcome:
-    """The result of a search."""
-
-    study: str
-    home: Path
-    counts: Mapping[TrialState, int]
-    """Number of trials of the study in each state."""
-    num_trials: int
-    """Total of complete, pruned and diverged trials that was requested."""
-    is_done: bool
-    """Whether all of them have run; the winner is tested only then."""
-    interrupted: bool
-    """Whether Ctrl-C or a signal stopped the search."""
-    winner: Winner | None
-    to_continue: tuple[int, ...] = ()
-    """Pruned trials that may still win, after all trials have run; the next session continues them."""
-    front: list[dict[str, Any]] = field(default_factory=list)
-    """The Pareto front, the best metric first; empty with one objective."""
-
-    @property
-    def all_diverged(self) -> bool:
-        """Whether the search is complete and every trial with a result diverged."""
-        return self.is_done and self.winner is None and self.counts["diverged"] > 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """The outcome as JSON can hold it."""
-        plain: dict[str, Any] = to_plain(asdict(self) | {"home": str(self.home)})
-        return plain
 
 
 def run_search(
@@ -199,7 +170,7 @@ def submit_study(
     _, name, settings = agree(means, task, study, given)
     proposals = find_proposals(means, name, settings, tries, warm_starts)
     agreed_tracking_uri(means, None)  # those who join will need one, too
-    database = open_storage(means.home, means.storage)
+    database = open_storage(means.home.path, means.storage)
 
     def open_study() -> Study:
         study = Study.open(database, name, settings)
@@ -247,7 +218,7 @@ def join_search(
         deterministic=deterministic,
         accept_changes=accept_changes,
     )
-    task = Study.load(read_storage(means.home, means.storage), study).task_reference
+    task = Study.load(read_storage(means.home.path, means.storage), study).task_reference
     # Whoever can write to the database must not choose what code runs here.
     require_registered(OBJECTIVES, task)
     found, name, settings = agree(means, task, study, {})
@@ -299,7 +270,8 @@ def _search(
     means: Means,
     observer: Observer,
 ) -> SearchOutcome:
-    require_own_files(means.home, name, storage=means.storage)
+    files = means.home.study(name)
+    files.require_own(means.storage)
     if means.executor == "local":
         warm_up()  # the workers' server imports torch while the data are read
     observer.note(f"loading the data of {task.objective.name}")
@@ -315,16 +287,16 @@ def _search(
     verdicts = quick_part(Subject.of(task, splits, "cpu"))
     for line in in_few_lines(verdicts, task.reference):
         observer.found(line)
-    require_space(means.home, splits.num_bytes)
+    means.home.require_space(splits.num_bytes)
     session_id = uuid4().hex
-    splits_file = means.home / "splits" / name / f"{session_id}.pt"
+    splits_file = files.splits(session_id)
     workers = _find_workers(task, name, splits_file, means)
 
     observer.note("opening the MLflow store")
-    store = open_store(means.home, agreed_tracking_uri(means, read_study(means, name)))
-    with nullcontext() if means.is_shared else study_lock(means.home, name), ExitStack() as presence:
-        claim_files(means.home, name, storage=means.storage)
-        database = open_storage(means.home, means.storage)
+    store = open_store(means.home.path, agreed_tracking_uri(means, read_study(means, name)))
+    with nullcontext() if means.is_shared else files.locked(), ExitStack() as presence:
+        files.claim(means.storage)
+        database = open_storage(means.home.path, means.storage)
         session = presence.enter_context(Session(database, name, session_id=session_id))
 
         def open_study() -> Study:
@@ -346,14 +318,14 @@ def _search(
             observer.note(f"{num_queued} queued configurations are tried first")
         # Of two machines that make the experiment at once, one would fail.
         opened = session.exclusively(partial(_open_runs, store, study, task, session, provenance))
-        with opened as runs, _written(splits, splits_file, session):
+        with opened as runs, _written(splits, files, session):
             coordinator = Coordinator(
                 study=study,
                 session=session,
                 runs=runs,
                 task=task,
                 workers=workers,
-                checkpoints=means.home / "checkpoints" / name,
+                files=files,
                 keep=means.keep,
                 timeout_s=means.timeout_s,
                 trainer=means.trainer,
@@ -366,7 +338,7 @@ def _search(
         store.optimise()
     return SearchOutcome(
         study=name,
-        home=means.home,
+        home=means.home.path,
         counts=study.counts(),
         num_trials=study.num_trials,
         is_done=coordinator.is_done,
@@ -389,13 +361,11 @@ def _require_alone(session: Session, means: Means, name: str) -> None:
 
 
 @contextmanager
-def _written(splits: Splits, path: Path, session: Session) -> Iterator[None]:
+def _written(splits: Splits, files: StudyFiles, session: Session) -> Iterator[None]:
     """The splits in a file that the workers map into memory, for as long as the session runs."""
-    found = list(path.parent.glob("*.pt"))  # before the sessions: whoever has a file by now is one of them
-    living = session.living()
-    for left in found:
-        if left.stem not in living:
-            left.unlink(missing_ok=True)
+    for left in files.splits_of_the_dead(session.living):
+        left.unlink(missing_ok=True)
+    path = files.splits(session.id)
     try:
         save_splits(splits, path)
     except OSError as error:
@@ -422,7 +392,7 @@ def _find_workers(task: Task, name: str, splits: Path, means: Means) -> WorkerPo
         setup,
         num_threads=max(1, num_cores // num_workers),
         gpu_share=memory_share(num_workers, len(gpus)) if gpus else 1.0,
-        log=means.home / "logs" / name,
+        log=means.home.study(name).logs,
     )
     return LocalWorkers(setup, num_workers=num_workers, gpus=gpus)
 
@@ -498,7 +468,7 @@ def _await_others(session: Session) -> None:
 
 def _open_runs(store: TrackingStore, study: Study, task: Task, session: Session, provenance: Provenance) -> StudyRuns:
     settings = study.settings
-    best_first = "descending" if settings.direction == "maximize" else "ascending"
+    best_first = "descending" if settings.direction is Direction.MAXIMIZE else "ascending"
     value = f", the mean of {settings.folds} folds" if settings.folds else ""
     note = (
         f"{task.objective.description}\n\nSorted by `best/{settings.metric}`{value} ({best_first}), the best trial is "

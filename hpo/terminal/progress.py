@@ -49,7 +49,7 @@ class Tally:
         self.num_trials = start.num_trials
         self.counts = Counter(start.counts)
         self.best = start.best
-        self._sign = 1 if start.direction == "maximize" else -1
+        self._direction = start.direction
         self._started = time.monotonic()
         self._finished_before = self.num_finished
 
@@ -65,7 +65,7 @@ class Tally:
         value = result.best_value if result else None
         if state not in CROWNABLE or value is None:
             return False
-        if self.best is not None and self._sign * value <= self._sign * self.best[1]:
+        if self.best is not None and self._direction.gain(value, over=self.best[1]) <= 0:
             return False
         self.best = number, value
         return True

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from hpo.errors import HpoError
-from hpo.home import find_home, find_storage
+from hpo.home import Home, find_storage
 from hpo.plugins import OBJECTIVES, load_task, registered
 from hpo.provenance import describe as describe_provenance
 from hpo.provenance import sessions
-from hpo.records import ranked, to_plain
+from hpo.records import Winner, ranked, to_plain
 from hpo.search.findings import MIN_TRIALS_FOR_IMPORTANCES, findings, importances
 from hpo.search.lease import living_sessions
 from hpo.search.storage import read_storage
 from hpo.search.study import Study, list_studies
-from hpo.search.winner import Winner, describe_comparison, find_winner, front_rows
+from hpo.search.winner import describe_comparison, find_winner, front_rows
 from hpo.space import Group, Parameter, Space, describe_conditions, format_value
 
 if TYPE_CHECKING:
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 
     from hpo.checks.checklist import Checklist
     from hpo.checks.verdicts import State, Verdict
-    from hpo.records import TrialState
-    from hpo.session.search import SearchOutcome
+    from hpo.records import SearchOutcome, TrialState
 
 
 STYLES: dict[State, str] = {"ok": "green", "warning": "yellow", "wrong": "red"}
@@ -46,7 +45,7 @@ def print_outcome(console: Console, outcome: SearchOutcome) -> None:
     if outcome.front:
         _print_front(console, outcome.front)
     console.print(f"Runs, curves and checkpoints are in {outcome.home}", soft_wrap=True)
-    home = "" if outcome.home == find_home() else f" --home {shlex.quote(str(outcome.home))}"
+    home = "" if outcome.home == Home.find().path else f" --home {shlex.quote(str(outcome.home))}"
     if outcome.is_done and outcome.counts["queued"]:
         console.print("Some configurations are still queued; raise --trials to run them.")
     if not outcome.is_done:
@@ -119,7 +118,7 @@ def _parameter_table(title: str, parameters: Mapping[str, Parameter]) -> Table:
 
 def study_rows(home: Path | None, storage: str | None = None) -> list[dict[str, Any]]:
     """The studies of a home, or of a shared database, the oldest first, and who searches them now."""
-    database = read_storage(find_home(home), find_storage(storage))
+    database = read_storage(Home.find(home).path, find_storage(storage))
     return [
         _study_row(study, [session.name for session in living_sessions(database, study.name)])
         for study in list_studies(database)
@@ -153,7 +152,7 @@ def print_studies(console: Console, rows: list[dict[str, Any]]) -> None:
 
 def study_facts(name: str, home: Path | None, storage: str | None = None, top: int | None = None) -> dict[str, Any]:
     """Settings and trials of a study, and what it has learned; the best `top` trials, or all in order."""
-    study = Study.load(read_storage(find_home(home), find_storage(storage)), name)
+    study = Study.load(read_storage(Home.find(home).path, find_storage(storage)), name)
     trials = study.trials()
     if top is not None:
         trials = ranked(trials, study.settings.direction)[:top]
@@ -272,11 +271,11 @@ def _share(importance: dict[str, Any]) -> str:
 
 def best_facts(name: str, home: Path | None, storage: str | None = None) -> dict[str, Any]:
     """The winner of a study, as far as it is known."""
-    study = Study.load(read_storage(find_home(home), find_storage(storage)), name)
+    study = Study.load(read_storage(Home.find(home).path, find_storage(storage)), name)
     winner = find_winner(study)
     facts = {
         "study": name,
-        "home": str(find_home(home)),
+        "home": str(Home.find(home).path),
         "winner": winner and to_plain(asdict(winner)),
         "made_with": describe_provenance(study),
     }
@@ -290,7 +289,7 @@ def print_best(console: Console, facts: dict[str, Any]) -> None:
     _print_winner(console, Winner(**facts["winner"]))
     for line in facts["made_with"]:
         console.print(line, soft_wrap=True)
-    home = "" if facts["home"] == str(find_home()) else f", home={facts['home']!r}"
+    home = "" if facts["home"] == str(Home.find().path) else f", home={facts['home']!r}"
     console.print(f'Load it: model = hpo.load_best("{facts["study"]}"{home})', soft_wrap=True)
     if facts.get("front"):
         _print_front(console, facts["front"])

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from hpo.database import without_password
 from hpo.errors import StoreError
+from hpo.home import Home
 from hpo.tracking.spool import ATTEMPT_TAG, RUN_STATUS, Delivery, Event, Sender, Spool
-from hpo.tracking.store import ORPHANED_TAG, STUDY_ID_TAG, explained, is_of_study, search_runs
+from hpo.tracking.store import ORPHANED_TAG, STUDY_ID_TAG, TRIAL_TAG, explained, is_of_study, search_runs
 from hpo.tracking.view import FRONT_TAG, VIEW_TAG, study_view
 
 if TYPE_CHECKING:
@@ -69,9 +70,9 @@ class StudyRuns:
         self._study_id = study_id
         if is_new and study_id:
             self._mark_orphans()
-        self._spools = store.home / "spool" / study
+        self._files = Home(store.home).study(study)
         self._session = session
-        self._folder = _make_folder(self._spools / session)
+        self._folder = _make_folder(self._files.spool / session)
         self._deliveries: dict[int, Delivery] = {}
         self._sender = Sender()
         self._summary_id: str | None = None
@@ -128,7 +129,7 @@ class StudyRuns:
         client = self.store.client
         with explained(self.store.uri):
             for run in search_runs(client, self.experiment_id, "tags.`hpo.kind` = 'trial'", self._study_id):
-                is_on_front = int(run.data.tags["hpo.records"]) in numbers
+                is_on_front = int(run.data.tags[TRIAL_TAG]) in numbers
                 if is_on_front and FRONT_TAG not in run.data.tags:
                     client.set_tag(run.info.run_id, FRONT_TAG, "yes")
                 elif not is_on_front and FRONT_TAG in run.data.tags:
@@ -144,7 +145,7 @@ class StudyRuns:
         `living` gives the sessions that are left alone, and `owners` the session of each trial that runs; both are
         asked after what they judge was listed, so that a session or a trial that begins meanwhile is seen.
         """
-        folders = list(self._spools.iterdir())
+        folders = list(self._files.spool.iterdir())
         alive = {*living(), self._session}
         for folder in folders:
             if folder.name == self._session or folder.name not in alive:
@@ -157,7 +158,7 @@ class StudyRuns:
             for run in runs:
                 is_summary = run.data.tags.get("hpo.kind") == "study"
                 is_ours = run.info.run_id == self._summary_id
-                if run.data.tags.get("hpo.records") not in running and not (is_summary and (is_ours or len(alive) > 1)):
+                if run.data.tags.get(TRIAL_TAG) not in running and not (is_summary and (is_ours or len(alive) > 1)):
                     client.set_tag(run.info.run_id, "hpo.state", "interrupted")
                     client.set_terminated(run.info.run_id, "KILLED")
 
@@ -173,7 +174,7 @@ class StudyRuns:
 
     def has_arrived(self, number: int) -> bool:
         """Whether MLflow has all that was written in this home of a trial that has ended."""
-        return not any(self._spools.glob(f"*/{_spool_name(number)}"))
+        return not self._files.is_spooled(number)
 
     def _interrupt_if_open(self, delivery: Delivery) -> None:
         if not delivery.spool.has_ended():
@@ -181,7 +182,7 @@ class StudyRuns:
 
     def _delivery(self, number: int) -> Delivery:
         if number not in self._deliveries:
-            self._deliveries[number] = self._new_delivery(self._folder / _spool_name(number))
+            self._deliveries[number] = self._new_delivery(self._files.spool_file(self._session, number))
         return self._deliveries[number]
 
     def _new_delivery(self, path: Path) -> Delivery:
@@ -332,10 +333,6 @@ def begin_check_run(store: TrackingStore, study: str) -> SummaryRun:
 def _remove_if_empty(folder: Path) -> None:
     with suppress(OSError):  # what MLflow did not take stays for the next search
         folder.rmdir()
-
-
-def _spool_name(number: int) -> str:
-    return f"trial-{number:04d}.jsonl"
 
 
 def _make_folder(path: Path) -> Path:

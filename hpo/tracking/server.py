@@ -18,6 +18,7 @@ from types import FrameType
 from typing import IO
 
 from hpo.errors import StoreError, UsageError
+from hpo.home import Home
 from hpo.tracking.store import TrackingStore, prepare_mlflow
 
 _START_TIMEOUT_S = 120.0  # 10 to 20 s on two quiet cores
@@ -97,7 +98,7 @@ def running_server(store: TrackingStore, *, host: str, port: int) -> Iterator[su
 def _command(store: TrackingStore, host: str, port: int) -> list[str]:
     options = {
         "--backend-store-uri": store.uri,
-        "--default-artifact-root": (store.home / "artifacts").as_uri(),
+        "--default-artifact-root": Home(store.home).artifacts.as_uri(),
         "--host": host,
         "--port": str(port),
         "--workers": "1",

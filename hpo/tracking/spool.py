@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import SearchError
-from hpo.tracking.store import STUDY_ID_TAG, search_runs
+from hpo.tracking.store import STUDY_ID_TAG, TRIAL_TAG, search_runs
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -216,7 +216,7 @@ class Delivery:
         return self._run_id
 
     def _find_run(self) -> Run | None:
-        runs = search_runs(self._client, self._experiment_id, f"tags.`hpo.records` = '{self.number}'", self._study_id)
+        runs = search_runs(self._client, self._experiment_id, f"tags.`{TRIAL_TAG}` = '{self.number}'", self._study_id)
         if not runs:
             return None
         run = runs[0]
@@ -233,7 +233,7 @@ class Delivery:
         )
 
     def _create_run(self, time_ms: int) -> Run:
-        tags = {"hpo.kind": "trial", "hpo.records": str(self.number)}
+        tags = {"hpo.kind": "trial", TRIAL_TAG: str(self.number)}
         tags |= {STUDY_ID_TAG: self._study_id} if self._study_id else {}
         return self._client.create_run(self._experiment_id, time_ms, tags, run_name=f"trial-{self.number:04d}")
 

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from hpo.database import prepare_sqlite, without_password
 from hpo.errors import StoreError, UnknownNameError
-from hpo.home import create_home
+from hpo.home import Home
 from hpo.tracking.view import VIEW_NAME
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ _LOCK_TIMEOUT_S = 120.0  # creating the schema takes 3 s on a quiet machine
 _CONNECT_TIMEOUT_S = 5.0
 
 STUDY_ID_TAG = "hpo.study_id"
+TRIAL_TAG = "hpo.trial"
 ORPHANED_TAG = "hpo.orphaned"
 """On a run whose study is gone: its database was lost, and another study has its name."""
 
@@ -62,12 +63,12 @@ def open_store(home: Path, tracking_uri: str | None = None) -> TrackingStore:
     if _is_server(uri):
         _require_answer(uri)
     if database:
-        create_home(home)
+        Home(home).create()
         return TrackingStore(
             home=home, uri=uri, client=_open_sqlite(database, uri, is_in_home=uri == home_store_uri(home))
         )
     client = _connect(uri)  # before the home is made: a wrong address leaves nothing behind
-    create_home(home)
+    Home(home).create()
     return TrackingStore(home=home, uri=uri, client=client)
 
 
@@ -102,7 +103,7 @@ class TrackingStore:
         """The run id of a trial of the study with that id. Raises StoreError where MLflow has no such run."""
         experiment = self._find_experiment(study)
         with explained(self.uri):
-            of_trial = f"tags.`hpo.records` = '{number}'"
+            of_trial = f"tags.`{TRIAL_TAG}` = '{number}'"
             runs = search_runs(self.client, experiment.experiment_id, of_trial, study_id) if experiment else []
         if not runs:
             raise StoreError(
@@ -185,7 +186,7 @@ class TrackingStore:
 
     def _create_experiment(self, study: str) -> str:
         # A server decides where artifacts lie. A database would put them below the current folder.
-        location = None if self.is_server else (self.home / "artifacts" / study).as_uri()
+        location = None if self.is_server else Home(self.home).study(study).artifacts.as_uri()
         with explained(self.uri):
             return self.client.create_experiment(
                 _experiment_name(study),
@@ -249,7 +250,7 @@ def _require_known_scheme(uri: str) -> None:
 
 def home_store_uri(home: Path) -> str:
     """The URI of the home's own store."""
-    return f"sqlite:///{home / 'mlflow.db'}"
+    return f"sqlite:///{Home(home).mlflow_database}"
 
 
 def _is_server(uri: str) -> bool:
@@ -309,7 +310,7 @@ def _follow_home(database: Path) -> None:
     MLflow stores absolute addresses of artifacts: after a home was renamed, copied or mounted elsewhere, its models
     could not be found, and a search would write into the old place. The tables are MLflow 3.17.2's.
     """
-    artifacts = database.parent / "artifacts"
+    home = Home(database.parent)
     prefix = _experiment_name("")
     with closing(sqlite3.connect(database, timeout=20)) as connection, connection:
         stored = connection.execute(
@@ -317,7 +318,7 @@ def _follow_home(database: Path) -> None:
         ).fetchall()
         for experiment_id, name, location in stored:
             study = name.removeprefix(prefix)
-            wanted = (artifacts / study).as_uri()
+            wanted = home.study(study).artifacts.as_uri()
             if location == wanted or not (location.startswith("file:") and location.endswith(f"/artifacts/{study}")):
                 continue
             connection.execute(

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from hpo.config import Direction
+from hpo.config import Direction
 
 VIEW_NAME = "hpo"
 """The saved view that every study's experiment has."""
@@ -36,7 +35,7 @@ def study_view(metric: str, direction: Direction, parameters: Sequence[str], cos
         {
             "searchFilter": _TRIALS,
             "orderByKey": measured[0],
-            "orderByAsc": direction == "minimize",
+            "orderByAsc": direction is Direction.MINIMIZE,
             "selectedColumns": columns,
             "columnOrder": columns,
             "runsHiddenMode": "SHOWALL",

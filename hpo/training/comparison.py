@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from hpo.config import TrainConfig
-    from hpo.objective import Split
+    from hpo.data.examples import Split
 
 NUM_RESAMPLES = 1000
 """Of the bootstrap: enough for the ends of a 95 % interval (Efron and Tibshirani, 1993, section 14)."""

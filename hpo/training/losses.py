@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hpo.config import TrainConfig
-    from hpo.objective import Split
+    from hpo.data.examples import Split
 
 LossFunction = Callable[["Tensor", "Tensor"], "Tensor"]
 """From outputs (B, num_outputs) and targets (B,) to the mean over the batch, a scalar on their device.

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from hpo.data.batches import evaluation_batches
+from hpo.data.examples import Split
 from hpo.models.layers import SquaredReLU
-from hpo.objective import Split
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
+from hpo.config import Direction
+
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
@@ -44,7 +46,7 @@ class Plateau:
         self._warmup = LambdaLR(optimizer, lambda step: _rise(step, num_warmup_steps))
         self._reduction = ReduceLROnPlateau(
             optimizer,
-            mode="max" if config.direction == "maximize" else "min",
+            mode="max" if config.direction is Direction.MAXIMIZE else "min",
             factor=config.decay_factor,
             patience=config.plateau_patience - 1,  # torch's is the number that is still borne
             threshold=config.min_delta,

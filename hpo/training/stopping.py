@@ -49,10 +49,10 @@ class EarlyStopping:
     def _gain(self, value: float, reference: float | None) -> float:
         if reference is None:
             return math.inf
-        return value - reference if self.direction == "maximize" else reference - value
+        return self.direction.gain(value, over=reference)
 
     def state_dict(self) -> dict[str, Any]:
-        return vars(self).copy()
+        return {name: value for name, value in vars(self).items() if name != "direction"}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        vars(self).update({name: value for name, value in state.items() if name != "direction"})

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from hpo.config import TrainConfig
     from hpo.data.datasets import Splits
-    from hpo.objective import Split
+    from hpo.data.examples import Split
 
 
 NORM_EVERY = 8

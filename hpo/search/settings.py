@@ -1,0 +1,147 @@
+"""What a study was made with, and how two such settings differ, in the words of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+from hpo.config import Direction
+from hpo.space import Space, format_value
+
+FORMAT = 1
+"""Version of what a study stores of its settings; raised when an older hpo could misread it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySettings:
+    """What a study was made with; all but `planned_trials`, `space_reference` and `overrides` tells studies apart."""
+
+    task: str
+    """Name of the task."""
+
+    space: Space
+    """The space that is searched, after overrides."""
+
+    seed: int
+    """Seed that every random draw of the study follows from."""
+
+    strategy: str
+    """One of hpo.search.strategies.STRATEGIES."""
+
+    pruner: str
+    """One of hpo.search.pruners.PRUNERS."""
+
+    max_epochs: int
+    """Maximum number of epochs per trial."""
+
+    metric: str
+    """What is optimised, measured on the validation split."""
+
+    direction: Direction
+    """Whether a larger or a smaller metric is better."""
+
+    limit: int | None
+    """Training examples used; None for all."""
+
+    planned_trials: int
+    """Trials that the study was first asked for. The stages follow from it, so more trials later do not move them."""
+
+    space_reference: str | None = None
+    """The space that was named in place of the task's own."""
+
+    first_rung: int | None = None
+    """Epochs before the pruner stops a trial for the first time; None for its own choice."""
+
+    overrides: tuple[str, ...] = ()
+    """The overrides that narrowed the space, as they were written."""
+
+    objectives: tuple[str, ...] = ()
+    """Where there are several: the metric as `val/METRIC`, then some of hpo.config.COSTS. Empty for just the metric."""
+
+    folds: int | None = None
+    """Folds of the cross-validation whose mean is a trial's value; None where a validation split gives it."""
+
+    @property
+    def num_steps(self) -> int:
+        """How many values a trial can report: its folds, or else its epochs."""
+        return self.folds or self.max_epochs
+
+    @property
+    def costs(self) -> tuple[str, ...]:
+        """What is minimised beside the metric."""
+        return self.objectives[1:]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain data."""
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"space": self.space.to_dict()}
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> Self:
+        """The settings that `to_dict` described."""
+        tuples = {name: tuple(stored.get(name, ())) for name in ("overrides", "objectives")}
+        return cls(
+            **stored | tuples | {"space": Space.from_dict(stored["space"]), "direction": Direction(stored["direction"])}
+        )
+
+
+def differences(made: StudySettings, asked: StudySettings) -> Iterator[str]:
+    """How the settings differ, as a user wrote them: "--seed 0, not 1"."""
+    for field, written in (
+        ("task", "task"),
+        ("metric", "--metric"),
+        ("objectives", "--objective"),
+        ("folds", "--folds"),
+        ("seed", "--seed"),
+        ("strategy", "--strategy"),
+        ("pruner", "--pruner"),
+        ("first_rung", "--first-rung"),
+        ("max_epochs", "--epochs"),
+        ("limit", "--limit"),
+    ):
+        before, now = (_as_written(getattr(settings, field)) for settings in (made, asked))
+        if before != now:
+            yield (
+                f"no {written}, not {now}"
+                if before is None
+                else f"{written} {before}, not {'none' if now is None else now}"
+            )
+    yield from _space_differences(made.space, asked.space)
+
+
+def _as_written(setting: Any) -> Any:
+    return (" ".join(setting) or None) if isinstance(setting, tuple) else setting
+
+
+def _space_differences(made: Space, asked: Space) -> Iterator[str]:
+    for name in dict.fromkeys([*made.parameters, *asked.parameters]):
+        if name not in asked.parameters:
+            yield f"{_placed(name, made)}, which is gone"
+        elif name not in made.parameters:
+            yield f"no {_placed(name, asked)}"
+        else:
+            yield from _parameter_differences(name, made, asked)
+    order_before, order_now = ([group.name for group in space.groups] for space in (made, asked))
+    if order_before != order_now:
+        yield f"the groups {', '.join(order_before)}, not {', '.join(order_now)}"
+
+
+def _parameter_differences(name: str, made: Space, asked: Space) -> Iterator[str]:
+    before, now = made.parameters[name], asked.parameters[name]
+    placed = _placed(name, made)
+    if made.group_of(name) != asked.group_of(name):
+        yield f"{placed}, not in '{asked.group_of(name)}'"
+    if before.describe() != now.describe():
+        yield f"{placed} {before.describe()}, not {now.describe()}"
+    elif before.default != now.default:
+        yield f"{placed} default {format_value(before.default)}, not {format_value(now.default)}"
+    elif _declaration(name, made) != _declaration(name, asked):
+        yield f"{placed} declared otherwise"
+
+
+def _declaration(name: str, space: Space) -> dict[str, Any]:
+    return space.to_dict()[space.group_of(name)][name]
+
+
+def _placed(name: str, space: Space) -> str:
+    return f"{name} (in '{space.group_of(name)}')"

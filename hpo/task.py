@@ -1,0 +1,95 @@
+"""A task as it is searched: an objective with its space, checked against each other, and its data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hpo.config import TrainConfig, config_fields
+from hpo.data.examples import Dataset, SealedSplit
+from hpo.errors import DataError, HpoError, SpaceError, UnknownNameError, UsageError
+from hpo.objective import Objective
+from hpo.space import Space, Value
+
+# A study has one budget, one metric and one kind of machine: a search may not choose between them.
+NOT_TUNABLE = frozenset({"max_epochs", "metric", "seed", "device", "precision", "compile", "deterministic"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """An objective with the space to search, checked against each other."""
+
+    reference: str
+    """What finds the objective again: a registered name, an absolute FILE.py, or module:attribute."""
+
+    objective: Objective
+    space: Space
+
+    def train_config(self, values: Mapping[str, Value], **settings: Any) -> TrainConfig:
+        """Settings of the trainer for one configuration: the task's own, those given, then the searched ones."""
+        searched = {name: value for name, value in values.items() if name in config_fields()}
+        judged_by = {name: getattr(self.objective, name) for name in ("loss", "metric")}
+        return TrainConfig(**{**judged_by, **self.objective.settings, **settings, **searched})
+
+    def model_parameters(self, values: Mapping[str, Value]) -> dict[str, Value]:
+        """The part of a configuration that builds the model."""
+        return {name: value for name, value in values.items() if name not in config_fields()}
+
+    def narrow(self, overrides: tuple[str, ...]) -> Task:
+        return replace(self, space=self.space.narrow(overrides))
+
+    def judged_by(self, metric: str) -> Task:
+        """The task with another metric that decides."""
+        return replace(self, objective=replace(self.objective, metric=metric))
+
+
+def load_dataset(task: Task, data_dir: Path) -> Dataset:
+    """The task's data; whatever goes wrong while they are read is told as a DataError."""
+    name = task.objective.name
+    try:
+        dataset = task.objective.load(data_dir)
+    except HpoError:
+        raise
+    except (Exception, SystemExit) as error:  # reading is a stranger's code and may raise anything
+        raise DataError(f"the data of task '{name}' cannot be loaded: {type(error).__name__}: {error}") from error
+    if not isinstance(dataset, Dataset):
+        raise DataError(f"load of task '{name}' must return a Dataset, but returned a {type(dataset).__name__}.")
+    if not isinstance(dataset.test, SealedSplit) or len(dataset.test) == 0:
+        raise DataError(f"the data of task '{name}' have no test split; hpo.data.datasets.hold_out makes one.")
+    return dataset
+
+
+def _check_parameters(task: Task) -> None:
+    """Every parameter must set the trainer or build the model: one that does neither would be searched in vain."""
+    settings = config_fields().keys() - NOT_TUNABLE
+    accepted = settings | task.objective.model_parameters()
+    for name in task.space.declared:
+        if name in NOT_TUNABLE:
+            raise SpaceError(
+                f"{name} (in '{task.space.group_of(name)}') cannot be searched; use its command-line option."
+            )
+        if name not in accepted:
+            raise UnknownNameError(
+                "setting of the trainer or keyword of the model",
+                name,
+                sorted(accepted),
+                "A searched parameter must be one.",
+            )
+    unknown = next((name for name in task.objective.settings if name not in config_fields()), None)
+    if unknown is not None:
+        raise UnknownNameError("setting of the trainer", unknown, config_fields(), "(settings of the objective)")
+
+
+def _check_ranges(task: Task) -> None:
+    """Both ends of every range must be accepted by the trainer, before a trial finds out."""
+    task.train_config(task.space.defaults())
+    for name, parameter in task.space.declared.items():
+        if name not in config_fields():
+            continue
+        for value in parameter.extremes():
+            try:
+                task.train_config({name: value})
+            except UsageError as error:
+                raise SpaceError(f"{name} (in '{task.space.group_of(name)}'): {error}") from None

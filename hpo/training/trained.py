@@ -1,0 +1,50 @@
+"""What a trained model looks like on disk: its best weights, and all that is needed to build it again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Self
+
+from hpo.config import TrainConfig
+from hpo.data.examples import DataSpec
+from hpo.errors import CheckpointError
+from hpo.files import write_atomically
+from hpo.space import Value
+
+CHECKPOINT = "checkpoint"  # folder of a run's artifacts that holds the next two
+
+
+BEST_WEIGHTS = "best.pt"
+
+
+DESCRIPTION = "trial.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialDescription:
+    """What stands beside a trial's best weights: all that is needed to rebuild the model and to check the file."""
+
+    trial: int
+    spec: DataSpec
+    model_parameters: dict[str, Value]
+    config: TrainConfig
+    best_epoch: int
+    best_value: float
+    weights_sha256: str
+    sources: dict[str, str] = field(default_factory=dict)
+    """Checksums of the task's source files (hpo.sources); none where an earlier version trained."""
+
+    def write(self, folder: Path) -> None:
+        write_atomically(folder / DESCRIPTION, json.dumps(asdict(self), indent=2).encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Raises CheckpointError where the file is missing or damaged."""
+        try:
+            plain = json.loads((folder / DESCRIPTION).read_bytes())
+            spec = {name: tuple(values) for name, values in plain["spec"].items()}
+            return cls(**plain | {"spec": DataSpec(**spec), "config": TrainConfig(**plain["config"])})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder / DESCRIPTION} is missing or damaged: {error}") from error
