@@ -82,15 +82,17 @@ NOT_COMPARED = {
 IN_EACH_STEP = {
     "fp16 without a fused optimizer": {
         # torch's GradScaler asks after each step whether a gradient overflowed; fused optimizers do so on the device.
-        ("item", "training/step.py:_step"),
+        ("item", "training/step.py:_step_optimizer"),
     },
 }
 """Waits in each step that are there for a reason, by configuration."""
 
 OF_THE_OPTIMIZER = {
+    "training/optimizers.py:_fused_adam",
+    "training/optimizers.py:_fused_sgd",
     "training/optimizers.py:_step",
     "training/optimizers.py:step",
-    "training/step.py:_step",  # those of torch, which are no part of hpo
+    "training/step.py:_step_optimizer",  # those of torch, which are no part of hpo
 }
 """Where a step may be given other numbers than the one before: its rates, and corrections for the number of steps."""
 

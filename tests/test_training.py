@@ -8,7 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn import functional
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpo.config import AUGMENTATIONS, CLASS_WEIGHTS, OPTIMIZERS, SAMPLINGS, SCHEDULES, Direction, TrainConfig
@@ -32,7 +33,7 @@ from hpo.training.checkpoint import CheckpointFolder
 from hpo.training.compiled import let_dropout_vary, settle_compile_mode
 from hpo.training.losses import CLASSIFICATION_LOSSES, loss_function, target_scale
 from hpo.training.metrics import CLASSIFICATION_METRICS, ConfusionMetrics, EpochMetrics, RegressionMetrics, auroc
-from hpo.training.optimizers import build_optimizer
+from hpo.training.optimizers import FusedStep, build_optimizer
 from hpo.training.precision import settle_precision
 from hpo.training.schedules import build_schedule
 from hpo.training.step import TrainingStep
@@ -271,6 +272,22 @@ def test_the_mean_of_batches_of_different_size_is_the_mean_of_their_examples() -
     for size, loss in ((3, 1.0), (1, 5.0)):
         metrics.update(torch.zeros(size, 2), torch.zeros(size, dtype=torch.int64), torch.tensor(loss))
     assert metrics.compute()["loss"].item() == 2.0
+
+
+@pytest.mark.parametrize("sizes", [[3, 3, 3, 2], [2000, 30, 30], [1500, 1500]])
+def test_batches_that_are_held_are_counted_like_those_that_are_not(sizes: list[int]) -> None:
+    measured = []
+    for holds_batches in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        metrics = EpochMetrics(NUM_CLASSES, "cpu", holds_batches=holds_batches, with_auroc=True)
+        for size in sizes:
+            outputs = torch.randn(size, NUM_CLASSES, generator=generator)
+            targets = torch.randint(NUM_CLASSES, (size,), generator=generator)
+            metrics.update(outputs, targets, functional.cross_entropy(outputs, targets))
+        measured.append({name: value.item() for name, value in metrics.compute().items()})
+    loss, same_loss = (each.pop("loss") for each in measured)
+    assert measured[0] == measured[1]
+    assert loss == pytest.approx(same_loss)
 
 
 # What fit promises.
@@ -831,6 +848,49 @@ def test_the_fused_kernel_is_used_where_torch_has_one(optimizer: str) -> None:
     assert build_optimizer(ImageNet(), quick_config(optimizer=optimizer)).defaults["fused"]
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_a_fused_step_equals_torchs_bit_by_bit(optimizer: str, momentum: float) -> None:
+    config = quick_config(optimizer=optimizer, momentum=momentum, weight_decay=0.01)
+    gradients = [[torch.randn_like(p) for p in ImageNet().parameters()] for _ in range(6)]
+    after = []
+    for is_ours in (True, False):
+        model = ImageNet()
+        stepper = build_optimizer(model, config)
+        own: Callable[[], Any] = stepper.step
+        for number, of_step in enumerate(gradients):
+            for group in stepper.param_groups:
+                group["lr"] = 0.01 * (number + 1)  # as a schedule sets it
+            for parameter, gradient in zip(model.parameters(), of_step, strict=True):
+                parameter.grad = gradient.clone()
+            own()
+            if is_ours and number == 0:
+                assert FusedStep.suits(stepper)
+                own = FusedStep(stepper)
+        after.append((weights_of(model), stepper.state_dict()["state"]))
+    assert_equal_weights(after[0][0], after[1][0])
+    for number, state in after[0][1].items():
+        assert_equal_weights(
+            {k: v for k, v in state.items() if v is not None},
+            {k: v for k, v in after[1][1][number].items() if v is not None},
+        )
+
+
+def test_a_parameter_that_trains_later_is_left_to_torch() -> None:
+    """It has no state until then."""
+    model = ImageNet()
+    model.hidden.weight.requires_grad_(False)
+    step = TrainingStep(model, functional.cross_entropy, build_optimizer(model, quick_config(optimizer="adamw")))
+    inputs, targets = image_splits().train.inputs[:8], image_splits().train.targets[:8]
+    step(inputs, targets)
+    frozen = model.hidden.weight.clone()
+    step(inputs, targets)
+    assert torch.equal(model.hidden.weight, frozen)
+    model.hidden.weight.requires_grad_(True)
+    step(inputs, targets)
+    assert not torch.equal(model.hidden.weight, frozen)
+
+
 # Schedules.
 
 
@@ -889,6 +949,38 @@ def test_a_cosine_falls_to_half_in_the_middle() -> None:
     lrs, _ = rates(quick_config(schedule="cosine", warmup_fraction=0.2, lr=0.1), 50)
     assert lrs[10] == pytest.approx(0.1)
     assert lrs[30] == pytest.approx(0.05)
+
+
+@given(num_steps=st.integers(1, 60), optimizer=st.sampled_from(["sgd", "adamw"]))
+def test_one_cycle_is_torchs(num_steps: int, optimizer: str) -> None:
+    config = quick_config(schedule="one_cycle", optimizer=optimizer, momentum=0.8, beta1=0.9, lr=0.1)
+    highest = 0.8 if optimizer == "sgd" else 0.95
+    other = build_optimizer(nn.Linear(2, 2), config)
+    theirs = OneCycleLR(
+        other, 0.1, total_steps=num_steps + 1, max_momentum=highest, base_momentum=highest * 0.85 / 0.95
+    )
+    points = []
+    for step in range(num_steps + 1):
+        group = other.param_groups[0]
+        points.append((group["lr"], group["momentum"] if optimizer == "sgd" else group["betas"][0]))
+        if step < num_steps:
+            other.step()
+            theirs.step()
+    assert list(zip(*rates(config, num_steps), strict=True)) == points
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_points_that_were_computed_ahead_are_those_of_the_steps(schedule: str) -> None:
+    config = quick_config(schedule=schedule, optimizer="sgd", warmup_fraction=0.3, lr=0.1)
+    optimizer = build_optimizer(nn.Linear(2, 2), config)
+    curve = build_schedule(optimizer, config, 12)
+    ahead, alone = [], rates(config, 12)[0]
+    for _ in range(3):
+        for point in curve.compute_ahead(4):
+            assert list(point.rates) == [group["lr"] for group in optimizer.param_groups]
+            ahead.append(point.rates[0])
+            curve.step()
+    assert [*ahead, optimizer.param_groups[0]["lr"]] == alone
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "rmsprop"])

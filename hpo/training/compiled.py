@@ -11,7 +11,7 @@ import gc
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +21,7 @@ from torch.optim import SGD, Adam, AdamW
 
 from hpo.errors import UsageError
 from hpo.training.precision import autocast
+from hpo.training.schedules import Point
 from hpo.training.step import StepResult, TrainingStep
 
 if TYPE_CHECKING:
@@ -55,10 +56,9 @@ class CompiledStep:
         self.mode = mode
         self.precision = step.precision
         self._eager = step
-        # An optimizer's group may be empty; schedules change those that are not in place.
-        self._settings_of_groups = [group for group in step.optimizer.param_groups if group["params"]]
-        self._groups = [_Group.of(step.optimizer, group) for group in self._settings_of_groups]
+        self._groups = [_Group.of(step.optimizer, group) for group in step.optimizer.param_groups if group["params"]]
         self._num_steps = _steps_so_far(step.optimizer)
+        self._settings_ahead: list[Tensor] = []  # the next step's last
         self._run = _compiled_step(mode)
         if mode == "graph":
             # A graph may change in place only what it knows to stay where it is; the next trial's is recorded again.
@@ -91,10 +91,18 @@ class CompiledStep:
             torch.cuda.empty_cache()
         return self._eager(inputs, targets)
 
-    def _compiled(self, inputs: Tensor, targets: Tensor) -> StepResult:
-        rows = [self._settings(group, self._num_steps + 1) for group in self._settings_of_groups]
+    def prepare(self, points: Sequence[Point]) -> None:
+        """Bring the settings of the next steps to the device, all at once."""
+        rows = [self._settings(point, self._num_steps + number) for number, point in enumerate(points, start=1)]
+        device = self._groups[0].parameters[0].device
         # From pinned memory, so that a GPU is not waited for.
-        settings = torch.tensor(rows, pin_memory=inputs.is_cuda).to(inputs.device, non_blocking=True)
+        settings = torch.tensor(rows, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        self._settings_ahead = list(settings.unbind())[::-1]
+
+    def _compiled(self, inputs: Tensor, targets: Tensor) -> StepResult:
+        if not self._settings_ahead:
+            self.prepare([Point(tuple(group["lr"] for group in self._eager.optimizer.param_groups), None)])
+        settings = self._settings_ahead.pop()
         if self.mode == "graph":
             # The last step's outputs have been taken in: their memory may be written to again.
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
@@ -118,14 +126,17 @@ class CompiledStep:
             if "step" in state:
                 state["step"].fill_(self._num_steps)
 
-    def _settings(self, group: dict[str, Any], step: int) -> list[float]:
-        """A group's row of numbers, in the order of _Settings."""
+    def _settings(self, point: Point, step: int) -> list[list[float]]:
+        """For each group that has parameters, its row of numbers in the order of _Settings."""
+        groups = zip(self._eager.optimizer.param_groups, point.rates, strict=True)
+        return [self._row(group, rate, point.momentum, step) for group, rate in groups if group["params"]]
+
+    def _row(self, group: dict[str, Any], rate: float, momentum: float | None, step: int) -> list[float]:
         beta1, beta2 = group.get("betas") or (group["momentum"], 0.0)
+        beta1 = beta1 if momentum is None else momentum
         # The corrections in double precision, for beta2 ** step is near 1 for long.
         corrections = (1 - beta1**step, math.sqrt(1 - beta2**step))
-        return [
-            group["lr"], beta1, beta2, group["weight_decay"], group.get("eps", 0.0), *corrections, self._eager.clip_norm
-        ]  # fmt: skip
+        return [rate, beta1, beta2, group["weight_decay"], group.get("eps", 0.0), *corrections, self._eager.clip_norm]
 
 
 def check_compile_mode(wanted: str, precision: str, device: str) -> None:

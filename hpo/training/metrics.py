@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+HELD_EXAMPLES = 2048
+"""Examples whose outputs are held until they are counted: as many as an evaluation has in a batch."""
+
 CLASSIFICATION_METRICS = ("accuracy", "precision", "recall", "f1", "precision_weighted", "f1_weighted", "auroc")
 REGRESSION_METRICS = ("mse", "rmse", "mae", "r2")
 
@@ -31,36 +34,65 @@ class EpochMetrics:
     """Mean loss over the examples of an epoch and the metrics of the task; `num_classes` is 0 for a regression.
 
     `auroc` needs all outputs at once, and comes `with_auroc` alone: of a training epoch, whose weights change from step
-    to step, it would say little.
+    to step, it would say little. Small batches are held and taken in together, unless `holds_batches` is False, as it
+    must be if the next batch's outputs are written to the same memory.
     """
 
-    def __init__(self, num_classes: int, device: torch.device | str, *, with_auroc: bool = False) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        device: torch.device | str,
+        *,
+        with_auroc: bool = False,
+        holds_batches: bool = True,
+    ) -> None:
         self._metrics: ConfusionMetrics | RegressionMetrics
         self._metrics = ConfusionMetrics(num_classes, device) if num_classes else RegressionMetrics(device)
-        self._batches: list[tuple[Tensor, Tensor]] | None = [] if with_auroc and num_classes else None
+        self._all: list[tuple[Tensor, Tensor]] | None = [] if with_auroc and num_classes else None
+        self._holds_batches = holds_batches
+        self._held: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._held_size = 0  # examples in each of them
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self._num_examples = 0
 
     def update(self, outputs: Tensor, targets: Tensor, loss: Tensor) -> None:
         """Take in a batch; `loss` is its mean."""
-        self._metrics.update(outputs, targets)
-        if self._batches is not None:
-            self._batches.append((outputs, targets))
+        if len(targets) != self._held_size:
+            self._take_in()
+            self._held_size = len(targets)
+        self._held.append((outputs, targets, loss))
+        if not self._holds_batches or len(self._held) * self._held_size >= HELD_EXAMPLES:
+            self._take_in()
+
+    @torch.inference_mode()  # an evaluation's sums can be changed in this mode alone
+    def _take_in(self) -> None:
+        """Add up the batches that are held, which have the same size."""
+        if not self._held:
+            return
+        outputs, targets, losses = zip(*self._held, strict=True)
+        self._held = []
+        num_examples = len(losses) * self._held_size
+        together = (torch.cat(outputs), torch.cat(targets)) if len(losses) > 1 else (outputs[0], targets[0])
+        self._metrics.update(*together)
+        if self._all is not None:
+            self._all.append(together)
         # Batches may differ in size, so the mean of their means is not the mean.
-        self._loss_sum += loss * len(targets)
-        self._num_examples += len(targets)
+        self._loss_sum += torch.stack(losses).double().sum() * self._held_size
+        self._num_examples += num_examples
 
     def compute(self) -> dict[str, Tensor]:
         """Scalars on the device, by name. A loss that was not finite in any batch leaves `loss` not finite."""
+        self._take_in()
         metrics = {"loss": self._loss_sum / self._num_examples, **self._metrics.compute()}
-        if self._batches is not None:
-            outputs, targets = (torch.cat(part) for part in zip(*self._batches, strict=True))
+        if self._all is not None:
+            outputs, targets = (torch.cat(part) for part in zip(*self._all, strict=True))
             metrics["auroc"] = auroc(outputs, targets)
         return metrics
 
     @property
     def confusion(self) -> Tensor | None:
         """Examples (num_classes, num_classes) by target and prediction; None for a regression."""
+        self._take_in()
         return self._metrics.confusion if isinstance(self._metrics, ConfusionMetrics) else None
 
 

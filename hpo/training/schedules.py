@@ -2,14 +2,18 @@
 
 Step k (from 0) of `num_steps` is taken at the rate of the k-th point of the curve; after the last step the rate is at
 the curve's end. Each but one-cycle may begin with a linear warm-up (Goyal et al. 2017, arXiv:1706.02677, section 2.2).
+
+A training computes the points of an epoch before its first step. torch's schedulers compute each in its step, which
+takes as long as a small layer.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from hpo.config import Direction
 
@@ -19,7 +23,17 @@ if TYPE_CHECKING:
     from hpo.config import TrainConfig
 
 
-def build_schedule(optimizer: Optimizer, config: TrainConfig, num_steps: int) -> LRScheduler | Plateau:
+class Point(NamedTuple):
+    """Where the curve is at a step."""
+
+    rates: tuple[float, ...]
+    """The learning rate of each group of parameters."""
+
+    momentum: float | None
+    """The momentum, or beta1, of all groups; None if the schedule does not change it."""
+
+
+def build_schedule(optimizer: Optimizer, config: TrainConfig, num_steps: int) -> Schedule | Plateau:
     """The schedule that `config` names, stretched over the `num_steps` (at least 1) of the whole training."""
     if config.schedule == "one_cycle":
         return _one_cycle(optimizer, config, num_steps)
@@ -27,12 +41,75 @@ def build_schedule(optimizer: Optimizer, config: TrainConfig, num_steps: int) ->
     if config.schedule == "plateau":
         return Plateau(optimizer, config, num_warmup_steps)
 
-    def factor(step: int) -> float:
+    def rate(peak: float, step: int) -> float:
         if step < num_warmup_steps:
-            return _rise(step, num_warmup_steps)
-        return _fall(config, step - num_warmup_steps, num_steps - num_warmup_steps)
+            return peak * _rise(step, num_warmup_steps)
+        return peak * _fall(config, step - num_warmup_steps, num_steps - num_warmup_steps)
 
-    return LambdaLR(optimizer, factor)
+    return Schedule(optimizer, num_steps, rate)
+
+
+class Schedule:
+    """Sets the rates of an optimizer's groups, and their momentum where it varies, for the step that comes next."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        num_steps: int,
+        rate: Callable[[float, int], float],
+        momentum: Callable[[int], float] | None = None,
+    ) -> None:
+        """`rate` computes a group's rate from its peak, which is the one that it has now, and the step.
+
+        `momentum` computes the momentum of all groups, or their beta1, at a step.
+        """
+        self._optimizer = optimizer
+        self._num_steps = num_steps
+        self._rate, self._momentum = rate, momentum
+        self._peaks = [group["lr"] for group in optimizer.param_groups]
+        self._has_betas = "momentum" not in optimizer.defaults
+        self._points: list[Point] = []
+        self._first = 0  # the step that the first of them is for
+        self.num_steps_done = 0
+        self._set(self._point(0))
+
+    def step(self) -> None:
+        """Move on to the next step."""
+        self.num_steps_done += 1
+        self._set(self._point(self.num_steps_done))
+
+    def compute_ahead(self, num_steps: int) -> list[Point]:
+        """The points of the next steps, from the one that is set now; they are kept for `step`."""
+        self._first = self.num_steps_done
+        self._points = [self._computed(self._first + index) for index in range(num_steps + 1)]
+        return self._points[:-1]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"last_epoch": self.num_steps_done}  # as torch's schedulers name it
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the steps that were made; the optimizer's state has the rates."""
+        self.num_steps_done = state["last_epoch"]
+
+    def _point(self, step: int) -> Point:
+        index = step - self._first
+        return self._points[index] if 0 <= index < len(self._points) else self._computed(step)
+
+    def _computed(self, step: int) -> Point:
+        step = min(step, self._num_steps)  # the curve's end
+        by_peak = {peak: self._rate(peak, step) for peak in self._peaks}
+        momentum = self._momentum(step) if self._momentum else None
+        return Point(tuple(by_peak[peak] for peak in self._peaks), momentum)
+
+    def _set(self, point: Point) -> None:
+        for group, rate in zip(self._optimizer.param_groups, point.rates, strict=True):
+            group["lr"] = rate
+            if point.momentum is None:
+                continue
+            if self._has_betas:
+                group["betas"] = (point.momentum, *group["betas"][1:])
+            else:
+                group["momentum"] = point.momentum
 
 
 class Plateau:
@@ -42,8 +119,9 @@ class Plateau:
     """
 
     def __init__(self, optimizer: Optimizer, config: TrainConfig, num_warmup_steps: int) -> None:
+        self._optimizer = optimizer
         self._num_warmup_steps = num_warmup_steps
-        self._warmup = LambdaLR(optimizer, lambda step: _rise(step, num_warmup_steps))
+        self._warmup = Schedule(optimizer, num_warmup_steps, lambda peak, step: peak * _rise(step, num_warmup_steps))
         self._reduction = ReduceLROnPlateau(
             optimizer,
             mode="max" if config.direction is Direction.MAXIMIZE else "min",
@@ -55,11 +133,17 @@ class Plateau:
 
     @property
     def _is_warm(self) -> bool:
-        return self._warmup.last_epoch >= self._num_warmup_steps
+        return self._warmup.num_steps_done >= self._num_warmup_steps
 
     def step(self) -> None:
         if not self._is_warm:
             self._warmup.step()
+
+    def compute_ahead(self, num_steps: int) -> list[Point]:
+        """The points of the next steps, from the one that is set now, if none of them ends an epoch."""
+        if not self._is_warm:
+            return self._warmup.compute_ahead(num_steps)
+        return [Point(tuple(group["lr"] for group in self._optimizer.param_groups), None)] * num_steps
 
     def end_epoch(self, value: float) -> None:
         """Take in the metric that decides, on the validation split."""
@@ -110,20 +194,31 @@ def _progress_in_cycle(step: int, num_steps: int, num_cycles: int) -> float:
     return (units - ((1 << cycle) - 1) * num_steps) / ((1 << cycle) * num_steps)
 
 
-def _one_cycle(optimizer: Optimizer, config: TrainConfig, num_steps: int) -> OneCycleLR:
+def _one_cycle(optimizer: Optimizer, config: TrainConfig, num_steps: int) -> Schedule:
     """Up to the peak rate over 30 % of the steps and down to nearly 0, momentum the other way round (arXiv:1708.07120).
 
-    The momentum that the user chose is the highest; torch's ratio of lowest to highest, 0.85 to 0.95, is kept. Where
-    there is a beta1 instead, it lies between the two: 0.9 gives torch's.
+    The points are those of torch's OneCycleLR with `num_steps + 1` of them, so that the last step leads to the end. The
+    momentum that the user chose is the highest; torch's ratio of lowest to highest, 0.85 to 0.95, is kept. If there is
+    a beta1 instead, it lies between the two: 0.9 gives torch's.
     """
-    max_momentum = config.momentum if "momentum" in optimizer.defaults else (1 + config.beta1) / 2
-    return OneCycleLR(
+    highest = config.momentum if "momentum" in optimizer.defaults else (1 + config.beta1) / 2
+    lowest = highest * 0.85 / 0.95
+    top = 0.3 * (num_steps + 1) - 1  # the step of the peak, which may lie between two steps
+
+    def between(first: float, peak: float, last: float, step: int) -> float:
+        if step <= top:
+            return _annealed(first, peak, step / top)
+        return _annealed(peak, last, (step - top) / (num_steps - top))
+
+    varies = not optimizer.defaults.keys().isdisjoint(("momentum", "betas"))  # Adagrad has neither
+    return Schedule(
         optimizer,
-        max_lr=[group["lr"] for group in optimizer.param_groups],
-        # One point more than there are steps: the end is where the last step leads to. With num_steps points the
-        # call after the last step would leave the curve, and a single step would be taken at a rate of nearly 0.
-        total_steps=num_steps + 1,
-        cycle_momentum=not optimizer.defaults.keys().isdisjoint(("momentum", "betas")),  # Adagrad has neither
-        max_momentum=max_momentum,
-        base_momentum=max_momentum * 0.85 / 0.95,
+        num_steps,
+        rate=lambda peak, step: between(peak / 25, peak, peak / 25 / 1e4, step),
+        momentum=(lambda step: between(highest, lowest, highest, step)) if varies else None,
     )
+
+
+def _annealed(start: float, end: float, progress: float) -> float:
+    """From start to end along half a cosine."""
+    return end + (start - end) / 2 * (math.cos(math.pi * progress) + 1)

@@ -11,6 +11,7 @@ import torch
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 from hpo.errors import DeviceMemoryError
+from hpo.training.optimizers import FusedStep
 from hpo.training.precision import autocast
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class TrainingStep:
         """Parts that a batch is taken in."""
         self.scaler = _scaler(model, precision)
         self._has_stepped = False
+        self._fused_step: FusedStep | None = None
         self._measures_norm = True
 
     @property
@@ -125,11 +127,11 @@ class TrainingStep:
     def _step(self, inputs: Tensor, targets: Tensor) -> StepResult:
         for parameter in self._parameters:  # what zero_grad does, without its record for the profiler
             parameter.grad = None
-        parts = [
-            self._backward(part, part_targets, share=len(part) / len(inputs))
-            for part, part_targets in zip(inputs.chunk(self.num_parts), targets.chunk(self.num_parts), strict=True)
-        ]
-        self.scaler.unscale_(self.optimizer)
+        outputs, loss = (
+            self._backward_in_parts(inputs, targets) if self.num_parts > 1 else self._backward(inputs, targets)
+        )
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
         grad_norm = None
         if self._measures_norm:
             grad_norm = _clip_gradients(self._parameters, self.clip_norm, self.clip_value)
@@ -137,22 +139,38 @@ class TrainingStep:
             grad_norm = grad_norm.nan_to_num(0.0, 0.0, 0.0)  # the scaler passes over a step that overflowed
         if self.l1 > 0:
             _add_l1(self.optimizer, self.l1)
-        self.scaler.step(self.optimizer)
+        self._step_optimizer()
         if self.max_norm > 0:
             _limit_weights(self.optimizer, self.max_norm)
-        self.scaler.update()
-        if len(parts) == 1:
-            return StepResult(*parts[0], grad_norm)
-        outputs, losses = zip(*parts, strict=True)
-        return StepResult(torch.cat(outputs), torch.stack(losses).sum(), grad_norm)
+        return StepResult(outputs, loss, grad_norm)
 
-    def _backward(self, inputs: Tensor, targets: Tensor, *, share: float) -> tuple[Tensor, Tensor]:
+    def _step_optimizer(self) -> None:
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif self._fused_step:
+            self._fused_step()
+        else:
+            self.optimizer.step()
+            if not self._has_stepped and FusedStep.suits(self.optimizer):
+                self._fused_step = FusedStep(self.optimizer)
+
+    def _backward_in_parts(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [
+            self._backward(part, part_targets, share=len(part) / len(inputs))
+            for part, part_targets in zip(inputs.chunk(self.num_parts), targets.chunk(self.num_parts), strict=True)
+        ]
+        outputs, losses = zip(*parts, strict=True)
+        return torch.cat(outputs), torch.stack(losses).sum()
+
+    def _backward(self, inputs: Tensor, targets: Tensor, *, share: float = 1.0) -> tuple[Tensor, Tensor]:
         """Outputs and loss of a part of the batch, which counts with its share of the examples."""
         with autocast(self.precision, inputs.device):
             outputs = self.model(inputs)
             loss = self.loss_function(outputs, targets)
         loss = loss if share == 1 else loss * share
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaled = self.scaler.scale(loss) if self.scaler.is_enabled() else loss
+        scaled.backward()  # type: ignore[no-untyped-call]
         return outputs.detach(), loss.detach()
 
 

@@ -249,7 +249,11 @@ class _Run:
 
     def _train(self) -> tuple[dict[str, Tensor], Tensor]:
         """Metrics and the mean gradient norm of a pass over the training split, on the device."""
-        metrics = EpochMetrics(self.num_classes, self.config.device)
+        # A CUDA graph writes each step's outputs to the same memory.
+        metrics = EpochMetrics(self.num_classes, self.config.device, holds_batches=self.step.mode != "graph")
+        points = self.schedule.compute_ahead(len(self.batches))
+        if isinstance(self.step, CompiledStep):
+            self.step.prepare(points)
         norm_sum, num_norms = torch.zeros((), device=self.config.device), 0
         self.model.train()
         for index, (inputs, targets) in enumerate(self.batches):
