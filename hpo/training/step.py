@@ -68,6 +68,7 @@ class TrainingStep:
         self.scaler = _scaler(model, precision)
         self._has_stepped = False
         self._fused_step: FusedStep | None = None
+        self._one: Tensor | None = None  # what a loss is differentiated by itself
         self._measures_norm = True
 
     @property
@@ -169,9 +170,22 @@ class TrainingStep:
             outputs = self.model(inputs)
             loss = self.loss_function(outputs, targets)
         loss = loss if share == 1 else loss * share
-        scaled = self.scaler.scale(loss) if self.scaler.is_enabled() else loss
-        scaled.backward()  # type: ignore[no-untyped-call]
+        self._backpropagate(self.scaler.scale(loss) if self.scaler.is_enabled() else loss)
         return outputs.detach(), loss.detach()
+
+    def _backpropagate(self, loss: Tensor) -> None:
+        """`loss.backward()`; on a CPU without what torch does before it, which takes as long as a small layer.
+
+        It makes a gradient of 1, and lets threads of other devices see the settings of this one.
+        """
+        if self._one is None:
+            self._one = torch.ones_like(loss)
+        if not loss.is_cpu or loss.dtype != self._one.dtype or loss.shape != self._one.shape:
+            loss.backward()  # type: ignore[no-untyped-call]
+            return
+        torch.autograd.Variable._execution_engine.run_backward(
+            (loss,), (self._one,), False, False, (), allow_unreachable=True, accumulate_grad=True
+        )
 
 
 def _scaler(model: nn.Module, precision: str) -> torch.amp.GradScaler:
