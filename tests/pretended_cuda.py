@@ -12,8 +12,9 @@ backward pass fails without a driver (torch 2.15), and whatever reads a value st
     seen.operations                         # of each step that `seen.listening()` surrounded
 
 It finds tensors on two devices, CPU generators for tensors on the GPU, calls that torch.cuda refuses, waits of the
-host, convolutions without cuDNN, operations without a deterministic form, and tensors that outlive a trial. It cannot
-see inside kernels: numerics of TF32 and bf16, races between streams, CUDA graphs, real memory and speed are for
+host, convolutions without cuDNN, operations without a deterministic form, and tensors that outlive a trial. A CUDA
+graph repeats its operations with the plain numbers and the tensors of its capture, in which a wait is an error. It
+cannot see inside kernels: numerics of TF32 and bf16, races between streams, real memory and speed are for
 tests/test_gpu.py. It leans on private names of torch, read in 2.15.
 """
 
@@ -51,8 +52,12 @@ class Seen:
     operations: list[list[tuple[str, Any, str]]] = field(default_factory=list)
     """Name, plain arguments and place of each operation, for each time that `listening` was entered."""
     is_listening: bool = False
+    num_captures: int = 0
+    num_replays: int = 0
 
     def wait(self, kind: str) -> None:
+        if _captured is not None:
+            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({kind})")
         self.waits[kind, place_in_hpo()] += 1
 
     @contextmanager
@@ -73,6 +78,8 @@ class Seen:
 
 
 _seen = Seen()
+_captured: list[tuple[Any, Any, Any, Any]] | None = None
+"""Operations of the graph that is being captured, with their arguments and results; None outside of a capture."""
 
 
 def place_in_hpo() -> str:
@@ -279,6 +286,8 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if is_pinned := bool(plain_kwargs.get("pin_memory")):
         plain_kwargs["pin_memory"] = False
     result = func(*plain_args, **plain_kwargs)
+    if _captured is not None:
+        _captured.append((func, plain_args, plain_kwargs, result))
     if is_pinned:
         result._is_pinned = True
     if torch.Tag.inplace_view in func.tags:
@@ -390,6 +399,7 @@ class _Autocast(TorchFunctionMode):
 class _Stream:
     def __init__(self, device: Any = None, **kwargs: Any) -> None:
         torch.cuda.device(device)
+        self.device = CUDA
 
     def record_event(self, event: Any = None) -> Any:
         return _Event()
@@ -407,8 +417,55 @@ class _Event:
 
     def record(self, stream: Any = None) -> None: ...
 
+    def synchronize(self) -> None:
+        _seen.wait("event.synchronize")
+
     def elapsed_time(self, other: Any) -> float:
         return 1.0
+
+
+class _Graph:
+    """A CUDA graph: operations with the addresses and the plain numbers that they were captured with."""
+
+    def __init__(self) -> None:
+        self.operations: list[tuple[Any, Any, Any, Any]] = []
+
+    def replay(self) -> None:
+        _seen.num_replays += 1
+        with torch.no_grad(), torch._C._DisableTorchDispatch():
+            for func, args, kwargs, before in self.operations:
+                result = func(*args, **kwargs)
+                given: list[torch.Tensor] = []
+                _mapped(given.append, (args, kwargs))
+                shared = {tensor.untyped_storage().data_ptr() for tensor in given}
+                for own, new in zip(_flat(before), _flat(result), strict=True):
+                    if own is not new and own.untyped_storage().data_ptr() not in shared:  # neither in place nor a view
+                        own.copy_(new)
+
+
+def _flat(tree: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    _mapped(found.append, tree)
+    return found
+
+
+@contextmanager
+def _capture(graph: _Graph, **kwargs: Any) -> Iterator[None]:
+    """Note the operations in here. On a GPU they are not run; here they are, and what they changed is undone."""
+    global _captured
+    torch.cuda.synchronize()
+    alive = [each for each in gc.get_objects() if type(each) is GpuTensor]
+    before, random_state = [each._cpu.clone() for each in alive], torch.get_rng_state()
+    _seen.num_captures += 1
+    _captured = graph.operations
+    try:
+        yield
+    finally:
+        _captured = None
+        with torch.no_grad():
+            for tensor, saved in zip(alive, before, strict=True):
+                tensor._cpu.copy_(saved)
+        torch.set_rng_state(random_state)
 
 
 @contextmanager
@@ -459,8 +516,10 @@ def pretended_cuda() -> Iterator[Seen]:
         "torch.cuda.manual_seed_all": lambda seed: None,
         "torch.cuda.manual_seed": lambda seed: None,
         "torch.cuda.get_rng_state": lambda device="cuda": torch.get_rng_state(),
-        "torch.cuda.set_rng_state": lambda state, device="cuda": None,
-        "torch.cuda.is_current_stream_capturing": lambda: False,
+        "torch.cuda.set_rng_state": lambda state, device="cuda": torch.set_rng_state(state),
+        "torch.cuda.is_current_stream_capturing": lambda: _captured is not None,
+        "torch.cuda.CUDAGraph": _Graph,
+        "torch.cuda.graph": _capture,
         "torch.cuda.is_bf16_supported": lambda including_emulation=True: True,
         "torch.backends.cudnn.is_acceptable": lambda tensor: False,  # weights of recurrent layers stay as they are
         "torch.cuda.synchronize": lambda device=None: _seen.wait("synchronize"),

@@ -29,7 +29,7 @@ from hpo.models.preprocessed import MirrorAveraged, build_model
 from hpo.objective import Objective
 from hpo.space import Float, Group, Space
 from hpo.task import Task
-from hpo.training import trainer
+from hpo.training import captured, trainer
 from hpo.training.checkpoint import load_weights
 from hpo.training.step import StepResult, TrainingStep
 from hpo.training.trained import BEST_WEIGHTS, TrialDescription
@@ -383,6 +383,123 @@ def test_a_training_there_equals_one_on_the_cpu(tmp_path: Path) -> None:
     assert curves[0] == curves[1]
 
 
+# CUDA graphs.
+
+
+GRAPHS: dict[str, dict[str, Any]] = {
+    "sgd": {"optimizer": "sgd", "schedule": "one_cycle", "weight_decay": 0.01},
+    "sgd without nesterov": {"optimizer": "sgd", "nesterov": False, "schedule": "cosine"},
+    "sgd without momentum": {"optimizer": "sgd", "momentum": 0.0, "schedule": "cosine"},
+    "adam": {"optimizer": "adam", "schedule": "one_cycle", "weight_decay": 0.01, "clip_norm": 0.1},
+    "adamw": {"optimizer": "adamw", "schedule": "cosine", "weight_decay": 0.1, "ema_decay": 0.9},
+    "images": {"model": "convnet", "augment": "crop+flip+cutout", "mixup": 0.2, "precision": "bf16"},
+    "dropout": {"parameters": {"width": 16, "norm": "batch", "dropout": 0.2}, "label_smoothing": 0.1},
+    "regression": {"loss": "huber", "metric": "r2"},
+}
+
+
+def curve_of(
+    compile_mode: str, *, model: str | Callable[..., nn.Module] = "mlp", **settings: Any
+) -> tuple[list[float], Seen, str]:
+    """Validation losses of a training with 12 steps an epoch, what was seen of it, and how it was compiled."""
+    network = getattr(networks, model) if isinstance(model, str) else model
+    parameters = settings.pop("parameters", {"width": 8} if isinstance(model, str) else {})
+    splits = make_splits(is_regression=settings.get("metric") == "r2")
+    config = TrainConfig(
+        **{"max_epochs": 3, "batch_size": 4, "lr": 1e-3, "device": "cuda", "precision": "fp32", **settings},
+        compile=compile_mode,
+    )
+    with pretended_cuda() as seen:
+        built = build_model(make_objective(network), splits.spec, parameters, seed=0).to("cuda")
+        built.fit_statistics(splits.train)
+        results = list(trainer.fit(built, splits, config))
+    return [result.metrics["val/loss"] for result in results], seen, results[-1].settled["compile"]
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_captured_training_equals_an_eager_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rate, count or random draw stays what it was in the capture; eager steps come between for comparison."""
+    monkeypatch.setattr(captured, "RACE_STEPS", 2)
+    eager, _, _ = curve_of("off", **GRAPHS[name])
+    graph, seen, mode = curve_of("graph", **GRAPHS[name])
+    assert mode == "graph"
+    assert seen.num_captures == 1
+    assert seen.num_replays > 20
+    rough = GRAPHS[name].get("precision") == "bf16"
+    assert graph == pytest.approx(eager, rel=1e-2 if rough else 1e-4)
+
+
+def test_a_captured_step_lets_the_host_wait_once_a_trial() -> None:
+    waits = []
+    for max_epochs in (1, 3):
+        _, seen, _ = curve_of("graph", max_epochs=max_epochs)
+        waits.append({kind: count for kind, count in seen.waits.items() if "captured.py" in kind[1]})
+    assert waits[0] == waits[1]
+    assert {place for _, place in waits[0]} == {"training/captured.py:_capture", "training/captured.py:_check"}
+
+
+class Counting(nn.Module):
+    """Its outputs depend on how often it was called, by a number that Python holds."""
+
+    def __init__(self, spec: DataSpec) -> None:
+        super().__init__()
+        self.output = nn.Linear(spec.input_shape[-1], spec.num_outputs)
+        self.num_calls = 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.num_calls += self.training
+        outputs: torch.Tensor = self.output(images.mean((1, 2))) * (self.num_calls % 7)
+        return outputs
+
+
+class Waiting(Counting):
+    """Reads a number from the device in each step."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.output(images.mean((1, 2)) / (1 + abs(images.mean().item())))
+        return outputs
+
+
+class Full(Counting):
+    """Runs out of memory in a capture."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        outputs: torch.Tensor = self.output(images.mean((1, 2)))
+        return outputs
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Counting, "differs from an eager one"),
+        (Waiting, "operation not permitted when stream is capturing"),
+        (Full, "CUDA out of memory"),
+    ],
+)
+def test_what_cannot_be_captured_is_trained_as_it_is_and_the_user_reads_why(
+    model: type[nn.Module], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    eager, _, _ = curve_of("off", model=model, optimizer="adamw")
+    graph, seen, mode = curve_of("graph", model=model, optimizer="adamw")
+    assert mode == "off"
+    assert "steps are not captured as a CUDA graph" in caplog.text
+    assert reason in caplog.text
+    assert seen.num_captures == 1
+    if model is not Counting:  # which was called twice more, for the check
+        assert graph == pytest.approx(eager, rel=1e-4)
+
+
+def test_a_slower_captured_step_is_given_up(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(captured, "RACE_STEPS", 2)
+    times = iter([2.0, 1.0])
+    monkeypatch.setattr("pretended_cuda._Event.elapsed_time", lambda self, other: next(times))
+    _, _, mode = curve_of("graph")
+    assert mode == "off"
+    assert "not captured as a CUDA graph: it is not faster" in caplog.text
+
+
 # What the instrument finds.
 
 
@@ -445,6 +562,24 @@ def test_a_convolution_without_cudnn_and_one_that_is_not_deterministic_are_found
                 nn.functional.adaptive_max_pool2d(images, 1).sum().backward()
         finally:
             torch.use_deterministic_algorithms(False)
+
+
+def test_a_graph_repeats_the_numbers_and_the_tensors_of_its_capture() -> None:
+    with pretended_cuda():
+        number, given, total = 1.0, on_gpu(2), on_gpu(2)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = given * 2
+            total.add_(result + number)
+        assert total.tolist() == [1, 1], "a capture runs nothing"
+        number = 100.0
+        given.fill_(5)
+        graph.replay()
+        graph.replay()
+        assert result.tolist() == [10, 10]
+        assert total.tolist() == [23, 23]
+        with pytest.raises(RuntimeError, match="not permitted when stream is capturing"), torch.cuda.graph(graph):
+            total.sum().item()
 
 
 def test_a_tensor_that_outlives_its_trial_is_found() -> None:

@@ -39,8 +39,7 @@ SECONDS_TO_COMPILE = 5.0
 SECONDS_TO_COMPILE_A_PARAMETER = 0.5
 SECONDS_SAVED_A_PARAMETER = 50e-6
 
-_MODES = {"step": "default", "graph": "reduce-overhead"}
-_compiled: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {}
+_compiled: list[Callable[..., tuple[Tensor, Tensor, Tensor]]] = []
 _known: set[tuple[Any, ...]] = set()
 
 
@@ -50,25 +49,23 @@ class CompiledStep:
     A model that cannot be compiled is stepped as before, which is logged.
     """
 
-    def __init__(self, step: TrainingStep, mode: str) -> None:
-        """`mode` is "step", or "graph" for a CUDA graph as well, which spares launching the kernels one by one."""
+    def __init__(self, step: TrainingStep) -> None:
         let_dropout_vary(step.model)
-        self.mode = mode
+        self.mode = "step"
         self.precision = step.precision
         self._eager = step
-        self._groups = [_Group.of(step.optimizer, group) for group in step.optimizer.param_groups if group["params"]]
-        self._num_steps = _steps_so_far(step.optimizer)
-        self._settings_ahead: list[Tensor] = []  # the next step's last
-        self._run = _compiled_step(mode)
-        if mode == "graph":
-            # A graph may change in place only what it knows to stay where it is; the next trial's is recorded again.
-            for tensor in (tensor for group in self._groups for tensors in group for tensor in tensors):
-                torch._dynamo.mark_static_address(tensor)
+        self._formulas = Formulas(step)
+        self._run = _compiled_step()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training goes on with. The optimizer is told how many steps it has made."""
-        self._complete_optimizer()
+        if self.mode != "off":
+            self._formulas.complete_optimizer()
         return self._eager.state_dict()
+
+    def prepare(self, points: Sequence[Point]) -> None:
+        """Bring the settings of the next steps to the device, all at once."""
+        self._formulas.prepare(points)
 
     def __call__(self, inputs: Tensor, targets: Tensor, *, measures_norm: bool = True) -> StepResult:
         """Take in a batch (B, ...) with targets (B,). What is compiled computes the gradients' norm in any case."""
@@ -76,59 +73,82 @@ class CompiledStep:
             return self._eager(inputs, targets, measures_norm=measures_norm)
         from torch._dynamo.exc import TorchDynamoException
 
+        settings = self._formulas.next_settings()
         try:
-            return self._compiled(inputs, targets)
-        # RuntimeError is what a capture raises, and what torch.OutOfMemoryError is: a graph's memory is its own, and
-        # cannot use what eager steps have left in the cache.
-        except (TorchDynamoException, RuntimeError) as error:
+            results = self._run(*self._formulas.fixed, settings, inputs, targets, **self._formulas.choices)
+            self._formulas.count_step()
+            return StepResult(*results)
+        except (TorchDynamoException, RuntimeError) as error:  # torch.OutOfMemoryError is one
             reason = str(error).strip().partition("\n")[0]
         # Out here the failed attempt's tensors are gone.
         _logger.warning("the step cannot be compiled and continues without: %s", reason)
-        self._complete_optimizer()
+        self._formulas.complete_optimizer()
         self.mode = "off"
-        if inputs.is_cuda:
-            gc.collect()
-            torch.cuda.empty_cache()
+        free_memory(inputs.device)
         return self._eager(inputs, targets)
+
+
+class Formulas:
+    """What a step by the formulas of this module takes, from a TrainingStep that has made at least one."""
+
+    def __init__(self, step: TrainingStep) -> None:
+        self._optimizer = step.optimizer
+        self._clip_norm = step.clip_norm
+        self._groups = [_Group.of(step.optimizer, group) for group in step.optimizer.param_groups if group["params"]]
+        self._ahead: list[Tensor] = []  # settings, the next step's last
+        self.device = self._groups[0].parameters[0].device
+        self._num_steps = self._num_told = _steps_so_far(step.optimizer)
+        self.fixed = (step.model, step.loss_function, type(step.optimizer), self._groups)
+        """The first arguments of a step, the same in each."""
+        self.choices: dict[str, Any] = {
+            "clips": step.clip_norm > 0,
+            "is_nesterov": _is_nesterov(step.optimizer),
+            "precision": step.precision,
+        }
+        for parameter in step.model.parameters():
+            parameter.grad = None  # the last eager step's, which would only take memory
 
     def prepare(self, points: Sequence[Point]) -> None:
         """Bring the settings of the next steps to the device, all at once."""
         rows = [self._settings(point, self._num_steps + number) for number, point in enumerate(points, start=1)]
-        device = self._groups[0].parameters[0].device
-        # From pinned memory, so that a GPU is not waited for.
-        settings = torch.tensor(rows, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-        self._settings_ahead = list(settings.unbind())[::-1]
+        settings = torch.tensor(rows)
+        if self.device.type == "cuda":
+            settings = settings.pin_memory()  # from there it is copied without a wait
+        self._ahead = list(settings.to(self.device, non_blocking=True).unbind())[::-1]
 
-    def _compiled(self, inputs: Tensor, targets: Tensor) -> StepResult:
-        if not self._settings_ahead:
-            self.prepare([Point(tuple(group["lr"] for group in self._eager.optimizer.param_groups), None)])
-        settings = self._settings_ahead.pop()
-        if self.mode == "graph":
-            # The last step's outputs have been taken in: their memory may be written to again.
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        outputs, loss, grad_norm = self._run(
-            self._eager.model,
-            self._eager.loss_function,
-            type(self._eager.optimizer),
-            self._groups,
-            settings,
-            inputs,
-            targets,
-            clips=self._eager.clip_norm > 0,
-            is_nesterov=_is_nesterov(self._eager.optimizer),
-            precision=self.precision,
-        )
+    def next_settings(self) -> Tensor:
+        """Of the next step, (groups, settings); with the rates of now if they were not prepared."""
+        if not self._ahead:
+            self.prepare([Point(tuple(group["lr"] for group in self._optimizer.param_groups), None)])
+        return self._ahead.pop()
+
+    def eager(self, settings: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A step that is not compiled: it changes only `state`, and takes every number that varies from `settings`."""
+        return _step(*self.fixed, settings, inputs, targets, **self.choices, on_lists=True)
+
+    @property
+    def state(self) -> list[list[Tensor]]:
+        """What a step changes in place, by kind: weights, buffers, and what the optimizer keeps."""
+        model, kept = self.fixed[0], [tensor for group in self._groups for tensor in (*group.averages, *group.squares)]
+        return [list(model.parameters()), list(model.buffers()), kept]
+
+    def count_step(self, *, by_optimizer: bool = False) -> None:
+        """Count a step that was made by these formulas, or by the optimizer, which has counted it as well."""
         self._num_steps += 1
-        return StepResult(outputs, loss, grad_norm)
+        self._num_told += by_optimizer
 
-    def _complete_optimizer(self) -> None:
-        for state in self._eager.optimizer.state.values():
+    def complete_optimizer(self) -> None:
+        """Tell the optimizer how many steps it has made."""
+        if self._num_told == self._num_steps:
+            return
+        self._num_told = self._num_steps
+        for state in self._optimizer.state.values():
             if "step" in state:
                 state["step"].fill_(self._num_steps)
 
     def _settings(self, point: Point, step: int) -> list[list[float]]:
         """For each group that has parameters, its row of numbers in the order of _Settings."""
-        groups = zip(self._eager.optimizer.param_groups, point.rates, strict=True)
+        groups = zip(self._optimizer.param_groups, point.rates, strict=True)
         return [self._row(group, rate, point.momentum, step) for group, rate in groups if group["params"]]
 
     def _row(self, group: dict[str, Any], rate: float, momentum: float | None, step: int) -> list[float]:
@@ -136,20 +156,34 @@ class CompiledStep:
         beta1 = beta1 if momentum is None else momentum
         # The corrections in double precision, for beta2 ** step is near 1 for long.
         corrections = (1 - beta1**step, math.sqrt(1 - beta2**step))
-        return [rate, beta1, beta2, group["weight_decay"], group.get("eps", 0.0), *corrections, self._eager.clip_norm]
+        return [rate, beta1, beta2, group["weight_decay"], group.get("eps", 0.0), *corrections, self._clip_norm]
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what a failed attempt has taken of a GPU's memory."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def check_compile_mode(wanted: str, precision: str, device: str) -> None:
     """Raise UsageError where `--compile step` or `graph` was asked for and cannot be had."""
     reason = None
-    if wanted in _MODES and not _can_trace():
+    if wanted == "step" and not _can_trace():
         reason = f"needs a newer torch than {torch.__version__}"
-    elif wanted in _MODES and precision == "fp16":
+    elif wanted in ("step", "graph") and precision == "fp16":
         reason = "does not go with --precision fp16"
     elif wanted == "graph" and not device.startswith("cuda"):
         reason = f"needs a CUDA device, not {device}"
     if reason:
         raise UsageError(f"--compile {wanted} {reason}; use --compile auto, which compiles where it can and pays.")
+
+
+def has_formula(step: TrainingStep) -> bool:
+    """Whether the steps that come can be made by the formulas of this module: see `Formulas`."""
+    trains_all = all(p.requires_grad for p in step.model.parameters())
+    is_whole = step.is_plain and step.num_parts == 1 and step.precision != "fp16"
+    return type(step.optimizer) in _FORMULAS and trains_all and is_whole
 
 
 def settle_compile_mode(
@@ -161,13 +195,12 @@ def settle_compile_mode(
     seconds_a_step: float,
     steps_left: int,
 ) -> str:
-    """How the remaining steps are compiled: "off" where that is impossible, or for "auto" where it does not pay.
+    """Whether the remaining steps are compiled, "step", or not, "off": where that is impossible or not wanted, or for
+    "auto" where it does not pay.
 
     `is_mixed` says that the batches have shares of classes as their targets (hpo.data.mixing).
     """
-    has_formula = type(step.optimizer) in _FORMULAS and step.is_plain
-    trains_all = all(p.requires_grad for p in step.model.parameters())
-    if wanted == "off" or not has_formula or not trains_all or step.num_parts > 1 or step.precision == "fp16":
+    if wanted in ("off", "graph") or not has_formula(step):
         return "off"
     signature = (*_signature(step, batch_shape), is_mixed)
     if wanted == "auto":
@@ -180,7 +213,7 @@ def settle_compile_mode(
         torch.compiler.reset()
         _known.clear()
     _known.add(signature)
-    return "step" if wanted == "auto" else wanted
+    return "step"
 
 
 def _signature(step: TrainingStep, batch_shape: tuple[int, ...]) -> tuple[Any, ...]:
@@ -264,16 +297,16 @@ class _Group(NamedTuple):
         )
 
 
-def _compiled_step(kind: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    if kind not in _compiled:
+def _compiled_step() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    if not _compiled:
         import torch._dynamo
         import torch._inductor.config
 
         torch._dynamo.config.trace_autograd_ops = True  # the backward pass belongs to the graph
         torch._dynamo.config.recompile_limit = MAX_GRAPHS + 1
         torch._inductor.config.compile_threads = 1  # by itself it starts processes, which would outlive a killed worker
-        _compiled[kind] = torch.compile(_step, fullgraph=True, dynamic=False, mode=_MODES[kind])
-    return _compiled[kind]
+        _compiled.append(torch.compile(_step, fullgraph=True, dynamic=False))
+    return _compiled[0]
 
 
 def _step(
@@ -288,7 +321,9 @@ def _step(
     clips: bool,
     is_nesterov: bool,
     precision: str,
+    on_lists: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """A whole step. With `on_lists` an operation takes all parameters of a group, as a compiler arranges by itself."""
     with autocast(precision, inputs.device):
         outputs = model(inputs)
         loss = loss_function(outputs, targets)
@@ -302,7 +337,8 @@ def _step(
             if clips:
                 scale = (of_group.clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)
                 own = [g * scale for g in own]
-            _FORMULAS[optimizer](group, own, of_group, is_nesterov)
+            formula = (_FORMULAS_ON_LISTS if on_lists else _FORMULAS)[optimizer]
+            formula(group, own, of_group, is_nesterov)
     return outputs.detach(), loss.detach(), grad_norm
 
 
@@ -343,6 +379,49 @@ _FORMULAS: dict[type[torch.optim.Optimizer], Callable[[_Group, list[Tensor], _Se
     SGD: _sgd,
     Adam: _adam,
     AdamW: _adamw,
+}
+
+
+def _sgd_on_lists(group: _Group, gradients: list[Tensor], settings: _Settings, is_nesterov: bool) -> None:
+    steps = list(torch._foreach_mul(group.parameters, settings.weight_decay))
+    torch._foreach_add_(steps, gradients)
+    if group.averages:
+        torch._foreach_mul_(group.averages, settings.momentum)
+        torch._foreach_add_(group.averages, steps)
+        momenta = torch._foreach_mul(group.averages, settings.momentum)
+        steps = list(torch._foreach_add(steps, momenta)) if is_nesterov else group.averages
+    torch._foreach_sub_(group.parameters, torch._foreach_mul(steps, settings.lr))
+
+
+def _adam_on_lists(group: _Group, gradients: list[Tensor], settings: _Settings, _: bool) -> None:
+    decay = torch._foreach_mul(group.parameters, settings.weight_decay)
+    _adam_update_on_lists(group, list(torch._foreach_add(decay, gradients)), settings)
+
+
+def _adamw_on_lists(group: _Group, gradients: list[Tensor], settings: _Settings, _: bool) -> None:
+    torch._foreach_mul_(group.parameters, 1 - settings.lr * settings.weight_decay)
+    _adam_update_on_lists(group, gradients, settings)
+
+
+def _adam_update_on_lists(group: _Group, gradients: list[Tensor], settings: _Settings) -> None:
+    torch._foreach_mul_(group.averages, settings.momentum)
+    torch._foreach_add_(group.averages, torch._foreach_mul(gradients, 1 - settings.momentum))
+    torch._foreach_mul_(group.squares, settings.second_momentum)
+    squares = torch._foreach_mul(gradients, gradients)
+    torch._foreach_add_(group.squares, torch._foreach_mul(squares, 1 - settings.second_momentum))
+    deviations = torch._foreach_sqrt(group.squares)
+    torch._foreach_div_(deviations, settings.second_correction)
+    # By its full name: the short one would read the number from the device, to add it as a plain one.
+    torch.ops.aten._foreach_add_.Tensor(deviations, settings.eps)
+    updates = list(torch._foreach_div(group.averages, deviations))
+    torch._foreach_mul_(updates, settings.lr / settings.correction)
+    torch._foreach_sub_(group.parameters, updates)
+
+
+_FORMULAS_ON_LISTS: dict[type[torch.optim.Optimizer], Callable[[_Group, list[Tensor], _Settings, bool], None]] = {
+    SGD: _sgd_on_lists,
+    Adam: _adam_on_lists,
+    AdamW: _adamw_on_lists,
 }
 
 

@@ -66,7 +66,7 @@ class TrainingStep:
         self.num_parts = 1
         """Parts that a batch is taken in."""
         self.scaler = _scaler(model, precision)
-        self._has_stepped = False
+        self.has_stepped = False
         self._fused_step: FusedStep | None = None
         self._one: Tensor | None = None  # what a loss is differentiated by itself
         self._measures_norm = True
@@ -110,11 +110,11 @@ class TrainingStep:
         return result
 
     def _try(self, inputs: Tensor, targets: Tensor) -> StepResult | None:
-        known = set() if self._has_stepped else {*self.optimizer.state}
+        known = set() if self.has_stepped else {*self.optimizer.state}
         try:
             result = self._step(inputs, targets)
         except torch.OutOfMemoryError:
-            if not self._has_stepped:
+            if not self.has_stepped:
                 # An optimizer makes its state in its first step, and takes a half-made one for a whole one.
                 for parameter in {*self.optimizer.state} - known:
                     del self.optimizer.state[parameter]
@@ -122,7 +122,7 @@ class TrainingStep:
             state, self.scaler = self.scaler.state_dict(), _scaler(self.model, self.precision)
             self.scaler.load_state_dict(state)
             return None
-        self._has_stepped = True
+        self.has_stepped = True
         return result
 
     def _step(self, inputs: Tensor, targets: Tensor) -> StepResult:
@@ -153,7 +153,7 @@ class TrainingStep:
             self._fused_step()
         else:
             self.optimizer.step()
-            if not self._has_stepped and FusedStep.suits(self.optimizer):
+            if not self.has_stepped and FusedStep.suits(self.optimizer):
                 self._fused_step = FusedStep(self.optimizer)
 
     def _backward_in_parts(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,9 @@ from hpo.data.batches import build_batches, evaluation_batch_size, evaluation_ba
 from hpo.errors import CheckpointError, DeviceMemoryError, UsageError
 from hpo.models.pretrained import find_pretrained
 from hpo.training.averaging import AveragedWeights
+from hpo.training.captured import CapturedStep
 from hpo.training.checkpoint import CheckpointFolder, CheckpointWriter
-from hpo.training.compiled import CompiledStep, check_compile_mode, settle_compile_mode
+from hpo.training.compiled import CompiledStep, check_compile_mode, has_formula, settle_compile_mode
 from hpo.training.device import in_fitting_batches
 from hpo.training.losses import LossFunction, loss_function, target_scale, training_loss
 from hpo.training.metrics import EpochMetrics, check_metric
@@ -177,7 +178,7 @@ class _Run:
         self.optimizer = build_optimizer(self.model, config)
         self.schedule = build_schedule(self.optimizer, config, config.max_epochs * len(self.batches))
         loss = training_loss(config, splits.train, self.num_classes)
-        self.step: TrainingStep | CompiledStep = TrainingStep(
+        self.step: TrainingStep | CompiledStep | CapturedStep = TrainingStep(
             self.model,
             loss,
             self.optimizer,
@@ -206,8 +207,8 @@ class _Run:
 
     def next_epoch(self, epoch: int) -> EpochResult:
         started = time.perf_counter()
-        if self.compile_mode != "off" and isinstance(self.step, TrainingStep):
-            self.step = CompiledStep(self.step, self.compile_mode)
+        if self.compile_mode == "step" and isinstance(self.step, TrainingStep):
+            self.step = CompiledStep(self.step)
         self._seed(epoch)
         self._thaw(epoch)
         deterministic = self.config.deterministic
@@ -249,14 +250,16 @@ class _Run:
 
     def _train(self) -> tuple[dict[str, Tensor], Tensor]:
         """Metrics and the mean gradient norm of a pass over the training split, on the device."""
-        # A CUDA graph writes each step's outputs to the same memory.
-        metrics = EpochMetrics(self.num_classes, self.config.device, holds_batches=self.step.mode != "graph")
+        metrics = EpochMetrics(self.num_classes, self.config.device)
         points = self.schedule.compute_ahead(len(self.batches))
-        if isinstance(self.step, CompiledStep):
+        if not isinstance(self.step, TrainingStep):
             self.step.prepare(points)
         norm_sum, num_norms = torch.zeros((), device=self.config.device), 0
         self.model.train()
         for index, (inputs, targets) in enumerate(self.batches):
+            if isinstance(self.step, TrainingStep) and self._can_capture(self.step):
+                self.step = CapturedStep(self.step)
+                self.step.prepare(points[index:])
             step = self.step(inputs, targets, measures_norm=index % NORM_EVERY == 0)
             self.schedule.step()
             if self.average:
@@ -286,6 +289,17 @@ class _Run:
         metrics["watch/gap"] = metrics["val/loss"] - metrics["train/loss"]
         metrics["watch/epochs_without_progress"] = float(self.symptoms.epochs_without_progress(epoch))
         return symptoms
+
+    def _can_capture(self, step: TrainingStep) -> bool:
+        """Whether a CUDA graph is wanted, and can repeat the steps that come.
+
+        The first step makes the optimizer's state. Frozen layers that train later would need another graph, and batches
+        that are streamed are on their way while one is captured.
+        """
+        if self.config.compile != "graph" or not step.has_stepped:
+            return False
+        is_resident = self.splits.train.targets.is_cuda
+        return is_resident and not self.config.thaw_epoch and has_formula(step)
 
     def _settle_compile_mode(self, step: TrainingStep, epoch: int, epoch_s: float) -> None:
         """After an epoch that was not compiled, as the first never is: it fills the optimizer's state and shows how

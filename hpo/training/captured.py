@@ -1,0 +1,209 @@
+"""A step as a CUDA graph: what an eager step launches one by one is recorded once, and launched at once from then on.
+
+A GPU computes a step of a small network faster than Python launches its operations. Recording takes about as long as a
+step, needs no compiler, and belongs to one trial: the weights, the optimizer's state and the memory between them keep
+their addresses. So a recorded step must change nothing but tensors, and must take every number that varies from a
+tensor: a rate that is a Python float would stay what it was.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hpo.training.compiled import Formulas, free_memory
+from hpo.training.step import StepResult, TrainingStep
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hpo.training.schedules import Point
+
+_logger = logging.getLogger(__name__)
+
+WARM_UP_STEPS = 2
+"""Steps on a stream of their own before one is captured: libraries make their handles, and cuDNN tries its algorithms,
+neither of which is allowed in a capture. With the first step of a training that makes three."""
+
+RACE_STEPS = 20
+"""Captured steps that are timed, and then as many eager ones."""
+
+TOLERANCE = 0.02
+"""Difference between a captured and an eager step on the same batch, relative to what the step changes."""
+
+StepFunction = Callable[["Tensor", "Tensor", "Tensor"], tuple["Tensor", "Tensor", "Tensor"]]
+"""From settings, inputs and targets to outputs, loss and the gradients' norm; it changes its state in place."""
+
+
+class CapturedStep:
+    """Takes over from a TrainingStep that has made at least one step, and goes on with the same optimizer's state.
+
+    If the capture fails, or is not faster, the steps are made as before, which is logged.
+    """
+
+    def __init__(self, step: TrainingStep) -> None:
+        self.mode = "graph"
+        self.precision = step.precision
+        self._eager = step
+        self._formulas = Formulas(step)
+        self._function = CapturedFunction(self._formulas.eager, self._formulas.state, self._formulas.device)
+        self._race = Race()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training goes on with. The optimizer is told how many steps it has made."""
+        if self.mode != "off":
+            self._formulas.complete_optimizer()
+        return self._eager.state_dict()
+
+    def prepare(self, points: Sequence[Point]) -> None:
+        """Bring the settings of an epoch's next steps to the device, all at once."""
+        self._formulas.prepare(points)
+        self._race.restart()
+
+    def __call__(self, inputs: Tensor, targets: Tensor, *, measures_norm: bool = True) -> StepResult:
+        """Take in a batch (B, ...) with targets (B,). A captured step computes the gradients' norm in any case."""
+        if self.mode == "off":
+            return self._eager(inputs, targets, measures_norm=measures_norm)
+        settings = self._formulas.next_settings()
+        try:
+            if not self._function.is_captured or self._race.takes_captured():
+                results = self._function(settings, inputs, targets)
+                self._formulas.count_step()
+                return StepResult(*results)
+            reason = None if self._race.is_captured_faster is None else "it is not faster"
+        except RuntimeError as error:  # torch.OutOfMemoryError is one, too: a graph has its memory for itself
+            reason = str(error).strip().partition("\n")[0]
+        # Out here the failed attempt's tensors are gone.
+        self._formulas.complete_optimizer()
+        if reason:
+            self._give_up(reason)
+        self._formulas.count_step(by_optimizer=True)
+        return self._eager(inputs, targets, measures_norm=measures_norm)
+
+    def _give_up(self, reason: str) -> None:
+        _logger.warning("steps are not captured as a CUDA graph: %s", reason)
+        self.mode = "off"
+        self._function.release()
+        free_memory(self._formulas.device)
+
+
+class CapturedFunction:
+    """A step's function that captures itself in its third call, and is replayed from then on.
+
+    A call raises RuntimeError if the capture fails, if it runs out of memory, or if the captured step differs from an
+    eager one on the same batch; the state is then the one from before the call.
+    """
+
+    def __init__(self, function: StepFunction, state: Sequence[Sequence[Tensor]], device: torch.device) -> None:
+        """`state` is what the function changes in place, by kind: weights, buffers, what the optimizer keeps."""
+        self._function = function
+        self._state = state
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._num_calls = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._taken: list[Tensor] = []  # what the graph reads
+        self._given: tuple[Tensor, ...] = ()  # what it writes
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether the next call is a replay."""
+        return self._graph is not None
+
+    def release(self) -> None:
+        """Give back the graph's memory."""
+        self._graph, self._taken, self._given = None, [], ()
+
+    def __call__(self, settings: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the function returns. The arguments must have the same shapes in each call."""
+        self._num_calls += 1
+        if self._num_calls <= WARM_UP_STEPS:
+            return self._warm_up(settings, inputs, targets)
+        if self._graph is None:
+            self._capture(settings, inputs, targets)
+            self._check(settings, inputs, targets)
+        return self._replay(settings, inputs, targets)
+
+    def _warm_up(self, *taken: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            results = self._function(*taken)
+        current.wait_stream(self._stream)
+        for result in results:
+            result.record_stream(current)
+        return results
+
+    def _capture(self, *taken: Tensor) -> None:
+        self._taken = [tensor.clone() for tensor in taken]
+        graph = torch.cuda.CUDAGraph()
+        # By thread, so that a worker's other threads, one of which writes checkpoints, do not disturb it.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            self._given = self._function(*self._taken)
+        self._graph = graph
+
+    def _replay(self, *taken: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        assert self._graph is not None, "it was captured"
+        for own, given in zip(self._taken, taken, strict=True):
+            own.copy_(given)
+        self._graph.replay()
+        # The next replay writes to the same memory.
+        outputs, loss, grad_norm = (result.clone() for result in self._given)
+        return outputs, loss, grad_norm
+
+    def _check(self, *taken: Tensor) -> None:
+        """Raise RuntimeError if a replay does other things than the function itself. What both change is undone."""
+        replayed, eager = self._tried(self._replay, taken), self._tried(self._function, taken)
+        for one, other in zip(replayed, eager, strict=True):
+            # Written like this, NaN is a difference.
+            if not bool((one - other).norm() <= TOLERANCE * other.norm()):
+                raise RuntimeError("the captured step differs from an eager one on the same batch")
+
+    def _tried(self, step: StepFunction, taken: Sequence[Tensor]) -> list[Tensor]:
+        """What a step returns and what it changes, by kind, each as one vector; the state is left as it was."""
+        random_state = torch.cuda.get_rng_state(self._stream.device)
+        before = [[tensor.detach().clone() for tensor in kind] for kind in self._state]
+        try:
+            found = [torch.cat([result.double().flatten() for result in step(*taken)])]
+            for kind, kept in zip(self._state, before, strict=True):
+                changes = [(now.detach() - then).double().flatten() for now, then in zip(kind, kept, strict=True)]
+                found.append(torch.cat(changes) if changes else found[0][:0])
+            return found
+        finally:
+            with torch.no_grad():
+                for kind, kept in zip(self._state, before, strict=True):
+                    for now, then in zip(kind, kept, strict=True):
+                        now.copy_(then)
+            torch.cuda.set_rng_state(random_state, self._stream.device)
+
+
+class Race:
+    """Times captured steps, then eager ones, on the device, and says which are faster."""
+
+    def __init__(self) -> None:
+        self._marks: list[torch.cuda.Event] = []
+        self._num_steps = 0
+        self.is_captured_faster: bool | None = None
+        """None until it is over."""
+
+    def restart(self) -> None:
+        """Begin again if it is not over: something else than steps came between."""
+        self._marks, self._num_steps = [], 0
+
+    def takes_captured(self) -> bool:
+        """Whether the step that begins now is to be a captured one."""
+        if self.is_captured_faster is not None:
+            return self.is_captured_faster
+        if self._num_steps % RACE_STEPS == 0:
+            mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            mark.record()
+            self._marks.append(mark)
+        self._num_steps += 1
+        if len(self._marks) == 3:
+            captured, eager, end = self._marks
+            end.synchronize()
+            self.is_captured_faster = captured.elapsed_time(eager) <= eager.elapsed_time(end)
+            return self.is_captured_faster
+        return len(self._marks) == 1
