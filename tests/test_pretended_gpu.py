@@ -413,6 +413,8 @@ def curve_of(
         built = build_model(make_objective(network), splits.spec, parameters, seed=0).to("cuda")
         built.fit_statistics(splits.train)
         results = list(trainer.fit(built, splits, config))
+        del built, splits
+        assert seen.bytes_alive() == 0
     return [result.metrics["val/loss"] for result in results], seen, results[-1].settled["compile"]
 
 

@@ -6,7 +6,7 @@ its batches are streamed: the same batches, bit by bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -114,9 +114,23 @@ class TrainingBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order, *draws = self._draw_epoch()
         for (inputs, targets), *drawn in zip(_fetched(self._split, order, self._device), *draws, strict=True):
-            for augmentation, of_batch in zip(self._augmentations, drawn, strict=False):  # the mixing's come last
-                inputs = augmentation.apply(inputs, of_batch)
-            yield self._mixing.apply(inputs, targets, drawn[-1]) if self._mixing else (inputs, targets)
+            yield self._changed(inputs, targets, drawn)
+
+    def drawn(self) -> Iterator[tuple[Tensor, ...]]:
+        """For each batch of an epoch what is random about it, on the device; `make` turns it into the batch.
+
+        It is for a split that is on the device itself.
+        """
+        return zip(*self._draw_epoch(), strict=True)
+
+    def make(self, rows: Tensor, *draws: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch that `drawn` has described. It is computed from tensors alone, as a CUDA graph needs it."""
+        return self._changed(*_taken(self._split, rows), draws)
+
+    def _changed(self, inputs: Tensor, targets: Tensor, draws: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        for augmentation, of_batch in zip(self._augmentations, draws, strict=False):  # the mixing's come last
+            inputs = augmentation.apply(inputs, of_batch)
+        return self._mixing.apply(inputs, targets, draws[-1]) if self._mixing else (inputs, targets)
 
     def _draw_epoch(self) -> list[tuple[Tensor, ...]]:
         """Indices, where the split is, and the draws of augmentations and mixing on the device, all in batches."""

@@ -34,22 +34,34 @@ RACE_STEPS = 20
 TOLERANCE = 0.02
 """Difference between a captured and an eager step on the same batch, relative to what the step changes."""
 
-StepFunction = Callable[["Tensor", "Tensor", "Tensor"], tuple["Tensor", "Tensor", "Tensor"]]
-"""From settings, inputs and targets to outputs, loss and the gradients' norm; it changes its state in place."""
+Make = Callable[..., tuple["Tensor", "Tensor"]]
+"""From what was drawn for a batch to its inputs and targets, by operations on tensors alone."""
+
+StepFunction = Callable[..., tuple["Tensor", ...]]
+"""From settings and what was drawn for a batch to outputs, loss, the gradients' norm and targets; it changes its state
+in place."""
 
 
 class CapturedStep:
     """Takes over from a TrainingStep that has made at least one step, and goes on with the same optimizer's state.
 
-    If the capture fails, or is not faster, the steps are made as before, which is logged.
+    It makes its batches itself, because gathering and augmenting them belongs to the graph. If the capture fails, or is
+    not faster, the steps are made as before, which is logged.
     """
 
-    def __init__(self, step: TrainingStep) -> None:
+    def __init__(self, step: TrainingStep, make: Make) -> None:
         self.mode = "graph"
         self.precision = step.precision
         self._eager = step
-        self._formulas = Formulas(step)
-        self._function = CapturedFunction(self._formulas.eager, self._formulas.state, self._formulas.device)
+        self._make = make
+        self._formulas = formulas = Formulas(step)
+
+        # Not a method: it would hold this object, and the object it, so that the graph's memory outlived the trial.
+        def whole_step(settings: Tensor, *drawn: Tensor) -> tuple[Tensor, ...]:
+            inputs, targets = make(*drawn)
+            return *formulas.eager(settings, inputs, targets), targets
+
+        self._function = CapturedFunction(whole_step, formulas.state, formulas.device)
         self._race = Race()
 
     def state_dict(self) -> dict[str, Any]:
@@ -63,16 +75,19 @@ class CapturedStep:
         self._formulas.prepare(points)
         self._race.restart()
 
-    def __call__(self, inputs: Tensor, targets: Tensor, *, measures_norm: bool = True) -> StepResult:
-        """Take in a batch (B, ...) with targets (B,). A captured step computes the gradients' norm in any case."""
+    def __call__(self, *drawn: Tensor, measures_norm: bool = True) -> tuple[StepResult, Tensor]:
+        """Take in the batch that was drawn; the result, and the batch's targets.
+
+        A captured step computes the gradients' norm in any case.
+        """
         if self.mode == "off":
-            return self._eager(inputs, targets, measures_norm=measures_norm)
+            return self._ordinary_step(drawn, measures_norm)
         settings = self._formulas.next_settings()
         try:
             if not self._function.is_captured or self._race.takes_captured():
-                results = self._function(settings, inputs, targets)
+                *results, targets = self._function(settings, *drawn)
                 self._formulas.count_step()
-                return StepResult(*results)
+                return StepResult(*results), targets
             reason = None if self._race.is_captured_faster is None else "it is not faster"
         except RuntimeError as error:  # torch.OutOfMemoryError is one, too: a graph has its memory for itself
             reason = str(error).strip().partition("\n")[0]
@@ -81,7 +96,11 @@ class CapturedStep:
         if reason:
             self._give_up(reason)
         self._formulas.count_step(by_optimizer=True)
-        return self._eager(inputs, targets, measures_norm=measures_norm)
+        return self._ordinary_step(drawn, measures_norm)
+
+    def _ordinary_step(self, drawn: Sequence[Tensor], measures_norm: bool) -> tuple[StepResult, Tensor]:
+        inputs, targets = self._make(*drawn)
+        return self._eager(inputs, targets, measures_norm=measures_norm), targets
 
     def _give_up(self, reason: str) -> None:
         _logger.warning("steps are not captured as a CUDA graph: %s", reason)
@@ -116,17 +135,17 @@ class CapturedFunction:
         """Give back the graph's memory."""
         self._graph, self._taken, self._given = None, [], ()
 
-    def __call__(self, settings: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, *taken: Tensor) -> tuple[Tensor, ...]:
         """What the function returns. The arguments must have the same shapes in each call."""
         self._num_calls += 1
         if self._num_calls <= WARM_UP_STEPS:
-            return self._warm_up(settings, inputs, targets)
+            return self._warm_up(*taken)
         if self._graph is None:
-            self._capture(settings, inputs, targets)
-            self._check(settings, inputs, targets)
-        return self._replay(settings, inputs, targets)
+            self._capture(*taken)
+            self._check(*taken)
+        return self._replay(*taken)
 
-    def _warm_up(self, *taken: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _warm_up(self, *taken: Tensor) -> tuple[Tensor, ...]:
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -144,14 +163,13 @@ class CapturedFunction:
             self._given = self._function(*self._taken)
         self._graph = graph
 
-    def _replay(self, *taken: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _replay(self, *taken: Tensor) -> tuple[Tensor, ...]:
         assert self._graph is not None, "it was captured"
         for own, given in zip(self._taken, taken, strict=True):
             own.copy_(given)
         self._graph.replay()
         # The next replay writes to the same memory.
-        outputs, loss, grad_norm = (result.clone() for result in self._given)
-        return outputs, loss, grad_norm
+        return tuple(result.clone() for result in self._given)
 
     def _check(self, *taken: Tensor) -> None:
         """Raise RuntimeError if a replay does other things than the function itself. What both change is undone."""

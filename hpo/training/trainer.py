@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,8 +26,8 @@ from hpo.training.metrics import EpochMetrics, check_metric
 from hpo.training.optimizers import build_optimizer, load_optimizer_state
 from hpo.training.precision import autocast, has_convolutions, settle_precision
 from hpo.training.probe import Probe
-from hpo.training.schedules import Plateau, build_schedule
-from hpo.training.step import TrainingStep
+from hpo.training.schedules import Plateau, Point, build_schedule
+from hpo.training.step import StepResult, TrainingStep
 from hpo.training.stopping import EarlyStopping
 from hpo.training.symptoms import Symptoms
 
@@ -256,19 +256,33 @@ class _Run:
             self.step.prepare(points)
         norm_sum, num_norms = torch.zeros((), device=self.config.device), 0
         self.model.train()
-        for index, (inputs, targets) in enumerate(self.batches):
-            if isinstance(self.step, TrainingStep) and self._can_capture(self.step):
-                self.step = CapturedStep(self.step)
-                self.step.prepare(points[index:])
-            step = self.step(inputs, targets, measures_norm=index % NORM_EVERY == 0)
+        for step, targets in self._steps(points):
             self.schedule.step()
             if self.average:
                 self.average.end_step()
             metrics.update(step.outputs, targets, step.loss)
             if step.grad_norm is not None:
-                norm_sum += step.grad_norm  # at once: the next step of a graph writes to the same memory
+                norm_sum += step.grad_norm
                 num_norms += 1
         return metrics.compute(), norm_sum / num_norms
+
+    def _steps(self, points: Sequence[Point]) -> Iterator[tuple[StepResult, Tensor]]:
+        """Each step of an epoch, and the targets of its batch."""
+        if not self._may_capture:
+            assert not isinstance(self.step, CapturedStep), "it may not be captured"
+            for index, (inputs, targets) in enumerate(self.batches):
+                yield self.step(inputs, targets, measures_norm=index % NORM_EVERY == 0), targets
+            return
+        for index, drawn in enumerate(self.batches.drawn()):
+            # The first step makes the optimizer's state.
+            if isinstance(self.step, TrainingStep) and self.step.has_stepped and has_formula(self.step):
+                self.step = CapturedStep(self.step, self.batches.make)
+                self.step.prepare(points[index:])
+            if isinstance(self.step, CapturedStep):
+                yield self.step(*drawn, measures_norm=index % NORM_EVERY == 0)
+            else:
+                inputs, targets = self.batches.make(*drawn)
+                yield self.step(inputs, targets, measures_norm=index % NORM_EVERY == 0), targets
 
     def _candidate(self, epoch: int) -> nn.Module:
         """What is measured, and kept where it is the best."""
@@ -290,16 +304,15 @@ class _Run:
         metrics["watch/epochs_without_progress"] = float(self.symptoms.epochs_without_progress(epoch))
         return symptoms
 
-    def _can_capture(self, step: TrainingStep) -> bool:
-        """Whether a CUDA graph is wanted, and can repeat the steps that come.
+    @property
+    def _may_capture(self) -> bool:
+        """Whether a CUDA graph is wanted, and can make its batches.
 
-        The first step makes the optimizer's state. Frozen layers that train later would need another graph, and batches
-        that are streamed are on their way while one is captured.
+        Batches that are streamed are on their way while one is captured, and layers that train later would need another
+        graph.
         """
-        if self.config.compile != "graph" or not step.has_stepped:
-            return False
         is_resident = self.splits.train.targets.is_cuda
-        return is_resident and not self.config.thaw_epoch and has_formula(step)
+        return self.config.compile == "graph" and is_resident and not self.config.thaw_epoch
 
     def _settle_compile_mode(self, step: TrainingStep, epoch: int, epoch_s: float) -> None:
         """After an epoch that was not compiled, as the first never is: it fills the optimizer's state and shows how
