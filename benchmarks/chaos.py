@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.execution.observer import Observer
-from hpo.session.request import find_means, read_study
+from hpo.session.request import read_study, this_machine
 from hpo.session.search import run_search
 from hpo.tracking.store import home_store_uri, open_store, search_runs
 
@@ -113,8 +113,8 @@ def workers_of(parent: int) -> list[int]:
 
 def judge(home: Path, options: argparse.Namespace, worker_kills: list[float], num_parent_kills: int) -> bool:
     """Print what is left; whether every promise was kept."""
-    means = find_means(home=home, storage=options.storage, tracking_uri=options.tracking_uri)
-    study = read_study(means, STUDY)
+    machine = this_machine({"home": home, "storage": options.storage, "tracking_uri": options.tracking_uri})
+    study = read_study(machine, STUDY)
     assert study is not None, "the search has made it"
     counts = study.counts()
     num_ended = counts["complete"] + counts["pruned"] + counts["diverged"]

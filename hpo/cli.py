@@ -7,7 +7,7 @@ import logging
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,15 @@ import click
 
 from hpo import __version__
 from hpo.errors import HpoError
+from hpo.session.options import (
+    Declaration,
+    MachineOptions,
+    SearchOptions,
+    StoreOptions,
+    SubmitOptions,
+    WorkerOptions,
+    declarations,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,128 +53,47 @@ class InOrder(click.Group):
         return list(self.commands)
 
 
-home_option = click.option(
-    "--home",
-    type=click.Path(path_type=Path),
-    help="Directory for everything hpo writes. [env: HPO_HOME; default: ./mlruns]",
-)
-storage_option = click.option(
-    "--storage",
-    metavar="URL",
-    help="Database that holds the studies; needed when several machines share one: "
-    "postgresql+psycopg://USER@HOST/DATABASE. [env: HPO_STORAGE; default: in the home]",
-)
-tracking_option = click.option(
-    "--tracking-uri", metavar="URI", help="MLflow store or server. [env: MLFLOW_TRACKING_URI; default: in the home]"
-)
-data_dir_option = click.option(
-    "--data-dir",
-    type=click.Path(path_type=Path),
-    help="Directory with the data sets; missing ones are downloaded into it. "
-    "[env: HPO_DATA_DIR; default: ~/.cache/hpo/data]",
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the data as JSON.")
-
 Command = Callable[..., Any]
 
 
-def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Several options as one decorator, in the order of the help."""
+def take(*options: type, only: Sequence[str] = ()) -> Callable[[Command], Command]:
+    """The options that hpo.session.options declares, as one decorator; all of them, or `only` some."""
 
     def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
+        declared = [each for kind in options for each in declarations(kind) if not only or each.name in only]
+        for each in reversed(declared):
+            command = _click_option(each)(command)
         return command
 
     return decorate
 
 
-study_options = _options(
-    click.option(
-        "--trials", type=int, help="Total number of finished trials (complete, pruned or diverged). [default: 100]"
-    ),
-    click.option("--epochs", type=int, help="Maximum number of epochs per trial. [default: the task's]"),
-    click.option(
-        "-p",
-        "overrides",
-        multiple=True,
-        metavar="NAME=VALUES",
-        help="Narrow a parameter: lr=1e-3:1e-1, optimizer=sgd,adamw or batch_size=256. Repeatable.",
-    ),
-    click.option("--study", metavar="NAME", help="Name of the study. [default: the task's name]"),
-    click.option(
-        "--strategy", metavar="NAME", help="priority, tpe, gp, random, grid, qmc or cmaes. [default: priority]"
-    ),
-    click.option(
-        "--pruner",
-        metavar="NAME",
-        help="model, sha, median, hyperband, wilcoxon or none. [default: model with priority, else sha; "
-        "wilcoxon with --folds; none with several objectives]",
-    ),
-    click.option(
-        "--first-rung",
-        type=int,
-        metavar="N",
-        help="Epochs a trial runs before model or sha may prune it. [default: 1/6 or 1/5 of --epochs]",
-    ),
-    click.option("--seed", type=int, help="Seed of everything random. [default: 0]"),
-    click.option("--limit", type=int, metavar="N", help="Use only N training examples. [default: all]"),
-    click.option("--space", metavar="NAME|FILE", help="Search this space instead of the task's own."),
-    click.option(
-        "--metric",
-        metavar="NAME",
-        help="Metric to optimise on the validation split: f1, auroc, ... [default: the task's]",
-    ),
-    click.option(
-        "--folds",
-        type=int,
-        metavar="K",
-        help="K-fold cross-validation, for small data sets: a trial's score is its mean over K folds. [default: off]",
-    ),
-    click.option(
-        "--objective",
-        "objectives",
-        multiple=True,
-        metavar="NAME",
-        help="Optimise several numbers: val/METRIC, then params or latency. Repeatable. [default: the metric]",
-    ),
-    click.option(
-        "--try",
-        "tries",
-        multiple=True,
-        metavar="NAME=VALUE,...",
-        help="First try this configuration, with defaults for the rest: lr=0.1,optimizer=sgd. Repeatable.",
-    ),
-    click.option(
-        "--warm-start",
-        "warm_starts",
-        multiple=True,
-        metavar="STUDY",
-        help="First try the best configurations of an earlier study of this task. Repeatable.",
-    ),
-)
-machine_options = _options(
-    click.option(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="Trials to run in parallel. [default: one per GPU, or one per CPU core]",
-    ),
-    click.option(
-        "--timeout", type=Duration(), metavar="TIME", help="Stop after this time of training: 90, 90s, 30m or 2h."
-    ),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-    click.option("--precision", metavar="TYPE", help="auto, fp32, bf16 or fp16. [default: auto, bf16 if it is faster]"),
-    click.option("--compile", metavar="MODE", help="auto, off, step or graph. [default: auto, step if it is faster]"),
-    click.option("--deterministic", is_flag=True, help="Use only deterministic GPU algorithms (slower)."),
-    click.option(
-        "--accept-changes", is_flag=True, help="Resume although the data or the task's source changed; reports say so."
-    ),
-    click.option(
-        "--keep", type=int, default=5, show_default=True, metavar="K", help="Keep the weights of the K best trials."
-    ),
-    data_dir_option,
-)
+def _click_option(declared: Declaration) -> Callable[[Command], Command]:
+    name, option = declared.name, declared.option
+    if declared.type is bool:
+        return click.option(option.flag, name, is_flag=True, help=option.help)
+    return click.option(
+        option.flag,
+        name,
+        type=Duration() if option.is_duration else _CLICK_TYPES[declared.type],
+        multiple=declared.type == Sequence[str],
+        metavar=option.metavar,
+        help=option.help,
+    )
+
+
+_CLICK_TYPES: dict[Any, Any] = {
+    int | None: int,
+    float | None: float,
+    str | None: str,
+    Sequence[str]: str,
+    Path | None: click.Path(path_type=Path),
+}
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the data as JSON.")
+home_option = take(StoreOptions, only=["home"])
+storage_option = take(StoreOptions, only=["storage"])
+tracking_option = take(StoreOptions, only=["tracking_uri"])
 
 
 @click.group(cls=InOrder, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -182,17 +110,7 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("task")
-@study_options
-@machine_options
-@home_option
-@storage_option
-@click.option("--executor", default="local", show_default=True, help="Where trials run: local, or ray (a Ray cluster).")
-@click.option("--address", metavar="HOST:PORT", help="Ray cluster. [default: the cluster this machine belongs to]")
-@click.option(
-    "--gpus-per-trial", type=float, metavar="N", help="With Ray: 0.25 puts four trials on a GPU. [default: 0, on CPUs]"
-)
-@click.option("--join", is_flag=True, help="Join a search that is already running on other machines.")
-@tracking_option
+@take(SearchOptions)
 @json_option
 def search(as_json: bool, **request: Any) -> None:
     """Search the hyperparameters of TASK.
@@ -213,10 +131,7 @@ def search(as_json: bool, **request: Any) -> None:
 
 @cli.command()
 @click.argument("task")
-@study_options
-@home_option
-@storage_option
-@tracking_option
+@take(SubmitOptions)
 @json_option
 def submit(as_json: bool, **request: Any) -> None:
     """Queue a study of TASK for several machines.
@@ -236,10 +151,7 @@ def submit(as_json: bool, **request: Any) -> None:
 
 @cli.command()
 @click.argument("study")
-@machine_options
-@home_option
-@storage_option
-@tracking_option
+@take(WorkerOptions)
 @json_option
 def worker(as_json: bool, **request: Any) -> None:
     """Run trials of a queued STUDY on this machine.
@@ -310,7 +222,7 @@ def space(task: str, overrides: tuple[str, ...], space: str | None, as_json: boo
 @click.option("--space", metavar="NAME|FILE", help="Check this space instead of the task's own.")
 @click.option("--limit", type=int, metavar="N", help="Use only N training examples. [default: all]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@data_dir_option
+@take(MachineOptions, only=["data_dir"])
 @home_option
 @tracking_option
 @json_option

@@ -80,3 +80,10 @@ class DeviceMemoryError(HpoError):
 
 class SearchError(HpoError):
     """The search had to stop before it was complete."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error says, with the name of its type where it is not one of ours."""
+    if isinstance(error, HpoError):
+        return str(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

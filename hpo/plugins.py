@@ -8,29 +8,22 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 import pkgutil
 import sys
 from dataclasses import dataclass
-from functools import cache
-from importlib.machinery import PathFinder
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hpo.errors import HpoError, UnknownNameError, UsageError
+from hpo.errors import UnknownNameError, UsageError, in_one_line
+from hpo.imports import import_module, make_importable, warn_once
 from hpo.objective import Objective
 from hpo.space import Space
-from hpo.task import Task, _check_parameters, _check_ranges
+from hpo.task import Task, check_parameters, check_ranges
 
 OBJECTIVES = "hpo.objectives"
 SEARCH_SPACES = "hpo.search_spaces"
-
-
-_LIBRARY_PATH = tuple(sys.path)  # as it is before the folder of any task is added
-
-_logger = logging.getLogger(__name__)
 
 
 def load_task(reference: str, space_reference: str | None = None) -> Task:
@@ -42,8 +35,8 @@ def load_task(reference: str, space_reference: str | None = None) -> Task:
     objective: Objective = found.value
     space = _load(SEARCH_SPACES, space_reference, Space).value if space_reference else _own_space(objective)
     task = Task(reference=found.reference, objective=objective, space=space)
-    _check_parameters(task)
-    _check_ranges(task)
+    check_parameters(task)
+    check_ranges(task)
     return task
 
 
@@ -60,7 +53,7 @@ def registered(group: str) -> dict[str, str]:
         try:
             package = importlib.import_module(entry_point.value)
         except Exception as error:  # a stranger's code may raise anything, and must not stop the others
-            _warn_once(f"plugin '{entry_point.name}' ({entry_point.value}) is broken: {_in_one_line(error)}")
+            warn_once(f"plugin '{entry_point.name}' ({entry_point.value}) is broken: {in_one_line(error)}")
             continue
         for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
             if not module.name.startswith("_"):
@@ -74,11 +67,6 @@ def require_registered(group: str, name: str) -> None:
     if name not in modules:
         kind = "registered task" if group == OBJECTIVES else "registered search space"
         raise UnknownNameError(kind, name, modules, "Studies for several machines know names, not files.")
-
-
-@cache
-def _warn_once(message: str) -> None:
-    _logger.warning(message)
 
 
 @dataclass(frozen=True)
@@ -97,13 +85,13 @@ def _load(group: str, reference: str, wanted: type) -> _Found:
         if not module_name or not attribute:
             raise UsageError(f"'{reference}' is not module:attribute, such as my_package.tasks:objective.")
         # A console script does not look into the current folder, where people keep their own modules.
-        _make_importable(Path.cwd())
-        return _Found(_attribute(_import_module(module_name), attribute, wanted, reference), reference)
+        make_importable(Path.cwd())
+        return _Found(_attribute(import_module(module_name), attribute, wanted, reference), reference)
     modules = registered(group)
     kind = "task" if wanted is Objective else "search space"
     if reference not in modules:
         raise UnknownNameError(kind, reference, modules, f"A file of your own: ./{reference}.py, or module:attribute.")
-    return _Found(_attribute(_import_module(modules[reference]), attribute, wanted, reference), reference)
+    return _Found(_attribute(import_module(modules[reference]), attribute, wanted, reference), reference)
 
 
 def _own_space(objective: Objective) -> Space:
@@ -117,17 +105,10 @@ def _own_space(objective: Objective) -> Space:
     return space
 
 
-def _import_module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except (Exception, SystemExit) as error:  # a stranger's code may raise anything
-        raise UsageError(f"{name} cannot be imported: {_in_one_line(error)}") from error
-
-
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise UsageError(f"there is no file {path}; use a registered task (see `hpo tasks`) or a FILE.py.")
-    _make_importable(path.parent)  # its neighbours, as `python FILE.py` would find them
+    make_importable(path.parent)  # its neighbours, as `python FILE.py` would find them
     spec = importlib.util.spec_from_file_location(f"hpo_task_{path.stem}", path)
     assert spec is not None, "a .py file always has a loader"
     assert spec.loader is not None
@@ -136,19 +117,8 @@ def _import_file(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # a stranger's code may raise anything
-        raise UsageError(f"{path} cannot be imported: {_in_one_line(error)}") from error
+        raise UsageError(f"{path} cannot be imported: {in_one_line(error)}") from error
     return module
-
-
-def _make_importable(folder: Path) -> None:
-    """Add the folder to the path: last, so that nothing in it replaces an installed package."""
-    if str(folder) in sys.path:
-        return
-    for file in sorted(folder.glob("*.py")):
-        library = PathFinder.find_spec(file.stem, _LIBRARY_PATH)
-        if file.stem in sys.builtin_module_names or (library and library.origin not in (None, str(file))):
-            _warn_once(f"{file} has the name of a library: `import {file.stem}` finds the library. Rename the file.")
-    sys.path.append(str(folder))
 
 
 def _attribute(module: ModuleType, name: str, wanted: type, reference: str) -> Any:
@@ -157,9 +127,3 @@ def _attribute(module: ModuleType, name: str, wanted: type, reference: str) -> A
         return value
     held = "nothing of that name" if value is None else f"a {type(value).__name__}"
     raise UsageError(f"{reference} must define `{name} = {wanted.__name__}(...)`, but has {held}.")
-
-
-def _in_one_line(error: BaseException) -> str:
-    if isinstance(error, HpoError):
-        return str(error)
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -299,19 +299,34 @@ class Space:
         condition can no longer hold. Raises SpaceError for a malformed override, an unknown parameter, values outside
         the declared range, and an override of a parameter that another one drops.
         """
-        texts = self._parse_assignments("-p", overrides, "NAME=VALUE, NAME=LOW:HIGH or NAME=A,B,C", self.declared)
+        texts = parse_assignments("-p", overrides, "NAME=VALUE, NAME=LOW:HIGH or NAME=A,B,C")
+        for name in texts:
+            if name not in self.declared:
+                raise UnknownNameError("parameter", name, self.declared)
+        return self._with({name: self._narrow_one(name, texts) for name in texts}, "-p")
+
+    def fix(self, values: Mapping[str, Value]) -> Space:
+        """The space with one value for each of these parameters, which it need not have declared for them.
+
+        A parameter whose condition can no longer hold is dropped. Raises SpaceError where one that is to be fixed is
+        dropped with the value of another.
+        """
+        fixed = {name: Choice(value, default=value, when=self.declared[name].when) for name, value in values.items()}
+        return self._with(fixed, "--set")
+
+    def _with(self, replaced: Mapping[str, Parameter], option: str) -> Space:
         kept: dict[str, Parameter] = {}
         for name, parameter in self.declared.items():
-            if name not in self.parameters and name not in texts:
+            if name not in self.parameters and name not in replaced:
                 continue
             when = _still_possible(parameter.when, kept)
             if not all(when.values()):
-                if name in texts:
+                if name in replaced:
                     raise self._error(
-                        name, f"is active only when {describe_conditions(parameter.when)}, which -p excludes"
+                        name, f"is active only when {describe_conditions(parameter.when)}, which {option} excludes"
                     )
                 continue
-            kept[name] = self._narrow_one(name, texts).with_when(when)
+            kept[name] = replaced.get(name, parameter).with_when(when)
         groups = (
             Group(group.name, closed=False, **{name: kept[name] for name in group.parameters if name in kept})
             for group in (*self.groups, *self.closed_groups)
@@ -324,9 +339,11 @@ class Space:
         Raises SpaceError for malformed text, a value that is not allowed, and one that would be without effect because
         its condition does not hold; UnknownNameError for an unknown parameter.
         """
-        texts = self._parse_assignments("--try", text.split(","), "NAME=VALUE,NAME=VALUE,...", self.parameters)
+        texts = parse_assignments("--try", text.split(","), "NAME=VALUE,NAME=VALUE,...")
         values = self.defaults()
         for name, written in texts.items():
+            if name not in self.parameters:
+                raise UnknownNameError("parameter", name, self.parameters)
             try:
                 values[name] = self.parameters[name].parse(written)
             except ValueError as problem:
@@ -339,27 +356,10 @@ class Space:
         return values
 
     def _narrow_one(self, name: str, texts: Mapping[str, str]) -> Parameter:
-        if name not in texts:
-            return self.declared[name]
         try:
             return self.declared[name].narrow(texts[name])
         except ValueError as problem:
             raise self._error(name, f"{problem} (-p {name}={texts[name]})") from None
-
-    def _parse_assignments(
-        self, option: str, assignments: Iterable[str], wanted: str, known: Mapping[str, Parameter]
-    ) -> dict[str, str]:
-        texts: dict[str, str] = {}
-        for assignment in assignments:
-            name, equals, text = (part.strip() for part in assignment.partition("="))
-            if not (name and equals and text):
-                raise SpaceError(f"{option} '{assignment}' is not {wanted}.")
-            if name not in known:
-                raise UnknownNameError("parameter", name, known)
-            if name in texts:
-                raise SpaceError(f"{name} is given twice: {option} {name}={texts[name]} and {option} {name}={text}.")
-            texts[name] = text
-        return texts
 
     def to_dict(self) -> dict[str, dict[str, dict[str, Any]]]:
         """What is searched as plain data, group by group; two spaces are the same exactly when this is."""
@@ -384,6 +384,19 @@ class Space:
                 for group, parameters in declaration.items()
             )
         )
+
+
+def parse_assignments(option: str, assignments: Iterable[str], wanted: str) -> dict[str, str]:
+    """What assignments such as `lr=0.1` say, as text by name. Raises SpaceError where one is malformed or repeated."""
+    texts: dict[str, str] = {}
+    for assignment in assignments:
+        name, equals, text = (part.strip() for part in assignment.partition("="))
+        if not (name and equals and text):
+            raise SpaceError(f"{option} '{assignment}' is not {wanted}.")
+        if name in texts:
+            raise SpaceError(f"{name} is given twice: {option} {name}={texts[name]} and {option} {name}={text}.")
+        texts[name] = text
+    return texts
 
 
 def _parameter_from_dict(described: Mapping[str, Any]) -> Parameter:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from hpo.config import TrainConfig, config_fields
 from hpo.data.examples import Dataset, SealedSplit
 from hpo.errors import DataError, HpoError, SpaceError, UnknownNameError, UsageError
 from hpo.objective import Objective
-from hpo.space import Space, Value
+from hpo.space import Space, Value, parse_assignments
 
 # A study has one budget, one metric and one kind of machine: a search may not choose between them.
 NOT_TUNABLE = frozenset({"max_epochs", "metric", "seed", "device", "precision", "compile", "deterministic"})
@@ -40,9 +40,43 @@ class Task:
     def narrow(self, overrides: tuple[str, ...]) -> Task:
         return replace(self, space=self.space.narrow(overrides))
 
+    def fix(self, assignments: Iterable[str]) -> Task:
+        """The task with settings of the trainer fixed, as `patience=20` does; a searched one then has this value alone.
+
+        Raises UsageError for what is no setting, cannot be fixed, or is not allowed.
+        """
+        values = {
+            name: _parse_setting(name, text)
+            for name, text in parse_assignments("--set", assignments, "NAME=VALUE").items()
+        }
+        searched = {name: value for name, value in values.items() if name in self.space.parameters}
+        objective = replace(self.objective, settings={**self.objective.settings, **values})
+        fixed = replace(self, objective=objective, space=self.space.fix(searched))
+        fixed.train_config(fixed.space.defaults())
+        return fixed
+
     def judged_by(self, metric: str) -> Task:
         """The task with another metric that decides."""
         return replace(self, objective=replace(self.objective, metric=metric))
+
+
+def _parse_setting(name: str, text: str) -> Value:
+    """The value of a setting of the trainer, read as the type of its default."""
+    defaults = config_fields()
+    if name in NOT_TUNABLE:
+        raise UsageError(f"--set {name}={text}: {name} has a command-line option of its own; see hpo search --help.")
+    if name not in defaults:
+        raise UnknownNameError("setting of the trainer", name, sorted(defaults.keys() - NOT_TUNABLE), "(--set)")
+    kind = type(defaults[name])
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        if kind is not bool:
+            return kind(text)  # type: ignore[no-any-return]
+    except ValueError:
+        pass
+    wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+    raise UsageError(f"--set {name}={text} is not allowed: {name} must be {wanted}.")
 
 
 def load_dataset(task: Task, data_dir: Path) -> Dataset:
@@ -61,7 +95,7 @@ def load_dataset(task: Task, data_dir: Path) -> Dataset:
     return dataset
 
 
-def _check_parameters(task: Task) -> None:
+def check_parameters(task: Task) -> None:
     """Every parameter must set the trainer or build the model: one that does neither would be searched in vain."""
     settings = config_fields().keys() - NOT_TUNABLE
     accepted = settings | task.objective.model_parameters()
@@ -82,7 +116,7 @@ def _check_parameters(task: Task) -> None:
         raise UnknownNameError("setting of the trainer", unknown, config_fields(), "(settings of the objective)")
 
 
-def _check_ranges(task: Task) -> None:
+def check_ranges(task: Task) -> None:
     """Both ends of every range must be accepted by the trainer, before a trial finds out."""
     task.train_config(task.space.defaults())
     for name, parameter in task.space.declared.items():

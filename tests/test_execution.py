@@ -44,7 +44,7 @@ from hpo.plugins import load_task
 from hpo.records import SearchOutcome, TrialRecord
 from hpo.search.storage import open_storage
 from hpo.search.study import Study
-from hpo.session import search as session_search
+from hpo.session import preparation
 from hpo.session.search import run_search
 from hpo.tracking.server import running_server
 from hpo.tracking.store import open_store
@@ -446,7 +446,7 @@ def kill_server() -> int:
 def test_a_stopped_worker_is_replaced_once_it_was_silent_for_too_long(
     searches: Searches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_search, "SILENCE_S", 2.0)
+    monkeypatch.setattr(preparation, "SILENCE_S", 2.0)
     searches.hold(2)
     search = searches.begin(trials=2, workers=2)
     stopped, other = searches.reached(2, 2, search)

@@ -109,9 +109,9 @@ objective = Objective(
 HPO_WITH_LEASE = """
 import sys
 from functools import partial
-from hpo.session import search as session_search
+from hpo.session import opening
 from hpo.cli import main
-session_search.Session = partial(session_search.Session, lease_s=float(sys.argv.pop(1)))
+opening.Session = partial(opening.Session, lease_s=float(sys.argv.pop(1)))
 main()
 """
 

@@ -33,7 +33,8 @@ from hpo.records import SearchOutcome, TrialState, Winner
 from hpo.search.storage import open_storage
 from hpo.search.study import Study, Suggestion
 from hpo.session import search as session_search
-from hpo.session.request import agree, find_means
+from hpo.session.options import StudyOptions
+from hpo.session.request import agree, this_machine
 from hpo.session.search import run_search
 from hpo.terminal.progress import ProgressLines
 from hpo.tracking.runs import SummaryRun
@@ -334,8 +335,8 @@ def test_settings_that_are_not_given_again_stay_as_the_study_has_them(task: str,
     ("given", "pruner"),
     [({}, "model"), ({"strategy": "priority"}, "model"), ({"strategy": "tpe"}, "sha"), ({"pruner": "none"}, "none")],
 )
-def test_the_model_prunes_what_the_model_proposes(given: dict[str, str], pruner: str, task: str, home: Path) -> None:
-    _, _, settings = agree(find_means(home=home), task, None, given)
+def test_the_model_prunes_what_the_model_proposes(given: Any, pruner: str, task: str, home: Path) -> None:
+    _, _, settings = agree(this_machine({"home": home}), task, StudyOptions(**given))
 
     assert settings.pruner == pruner
 
@@ -549,7 +550,7 @@ def test_a_store_that_fails_at_the_end_loses_no_trial(
 
     with monkeypatch.context() as patched:
         patched.setattr("hpo.tracking.runs.SummaryRun.log_figure", refuse)
-        with pytest.raises(SearchError, match="the same command again finishes the study"):
+        with pytest.raises(SearchError, match="run the same command again to finish the study"):
             search(trials=2)
     outcome = search(trials=2)
     assert outcome.counts["complete"] == 2

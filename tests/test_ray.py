@@ -34,7 +34,7 @@ from hpo.execution.ray import RayWorkers
 from hpo.plugins import load_task
 from hpo.search.storage import open_storage
 from hpo.search.study import Study
-from hpo.session.search import SILENCE_S
+from hpo.session.preparation import SILENCE_S
 from hpo.tracking.store import open_store
 
 pytestmark = pytest.mark.xdist_group("ray")  # one cluster for all

@@ -16,7 +16,7 @@ from hpo.search.settings import StudySettings
 from hpo.search.storage import open_storage
 from hpo.search.study import Study
 from hpo.search.warm_start import MIN_DISTANCE, NUM_CONFIGURATIONS, best_configurations, translate
-from hpo.session.request import Proposal, find_means, find_proposals
+from hpo.session.request import Proposal, find_proposals, this_machine
 from hpo.session.search import run_search
 from hpo.space import Choice, Float, Group, Int, Space, Value
 
@@ -152,8 +152,8 @@ def propose(tmp_path: Path) -> Callable[..., list[Proposal]]:
         study.tell(study.ask().number, "complete", value=0.5, best_epoch=1)
 
     def run(*sources: str, strategy: str = "priority") -> list[Proposal]:
-        means = find_means(home=tmp_path, device="cpu")
-        return find_proposals(means, "now", replace(SETTINGS, strategy=strategy), ("lr=0.1",), sources)
+        machine = this_machine({"home": tmp_path, "device": "cpu"})
+        return find_proposals(machine, "now", replace(SETTINGS, strategy=strategy), ("lr=0.1",), sources)
 
     return run
 

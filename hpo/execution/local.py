@@ -24,6 +24,7 @@ from hpo.errors import SearchError
 from hpo.execution.messages import Setup
 from hpo.execution.pool import MAX_FAILED_STARTS, Worker, WorkerPool
 from hpo.execution.worker import serve
+from hpo.training.device import memory_share, visible_gpus
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerProcess
@@ -45,6 +46,19 @@ def warm_up() -> None:
         resource_tracker.ensure_running()  # a part of what follows, and it would let the signals through again
         with _signals_held_back():
             forkserver.ensure_running()
+
+
+def local_workers(setup: Setup, *, num_workers: int | None, device: str) -> LocalWorkers:
+    """Workers on this machine: one for each visible GPU, or for each core it may use, unless given."""
+    gpus = visible_gpus(device)
+    num_cores = len(os.sched_getaffinity(0))
+    num_workers = num_workers or len(gpus) or num_cores
+    setup = replace(
+        setup,
+        num_threads=max(1, num_cores // num_workers),
+        gpu_share=memory_share(num_workers, len(gpus)) if gpus else 1.0,
+    )
+    return LocalWorkers(setup, num_workers=num_workers, gpus=gpus)
 
 
 class LocalWorkers(WorkerPool):

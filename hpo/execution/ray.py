@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,12 @@ _READ_AT_IMPORT = {
 }
 
 _logger = logging.getLogger(__name__)
+
+
+def ray_workers(setup: Setup, *, num_workers: int | None, address: str, gpus_per_trial: float) -> RayWorkers:
+    """Workers on a Ray cluster, whose own logs take what they print."""
+    setup = replace(setup, gpu_share=gpus_per_trial or 1.0, log=None)
+    return RayWorkers(setup, num_workers=num_workers, address=address, gpus_per_trial=gpus_per_trial)
 
 
 class RayWorkers(WorkerPool):

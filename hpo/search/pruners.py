@@ -17,8 +17,10 @@ from optuna.pruners import (
     WilcoxonPruner,
 )
 
+from hpo import extensions
 from hpo.config import derive_seed
-from hpo.errors import UnknownNameError, UsageError
+from hpo.errors import UsageError
+from hpo.extensions import call, find_factory
 from hpo.search.internals import direction_of
 from hpo.search.priority import NUM_MODELLED_TRIALS, PrioritySampler, other_trials
 from hpo.search.surrogate import Surrogate
@@ -50,7 +52,7 @@ NUM_HALVED_TRIALS = 8
 def build_pruner(
     name: str, max_epochs: int, *, space: Space, seed: int = 0, first_rung: int | None = None
 ) -> BasePruner:
-    """The pruner of that name for trials of up to `max_epochs` epochs.
+    """The pruner of that name, or of a factory (hpo.extensions), for trials of up to `max_epochs` epochs.
 
     model      see ModelPruner
     sha        asynchronous successive halving (Li et al., 2020, arXiv:1810.05934): after `first_rung` epochs, and
@@ -83,14 +85,19 @@ def build_pruner(
             return WilcoxonPruner(p_threshold=FOLD_LEVEL)
     if name == "none":
         return NopPruner()
-    raise UnknownNameError("pruner", name, PRUNERS)
+    pruner = call(
+        find_factory(extensions.PRUNERS, name, PRUNERS), {"max_epochs": max_epochs, "space": space, "seed": seed}
+    )
+    if not isinstance(pruner, BasePruner):
+        raise UsageError(f"--pruner {name} made a {type(pruner).__name__}, not an Optuna pruner.")
+    return pruner
 
 
 def describe_verdict(name: str, number: int, step: int) -> str:
     """Why that pruner has stopped a trial after an epoch, or after so many folds."""
     if name == "model" and NUM_HALVED_TRIALS <= number < NUM_MODELLED_TRIALS:
         return f"expected to gain less per epoch than a new configuration (epoch {step})"
-    return _VERDICTS[name].format(step=step)
+    return _VERDICTS.get(name, f"stopped by {name} after {{step}}").format(step=step)
 
 
 _VERDICTS = {

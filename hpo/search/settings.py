@@ -3,45 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from hpo.config import Direction
 from hpo.space import Space, format_value
 
-FORMAT = 1
+FORMAT = 2
 """Version of what a study stores of its settings; raised when an older hpo could misread it."""
+
+
+def _written(as_: str) -> dict[str, str]:
+    """Of a field that tells studies apart: how a user writes it."""
+    return {"written": as_}
 
 
 @dataclass(frozen=True, kw_only=True)
 class StudySettings:
-    """What a study was made with; all but `planned_trials`, `space_reference` and `overrides` tells studies apart."""
+    """What a study was made with. The space, and the fields with a `written`, tell studies apart."""
 
-    task: str
+    task: str = field(metadata=_written("task"))
     """Name of the task."""
 
     space: Space
     """The space that is searched, after overrides."""
 
-    seed: int
+    seed: int = field(metadata=_written("--seed"))
     """Seed that every random draw of the study follows from."""
 
-    strategy: str
-    """One of hpo.search.strategies.STRATEGIES."""
+    strategy: str = field(metadata=_written("--strategy"))
+    """One of hpo.search.strategies.STRATEGIES, or what finds another one; see hpo.extensions."""
 
-    pruner: str
-    """One of hpo.search.pruners.PRUNERS."""
+    pruner: str = field(metadata=_written("--pruner"))
+    """One of hpo.search.pruners.PRUNERS, or what finds another one; see hpo.extensions."""
 
-    max_epochs: int
+    max_epochs: int = field(metadata=_written("--epochs"))
     """Maximum number of epochs per trial."""
 
-    metric: str
+    metric: str = field(metadata=_written("--metric"))
     """What is optimised, measured on the validation split."""
 
     direction: Direction
     """Whether a larger or a smaller metric is better."""
 
-    limit: int | None
+    limit: int | None = field(metadata=_written("--limit"))
     """Training examples used; None for all."""
 
     planned_trials: int
@@ -50,16 +55,19 @@ class StudySettings:
     space_reference: str | None = None
     """The space that was named in place of the task's own."""
 
-    first_rung: int | None = None
+    first_rung: int | None = field(default=None, metadata=_written("--first-rung"))
     """Epochs before the pruner stops a trial for the first time; None for its own choice."""
 
     overrides: tuple[str, ...] = ()
     """The overrides that narrowed the space, as they were written."""
 
-    objectives: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = field(default=(), metadata=_written("--set"))
+    """The settings of the trainer that were fixed, as they were written: `patience=20`."""
+
+    objectives: tuple[str, ...] = field(default=(), metadata=_written("--objective"))
     """Where there are several: the metric as `val/METRIC`, then some of hpo.config.COSTS. Empty for just the metric."""
 
-    folds: int | None = None
+    folds: int | None = field(default=None, metadata=_written("--folds"))
     """Folds of the cross-validation whose mean is a trial's value; None where a validation split gives it."""
 
     @property
@@ -74,12 +82,12 @@ class StudySettings:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain data."""
-        return {field.name: getattr(self, field.name) for field in fields(self)} | {"space": self.space.to_dict()}
+        return {each.name: getattr(self, each.name) for each in fields(self)} | {"space": self.space.to_dict()}
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Self:
         """The settings that `to_dict` described."""
-        tuples = {name: tuple(stored.get(name, ())) for name in ("overrides", "objectives")}
+        tuples = {name: tuple(stored.get(name, ())) for name in ("overrides", "objectives", "fixed")}
         return cls(
             **stored | tuples | {"space": Space.from_dict(stored["space"]), "direction": Direction(stored["direction"])}
         )
@@ -87,19 +95,11 @@ class StudySettings:
 
 def differences(made: StudySettings, asked: StudySettings) -> Iterator[str]:
     """How the settings differ, as a user wrote them: "--seed 0, not 1"."""
-    for field, written in (
-        ("task", "task"),
-        ("metric", "--metric"),
-        ("objectives", "--objective"),
-        ("folds", "--folds"),
-        ("seed", "--seed"),
-        ("strategy", "--strategy"),
-        ("pruner", "--pruner"),
-        ("first_rung", "--first-rung"),
-        ("max_epochs", "--epochs"),
-        ("limit", "--limit"),
-    ):
-        before, now = (_as_written(getattr(settings, field)) for settings in (made, asked))
+    for setting in fields(made):
+        written = setting.metadata.get("written")
+        if written is None:
+            continue
+        before, now = (_as_written(getattr(settings, setting.name)) for settings in (made, asked))
         if before != now:
             yield (
                 f"no {written}, not {now}"

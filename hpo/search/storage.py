@@ -51,6 +51,10 @@ _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 
+Storage = BaseStorage
+"""What `open_storage` and `read_storage` give."""
+
+
 def open_storage(home: Path, url: str | None = None) -> BaseStorage:
     """The storage at `url`, else in `home/optuna.db`, made on first use; several processes may do so at once.
 

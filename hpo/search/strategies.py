@@ -15,8 +15,10 @@ from optuna.samplers import BaseSampler, GPSampler, QMCSampler, RandomSampler, T
 from optuna.search_space import IntersectionSearchSpace
 from optuna.trial import TrialState
 
+from hpo import extensions
 from hpo.config import derive_seed
-from hpo.errors import UnknownNameError
+from hpo.errors import UsageError
+from hpo.extensions import accepts, call, find_factory
 from hpo.search.internals import SearchSpaceTransform, direction_of, set_system_attr
 from hpo.search.priority import PrioritySampler
 from hpo.search.wrappers import DefaultFirstSampler, TrialSeededSampler
@@ -34,7 +36,7 @@ GRID_STEPS = 5
 
 
 def build_sampler(strategy: str, space: Space, *, seed: int, num_trials: int, has_curves: bool = True) -> BaseSampler:
-    """The sampler of that name; all but `grid` begin with the default configuration.
+    """The sampler of that name, or of a factory (hpo.extensions); all but `grid` begin with the default configuration.
 
     `has_curves` says whether what trials report are learning curves, and matters to `priority` alone.
 
@@ -54,7 +56,21 @@ def build_sampler(strategy: str, space: Space, *, seed: int, num_trials: int, ha
         return DefaultFirstSampler(_qmc_sampler(seed), space)
     if strategy in _SEEDED:
         return DefaultFirstSampler(TrialSeededSampler(_SEEDED[strategy], seed), space)
-    raise UnknownNameError("strategy", strategy, STRATEGIES)
+    return _made_by_others(strategy, space, seed, num_trials)
+
+
+def _made_by_others(reference: str, space: Space, seed: int, num_trials: int) -> BaseSampler:
+    """Any Optuna sampler, repeatable after a restart if its factory accepts a `seed`."""
+    factory = find_factory(extensions.STRATEGIES, reference, STRATEGIES)
+
+    def make(seed: int) -> BaseSampler:
+        sampler = call(factory, {"seed": seed, "space": space, "num_trials": num_trials})
+        if not isinstance(sampler, BaseSampler):
+            raise UsageError(f"--strategy {reference} made a {type(sampler).__name__}, not an Optuna sampler.")
+        return sampler
+
+    sampler = TrialSeededSampler(make, seed) if accepts(factory, "seed") else make(seed)
+    return DefaultFirstSampler(sampler, space)
 
 
 _SEEDED: dict[str, Callable[[int], BaseSampler]] = {

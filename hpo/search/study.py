@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Self, get_args
 from uuid import uuid4
@@ -118,11 +119,16 @@ class Study:
         self._distributions = {name: distribution(parameter) for name, parameter in settings.space.parameters.items()}
         self._stages = list(tunable_groups(settings.space))
         self._running: dict[int, _RunningTrial] = {}
-        self._optuna = optuna.load_study(
-            study_name=name,
-            storage=storage,
-            sampler=_sampler(settings),
-            pruner=_pruner(settings),
+        self._study_id = storage.get_study_id_from_name(name)
+
+    @cached_property
+    def _optuna(self) -> optuna.Study:
+        """The study as it asks and tells. To look at it takes none of the code that others added to it."""
+        return optuna.load_study(
+            study_name=self.name,
+            storage=self._storage,
+            sampler=_sampler(self.settings),
+            pruner=_pruner(self.settings),
         )
 
     @classmethod
@@ -360,8 +366,7 @@ class Study:
         return number >= len(trials) or trials[number].state.is_finished()
 
     def _requeue(self, number: int) -> None:
-        study_id = self._storage.get_study_id_from_name(self.name)
-        id_in_database = self._storage.get_trial_id_from_study_id_trial_number(study_id, number)
+        id_in_database = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
         self._storage.set_trial_state_values(id_in_database, OptunaState.WAITING)
 
     def remaining(self, num_trials: int) -> int:
@@ -437,14 +442,14 @@ class Study:
     @_explained()
     def record(self, key: str, value: Any) -> None:
         """Keep a fact about the study under a key; `value` is anything that JSON can hold."""
-        self._optuna.set_user_attr(_RECORD + key, value)
+        self._storage.set_study_user_attr(self._study_id, _RECORD + key, value)
 
     def recorded(self, key: str) -> Any:
         """The fact kept under the key; None if there is none."""
-        return self._optuna.user_attrs.get(_RECORD + key)
+        return self._storage.get_study_user_attrs(self._study_id).get(_RECORD + key)
 
     def _trials(self) -> list[FrozenTrial]:
-        return self._optuna.get_trials(deepcopy=False)
+        return self._storage.get_all_trials(self._study_id, deepcopy=False)
 
     def _stage(self, trial: optuna.Trial | FrozenTrial) -> str:
         if _STAGE in trial.user_attrs:
@@ -522,10 +527,14 @@ def read_settings(storage: BaseStorage, name: str) -> StudySettings | None:
     return StudySettings.from_dict(stored["settings"])
 
 
-def _create(storage: BaseStorage, name: str, settings: StudySettings) -> None:
-    # Unknown names must be refused before anything is written.
+def check_strategy(settings: StudySettings) -> None:
+    """Raise UsageError where the strategy or the pruner cannot be made, before anything is written."""
     _sampler(settings)
     _pruner(settings)
+
+
+def _create(storage: BaseStorage, name: str, settings: StudySettings) -> None:
+    check_strategy(settings)
     study = optuna.create_study(
         study_name=name,
         storage=storage,

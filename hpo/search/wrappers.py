@@ -46,6 +46,12 @@ class TrialSeededSampler(BaseSampler):
         base = self._fresh_base(trial.number, param_name)
         return base.sample_independent(study, trial, param_name, param_distribution)
 
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        self._fresh_base(trial.number).before_trial(study, trial)
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        self._fresh_base(trial.number).after_trial(study, trial, state, values)
+
     def _fresh_base(self, *purpose: int | str) -> BaseSampler:
         return self._make_base(derive_seed(self._seed, *purpose, "sampler") % 2**32)
 

@@ -1,7 +1,8 @@
-"""The end of a study: its winner is trained on all examples where its folds were not, and tested, once."""
+"""The last phase of a search: its winner is compared with the default, tested once, and everything is summarised."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,45 +34,71 @@ from hpo.training.trained import CHECKPOINT
 from hpo.training.trainer import evaluate, evaluate_classes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from hpo.data.datasets import Splits
     from hpo.data.examples import SealedSplit, Split
+    from hpo.execution.observer import Observer
     from hpo.records import TrialRecord
     from hpo.search.findings import Finding, GroupImportance
+    from hpo.search.lease import Session
     from hpo.search.study import Study
-    from hpo.task import Task
+    from hpo.session.opening import Opened
+    from hpo.session.preparation import Prepared
     from hpo.tracking.runs import SummaryRun
     from hpo.tracking.store import TrackingStore
     from hpo.training.comparison import Difference
 
 
-def crown_winner(
-    study: Study,
-    store: TrackingStore,
-    splits: Splits,
-    test: SealedSplit,
-    device: str,
-    task: str,
-    retrain: Callable[[Winner], None] | None = None,
-) -> Winner | None:
+_POLL_S = 0.5
+
+
+def conclude(prepared: Prepared, opened: Opened, observer: Observer) -> Winner | None:
+    """Find the winner when all trials have run, test it once, and write the summary; else the winner so far."""
+    study, session, coordinator = opened.study, opened.session, opened.coordinator
+    ending = "training the winner on all examples" if study.settings.folds else "testing the winner"
+    observer.note("drawing the plots" + (f" and {ending}" if coordinator.is_done else ""))
+    opened.runs.flush()
+    coordinator.remove_old_checkpoints()
+    opened.leave()
+    if coordinator.is_done:
+        _await_others(session)
+        # Reading and judging the test split may take its time.
+        winner = session.exclusively(lambda: tested_winner(prepared, opened), idle="0")
+    else:
+        winner = find_winner(study)
+    if study.settings.costs:
+        opened.runs.mark_front({trial.number for trial in study.front()})
+    write_summary(study, opened.summary, winner)
+    return winner
+
+
+def _await_others(session: Session) -> None:
+    """Wait until MLflow has the weights of other machines' trials too."""
+    while session.others():
+        time.sleep(_POLL_S)
+
+
+def tested_winner(prepared: Prepared, opened: Opened) -> Winner | None:
     """The winner with its test scores, and compared with the default configuration on the validation split.
 
-    The test split is opened only if this winner has not been tested before.
-    `task` finds the code of its model. What has been cross-validated has no model before `retrain` has made it; where
-    that is cut short it is made again. The caller holds the study's lock, so that no two crown it.
+    The test split is opened only if this winner has not been tested before. What has been cross-validated has no model
+    before it is trained on all examples; where that is cut short it is trained again. The caller holds the study's
+    lock, so that no two sessions test at once.
     """
+    study, store, machine = opened.study, opened.store, prepared.request.machine
+    device, task = machine.device, prepared.request.task.reference
     winner = find_winner(study)
     if winner is not None and winner.comparison is None:
-        compared = compare_with_default(study, store, splits, winner.trial, device, task)
+        compared = compare_with_default(study, store, prepared.splits, winner.trial, device, task)
         if compared:
             _record(study, COMPARISONS, winner.trial, asdict(compared))
     if winner is None or winner.test is not None:
         return find_winner(study)
-    if retrain:
-        retrain(winner)
+    if study.settings.folds:
+        _refit(winner, prepared, opened)
     trained = load_trial(store, study, winner.trial, device, task)
-    examples, classes = _opened(test), trained.model.classes
+    examples, classes = _read_test_split(prepared.test), trained.model.classes
     if classes:
         scores, counts = evaluate_classes(trained.model, examples, trained.config, len(classes))
         if len(classes) <= MAX_CONFUSED:
@@ -147,27 +174,26 @@ def _difference_on(
     )
 
 
-def refit_winner(
-    study: Study,
-    store: TrackingStore,
-    splits: Splits,
-    task: Task,
-    device: str,
-    trainer: Mapping[str, Any],
-    winner: Winner,
-) -> None:
+def _refit(winner: Winner, prepared: Prepared, opened: Opened) -> None:
     """Train the winner of a cross-validation on all examples, and give its run the model."""
-    config = task.train_config(
+    request, study, store = prepared.request, opened.study, opened.store
+    config = request.task.train_config(
         winner.configuration,
         max_epochs=study.settings.max_epochs,
         seed=study.trial_seed(winner.trial),
-        device=device,
-        **trainer,
+        device=request.machine.device,
+        **request.machine.trainer,
     )
-    parameters = task.model_parameters(winner.configuration)
+    parameters = request.task.model_parameters(winner.configuration)
     with TemporaryDirectory() as folder:
         assignment = Assignment(number=winner.trial, model_parameters=parameters, config=config, folder=Path(folder))
-        refit(assignment, task.objective, splits, num_epochs=winner.best_epoch, value=winner.validation)
+        refit(
+            assignment,
+            request.task.objective,
+            prepared.splits,
+            num_epochs=winner.best_epoch,
+            value=winner.validation,
+        )
         store.upload(store.find_trial_run(study.name, winner.trial, study.id), Path(folder), CHECKPOINT)
 
 
@@ -175,7 +201,7 @@ def _record(study: Study, key: str, trial: int, fact: Mapping[str, Any]) -> None
     study.record(key, {**(study.recorded(key) or {}), str(trial): fact})
 
 
-def _opened(test: SealedSplit) -> Split:
+def _read_test_split(test: SealedSplit) -> Split:
     try:
         return test.open()
     except HpoError:

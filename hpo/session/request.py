@@ -12,28 +12,32 @@ from typing import Any
 from hpo.config import COSTS, METRICS, TrainConfig
 from hpo.database import without_password
 from hpo.errors import StudyMismatchError, UnknownNameError, UsageError
+from hpo.execution.executors import Resources, check_executor
 from hpo.home import Home, check_study_name, find_data_dir, find_storage
 from hpo.plugins import SEARCH_SPACES, load_task, require_registered
 from hpo.search.priority import TRIED_BY_HAND
-from hpo.search.pruners import PRUNERS, check_first_rung, check_folds_pruner
+from hpo.search.pruners import check_first_rung, check_folds_pruner
 from hpo.search.settings import StudySettings
 from hpo.search.storage import read_storage
-from hpo.search.strategies import STRATEGIES
-from hpo.search.study import Study, read_settings
+from hpo.search.study import Study, check_strategy, read_settings
 from hpo.search.warm_start import best_configurations
+from hpo.session.options import (
+    SearchOptions,
+    SessionOptions,
+    StudyOptions,
+    checked,
+    defaults_of_a_study,
+    kept_by_the_study,
+)
 from hpo.space import Value
 from hpo.task import Task
 from hpo.tracking.store import home_store_uri
 from hpo.training.compiled import check_compile_mode
 from hpo.training.device import choose_device
 
-DEFAULT_TRIALS = 100
-DEFAULT_KEEP = 5
-EXECUTORS = ("local", "ray")
-
 
 @dataclass(frozen=True, kw_only=True)
-class Means:
+class Machine:
     """What one session searches with: its machine, its stores and its share of the work."""
 
     home: Home
@@ -44,8 +48,6 @@ class Means:
     data_dir: Path
     device: str
     """As torch names it."""
-    workers: int | None
-    """Trials to run in parallel; None for one per GPU, or one per core without a GPU."""
     keep: int
     """Trials whose best weights stay in MLflow."""
     timeout_s: float | None
@@ -54,10 +56,8 @@ class Means:
     accepts_changes: bool
     """Whether to continue with other data, or another source of the task, than the study began with."""
     executor: str
-    """One of EXECUTORS: where the workers run."""
-    ray_address: str
-    gpus_per_trial: float
-    """Share of a GPU that Ray reserves for each worker."""
+    """Name of the executor: where the workers run."""
+    resources: Resources
     trainer: Mapping[str, Any]
     """Settings of TrainConfig for this session's trials; what was not given is the task's."""
 
@@ -67,65 +67,86 @@ class Means:
         return self.storage is not None
 
 
-def find_means(
-    *,
-    home: Path | None = None,
-    storage: str | None = None,
-    tracking_uri: str | None = None,
-    data_dir: Path | None = None,
-    device: str = "auto",
-    workers: int | None = None,
-    keep: int = DEFAULT_KEEP,
-    timeout: float | None = None,
-    join: bool = False,
-    executor: str = "local",
-    address: str | None = None,
-    gpus_per_trial: float | None = None,
-    precision: str | None = None,
-    compile: str | None = None,
-    deterministic: bool = False,
-    accept_changes: bool = False,
-) -> Means:
-    """The means of a session, as given, or as the environment and the machine say. Raises UsageError."""
-    for option, number in (("--workers", workers), ("--keep", keep)):
-        if number is not None and number < 1:
-            raise UsageError(f"{option} {number} is not allowed: it must be at least 1.")
-    _check_executor(executor, address, gpus_per_trial, device)
-    given = {"precision": precision, "compile": compile, "deterministic": deterministic or None}
-    trainer: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a session was asked to do, checked against what the study says."""
+
+    task: Task
+    """With the space and the metric of the study."""
+    study: str
+    settings: StudySettings
+    trials: int | None
+    """The study's new total of trials; None leaves it as it is."""
+    proposals: Sequence[Proposal]
+    """What is tried first."""
+    machine: Machine
+
+
+def read_request(task: str, options: SearchOptions) -> Request:
+    """What the options of a search ask for. Raises UsageError where they make no sense; nothing is written."""
+    options = checked(options)
+    machine = this_machine(options)
+    found, name, settings = agree(machine, task, options)
+    return Request(
+        task=found,
+        study=name,
+        settings=settings,
+        trials=options.get("trials"),
+        proposals=find_proposals(machine, name, settings, options.get("tries") or (), options.get("warm_starts") or ()),
+        machine=machine,
+    )
+
+
+def this_machine(given: SessionOptions) -> Machine:
+    """What a session searches with: as given, or as the environment and the machine say. Raises UsageError."""
+    options = checked(given)
+    executor, device = options["executor"] or "local", options["device"] or "auto"
+    _check_executor(executor, options, device)
+    trainer: dict[str, Any] = {
+        name: value
+        for name, value in (
+            ("precision", options["precision"]),
+            ("compile", options["compile"]),
+            ("deterministic", options["deterministic"] or None),
+        )
+        if value is not None
+    }
     TrainConfig(**trainer)  # raises where one of them is not allowed
     chosen_device = choose_device(device)
     if executor == "local":
-        check_compile_mode(compile or "auto", precision or "auto", chosen_device)
-    means = Means(
-        home=Home.find(home),
-        storage=find_storage(storage),
-        tracking_uri=tracking_uri,
-        data_dir=find_data_dir(data_dir),
+        check_compile_mode(options["compile"] or "auto", options["precision"] or "auto", chosen_device)
+    machine = Machine(
+        home=Home.find(options["home"]),
+        storage=find_storage(options["storage"]),
+        tracking_uri=options["tracking_uri"],
+        data_dir=find_data_dir(options["data_dir"]),
         device=chosen_device,
-        workers=workers,
-        keep=keep,
-        timeout_s=timeout,
-        joins=join,
-        accepts_changes=accept_changes,
+        keep=options["keep"] or 1,
+        timeout_s=options["timeout"],
+        joins=options["join"],
+        accepts_changes=options["accept_changes"],
         executor=executor,
-        ray_address=address or "auto",
-        gpus_per_trial=gpus_per_trial or 0.0,
+        resources=Resources(
+            num_workers=options["workers"],
+            device=chosen_device,
+            address=options["address"],
+            gpus_per_trial=options["gpus_per_trial"] or 0.0,
+        ),
         trainer=trainer,
     )
-    if join and not means.is_shared:
+    if machine.joins and not machine.is_shared:
         raise UsageError(
             "several machines need one database: give --storage postgresql+psycopg://USER@HOST/DATABASE, "
             "or set HPO_STORAGE. The database in a home serves one process at a time, which runs --workers of its own."
         )
-    return means
+    return machine
 
 
-def _check_executor(executor: str, address: str | None, gpus_per_trial: float | None, device: str) -> None:
-    if executor not in EXECUTORS:
-        raise UnknownNameError("executor", executor, EXECUTORS)
+def _check_executor(executor: str, options: SearchOptions, device: str) -> None:
+    check_executor(executor)
+    address, gpus_per_trial = options["address"], options["gpus_per_trial"]
     for option, given in (("--address", address), ("--gpus-per-trial", gpus_per_trial)):
-        if executor != "ray" and given is not None:
+        if executor == "local" and given is not None:
             raise UsageError(f"{option} {given} is for --executor ray; omit it.")
     if executor == "ray" and device != "auto":
         raise UsageError(f"--device {device} is for workers of this machine; with Ray --gpus-per-trial decides.")
@@ -133,71 +154,67 @@ def _check_executor(executor: str, address: str | None, gpus_per_trial: float | 
         raise UsageError(f"--gpus-per-trial {gpus_per_trial:g} is not allowed: it must be 0 or more.")
 
 
-def read_study(means: Means, name: str) -> Study | None:
+def read_study(machine: Machine, name: str) -> Study | None:
     """The study of that name, if there is one; nothing is written."""
-    storage = read_storage(means.home.path, means.storage)
+    storage = read_storage(machine.home.path, machine.storage)
     return Study.load(storage, name) if read_settings(storage, name) else None
 
 
-def agree(means: Means, task: str, study: str | None, given: Mapping[str, Any]) -> tuple[Task, str, StudySettings]:
-    """The task, the study's name and its settings: what is given, filled up with what the study has.
-
-    `given` are fields of StudySettings; None stands for what was not given.
-    """
-    space = given.get("space_reference")
+def agree(machine: Machine, task: str, options: StudyOptions) -> tuple[Task, str, StudySettings]:
+    """The task, the study's name and its settings: what is given, completed by what the study has."""
+    given, space = kept_by_the_study(options), options.get("space")
     found = load_task(task, space)
-    name = check_study_name(found.objective.name if study is None else study)
-    earlier = read_study(means, name)
+    name = check_study_name(options.get("study") or found.objective.name)
+    earlier = read_study(machine, name)
+    if earlier and machine.is_shared:
+        _require_no_code_of_others(earlier.settings, given)
     if earlier and earlier.settings.space_reference and space is None:
-        if means.is_shared:
-            # Whoever can write to the database must not choose what code runs here.
-            require_registered(SEARCH_SPACES, earlier.settings.space_reference)
         found = load_task(task, earlier.settings.space_reference)
-    settings = _settle(found, earlier.settings if earlier else None, given)
-    return found.narrow(settings.overrides).judged_by(settings.metric), name, settings
+    settings = _complete(found, earlier.settings if earlier else None, given)
+    return found.narrow(settings.overrides).fix(settings.fixed).judged_by(settings.metric), name, settings
 
 
-def _settle(task: Task, stored: StudySettings | None, given: Mapping[str, Any]) -> StudySettings:
+def _require_no_code_of_others(stored: StudySettings, given: Mapping[str, Any]) -> None:
+    """Whoever can write to a shared database must not choose what code runs here."""
+    if stored.space_reference and "space_reference" not in given:
+        require_registered(SEARCH_SPACES, stored.space_reference)
+    for kind, value in (("strategy", stored.strategy), ("pruner", stored.pruner)):
+        if ":" in value and given.get(kind) != value:
+            raise UsageError(
+                f"the study has --{kind} {value}, which is code: on several machines register it as an entry point, or "
+                f"give --{kind} {value} here if you trust whoever made the study."
+            )
+
+
+def _complete(task: Task, stored: StudySettings | None, given: Mapping[str, Any]) -> StudySettings:
     """What is given, else what the study was made with, else the defaults; each of it checked."""
-    defaults: dict[str, Any] = {
-        "space_reference": None,
+    defaults: dict[str, Any] = defaults_of_a_study() | {
         "overrides": (),
-        "planned_trials": DEFAULT_TRIALS,
-        "max_epochs": task.train_config({}).max_epochs,
-        "strategy": "priority",
-        "pruner": _default_pruner(given),
-        "first_rung": None,
-        "seed": 0,
-        "limit": None,
-        "metric": task.objective.metric,
+        "fixed": (),
         "objectives": (),
-        "folds": None,
+        "max_epochs": task.train_config({}).max_epochs,
+        "metric": task.objective.metric,
+        "pruner": _default_pruner(given),
     }
     known = {name: getattr(stored, name) for name in defaults} if stored else defaults
-    chosen = known | {name: value for name, value in given.items() if value is not None}
-    if given.get("metric") is None and given.get("objectives"):
+    chosen = known | dict(given)
+    if "metric" not in given and "objectives" in given:
         chosen["metric"] = _metric_of(given["objectives"]) or chosen["metric"]
-    for option, name in (("--trials", "planned_trials"), ("--epochs", "max_epochs"), ("--limit", "limit")):
-        if chosen[name] is not None and chosen[name] < 1:
-            raise UsageError(f"{option} {chosen[name]} is not allowed: it must be at least 1.")
-    if chosen["folds"] is not None and chosen["folds"] < 2:
-        raise UsageError(f"--folds {chosen['folds']} is not allowed: it must be at least 2.")
-    if chosen["seed"] < 0:
-        raise UsageError(f"--seed {chosen['seed']} is not allowed: it must be at least 0.")
-    for kind, names in (("strategy", STRATEGIES), ("pruner", PRUNERS), ("metric", METRICS)):
-        if chosen[kind] not in names:
-            raise UnknownNameError(kind, chosen[kind], names)
+    if chosen["metric"] not in METRICS:
+        raise UnknownNameError("metric", chosen["metric"], METRICS)
     chosen["objectives"] = _check_objectives(chosen["objectives"], chosen["metric"])
     if chosen["objectives"]:
         _suit_several_objectives(chosen, given)
     check_folds_pruner(chosen["pruner"], chosen["folds"])
     check_first_rung(chosen["pruner"], chosen["max_epochs"], chosen["first_rung"])
-    return StudySettings(
+    settings = StudySettings(
         task=task.objective.name,
-        space=task.narrow(chosen["overrides"]).space,
+        space=task.narrow(chosen["overrides"]).fix(chosen["fixed"]).space,
         direction=METRICS[chosen["metric"]],
         **chosen,
     )
+    check_strategy(settings)
+    return settings
 
 
 def _default_pruner(given: Mapping[str, Any]) -> str:
@@ -252,7 +269,7 @@ class Proposal:
 
 
 def find_proposals(
-    means: Means, name: str, settings: StudySettings, tries: Sequence[str], warm_starts: Sequence[str]
+    machine: Machine, name: str, settings: StudySettings, tries: Sequence[str], warm_starts: Sequence[str]
 ) -> list[Proposal]:
     """What `--try` and `--warm-start` ask for, checked. An earlier study is taken over once.
 
@@ -261,20 +278,20 @@ def find_proposals(
     if settings.strategy == "grid" and (tries or warm_starts):
         option = f"--try {tries[0]}" if tries else f"--warm-start {warm_starts[0]}"
         raise UsageError(f"{option} is not for --strategy grid, which runs only the points of its grid; omit it.")
-    study = read_study(means, name)
+    study = read_study(machine, name)
     proposals = [Proposal(TRIED_BY_HAND, [settings.space.configure(text) for text in tries])] if tries else []
     for source in warm_starts:
-        earlier = _read_source(means, source, name, settings.task)
+        earlier = _read_source(machine, source, name, settings.task)
         stage = f"from study {source}"
         if study is None or all(trial.stage != stage for trial in study.trials()):
             proposals.append(Proposal(stage, best_configurations(earlier, settings.space)))
     return proposals
 
 
-def _read_source(means: Means, source: str, name: str, task: str) -> Study:
+def _read_source(machine: Machine, source: str, name: str, task: str) -> Study:
     if source == name:
         raise UsageError(f"--warm-start {source} is the study itself, which is resumed anyway; omit it.")
-    earlier = Study.load(read_storage(means.home.path, means.storage), source)
+    earlier = Study.load(read_storage(machine.home.path, machine.storage), source)
     if earlier.settings.task != task:
         raise UsageError(
             f"--warm-start {source}: study '{source}' is of task '{earlier.settings.task}', not '{task}'; "
@@ -283,20 +300,20 @@ def _read_source(means: Means, source: str, name: str, task: str) -> Study:
     return earlier
 
 
-def agreed_tracking_uri(means: Means, study: Study | None) -> str | None:
+def agreed_tracking_uri(machine: Machine, study: Study | None) -> str | None:
     """Where the runs of a study go: where they went so far, so that they stay together.
 
     Where machines share a study each is told by its user: a database that others write to must not choose who gets the
     password of an MLflow account. Raises StudyMismatchError where another store is given than before, UsageError where
     a shared study has none that all can reach.
     """
-    given = means.tracking_uri
-    if means.is_shared:
+    given = machine.tracking_uri
+    if machine.is_shared:
         return _reachable(given or os.environ.get("MLFLOW_TRACKING_URI"))
     if study is None:
         return given
     # Not None for the home's own store: MLFLOW_TRACKING_URI would then lead elsewhere.
-    so_far = study.tracking_uri or home_store_uri(means.home.path)
+    so_far = study.tracking_uri or home_store_uri(machine.home.path)
     if given not in (None, so_far):
         raise StudyMismatchError(
             f"the runs of study '{study.name}' are in {without_password(so_far)}, "

@@ -1,0 +1,326 @@
+"""The options of a search, each declared once: its name and type, its flag, its default and its sentence.
+
+`run_search`, `submit_study`, `join_search` and the command line take theirs from here. None, and an option that is left
+out, mean the same: the study's value, or else the default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypedDict, get_type_hints
+
+from hpo.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Option:
+    """How an option is written on the command line, and what it means."""
+
+    flag: str
+    help: str
+    """One sentence; what is in brackets names the default."""
+
+    metavar: str | None = None
+    """What stands for the value in the help; None for the name of the type."""
+
+    default: Any = None
+    """What None stands for in a new study, or in a session. None where the task, the study or the machine decides."""
+
+    kept: str | None = None
+    """The field of StudySettings that keeps it for the next session; None if it holds for one session."""
+
+    at_least: int | None = None
+    is_duration: bool = False
+    """Whether it is a time: seconds, on the command line also 90s, 30m or 2h."""
+
+
+class StudyOptions(TypedDict, total=False):
+    """What is searched, and how."""
+
+    trials: Annotated[
+        int | None,
+        Option(
+            "--trials",
+            "Total number of finished trials (complete, pruned or diverged). [default: 100]",
+            default=100,
+            kept="planned_trials",
+            at_least=1,
+        ),
+    ]
+    epochs: Annotated[
+        int | None,
+        Option("--epochs", "Maximum number of epochs per trial. [default: the task's]", kept="max_epochs", at_least=1),
+    ]
+    overrides: Annotated[
+        Sequence[str],
+        Option(
+            "-p",
+            "Narrow a parameter: lr=1e-3:1e-1, optimizer=sgd,adamw or batch_size=256. Repeatable.",
+            metavar="NAME=VALUES",
+            kept="overrides",
+        ),
+    ]
+    fixed: Annotated[
+        Sequence[str],
+        Option(
+            "--set",
+            "Fix a setting of the trainer, searched or not: patience=20, optimizer=lamb. Repeatable.",
+            metavar="NAME=VALUE",
+            kept="fixed",
+        ),
+    ]
+    study: Annotated[str | None, Option("--study", "Name of the study. [default: the task's name]", metavar="NAME")]
+    strategy: Annotated[
+        str | None,
+        Option(
+            "--strategy",
+            "priority, tpe, gp, random, grid, qmc, cmaes, or any Optuna sampler as module:factory. [default: priority]",
+            metavar="NAME",
+            default="priority",
+            kept="strategy",
+        ),
+    ]
+    pruner: Annotated[
+        str | None,
+        Option(
+            "--pruner",
+            "model, sha, median, hyperband, wilcoxon, none, or any Optuna pruner as module:factory. [default: model "
+            "with priority, else sha; wilcoxon with --folds; none with several objectives]",
+            metavar="NAME",
+            kept="pruner",
+        ),
+    ]
+    first_rung: Annotated[
+        int | None,
+        Option(
+            "--first-rung",
+            "Epochs a trial runs before model or sha may prune it. [default: 1/6 or 1/5 of --epochs]",
+            metavar="N",
+            kept="first_rung",
+        ),
+    ]
+    seed: Annotated[
+        int | None, Option("--seed", "Seed of everything random. [default: 0]", default=0, kept="seed", at_least=0)
+    ]
+    limit: Annotated[
+        int | None,
+        Option("--limit", "Use only N training examples. [default: all]", metavar="N", kept="limit", at_least=1),
+    ]
+    space: Annotated[
+        str | None,
+        Option("--space", "Search this space instead of the task's own.", metavar="NAME|FILE", kept="space_reference"),
+    ]
+    metric: Annotated[
+        str | None,
+        Option(
+            "--metric",
+            "Metric to optimise on the validation split: f1, auroc, ... [default: the task's]",
+            metavar="NAME",
+            kept="metric",
+        ),
+    ]
+    folds: Annotated[
+        int | None,
+        Option(
+            "--folds",
+            "K-fold cross-validation, for small data sets: a trial's score is its mean over K folds. [default: off]",
+            metavar="K",
+            kept="folds",
+            at_least=2,
+        ),
+    ]
+    objectives: Annotated[
+        Sequence[str],
+        Option(
+            "--objective",
+            "Optimise several numbers: val/METRIC, then params or latency. Repeatable. [default: the metric]",
+            metavar="NAME",
+            kept="objectives",
+        ),
+    ]
+    tries: Annotated[
+        Sequence[str],
+        Option(
+            "--try",
+            "First try this configuration, with defaults for the rest: lr=0.1,optimizer=sgd. Repeatable.",
+            metavar="NAME=VALUE,...",
+        ),
+    ]
+    warm_starts: Annotated[
+        Sequence[str],
+        Option(
+            "--warm-start",
+            "First try the best configurations of an earlier study of this task. Repeatable.",
+            metavar="STUDY",
+        ),
+    ]
+
+
+class MachineOptions(TypedDict, total=False):
+    """What this machine does for a study."""
+
+    workers: Annotated[
+        int | None,
+        Option(
+            "--workers",
+            "Trials to run in parallel. [default: one per GPU, or one per CPU core]",
+            metavar="N",
+            at_least=1,
+        ),
+    ]
+    timeout: Annotated[
+        float | None,
+        Option("--timeout", "Stop after this time of training: 90, 90s, 30m or 2h.", metavar="TIME", is_duration=True),
+    ]
+    device: Annotated[
+        str | None, Option("--device", "auto, cpu, cuda or cuda:N. [default: auto]", metavar="NAME", default="auto")
+    ]
+    precision: Annotated[
+        str | None,
+        Option("--precision", "auto, fp32, bf16 or fp16. [default: auto, bf16 if it is faster]", metavar="TYPE"),
+    ]
+    compile: Annotated[
+        str | None,
+        Option("--compile", "auto, off, step or graph. [default: auto, step if it is faster]", metavar="MODE"),
+    ]
+    deterministic: Annotated[bool, Option("--deterministic", "Use only deterministic GPU algorithms (slower).")]
+    accept_changes: Annotated[
+        bool,
+        Option("--accept-changes", "Resume although the data or the task's source changed; every report mentions it."),
+    ]
+    keep: Annotated[
+        int | None,
+        Option(
+            "--keep",
+            "Keep the weights of the K best trials. [default: 5]",
+            metavar="K",
+            default=5,
+            at_least=1,
+        ),
+    ]
+    data_dir: Annotated[
+        Path | None,
+        Option(
+            "--data-dir",
+            "Directory with the data sets; missing ones are downloaded into it. "
+            "[env: HPO_DATA_DIR; default: ~/.cache/hpo/data]",
+        ),
+    ]
+
+
+class ExecutorOptions(TypedDict, total=False):
+    """Where the workers of `hpo search` run."""
+
+    executor: Annotated[
+        str | None,
+        Option(
+            "--executor",
+            "Where trials run: local, ray (a Ray cluster), or an installed one by name. [default: local]",
+            metavar="NAME",
+            default="local",
+        ),
+    ]
+    address: Annotated[
+        str | None,
+        Option("--address", "Ray cluster. [default: the cluster this machine belongs to]", metavar="HOST:PORT"),
+    ]
+    gpus_per_trial: Annotated[
+        float | None,
+        Option(
+            "--gpus-per-trial",
+            "With Ray: 0.25 puts four trials on a GPU. [default: 0, on CPUs]",
+            metavar="N",
+        ),
+    ]
+    join: Annotated[bool, Option("--join", "Join a search that is already running on other machines.")]
+
+
+class StoreOptions(TypedDict, total=False):
+    """Where studies and runs are kept."""
+
+    home: Annotated[
+        Path | None,
+        Option("--home", "Directory for everything hpo writes. [env: HPO_HOME; default: ./mlruns]"),
+    ]
+    storage: Annotated[
+        str | None,
+        Option(
+            "--storage",
+            "Database that holds the studies; needed when several machines share one: "
+            "postgresql+psycopg://USER@HOST/DATABASE. [env: HPO_STORAGE; default: in the home]",
+            metavar="URL",
+        ),
+    ]
+    tracking_uri: Annotated[
+        str | None,
+        Option(
+            "--tracking-uri",
+            "MLflow store or server. [env: MLFLOW_TRACKING_URI; default: in the home]",
+            metavar="URI",
+        ),
+    ]
+
+
+class SubmitOptions(StudyOptions, StoreOptions, total=False):
+    """The options of `hpo submit` and `hpo.submit_study`."""
+
+
+class WorkerOptions(MachineOptions, StoreOptions, total=False):
+    """The options of `hpo worker` and `hpo.join_search`."""
+
+
+class SessionOptions(MachineOptions, ExecutorOptions, StoreOptions, total=False):
+    """All that a session is told beside its study."""
+
+
+class SearchOptions(StudyOptions, SessionOptions, total=False):
+    """The options of `hpo search` and `hpo.run_search`."""
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """An option with its type."""
+
+    name: str
+    type: Any
+    option: Option
+
+
+def declarations(options: type) -> list[Declaration]:
+    """The options of one of the classes above, in the order of the help."""
+    hints = get_type_hints(options, include_extras=True)
+    return [Declaration(name, hint.__origin__, hint.__metadata__[0]) for name, hint in hints.items()]
+
+
+def checked(given: Mapping[str, object]) -> SearchOptions:
+    """The options with their defaults, but for those that a study keeps. Raises UsageError for a number too small."""
+    found = dict(given)
+    for declared in declarations(SearchOptions):
+        name, option, value = declared.name, declared.option, found.get(declared.name)
+        if value is None and option.kept is None:
+            found[name] = False if declared.type is bool else option.default
+        if option.at_least is not None and isinstance(value, int) and value < option.at_least:
+            raise UsageError(f"{option.flag} {value} is not allowed: it must be at least {option.at_least}.")
+    return found  # type: ignore[return-value]
+
+
+def kept_by_the_study(options: StudyOptions) -> dict[str, Any]:
+    """The fields of StudySettings that were given; those left out are not there."""
+    given: Mapping[str, object] = options
+    fields = {
+        declared.option.kept: given.get(declared.name)
+        for declared in declarations(StudyOptions)
+        if declared.option.kept
+    }
+    return {
+        name: tuple(value) if isinstance(value, list | tuple) else value
+        for name, value in fields.items()
+        if value not in (None, (), [])
+    }
+
+
+def defaults_of_a_study() -> dict[str, Any]:
+    """The fields of StudySettings that have the same default for every task."""
+    return {d.option.kept: d.option.default for d in declarations(StudyOptions) if d.option.kept}

@@ -1,0 +1,89 @@
+"""The first phase of a search: read and check all that it needs. Nothing is written, and no trial has begun."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from hpo.checks.checklist import quick_part
+from hpo.checks.compatibility import check_task
+from hpo.checks.verdicts import Subject, in_few_lines
+from hpo.data.datasets import VALIDATION_FRACTION, check_folds, split_dataset
+from hpo.execution.executors import start_workers
+from hpo.execution.local import warm_up
+from hpo.execution.messages import Setup
+from hpo.provenance import Provenance, require_unchanged
+from hpo.session.request import agreed_tracking_uri, read_study
+from hpo.task import load_dataset
+
+if TYPE_CHECKING:
+    from hpo.checks.verdicts import Verdict
+    from hpo.data.datasets import Splits
+    from hpo.data.examples import SealedSplit
+    from hpo.execution.observer import Observer
+    from hpo.execution.pool import WorkerPool
+    from hpo.session.request import Request
+
+SILENCE_S = 30.0
+"""Seconds of silence after which a worker, or a whole session, counts as dead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A search that could begin."""
+
+    request: Request
+    session_id: str
+    splits: Splits
+    test: SealedSplit
+    provenance: Provenance
+    verdicts: Sequence[Verdict]
+    """What the checks before the first trial have found."""
+    workers: WorkerPool
+    """None of them works yet."""
+    tracking_uri: str | None
+    """Where the runs go; None leaves it to the environment."""
+
+
+def prepare(request: Request, observer: Observer) -> Prepared:
+    """Read the data, split it, check the task with it and find the workers. Raises UsageError where anything fails."""
+    machine, settings = request.machine, request.settings
+    files = machine.home.study(request.study)
+    files.require_own(machine.storage)
+    if machine.executor == "local":
+        warm_up()  # the workers' server imports torch while the data is read
+    observer.note(f"loading the data of {request.task.objective.name}")
+    dataset = load_dataset(request.task, machine.data_dir)
+    provenance = Provenance.of_session(request.task.objective, dataset)
+    study = read_study(machine, request.study)
+    if study:
+        require_unchanged(study, provenance, accept_changes=machine.accepts_changes)
+    fraction = 1 / settings.folds if settings.folds else VALIDATION_FRACTION
+    splits = split_dataset(dataset, validation_fraction=fraction, seed=settings.seed, limit=settings.limit)
+    if settings.folds:
+        check_folds(splits, settings.folds)
+    check_task(request.task, splits)
+    verdicts = quick_part(Subject.of(request.task, splits, "cpu"))
+    for line in in_few_lines(verdicts, request.task.reference):
+        observer.found(line)
+    machine.home.require_space(splits.num_bytes)
+    session_id = uuid4().hex
+    setup = Setup(
+        task_reference=request.task.reference,
+        splits=files.splits(session_id),
+        num_threads=1,
+        silence_s=SILENCE_S,
+        log=files.logs,
+    )
+    return Prepared(
+        request=request,
+        session_id=session_id,
+        splits=splits,
+        test=dataset.test,
+        provenance=provenance,
+        verdicts=verdicts,
+        workers=start_workers(machine.executor, setup, machine.resources),
+        tracking_uri=agreed_tracking_uri(machine, study),
+    )
