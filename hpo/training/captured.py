@@ -18,11 +18,14 @@ from hpo.training.compiled import Formulas, free_memory
 from hpo.training.step import StepResult, TrainingStep
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from hpo.training.schedules import Point
 
 _logger = logging.getLogger(__name__)
+
+CAPTURED_BY_AUTO = False
+"""Whether `--compile auto` captures steps: not before tests/test_gpu.py has passed on a real GPU."""
 
 WARM_UP_STEPS = 2
 """Steps on a stream of their own before one is captured: libraries make their handles, and cuDNN tries its algorithms,
@@ -34,12 +37,25 @@ RACE_STEPS = 20
 TOLERANCE = 0.02
 """Difference between a captured and an eager step on the same batch, relative to what the step changes."""
 
+_KNOWN_PACKAGES = ("torch", "torchvision", "hpo")
+
 Make = Callable[..., tuple["Tensor", "Tensor"]]
 """From what was drawn for a batch to its inputs and targets, by operations on tensors alone."""
 
 StepFunction = Callable[..., tuple["Tensor", ...]]
 """From settings and what was drawn for a batch to outputs, loss, the gradients' norm and targets; it changes its state
 in place."""
+
+
+def wants_graph(compile_mode: str, model: nn.Module) -> bool:
+    """Whether a training's steps are to be captured if they can be.
+
+    `auto` leaves models alone whose modules are not all of torch, torchvision or hpo: a forward pass of others may
+    depend on what Python does, which a graph would not repeat.
+    """
+    if compile_mode == "auto" and CAPTURED_BY_AUTO:
+        return all(type(module).__module__.partition(".")[0] in _KNOWN_PACKAGES for module in model.modules())
+    return compile_mode == "graph"
 
 
 class CapturedStep:

@@ -94,7 +94,7 @@ class Formulas:
     def __init__(self, step: TrainingStep) -> None:
         self._optimizer = step.optimizer
         self._clip_norm = step.clip_norm
-        self._groups = [_Group.of(step.optimizer, group) for group in step.optimizer.param_groups if group["params"]]
+        self._groups = [_Group.of(step.optimizer, group) for group in step.optimizer.param_groups if _trained(group)]
         self._ahead: list[Tensor] = []  # settings, the next step's last
         self.device = self._groups[0].parameters[0].device
         self._num_steps = self._num_told = _steps_so_far(step.optimizer)
@@ -147,9 +147,9 @@ class Formulas:
                 state["step"].fill_(self._num_steps)
 
     def _settings(self, point: Point, step: int) -> list[list[float]]:
-        """For each group that has parameters, its row of numbers in the order of _Settings."""
+        """For each group that has trained parameters, its row of numbers in the order of _Settings."""
         groups = zip(self._optimizer.param_groups, point.rates, strict=True)
-        return [self._row(group, rate, point.momentum, step) for group, rate in groups if group["params"]]
+        return [self._row(group, rate, point.momentum, step) for group, rate in groups if _trained(group)]
 
     def _row(self, group: dict[str, Any], rate: float, momentum: float | None, step: int) -> list[float]:
         beta1, beta2 = group.get("betas") or (group["momentum"], 0.0)
@@ -180,10 +180,11 @@ def check_compile_mode(wanted: str, precision: str, device: str) -> None:
 
 
 def has_formula(step: TrainingStep) -> bool:
-    """Whether the steps that come can be made by the formulas of this module: see `Formulas`."""
-    trains_all = all(p.requires_grad for p in step.model.parameters())
-    is_whole = step.is_plain and step.num_parts == 1 and step.precision != "fp16"
-    return type(step.optimizer) in _FORMULAS and trains_all and is_whole
+    """Whether the steps that come can be made by the formulas of this module: see `Formulas`.
+
+    What is frozen must stay so: one count of steps serves all parameters.
+    """
+    return type(step.optimizer) in _FORMULAS and step.is_plain and step.num_parts == 1 and step.precision != "fp16"
 
 
 def settle_compile_mode(
@@ -200,7 +201,8 @@ def settle_compile_mode(
 
     `is_mixed` says that the batches have shares of classes as their targets (hpo.data.mixing).
     """
-    if wanted in ("off", "graph") or not has_formula(step):
+    trains_all = all(p.requires_grad for p in step.model.parameters())
+    if wanted in ("off", "graph") or not has_formula(step) or not trains_all:
         return "off"
     signature = (*_signature(step, batch_shape), is_mixed)
     if wanted == "auto":
@@ -249,6 +251,11 @@ def _can_trace() -> bool:
     return hasattr(torch._dynamo.config, "trace_autograd_ops")
 
 
+def _trained(group: dict[str, Any]) -> list[nn.Parameter]:
+    """The parameters of a group that are not frozen."""
+    return [p for p in group["params"] if p.requires_grad]
+
+
 def _is_nesterov(optimizer: torch.optim.Optimizer) -> bool:
     return bool(optimizer.param_groups[0].get("nesterov"))
 
@@ -286,7 +293,7 @@ class _Group(NamedTuple):
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> _Group:
         averages, squares = ("exp_avg", "exp_avg_sq") if "betas" in group else ("momentum_buffer", "")
-        states = [(p, optimizer.state[p]) for p in group["params"]]
+        states = [(p, optimizer.state[p]) for p in _trained(group)]
         if group.get("momentum") != 0:
             # What never has a gradient has no state.
             states = [(p, state) for p, state in states if state.get(averages) is not None]

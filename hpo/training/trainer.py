@@ -17,7 +17,7 @@ from hpo.data.batches import build_batches, evaluation_batch_size, evaluation_ba
 from hpo.errors import CheckpointError, DeviceMemoryError, UsageError
 from hpo.models.pretrained import find_pretrained
 from hpo.training.averaging import AveragedWeights
-from hpo.training.captured import CapturedStep
+from hpo.training.captured import CapturedStep, wants_graph
 from hpo.training.checkpoint import CheckpointFolder, CheckpointWriter
 from hpo.training.compiled import CompiledStep, check_compile_mode, has_formula, settle_compile_mode
 from hpo.training.device import in_fitting_batches
@@ -312,7 +312,7 @@ class _Run:
         graph.
         """
         is_resident = self.splits.train.targets.is_cuda
-        return self.config.compile == "graph" and is_resident and not self.config.thaw_epoch
+        return is_resident and not self.config.thaw_epoch and wants_graph(self.config.compile, self.model)
 
     def _settle_compile_mode(self, step: TrainingStep, epoch: int, epoch_s: float) -> None:
         """After an epoch that was not compiled, as the first never is: it fills the optimizer's state and shows how
