@@ -32,6 +32,7 @@ from hpo.plugins import load_objective
 from hpo.records import SearchOutcome, TrialState, Winner
 from hpo.search.storage import open_storage
 from hpo.search.study import Study, Suggestion
+from hpo.session import conclude
 from hpo.session import search as session_search
 from hpo.session.options import StudyOptions
 from hpo.session.request import agree, this_machine
@@ -688,6 +689,7 @@ def test_plots_and_findings_are_there_while_a_search_runs(
             raise StoreError("MLflow is away.")
 
     monkeypatch.setattr(session_search, "write_summary", watched)
+    monkeypatch.setattr(conclude, "write_summary", watched)
     monkeypatch.setattr(session_search, "RENEWAL_S", 0.0)
     assert search(trials=3, overrides=("mood=slow",)).is_done
     assert len(seen) >= 2

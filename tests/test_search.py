@@ -35,7 +35,7 @@ from hpo.search.priority import (
     stage_name,
 )
 from hpo.search.pruners import PRUNERS, build_pruner
-from hpo.search.settings import StudySettings
+from hpo.search.settings import FORMAT, StudySettings
 from hpo.search.storage import open_storage, read_storage
 from hpo.search.strategies import STRATEGIES, GridSampler, build_sampler, grid_points, grid_size
 from hpo.search.study import Study, Suggestion, list_studies, read_settings
@@ -939,7 +939,7 @@ def test_a_study_whose_making_was_cut_off_is_made_by_the_next_command(storage: B
 
 def test_a_study_of_a_newer_hpo_is_refused(storage: BaseStorage, name: str) -> None:
     study = optuna.create_study(study_name=name, storage=storage)
-    study.set_user_attr("hpo:settings", {"format": 2})
+    study.set_user_attr("hpo:settings", {"format": FORMAT + 1})
 
     with pytest.raises(StoreError, match="newer version of hpo; upgrade"):
         Study.load(storage, name)

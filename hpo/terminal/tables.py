@@ -169,6 +169,7 @@ def study_facts(name: str, home: Path | None, storage: str | None = None, top: i
             "seed": study.settings.seed,
             "limit": study.settings.limit,
             "folds": study.settings.folds,
+            "fixed": study.settings.fixed,
             "counts": study.counts(),
             "provenance": [asdict(session) for session in sessions(study)],
             "made_with": describe_provenance(study),
@@ -196,6 +197,8 @@ def print_study(console: Console, facts: dict[str, Any]) -> None:
         f"strategy {facts['strategy']}, "
         f"pruner {facts['pruner']}, {facts['epochs']} epochs, seed {facts['seed']}; {describe_counts(facts['counts'])}"
     )
+    if facts["fixed"]:
+        console.print(f"Fixed with --set: {', '.join(facts['fixed'])}")
     for line in facts["made_with"]:
         console.print(line, soft_wrap=True)
     costs = facts["objectives"][1:]
