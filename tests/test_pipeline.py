@@ -94,7 +94,7 @@ objective = Objective(
 """
 
 
-PLOTS = ("confusion_matrix", "history", "importances", "learning_curves", "slices")
+PLOTS = ("confusion_matrix", "history", "learning_curves", "slices")
 
 # One trial after the other, so that a test can say which one is under way.
 ALONE: dict[str, Any] = {"trials": 3, "pruner": "none", "workers": 1}

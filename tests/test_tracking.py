@@ -870,20 +870,20 @@ def test_the_points_of_a_choice_stay_with_their_choice() -> None:
     assert sorted(round(x) for x in positions) == sorted(0 if r.values["nesterov"] else 1 for r in records)
 
 
-def test_importances_keep_the_groups_in_order_and_colour_them() -> None:
+def test_importances_keep_the_groups_in_order_and_have_error_bars() -> None:
+    step_size = {"batch_size": (0.1, 0.0, 0.3), "lr": (0.5, 0.4, 0.7)}
     figure = plots.plot_importances(
-        {"step size": {"batch_size": 0.1, "lr": 0.5}, "regularization": {"dropout": 0.3, "weight_decay": 0.1}}
+        {"step size": step_size, "regularization": {"dropout": (0.3, 0.1, 0.4), "weight_decay": (0.1, 0.05, 0.2)}},
+        note="Too uncertain to report: depth (about 40 more trials).",
     )
     [axes] = figure.axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["lr", "batch_size", "dropout", "weight_decay"]
     colours = [patch.get_facecolor() for patch in axes.patches]
     assert colours[0] == colours[1] != colours[2] == colours[3]
-    assert legend_of(figure) == ["step size (0.60)", "regularization (0.40)"]
-
-
-def test_importances_of_too_few_trials_say_so() -> None:
-    [axes] = plots.plot_importances({}).axes
-    assert [text.get_text() for text in axes.texts] == ["too few trials that differ to say"]
+    [bar] = axes.containers[1].lines[2]  # type: ignore[attr-defined]
+    assert [round(float(x), 2) for x, _ in bar.get_segments()[0]] == [0.4, 0.7]
+    assert legend_of(figure) == ["step size", "regularization"]
+    assert "about 40 more trials" in str(figure.get_supxlabel())
 
 
 # The UI

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, cycle, product
+from textwrap import fill
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from hpo.config import Direction
 from hpo.plots.style import (
@@ -154,31 +155,44 @@ def plot_slices(records: Sequence[TrialRecord], space: Space, *, metric: str, di
     return figure
 
 
-def plot_importances(importances: Mapping[str, Mapping[str, float]]) -> Figure:
+def plot_importances(
+    importances: Mapping[str, Mapping[str, tuple[float, float, float]]], *, note: str | None = None
+) -> Figure:
     """How much each parameter matters, by group: the groups in order of priority, the parameters by importance.
 
-    Importances are shares in [0, 1], such as `{"step size": {"lr": 0.6}, "regularization": {"dropout": 0.4}}`.
+    Importances are a share in [0, 1] with the ends of its interval, such as `{"step size": {"lr": (0.6, 0.4, 0.8)}}`;
+    there is at least one. The note stands below.
     """
     count = sum(map(len, importances.values()))
-    figure, axes = new_figure("Importance of the parameters", width=9, height=max(3.0, 1.6 + 0.34 * count), grid="x")
-    if not count:
-        say_nothing_to_show(axes, "too few trials that differ to say")
-        return figure
+    figure, axes = new_figure("Importance of the parameters", width=9, height=1.6 + 0.34 * max(3, count), grid="x")
     names: list[str] = []
     handles = []
     for colour, (group, shares) in zip(cycle(_GROUP_COLOURS), importances.items(), strict=False):
-        for name, share in sorted(shares.items(), key=lambda item: -item[1]):
-            axes.barh(len(names), share, color=colour, height=0.72)
+        for name, (share, low, high) in sorted(shares.items(), key=lambda item: -item[1][0]):
+            row = len(names)
+            axes.barh(row, share, color=colour, height=0.72)
+            axes.errorbar(
+                share,
+                row,
+                xerr=[[max(0.0, share - low)], [max(0.0, high - share)]],
+                color=BLACK,
+                capsize=3,
+                linewidth=1,
+            )
             axes.annotate(
-                f"{share:.2f}", (share, len(names)), (4, 0), textcoords="offset points", va="center", fontsize=9
+                f"{share:.0%}", (max(share, high), row), (5, 0), textcoords="offset points", va="center", fontsize=9
             )
             names.append(name)
-        handles.append(Line2D([], [], color=colour, linewidth=8, label=f"{group} ({sum(shares.values()):.2f})"))
+        if shares:
+            handles.append(Line2D([], [], color=colour, linewidth=8, label=group))
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.margins(x=0.1)
-    axes.set_xlabel("share of the variation between trials")
+    axes.set_xlim(0, min(1.1, 1.12 * max(high for shares in importances.values() for _, _, high in shares.values())))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_xlabel("share of the variance explained alone (main effect), with 90 % interval")
     figure.legend(handles=handles, loc="outside right upper", frameon=False, title="group", alignment="left")
+    if note:
+        figure.supxlabel(fill(note, 120), x=0.01, ha="left", color=GREY, fontsize=9)
     return figure
 
 

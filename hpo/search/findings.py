@@ -1,4 +1,4 @@
-"""What a study has learned: how much each parameter matters, and plain sentences with the data behind them.
+"""What a study has learned, in plain sentences with the data behind them.
 
 A sentence is left out wherever chance alone would often have written it.
 """
@@ -11,16 +11,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import optuna
-from optuna.storages import InMemoryStorage
-from optuna.trial import FrozenTrial
-from optuna.trial import TrialState as OptunaState
-
-from hpo.config import derive_seed
 from hpo.records import CROWNABLE, TrialRecord, ranked
-from hpo.search.encoding import Encoding, distribution
-from hpo.search.priority import tunable_groups
+from hpo.search.encoding import Encoding
 from hpo.space import Choice, Float, Int, Value, format_value
 
 if TYPE_CHECKING:
@@ -28,9 +20,6 @@ if TYPE_CHECKING:
 
 MIN_TRIALS = 10
 """Below this many trials the best tenth is not even one of them."""
-
-MIN_TRIALS_FOR_IMPORTANCES = 30
-"""Below this many, the best tenth is one or two trials, and importances are chance."""
 
 MIN_BEST_TRIALS = 3
 """The best tenth of the trials, but at least this many, says where the good region is."""
@@ -44,12 +33,6 @@ NEAR_EDGE = 0.2
 MIN_DIVERGED = 3
 ACCIDENT = 0.05
 """Highest probability that this many of the largest learning rates would have diverged by accident."""
-
-NUM_RESAMPLES = 50
-"""Enough for a standard error (Efron and Tibshirani, 1993, section 6.4)."""
-
-MAX_RESAMPLE = 200
-"""Maximum trials in a resample; with more, the evaluation of 50 of them takes seconds."""
 
 
 COMMON = 0.25
@@ -77,21 +60,6 @@ class Finding:
     """One sentence."""
     data: dict[str, Any]
     """The figures in it."""
-
-
-@dataclass(frozen=True)
-class Importance:
-    """A share of the variation between trials, from 0 to 1, with its standard error."""
-
-    share: float
-    error: float
-
-
-@dataclass(frozen=True)
-class GroupImportance(Importance):
-    """The importance of a group, and of each parameter in it."""
-
-    parameters: dict[str, Importance]
 
 
 def findings(study: Study) -> list[Finding]:
@@ -251,111 +219,6 @@ def find_savings(study: Study) -> Iterator[Finding]:
         f"{num_steps} might have run; {other_reasons} saved {others / planned:.0%}.",
         data={"planned": planned, "trained": planned - sum(unspent.values()), "saved": unspent},
     )
-
-
-def importances(study: Study) -> dict[str, GroupImportance]:
-    """Importance of each parameter that varies and is active in every trial, by group; the shares sum to 1.
-
-    PED-ANOVA (Watanabe et al., 2023, arXiv:2304.10255): how much the values in the best tenth of the trials differ
-    from those in all. Pruned trials count with their best epoch, and diverged ones as the worst, for among complete
-    trials alone hardly anything differs. Parameters that were inactive in some trial are left out: PED-ANOVA would
-    count values that no network has seen. Empty below `MIN_TRIALS_FOR_IMPORTANCES` such trials, and where the best
-    tenth cannot be told from the others.
-
-    The standard error is the spread over bootstrap resamples of the trials (Efron, 1979). Where there are many, a
-    resample holds some of them only, and its spread is scaled down accordingly (Bickel et al., 1997). Against the
-    spread over ten studies of 12 parameters that differ in their seed it was right with 20 and with 400 trials, and
-    up to two and a half times too large in between; it takes 0.3 s to 0.6 s on one core (Optuna 5.0.0).
-    """
-    trials = _scored_trials(study)
-    if len(trials) < MIN_TRIALS_FOR_IMPORTANCES or not _has_best_tenth(trials):
-        return {}
-    conditional = {name for trial in study.trials() for name in trial.inactive}
-    groups = {
-        group: rated
-        for group, members in tunable_groups(study.settings.space).items()
-        if (rated := [name for name in members if name not in conditional])
-    }
-    if not groups:
-        return {}
-    names = [name for group in groups.values() for name in group]
-    shares = dict(zip(names, _shares(trials, names), strict=True))
-    size = min(len(trials), MAX_RESAMPLE)
-    rng = np.random.default_rng(derive_seed(study.settings.seed, "importances"))
-    resampled = [
-        _shares([trials[index] for index in rng.integers(len(trials), size=size)], names) for _ in range(NUM_RESAMPLES)
-    ]
-    spread = dict(zip(names, np.transpose(resampled), strict=True))  # (resamples,) of each parameter
-    scale = math.sqrt(size / len(trials))
-
-    def error(members: Sequence[str]) -> float:
-        return scale * float(np.std(sum(spread[name] for name in members), ddof=1))
-
-    return {
-        group: GroupImportance(
-            share=sum(shares[name] for name in members),
-            error=error(members),
-            parameters={name: Importance(shares[name], error([name])) for name in members},
-        )
-        for group, members in groups.items()
-    }
-
-
-def _scored_trials(study: Study) -> list[FrozenTrial]:
-    """Finished trials with their loss as value; lower is better."""
-    direction = study.settings.direction
-    records = [record for record in study.trials() if record.state in (*CROWNABLE, "diverged")]
-    losses = {r.number: direction.loss(r.value) for r in records if r.state in CROWNABLE and r.value is not None}
-    worst = max(losses.values(), default=0.0)
-    losses |= {record.number: worst for record in records if record.state == "diverged"}
-    distributions = {name: distribution(parameter) for name, parameter in study.settings.space.parameters.items()}
-    return [
-        FrozenTrial(
-            number=record.number,
-            trial_id=record.number,
-            state=OptunaState.COMPLETE,
-            value=losses[record.number],
-            params=record.values,
-            distributions=distributions,
-            datetime_start=None,
-            datetime_complete=None,
-            user_attrs={},
-            system_attrs={},
-            intermediate_values={},
-        )
-        for record in records
-        if record.number in losses
-    ]
-
-
-class _Sample(optuna.Study):
-    """A study that consists of given trials: adding each of them to a storage costs more than the evaluation."""
-
-    def __init__(self, trials: list[FrozenTrial]) -> None:
-        storage = InMemoryStorage()
-        name = storage.get_study_name_from_id(storage.create_new_study([optuna.study.StudyDirection.MINIMIZE]))
-        super().__init__(name, storage)
-        self._given = trials
-
-    def get_trials(self, deepcopy: bool = True, states: object = None) -> list[FrozenTrial]:
-        return self._given
-
-
-def _shares(trials: list[FrozenTrial], names: Sequence[str]) -> list[float]:
-    """The importance of each parameter; all the same where the trials cannot be told apart."""
-    from optuna.importance import PedAnovaImportanceEvaluator  # it imports scikit-learn, which takes a second
-
-    if not _has_best_tenth(trials):
-        return [1 / len(names)] * len(names)
-    found = PedAnovaImportanceEvaluator().evaluate(_Sample(trials), list(names))
-    total = sum(found.values())
-    return [found[name] / total if total else 1 / len(names) for name in names]
-
-
-def _has_best_tenth(trials: Sequence[FrozenTrial]) -> bool:
-    """Whether the best tenth is better than the rest."""
-    losses = sorted(trial.values[0] for trial in trials)
-    return bool(losses[math.ceil(len(losses) / 10) - 1] < losses[-1])
 
 
 def _best_tenth(records: Sequence[TrialRecord]) -> Sequence[TrialRecord]:

@@ -72,7 +72,7 @@ class _Belief:
     """(n, p) the configurations observed, the best first."""
 
 
-def _on_one_thread() -> AbstractContextManager[None]:
+def on_one_thread() -> AbstractContextManager[None]:
     """Keep linear algebra to one thread: on small matrices two take five times the CPU time, which the trials need."""
     limited: AbstractContextManager[None] = _BLAS.limit(limits=1)
     return limited
@@ -103,7 +103,7 @@ class Surrogate:
         if it would end as the model expects, so that trials asked for together differ.
         """
         curves = self._curves(trials, direction)
-        with _on_one_thread():
+        with on_one_thread():
             belief = self._belief(curves, max((epoch for curve in curves for epoch in curve.epochs), default=1))
             if belief is None:
                 return None
@@ -125,7 +125,7 @@ class Surrogate:
         are `held`. True while the trials cannot be told apart.
         """
         own = self._curve(trial, direction)
-        with _on_one_thread():
+        with on_one_thread():
             belief = self._belief(self._curves(others, direction), last_epoch, own)
             if own is None or not own.epochs or belief is None:
                 return True

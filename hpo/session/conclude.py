@@ -17,7 +17,8 @@ from hpo.models.preprocessed import MirrorAveraged
 from hpo.plots.study import plot_confusion, plot_curves, plot_front, plot_history, plot_importances, plot_slices
 from hpo.provenance import describe as describe_provenance
 from hpo.records import CROWNABLE, Comparison, Winner
-from hpo.search.findings import findings, importances
+from hpo.search.findings import findings
+from hpo.search.importances import describe_share, importances
 from hpo.search.winner import (
     COMPARISONS,
     MAX_CONFUSED,
@@ -40,7 +41,8 @@ if TYPE_CHECKING:
     from hpo.data.examples import SealedSplit, Split
     from hpo.execution.observer import Observer
     from hpo.records import TrialRecord
-    from hpo.search.findings import Finding, GroupImportance
+    from hpo.search.findings import Finding
+    from hpo.search.importances import Importances
     from hpo.search.lease import Session
     from hpo.search.study import Study
     from hpo.session.opening import Opened
@@ -217,18 +219,14 @@ def write_summary(study: Study, summary: SummaryRun, winner: Winner | None) -> N
     settings, trials = study.settings, study.trials()
     metric, direction = settings.metric, settings.direction
     summary.log_dict(settings.to_dict(), "settings.json")
-    by_group = importances(study)
+    rated = importances(study)
     figures = {
         "history": plot_history(trials, metric=metric, direction=direction),
         "learning_curves": plot_curves(trials, metric=metric, direction=direction, has_folds=bool(settings.folds)),
         "slices": plot_slices(trials, settings.space, metric=metric, direction=direction),
-        "importances": plot_importances(
-            {
-                group: {name: parameter.share for name, parameter in importance.parameters.items()}
-                for group, importance in by_group.items()
-            }
-        ),
     }
+    if any((drawn := _drawn(rated)).values()):
+        figures["importances"] = plot_importances(drawn, note=rated.note)
     if front := front_rows(study):
         figures["pareto_front"] = plot_front(
             trials, [row["trial"] for row in front], metric=metric, direction=direction, costs=settings.costs
@@ -238,7 +236,7 @@ def write_summary(study: Study, summary: SummaryRun, winner: Winner | None) -> N
         figures["confusion_matrix"] = plot_confusion(winner.confusion["classes"], winner.confusion["counts"])
     for name, figure in figures.items():
         summary.log_figure(f"plots/{name}.png", figure)
-    learned = _what_was_learned(findings(study), by_group)
+    learned = _what_was_learned(findings(study), rated)
     summary.log_text(learned, "findings.md")
     if winner is None:
         summary.set_note("No trial has a result yet.")
@@ -268,10 +266,24 @@ def _in_words(study: Study, winner: Winner) -> str:
     )
 
 
-def _what_was_learned(found: Sequence[Finding], by_group: Mapping[str, GroupImportance]) -> str:
-    """The findings as Markdown, and the importances of the groups with their standard errors."""
-    if not (found or by_group):
-        return "There are too few trials to learn from.\n"
+def _what_was_learned(found: Sequence[Finding], rated: Importances) -> str:
+    """The findings as Markdown, and the importances of the groups with their intervals."""
     sentences = "".join(f"- {finding.text}\n" for finding in found)
-    rows = "".join(f"| {group} | {each.share:.0%} ± {100 * each.error:.0f} |\n" for group, each in by_group.items())
-    return f"{sentences}\n| group | importance |\n| --- | --- |\n{rows}" if rows else sentences
+    rows = "".join(
+        f"| {group} | {describe_share(each.share, each.low, each.high)} |\n" for group, each in rated.groups.items()
+    )
+    table = f"\n| group | importance (90 % interval) |\n| --- | --- |\n{rows}" if rows else ""
+    note = f"\n{rated.note}\n" if rated.note else ""
+    return (sentences + table + note).lstrip() or "There is nothing to learn from yet.\n"
+
+
+def _drawn(rated: Importances) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """The share and the interval of each parameter that has them, by group; a conditional one with its condition."""
+    return {
+        group: {
+            f"{name}, if {each.condition}" if each.condition else name: (each.share, each.low, each.high)
+            for name, each in importance.parameters.items()
+            if each.share is not None and each.low is not None and each.high is not None
+        }
+        for group, importance in rated.groups.items()
+    }

@@ -17,7 +17,8 @@ from hpo.plugins import OBJECTIVES, load_task, registered
 from hpo.provenance import describe as describe_provenance
 from hpo.provenance import sessions
 from hpo.records import Winner, ranked, to_plain
-from hpo.search.findings import MIN_TRIALS_FOR_IMPORTANCES, findings, importances
+from hpo.search.findings import findings
+from hpo.search.importances import describe_share, importances
 from hpo.search.lease import living_sessions
 from hpo.search.storage import read_storage
 from hpo.search.study import Study, list_studies
@@ -156,6 +157,7 @@ def study_facts(name: str, home: Path | None, storage: str | None = None, top: i
     trials = study.trials()
     if top is not None:
         trials = ranked(trials, study.settings.direction)[:top]
+    rated = importances(study)
     facts: dict[str, Any] = to_plain(
         {
             "study": name,
@@ -174,7 +176,8 @@ def study_facts(name: str, home: Path | None, storage: str | None = None, top: i
             "provenance": [asdict(session) for session in sessions(study)],
             "made_with": describe_provenance(study),
             "pruned_winner": _describe_pruned_winner(find_winner(study), study),
-            "importances": {group: asdict(importance) for group, importance in importances(study).items()},
+            "importances": {group: asdict(each) for group, each in rated.groups.items()},
+            "importances_note": rated.note,
             "findings": [asdict(finding) for finding in findings(study)],
             "trials": [asdict(trial) for trial in trials],
         }
@@ -220,7 +223,7 @@ def print_study(console: Console, facts: dict[str, Any]) -> None:
         console.print(f"{ESTIMATED}: estimated from the folds that were trained")
     if facts["pruned_winner"]:
         console.print(facts["pruned_winner"])
-    _print_importances(console, facts["importances"])
+    _print_importances(console, facts["importances"], facts["importances_note"])
     for finding in facts["findings"]:
         console.print(f"- {finding['text']}")
 
@@ -257,19 +260,20 @@ def print_cleaned(console: Console, facts: dict[str, Any]) -> None:
     console.print(f"{verb} {format_bytes(sum(removed['bytes'] for removed in facts['removed']))}.")
 
 
-def _print_importances(console: Console, importances: dict[str, dict[str, Any]]) -> None:
-    if not importances:
-        console.print(f"Importances need at least {MIN_TRIALS_FOR_IMPORTANCES} trials that differ.")
-        return
-    table = _table("group", "importance", "by parameter (± standard error)")
-    for group, importance in importances.items():
-        ranked = sorted(importance["parameters"].items(), key=lambda item: -item[1]["share"])
-        table.add_row(group, _share(importance), ", ".join(f"{name} {_share(parameter)}" for name, parameter in ranked))
-    console.print(table)
+def _print_importances(console: Console, importances: dict[str, dict[str, Any]], note: str | None) -> None:
+    if importances:
+        table = _table("group", "importance", "by parameter (90 % interval)")
+        for group, importance in importances.items():
+            known = [(name, each) for name, each in importance["parameters"].items() if each["share"] is not None]
+            ranked = sorted(known, key=lambda item: -item[1]["share"])
+            table.add_row(group, _share(importance), ", ".join(f"{name} {_share(each)}" for name, each in ranked))
+        console.print(table)
+    if note:
+        console.print(note, soft_wrap=True)
 
 
 def _share(importance: dict[str, Any]) -> str:
-    return f"{importance['share']:.0%} ± {100 * importance['error']:.0f}"
+    return describe_share(*(importance[field] for field in ("share", "low", "high", "condition")))
 
 
 def best_facts(name: str, home: Path | None, storage: str | None = None) -> dict[str, Any]:
