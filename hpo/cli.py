@@ -191,7 +191,8 @@ def tasks(as_json: bool) -> None:
     \b
     hpo tasks
     """
-    from hpo.terminal.tables import print_tasks, task_rows
+    from hpo.terminal.facts import task_rows
+    from hpo.terminal.tables import print_tasks
 
     rows = task_rows()
     _print_json(rows) if as_json else print_tasks(_console(), rows)
@@ -256,7 +257,8 @@ def studies(home: Path | None, storage: str | None, as_json: bool) -> None:
     \b
     hpo studies
     """
-    from hpo.terminal.tables import print_studies, study_rows
+    from hpo.terminal.facts import study_rows
+    from hpo.terminal.tables import print_studies
 
     rows = study_rows(home, storage)
     _print_json(rows) if as_json else print_studies(_console(), rows)
@@ -274,7 +276,8 @@ def show(study: str, top: int | None, home: Path | None, storage: str | None, as
     \b
     hpo show digits --top 10
     """
-    from hpo.terminal.tables import print_study, study_facts
+    from hpo.terminal.facts import study_facts
+    from hpo.terminal.tables import print_study
 
     facts = study_facts(study, home, storage, top)
     _print_json(facts) if as_json else print_study(_console(), facts)
@@ -291,7 +294,8 @@ def best(study: str, home: Path | None, storage: str | None, as_json: bool) -> N
     \b
     hpo best digits
     """
-    from hpo.terminal.tables import best_facts, print_best
+    from hpo.terminal.facts import best_facts
+    from hpo.terminal.tables import print_best
 
     facts = best_facts(study, home, storage)
     _print_json(facts) if as_json else print_best(_console(), facts)

@@ -162,7 +162,7 @@ class StudyFiles:
     def claim_trial_folder(self, number: int, attempt: int) -> Path:
         """The folder of an attempt at a trial, with the checkpoints of the attempt before.
 
-        Renamed, so that a worker which was cut off and goes on writing harms nothing that is read.
+        Renamed, so that a worker which was cut off and keeps writing harms nothing that is read.
         """
         folder = self.checkpoints / f"trial-{number:04d}.{attempt}"
         for earlier in (folder.with_suffix(f".{before}") for before in range(attempt - 1, 0, -1)):

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 EndState = Literal["complete", "pruned", "diverged", "failed", "interrupted"]
 TrialState = Literal["complete", "pruned", "diverged", "failed", "interrupted", "running", "queued"]
 
-CROWNABLE: tuple[TrialState, ...] = ("complete", "pruned")
-"""How a trial may end to be the winner: the best epoch of one that was stopped later is as good a model as any."""
+ELIGIBLE: tuple[TrialState, ...] = ("complete", "pruned")
+"""The states in which a trial is eligible to win: the best epoch of a pruned trial is as good a model as any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ def describe_pruning(num_steps: int, of: int, *, folds: bool) -> str:
 
 def ranked(records: Iterable[TrialRecord], direction: Direction) -> list[TrialRecord]:
     """The trials that can be the winner, the best first, the earlier of equals first."""
-    candidates = [record for record in records if record.state in CROWNABLE and record.value is not None]
+    candidates = [record for record in records if record.state in ELIGIBLE and record.value is not None]
     return sorted(candidates, key=lambda record: (direction.loss(record.value or 0.0), record.number))
 
 

@@ -24,7 +24,8 @@ from hpo.search.study import Study
 from hpo.search.winner import find_winner
 from hpo.session.search import run_search
 from hpo.space import Float, Group, Space
-from hpo.terminal.tables import best_facts, print_best, print_outcome, print_study, study_facts
+from hpo.terminal.facts import best_facts, study_facts
+from hpo.terminal.tables import print_best, print_outcome, print_study
 from hpo.tracking.store import open_store
 
 SETTINGS = StudySettings(

@@ -35,7 +35,8 @@ from hpo.search.storage import open_storage
 from hpo.search.study import Study, Suggestion
 from hpo.session.conclude import write_summary
 from hpo.space import Choice, Float, Group, Int, Space, Value
-from hpo.terminal.tables import print_study, study_facts
+from hpo.terminal.facts import study_facts
+from hpo.terminal.tables import print_study
 from hpo.tracking.runs import StudyRuns
 from hpo.tracking.store import open_store
 

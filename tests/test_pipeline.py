@@ -600,7 +600,7 @@ def test_a_signal_ends_the_epoch_keeps_the_trial_and_leaves_nothing_running(
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "Interrupted" in out
-    assert "Go on with the same command" in out
+    assert "Run the same command again to resume" in out
     assert "Traceback" not in err
     assert study(home).counts()["interrupted"] == 1
     assert [run.info.status for run in runs(home)][-1] == "KILLED"

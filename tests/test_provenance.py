@@ -20,7 +20,7 @@ from hpo.errors import CheckpointError, StudyMismatchError
 from hpo.plugins import load_objective
 from hpo.provenance import Provenance
 from hpo.sources import source_checksums
-from hpo.terminal.tables import study_facts
+from hpo.terminal.facts import study_facts
 from hpo.tracking.store import open_store
 
 TASK = """

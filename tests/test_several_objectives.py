@@ -30,7 +30,8 @@ from hpo.session.clean import clean_study
 from hpo.session.request import agree, this_machine
 from hpo.session.search import run_search
 from hpo.space import Choice, Float, Group, Int, Space
-from hpo.terminal.tables import best_facts, print_outcome, print_study, study_facts
+from hpo.terminal.facts import best_facts, study_facts
+from hpo.terminal.tables import print_outcome, print_study
 from hpo.tracking.store import open_store
 from hpo.training.costs import measure_costs
 

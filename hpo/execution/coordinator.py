@@ -27,7 +27,7 @@ from hpo.execution.messages import Assignment, Decision, EpochDone, TrialDone, T
 from hpo.execution.observer import Observer, Standing
 from hpo.execution.pool import WorkerDied
 from hpo.execution.retention import BestTrials, without_use_for_checkpoints
-from hpo.records import CROWNABLE
+from hpo.records import ELIGIBLE
 from hpo.search.study import TrialTakenError
 from hpo.tracking.spool import rounded
 from hpo.training.trained import BEST_WEIGHTS, CHECKPOINT, DESCRIPTION
@@ -283,7 +283,7 @@ class Coordinator:
     def _write_down(self, attempt: _Attempt) -> None:
         """MLflow's spool first, Optuna second: after a kill in between the trial simply ends again."""
         # A trial that cannot win has no value in the table of runs, which is sorted by it, and needs no weights.
-        value = self._value_of(attempt) if attempt.state in CROWNABLE else None
+        value = self._value_of(attempt) if attempt.state in ELIGIBLE else None
         outdone = [] if value is None else self._best.add(attempt.number, value, attempt.costs)
         logged_value = value
         if attempt.suggestion.pruned and attempt.state in ("diverged", "failed"):  # it had a value when it was pruned

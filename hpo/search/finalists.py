@@ -25,10 +25,10 @@ _RIVALS: tuple[TrialState, ...] = ("complete", "pruned", "running", "interrupted
 
 
 def is_spared(trial: TrialRecord, trials: Sequence[TrialRecord], settings: StudySettings) -> bool:
-    """Whether a running trial goes on, whatever the pruner says.
+    """Whether a running trial continues, whatever the pruner says.
 
     The default configuration and those of `--try` go on until another trial was better by the same epoch. Any other
-    goes on while no trial has been better in any epoch. With folds, means over the same folds are compared.
+    continues while no trial has been better in any epoch. With folds, means over the same folds are compared.
     """
     step = max(trial.curve, default=0)
     own = _loss_by(step, trial, settings)

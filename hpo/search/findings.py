@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
-from hpo.records import CROWNABLE, TrialRecord, ranked
+from hpo.records import ELIGIBLE, TrialRecord, ranked
 from hpo.search.encoding import Encoding
 from hpo.space import Choice, Float, Int, Value, format_value
 
@@ -107,7 +107,7 @@ def find_divergence(study: Study, name: str = "lr") -> Iterator[Finding]:
     parameter = study.settings.space.parameters.get(name)
     if parameter is None or isinstance(parameter, Choice):
         return
-    ended = [record for record in study.trials() if record.state in (*CROWNABLE, "diverged")]
+    ended = [record for record in study.trials() if record.state in (*ELIGIBLE, "diverged")]
     rates = {record.number: record.values[name] for record in ended if name not in record.inactive}
     diverged = {record.number for record in ended if record.state == "diverged"} & set(rates)
     survived = max((rate for number, rate in rates.items() if number not in diverged), default=math.inf)
@@ -148,7 +148,7 @@ def find_training_length(study: Study) -> Iterator[Finding]:
 def find_symptoms(study: Study) -> Iterator[Finding]:
     """What went wrong in the training of the best trial, or else in many of the others'."""
     best = study.best()
-    ended = [record for record in study.trials() if record.state in (*CROWNABLE, "diverged")]
+    ended = [record for record in study.trials() if record.state in (*ELIGIBLE, "diverged")]
     for name, (topic, of_best, of_many, advice) in _SYMPTOMS.items():
         affected = [record for record in ended if name in record.symptoms]
         if best and name in best.symptoms:
@@ -204,7 +204,7 @@ _SYMPTOMS: dict[str, tuple[Topic, str, str, str]] = {
 def find_savings(study: Study) -> Iterator[Finding]:
     """The share of epochs, or folds, that pruning saved, of those that all trials together might have run."""
     steps, num_steps = "folds" if study.settings.folds else "epochs", study.settings.num_steps
-    ended = [record for record in study.trials() if record.state in (*CROWNABLE, "diverged")]
+    ended = [record for record in study.trials() if record.state in (*ELIGIBLE, "diverged")]
     unspent = {"pruned": 0, "complete": 0, "diverged": 0}
     for record in ended:
         unspent[record.state] += num_steps - len(record.curve)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hpo.config import derive_seed
-from hpo.records import CROWNABLE, TrialRecord
+from hpo.records import ELIGIBLE, TrialRecord
 from hpo.search.encoding import Encoding
 from hpo.search.posterior import EndPosterior, Observations
 from hpo.search.priority import tunable_groups
@@ -98,8 +98,7 @@ def importances(study: Study) -> Importances:
     """Importance of each parameter that can vary, by group; see the head of this module for what it means.
 
     Diverged trials count as the worst of the others. With several objectives it is about the first one. The same trials
-    have the same importances, whatever the values of inactive parameters. It takes 0.5 s with 20 trials of 8 parameters
-    and 2.5 s with 200 (one core of an Intel Xeon, numpy 2.4.6).
+    have the same importances, whatever the values of inactive parameters.
     """
     space = study.settings.space
     groups = tunable_groups(space)
@@ -133,7 +132,7 @@ def describe_share(share: float | None, low: float | None, high: float | None, c
 
 
 def _has_result(record: TrialRecord) -> bool:
-    return (record.state in CROWNABLE and record.value is not None) or record.state == "diverged"
+    return (record.state in ELIGIBLE and record.value is not None) or record.state == "diverged"
 
 
 def _of_parameter(space: Space, name: str, draws: Array, records: Sequence[TrialRecord]) -> Importance:
@@ -178,7 +177,7 @@ def _rounded(num_trials: int) -> int:
 def _curves(study: Study, records: Sequence[TrialRecord]) -> list[dict[int, float]]:
     """A few points of each trial: its lowest loss up to an epoch; with folds, its mean alone, at the last."""
     direction, last = study.settings.direction, study.settings.num_steps
-    results = {r.number: direction.loss(r.value) for r in records if r.state in CROWNABLE and r.value is not None}
+    results = {r.number: direction.loss(r.value) for r in records if r.state in ELIGIBLE and r.value is not None}
     worst = max(results.values(), default=0.0)
     fold_effects = _fold_effects(records) if study.settings.folds else {}
     num_points = min(_POINTS_OF_A_CURVE, max(1, _MAX_OBSERVATIONS // len(records)))

@@ -56,11 +56,11 @@ def build_pruner(
 
     model      see ModelPruner
     sha        asynchronous successive halving (Li et al., 2020, arXiv:1810.05934): after `first_rung` epochs, and
-               after 3, 9, ... times as many, a trial goes on if it is among the best third of those that came that far
-    median     from the sixth complete trial on, after the first tenth of the epochs: a trial goes on while its best
+               after 3, 9, ... times as many, a trial continues if it is among the best third of those that came that far
+    median     from the sixth complete trial on, after the first tenth of the epochs: a trial continues while its best
                epoch is not worse than the median of the others at this epoch
     hyperband  successive halving in brackets with a first cut after 1, 3, 9, ... epochs (Li et al., 2018)
-    wilcoxon   after a fold of a cross-validation: a trial goes on unless its folds are worse than the same folds of the
+    wilcoxon   after a fold of a cross-validation: a trial continues unless its folds are worse than the same folds of the
                best trial, by Wilcoxon's signed-rank test at a level of FOLD_LEVEL
     none       every trial runs to its end
 
@@ -130,7 +130,7 @@ def check_first_rung(name: str, max_epochs: int, first_rung: int | None) -> None
 class ModelPruner(BasePruner):
     """Stops a trial where the model of the learning curves expects more of a new configuration.
 
-    After `first_rung` epochs, and after 2, 4, 8, ... times as many, a trial goes on if its expected improvement for
+    After `first_rung` epochs, and after 2, 4, 8, ... times as many, a trial continues if its expected improvement for
     each epoch that it has left is at least that of the configuration which would be tried next, for each of its epochs
     (hpo.search.surrogate). The first trials, and those after the 250th, are judged by successive halving.
     """

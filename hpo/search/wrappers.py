@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class TrialSeededSampler(BaseSampler):
     """Draws each trial from a fresh base sampler, seeded from (seed, trial number, parameter).
 
-    A sampler with one seed for the whole study repeats its first draws after every restart. This one goes on as if
+    A sampler with one seed for the whole study repeats its first draws after every restart. This one continues as if
     nothing had happened, and trials may be asked for in any order, in parallel, and from several processes.
     """
 

@@ -16,7 +16,7 @@ from hpo.execution.worker import refit
 from hpo.models.preprocessed import MirrorAveraged
 from hpo.plots.study import plot_confusion, plot_curves, plot_front, plot_history, plot_importances, plot_slices
 from hpo.provenance import describe as describe_provenance
-from hpo.records import CROWNABLE, Comparison, Winner
+from hpo.records import ELIGIBLE, Comparison, Winner
 from hpo.search.findings import findings
 from hpo.search.importances import describe_share, importances
 from hpo.search.winner import (
@@ -128,7 +128,7 @@ def compare_with_default(
         return None
     records = study.trials()
     difference, num_examples = None, 0
-    if default.state in CROWNABLE and default.number != winner:
+    if default.state in ELIGIBLE and default.number != winner:
         if study.settings.folds:
             difference = _difference_in_folds(records[winner], default)
         else:
@@ -142,7 +142,7 @@ def compare_with_default(
     return Comparison(
         trial=default.number,
         state=default.state,
-        value=default.value if default.state in CROWNABLE else None,
+        value=default.value if default.state in ELIGIBLE else None,
         pruned=how_far(default, study.settings),
         gain=study.settings.direction.gain(difference.value, over=0.0) if difference else None,
         low=min(gains, default=None),

@@ -260,7 +260,7 @@ def _suit_several_objectives(chosen: dict[str, Any], given: Mapping[str, Any]) -
 
 @dataclass(frozen=True)
 class Proposal:
-    """Configurations that are tried before the search goes on by itself."""
+    """Configurations that are tried first."""
 
     stage: str
     """Where they come from, for people."""

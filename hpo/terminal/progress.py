@@ -15,8 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.execution.observer import Observer, Standing
-from hpo.records import CROWNABLE
-from hpo.terminal.tables import ESTIMATED, STYLES, format_configuration, format_duration
+from hpo.records import ELIGIBLE
+from hpo.terminal.tables import STYLES
+from hpo.terminal.words import ESTIMATED, format_configuration, format_duration
 
 if TYPE_CHECKING:
     from hpo.records import EndState
@@ -63,7 +64,7 @@ class Tally:
         """Count a trial that ended; True when it is the best so far."""
         self.counts[state] += 1
         value = result.best_value if result else None
-        if state not in CROWNABLE or value is None:
+        if state not in ELIGIBLE or value is None:
             return False
         if self.best is not None and self._direction.gain(value, over=self.best[1]) <= 0:
             return False

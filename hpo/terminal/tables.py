@@ -1,36 +1,35 @@
-"""What people read of their studies: tables for the terminal, and the same facts as plain data for --json."""
+"""The tables and last words of each command, for the terminal."""
 
 from __future__ import annotations
 
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from hpo.errors import HpoError
-from hpo.home import Home, find_storage
-from hpo.plugins import OBJECTIVES, load_task, registered
-from hpo.provenance import describe as describe_provenance
-from hpo.provenance import sessions
-from hpo.records import Winner, ranked, to_plain
-from hpo.search.findings import findings
-from hpo.search.importances import describe_share, importances
-from hpo.search.lease import living_sessions
-from hpo.search.storage import read_storage
-from hpo.search.study import Study, list_studies
-from hpo.search.winner import describe_comparison, find_winner, front_rows
+from hpo.home import Home
+from hpo.records import Winner
+from hpo.search.importances import describe_share
+from hpo.search.winner import describe_comparison
 from hpo.space import Group, Parameter, Space, describe_conditions, format_value
+from hpo.terminal.words import (
+    ESTIMATED,
+    describe_counts,
+    format_bytes,
+    format_cell,
+    format_configuration,
+    format_cost,
+    format_score,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from hpo.checks.checklist import Checklist
     from hpo.checks.verdicts import State, Verdict
-    from hpo.records import SearchOutcome, TrialState
+    from hpo.records import SearchOutcome
 
 
 STYLES: dict[State, str] = {"ok": "green", "warning": "yellow", "wrong": "red"}
@@ -65,28 +64,10 @@ def print_outcome(console: Console, outcome: SearchOutcome) -> None:
 def _what_is_missing(outcome: SearchOutcome) -> str:
     pending = ", ".join(f"trial {number}" for number in outcome.to_continue)
     if pending:
-        return f"Go on with the same command: {pending}, pruned, may yet win and is then continued to its end."
-    return "Go on with the same command."
-
-
-def task_rows() -> list[dict[str, Any]]:
-    """The registered tasks; a broken one says why."""
-    return [_task_row(name) for name in registered(OBJECTIVES)]
-
-
-def _task_row(name: str) -> dict[str, Any]:
-    try:
-        task = load_task(name)
-    except HpoError as error:
-        return {"task": name, "broken": str(error)}
-    return {
-        "task": name,
-        "description": task.objective.description,
-        "metric": task.objective.metric,
-        "direction": task.objective.direction,
-        "epochs": task.train_config({}).max_epochs,
-        "parameters": len(task.space.parameters),
-    }
+        return (
+            f"Run the same command again to finish: {pending}, pruned, may still win and is then continued to its end."
+        )
+    return "Run the same command again to resume."
 
 
 def print_tasks(console: Console, rows: list[dict[str, Any]]) -> None:
@@ -117,81 +98,14 @@ def _parameter_table(title: str, parameters: Mapping[str, Parameter]) -> Table:
     return table
 
 
-def study_rows(home: Path | None, storage: str | None = None) -> list[dict[str, Any]]:
-    """The studies of a home, or of a shared database, the oldest first, and who searches them now."""
-    database = read_storage(Home.find(home).path, find_storage(storage))
-    return [
-        _study_row(study, [session.name for session in living_sessions(database, study.name)])
-        for study in list_studies(database)
-    ]
-
-
-def _study_row(study: Study, searchers: list[str]) -> dict[str, Any]:
-    best = study.best()
-    return {
-        "study": study.name,
-        "task": study.settings.task,
-        "trials": f"{study.num_finished}/{study.num_trials}",
-        "now": f"searched by {', '.join(searchers)}" if searchers else "done" if study.is_done else "stopped",
-        "metric": study.settings.metric,
-        "best": best and best.value,
-        "best trial": best and best.number,
-        "strategy": study.settings.strategy,
-        "seed": study.settings.seed,
-    }
-
-
 def print_studies(console: Console, rows: list[dict[str, Any]]) -> None:
     if not rows:
         console.print("There is no study yet. Start one with: hpo search digits --trials 20")
         return
     table = _table(*rows[0])
     for row in rows:
-        table.add_row(*("" if cell is None else _short(cell) for cell in row.values()))
+        table.add_row(*("" if cell is None else format_cell(cell) for cell in row.values()))
     console.print(table)
-
-
-def study_facts(name: str, home: Path | None, storage: str | None = None, top: int | None = None) -> dict[str, Any]:
-    """Settings and trials of a study, and what it has learned; the best `top` trials, or all in order."""
-    study = Study.load(read_storage(Home.find(home).path, find_storage(storage)), name)
-    trials = study.trials()
-    if top is not None:
-        trials = ranked(trials, study.settings.direction)[:top]
-    rated = importances(study)
-    facts: dict[str, Any] = to_plain(
-        {
-            "study": name,
-            "task": study.settings.task,
-            "metric": study.settings.metric,
-            "direction": study.settings.direction,
-            "objectives": study.settings.objectives,
-            "strategy": study.settings.strategy,
-            "pruner": study.settings.pruner,
-            "epochs": study.settings.max_epochs,
-            "seed": study.settings.seed,
-            "limit": study.settings.limit,
-            "folds": study.settings.folds,
-            "fixed": study.settings.fixed,
-            "counts": study.counts(),
-            "provenance": [asdict(session) for session in sessions(study)],
-            "made_with": describe_provenance(study),
-            "pruned_winner": _describe_pruned_winner(find_winner(study), study),
-            "importances": {group: asdict(each) for group, each in rated.groups.items()},
-            "importances_note": rated.note,
-            "findings": [asdict(finding) for finding in findings(study)],
-            "trials": [asdict(trial) for trial in trials],
-        }
-    )
-    return facts
-
-
-def _describe_pruned_winner(winner: Winner | None, study: Study) -> str | None:
-    if winner is None or winner.pruned is None:
-        return None
-    return (
-        f"Trial {winner.trial}, the best so far, was {winner.pruned}; "
-        f"it is continued when {study.num_trials} trials have run."
-    )
 
 
 def print_study(console: Console, facts: dict[str, Any]) -> None:
@@ -212,8 +126,8 @@ def print_study(console: Console, facts: dict[str, Any]) -> None:
         table.add_row(
             str(trial["number"]),
             trial["state"],
-            "-" if trial["state"] == "failed" else _score(trial["value"], estimated=estimated),
-            *(_cost(name, trial["costs"].get(name)) for name in costs),
+            "-" if trial["state"] == "failed" else format_score(trial["value"], estimated=estimated),
+            *(format_cost(name, trial["costs"].get(name)) for name in costs),
             str(trial["best_epoch"] or ""),
             str(len(trial["curve"])),
             trial["reason"] if trial["state"] == "failed" else _configuration(trial),
@@ -276,19 +190,6 @@ def _share(importance: dict[str, Any]) -> str:
     return describe_share(*(importance[field] for field in ("share", "low", "high", "condition")))
 
 
-def best_facts(name: str, home: Path | None, storage: str | None = None) -> dict[str, Any]:
-    """The winner of a study, as far as it is known."""
-    study = Study.load(read_storage(Home.find(home).path, find_storage(storage)), name)
-    winner = find_winner(study)
-    facts = {
-        "study": name,
-        "home": str(Home.find(home).path),
-        "winner": winner and to_plain(asdict(winner)),
-        "made_with": describe_provenance(study),
-    }
-    return facts | ({"front": to_plain(front_rows(study))} if study.settings.costs else {})
-
-
 def print_best(console: Console, facts: dict[str, Any]) -> None:
     if facts["winner"] is None:
         console.print(f"Study '{facts['study']}' has no finished trial yet; resume it with `hpo search`.")
@@ -308,7 +209,7 @@ def _print_front(console: Console, rows: list[dict[str, Any]]) -> None:
     metric, *costs = (name for name in rows[0] if name not in ("trial", "configuration"))
     table = _table("trial", metric, *costs, "configuration", title="Pareto front")
     for row in rows:
-        figures = _score(row[metric]), *(_cost(name, row[name]) for name in costs)
+        figures = format_score(row[metric]), *(format_cost(name, row[name]) for name in costs)
         table.add_row(str(row["trial"]), *figures, format_configuration(row["configuration"]))
     console.print(table)
 
@@ -333,69 +234,21 @@ def _over_folds(num_folds: int | None) -> str:
 def _describe_test(winner: Winner) -> str:
     if winner.test is None:
         return "not evaluated yet: the test split is read once, when the search is complete"
-    scores = ", ".join(f"{name} {_score(value)}" for name, value in winner.test.items())
+    scores = ", ".join(f"{name} {format_score(value)}" for name, value in winner.test.items())
     times = (
         "once" if winner.num_test_readings == 1 else f"{winner.num_test_readings} times, once for each winner so far"
     )
     return f"{scores} (the test split was read {times})"
 
 
-def format_configuration(configuration: Mapping[str, Any]) -> str:
-    """`lr=0.00123 optimizer=sgd`: short enough to read; --json has all digits."""
-    return " ".join(f"{name}={_short(value)}" for name, value in configuration.items())
-
-
-def format_duration(seconds: float) -> str:
-    """`8 s`, `2 min 5 s` or `3 h 20 min`."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def format_bytes(num_bytes: int) -> str:
-    """`512 B`, `3.4 kB`, `1.2 GB`."""
-    size, units = float(num_bytes), ["B", "kB", "MB", "GB", "TB"]
-    while size >= 1000 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.0f} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
-
-
-def describe_counts(counts: Mapping[TrialState, int]) -> str:
-    """`12 complete, 7 pruned (pruned trials were stopped early to save epochs)`."""
-    text = ", ".join(f"{number} {state}" for state, number in counts.items() if number) or "no trial yet"
-    return f"{text} (pruned trials were stopped early to save epochs)" if counts["pruned"] else text
-
-
 def _configuration(trial: dict[str, Any]) -> str:
     return format_configuration({k: v for k, v in trial["values"].items() if k not in trial["inactive"]})
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else format_value(value)
 
 
 def _goal(facts: dict[str, Any]) -> str:
     """`accuracy (maximize), mean of 5 folds` or `accuracy (maximize) and params (minimize)`."""
     costs = "".join(f" and {cost} (minimize)" for cost in facts["objectives"][1:])
     return f"{facts['metric']} ({facts['direction']}){costs}{_over_folds(facts['folds'])}"
-
-
-ESTIMATED = "≈"
-"""Marks the mean of a trial that was pruned before all its folds were trained."""
-
-
-def _score(value: float | None, *, estimated: bool = False) -> str:
-    if value is None:
-        return "-"
-    return f"{ESTIMATED if estimated else ''}{value:.4f}"
-
-
-def _cost(name: str, cost: float | None) -> str:
-    """`8970`, `0.0438 ms`."""
-    if cost is None:
-        return "-"
-    return f"{cost:.3g} ms" if name == "latency" else f"{cost:.0f}"
 
 
 def _table(*columns: str, title: str | None = None) -> Table:

@@ -59,7 +59,7 @@ def wants_graph(compile_mode: str, model: nn.Module) -> bool:
 
 
 class CapturedStep:
-    """Takes over from a TrainingStep that has made at least one step, and goes on with the same optimizer's state.
+    """Takes over from a TrainingStep that has made at least one step, and continues with the same optimizer state.
 
     It makes its batches itself, because gathering and augmenting them belongs to the graph. If the capture fails, or is
     not faster, the steps are made as before, which is logged.
@@ -81,7 +81,7 @@ class CapturedStep:
         self._race = Race()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training goes on with. The optimizer is told how many steps it has made."""
+        """What a resumed training continues with. The optimizer is told how many steps it has made."""
         if self.mode != "off":
             self._formulas.complete_optimizer()
         return self._eager.state_dict()

@@ -44,7 +44,7 @@ _known: set[tuple[Any, ...]] = set()
 
 
 class CompiledStep:
-    """Takes over from a TrainingStep that has made at least one step, and goes on with the same optimizer's state.
+    """Takes over from a TrainingStep that has made at least one step, and continues with the same optimizer state.
 
     A model that cannot be compiled is stepped as before, which is logged.
     """
@@ -58,7 +58,7 @@ class CompiledStep:
         self._run = _compiled_step()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training goes on with. The optimizer is told how many steps it has made."""
+        """What a resumed training continues with. The optimizer is told how many steps it has made."""
         if self.mode != "off":
             self._formulas.complete_optimizer()
         return self._eager.state_dict()

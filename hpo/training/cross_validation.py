@@ -34,7 +34,7 @@ def fit_folds(
     have that value as `fold/METRIC` where a fold ends. Each fold stops early by itself, and has a seed of its own; one
     that diverges ends everything.
 
-    The state is saved below `checkpoints`. A run that was interrupted goes on after the last saved epoch, bit-equal;
+    The state is saved below `checkpoints`. A run that was interrupted continues after the last saved epoch, bit-equal;
     first it yields the last result of each fold that was over once more.
     """
     over: list[EpochResult] = []

@@ -77,7 +77,7 @@ class TrainingStep:
         return self.clip_value == self.l1 == self.max_norm == 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training goes on with, as plain data."""
+        """What a resumed training continues with, as plain data."""
         return {"precision": self.precision, "num_parts": self.num_parts, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

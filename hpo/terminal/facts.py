@@ -1,0 +1,120 @@
+"""What people read of their studies, as plain data: the facts behind the tables, and what --json prints."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hpo.errors import HpoError
+from hpo.home import Home, find_storage
+from hpo.plugins import OBJECTIVES, load_task, registered
+from hpo.provenance import describe as describe_provenance
+from hpo.provenance import sessions
+from hpo.records import Winner, ranked, to_plain
+from hpo.search.findings import findings
+from hpo.search.importances import importances
+from hpo.search.lease import living_sessions
+from hpo.search.storage import read_storage
+from hpo.search.study import Study, list_studies
+from hpo.search.winner import find_winner, front_rows
+
+
+def task_rows() -> list[dict[str, Any]]:
+    """The registered tasks; a broken one says why."""
+    return [_task_row(name) for name in registered(OBJECTIVES)]
+
+
+def _task_row(name: str) -> dict[str, Any]:
+    try:
+        task = load_task(name)
+    except HpoError as error:
+        return {"task": name, "broken": str(error)}
+    return {
+        "task": name,
+        "description": task.objective.description,
+        "metric": task.objective.metric,
+        "direction": task.objective.direction,
+        "epochs": task.train_config({}).max_epochs,
+        "parameters": len(task.space.parameters),
+    }
+
+
+def study_rows(home: Path | None, storage: str | None = None) -> list[dict[str, Any]]:
+    """The studies of a home, or of a shared database, the oldest first, and who searches them now."""
+    database = read_storage(Home.find(home).path, find_storage(storage))
+    return [
+        _study_row(study, [session.name for session in living_sessions(database, study.name)])
+        for study in list_studies(database)
+    ]
+
+
+def _study_row(study: Study, searchers: list[str]) -> dict[str, Any]:
+    best = study.best()
+    return {
+        "study": study.name,
+        "task": study.settings.task,
+        "trials": f"{study.num_finished}/{study.num_trials}",
+        "now": f"searched by {', '.join(searchers)}" if searchers else "done" if study.is_done else "stopped",
+        "metric": study.settings.metric,
+        "best": best and best.value,
+        "best trial": best and best.number,
+        "strategy": study.settings.strategy,
+        "seed": study.settings.seed,
+    }
+
+
+def study_facts(name: str, home: Path | None, storage: str | None = None, top: int | None = None) -> dict[str, Any]:
+    """Settings and trials of a study, and what it has learned; the best `top` trials, or all in order."""
+    study = Study.load(read_storage(Home.find(home).path, find_storage(storage)), name)
+    trials = study.trials()
+    if top is not None:
+        trials = ranked(trials, study.settings.direction)[:top]
+    rated = importances(study)
+    facts: dict[str, Any] = to_plain(
+        {
+            "study": name,
+            "task": study.settings.task,
+            "metric": study.settings.metric,
+            "direction": study.settings.direction,
+            "objectives": study.settings.objectives,
+            "strategy": study.settings.strategy,
+            "pruner": study.settings.pruner,
+            "epochs": study.settings.max_epochs,
+            "seed": study.settings.seed,
+            "limit": study.settings.limit,
+            "folds": study.settings.folds,
+            "fixed": study.settings.fixed,
+            "counts": study.counts(),
+            "provenance": [asdict(session) for session in sessions(study)],
+            "made_with": describe_provenance(study),
+            "pruned_winner": _describe_pruned_winner(find_winner(study), study),
+            "importances": {group: asdict(each) for group, each in rated.groups.items()},
+            "importances_note": rated.note,
+            "findings": [asdict(finding) for finding in findings(study)],
+            "trials": [asdict(trial) for trial in trials],
+        }
+    )
+    return facts
+
+
+def _describe_pruned_winner(winner: Winner | None, study: Study) -> str | None:
+    if winner is None or winner.pruned is None:
+        return None
+    return (
+        f"Trial {winner.trial}, the best so far, was {winner.pruned}; "
+        f"it is continued when {study.num_trials} trials have run."
+    )
+
+
+def best_facts(name: str, home: Path | None, storage: str | None = None) -> dict[str, Any]:
+    """The winner of a study, as far as it is known."""
+    study = Study.load(read_storage(Home.find(home).path, find_storage(storage)), name)
+    winner = find_winner(study)
+    facts = {
+        "study": name,
+        "home": str(Home.find(home).path),
+        "winner": winner and to_plain(asdict(winner)),
+        "made_with": describe_provenance(study),
+    }
+    return facts | ({"front": to_plain(front_rows(study))} if study.settings.costs else {})
