@@ -56,12 +56,13 @@ def build_pruner(
 
     model      see ModelPruner
     sha        asynchronous successive halving (Li et al., 2020, arXiv:1810.05934): after `first_rung` epochs, and
-               after 3, 9, ... times as many, a trial continues if it is among the best third of those that came that far
+               after 3, 9, ... times as many, a trial continues if it is among the best third of those
+               that came that far
     median     from the sixth complete trial on, after the first tenth of the epochs: a trial continues while its best
                epoch is not worse than the median of the others at this epoch
     hyperband  successive halving in brackets with a first cut after 1, 3, 9, ... epochs (Li et al., 2018)
-    wilcoxon   after a fold of a cross-validation: a trial continues unless its folds are worse than the same folds of the
-               best trial, by Wilcoxon's signed-rank test at a level of FOLD_LEVEL
+    wilcoxon   after a fold of a cross-validation: a trial continues unless its folds are worse than the same
+               folds of the best trial, by Wilcoxon's signed-rank test at a level of FOLD_LEVEL
     none       every trial runs to its end
 
     `first_rung` is a fifth of the epochs unless given, and a sixth with `model`. Where the first epochs tell the good
