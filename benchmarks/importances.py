@@ -1,6 +1,6 @@
 """Whether the intervals of importances cover: functions with known importances are searched as `hpo search` does it.
 
-    python benchmarks/importances.py --studies 36 --trials 20 50 200
+    python benchmarks/importances.py --studies 36 --trials 20 30 50 200
 
 Each study searches a function of its own, drawn at random: a sum of effects, one with interactions, one that saturates
 (a plateau of good and one of bad configurations), or a product (Sobol's g-function). `momentum` is active with one of

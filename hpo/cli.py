@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hpo import __version__
-from hpo.errors import HpoError
+from hpo.errors import HpoError, UsageError
 from hpo.session.options import (
     Declaration,
     MachineOptions,
@@ -267,18 +267,24 @@ def studies(home: Path | None, storage: str | None, as_json: bool) -> None:
 @cli.command()
 @click.argument("study")
 @click.option("--top", type=click.IntRange(min=1), help="Show only the best N trials. [default: all, in order]")
+@click.option("--watch", is_flag=True, help="Show it again every 5 seconds while it is searched.")
 @home_option
 @storage_option
 @json_option
-def show(study: str, top: int | None, home: Path | None, storage: str | None, as_json: bool) -> None:
+def show(study: str, top: int | None, watch: bool, home: Path | None, storage: str | None, as_json: bool) -> None:
     """Show the trials and findings of STUDY.
 
     \b
     hpo show digits --top 10
     """
     from hpo.terminal.facts import study_facts
-    from hpo.terminal.tables import print_study
+    from hpo.terminal.tables import print_study, watch_study
 
+    if watch and as_json:
+        raise UsageError("--watch is for people; with --json run the command again instead.")
+    if watch:
+        watch_study(_console(), lambda: study_facts(study, home, storage, top))
+        return
     facts = study_facts(study, home, storage, top)
     _print_json(facts) if as_json else print_study(_console(), facts)
 

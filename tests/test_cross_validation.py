@@ -237,6 +237,7 @@ def test_folds_are_no_learning_curve_in_the_plot() -> None:
     run(study, BASELINE)
     figure = plot_curves(study.trials(), metric="r2", direction=Direction.MAXIMIZE, has_folds=True)
     assert figure.axes[0].get_xlabel() == "fold"
+    assert {line.get_linestyle() for line in figure.axes[0].lines} == {"None"}
     assert [text.get_text() for legend in figure.legends for text in legend.get_texts()] == ["trial 0: 0.54"]
 
 

@@ -438,8 +438,8 @@ def test_folds_that_are_easier_are_not_taken_for_better_configurations() -> None
 @pytest.mark.parametrize(
     ("values", "note"),
     [
-        ([], "Importances need about 20 more trials."),
-        ([0.1 * n for n in range(15)], "Importances need about 5 more trials."),
+        ([], "Importances need about 30 more trials."),
+        ([0.1 * n for n in range(15)], "Importances need about 20 more trials."),
         ([0.5] * 30, "Importances need trials whose values differ."),
     ],
 )
@@ -453,7 +453,7 @@ def test_without_enough_trials_that_differ_there_are_no_numbers_and_it_is_said_h
 
 def test_values_that_nothing_explains_are_too_uncertain_to_report() -> None:
     draw = random.Random(0)
-    found = importances(a_study(20, rising_with(lambda values: draw.random())))
+    found = importances(a_study(30, rising_with(lambda values: draw.random())))
 
     unknown = [each for each in of_parameters(found).values() if each.share is None]
     assert all(each.low is None and each.missing_trials > 0 for each in unknown)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -30,6 +31,7 @@ from hpo.errors import CheckpointError, SearchError, StoreError, StudyMismatchEr
 from hpo.execution.observer import Observer, Standing
 from hpo.plugins import load_objective
 from hpo.records import SearchOutcome, TrialState, Winner
+from hpo.search.lease import Session
 from hpo.search.storage import open_storage
 from hpo.search.study import Study, Suggestion
 from hpo.session import conclude
@@ -711,3 +713,23 @@ def test_a_home_that_was_moved_loads_and_continues_in_its_new_place(
         run = store.client.get_run(store.find_trial_run("moody", number))
         assert run.info.artifact_uri.startswith((moved / "artifacts" / "moody").as_uri())
         assert store.file_sizes(run.info.run_id, "checkpoint")
+
+
+def test_a_study_is_shown_again_while_it_is_searched(
+    search: Callable[..., SearchOutcome], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome = search(trials=1)
+    session = Session(open_storage(home), outcome.study)
+    waits: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:
+            session.__exit__(None, None, None)
+
+    monkeypatch.setattr("hpo.terminal.tables.time", SimpleNamespace(sleep=wait))
+    with session:
+        shown = CliRunner().invoke(cli, ["show", outcome.study, "--watch", "--home", str(home)])
+    assert shown.exit_code == 0, shown.output
+    assert shown.output.count("1 complete") == 3
+    assert shown.output.count("searched by") == 2

@@ -799,7 +799,24 @@ def test_the_history_tells_the_states_and_the_default_apart() -> None:
         "2 interrupted",
         "best so far",
         "default configuration",
+        "best: trial 8",
     ]
+
+
+def test_the_history_is_stretched_where_most_trials_are_and_says_so() -> None:
+    values = [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, *(0.98 + n / 1000 for n in range(10))]
+    crowded = [record(number, "complete", {1: value}) for number, value in enumerate(values)]
+    [axes] = plots.plot_history(crowded, metric="accuracy", direction=Direction.MAXIMIZE).axes
+
+    low, high = axes.get_ylim()
+    assert low < 0.7 < 0.989 < high
+    assert axes.get_ylabel().endswith("stretched near the best")
+    middle = axes.transAxes.inverted().transform(axes.transData.transform((0, 0.98)))[1]
+    assert 0.2 < middle < 0.8, "on a linear axis it would be at the top"
+    ticks = axes.get_yticks()
+    assert len(set(ticks)) == len(ticks) >= 5
+    [even] = plots.plot_history(some_study(12), metric="accuracy", direction=Direction.MAXIMIZE).axes
+    assert "stretched" not in even.get_ylabel()
 
 
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=30), st.sampled_from([*Direction]))
@@ -819,7 +836,7 @@ def test_one_trial_that_went_astray_does_not_flatten_the_others() -> None:
     [axes] = plots.plot_history([*records, astray], metric="R2", direction=Direction.MAXIMIZE).axes
     low, high = axes.get_ylim()
     assert high - low < 1
-    assert [text.get_text() for text in axes.texts] == ["1 more below this axis"]
+    assert [text.get_text() for text in axes.texts] == ["1 trial has values below this axis"]
 
 
 def test_curves_show_the_values_that_were_measured() -> None:

@@ -61,7 +61,7 @@ def _draw_gradients(axes: Axes, data: Mapping[str, Any]) -> None:
     axes.semilogy(range(1, len(data["gradients"]) + 1), [g or math.nan for g in data["gradients"]], "o-", color=BLUE)
     axes.set_xlabel("layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel("gradient beside the weights")
+    axes.set_ylabel("gradient-to-weight ratio")
 
 
 def _draw_one_batch(axes: Axes, data: Mapping[str, Any]) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate, cycle, product
 from textwrap import fill
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+from numpy.typing import NDArray
 
 from hpo.config import Direction
 from hpo.plots.style import (
@@ -32,6 +34,8 @@ from hpo.plots.style import (
 from hpo.records import TrialRecord, TrialState, ranked
 from hpo.space import Choice, Parameter, Space, format_value
 
+Array = NDArray[np.float64]
+
 _LOOKS: dict[TrialState, tuple[str, str]] = {  # colour, marker
     "complete": (BLUE, "o"),
     "pruned": (ORANGE, "v"),
@@ -44,16 +48,19 @@ _LOOKS: dict[TrialState, tuple[str, str]] = {  # colour, marker
 _CURVE_COLOURS = (BLUE, RED, GREEN, PURPLE, BLACK)
 _GROUP_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY, YELLOW, GREY)
 _SLICE_COLUMNS = 4
+_FEWEST_TO_STRETCH = 8  # trials
 _NO_VALUES = "no trial has finished an epoch yet"
 
 
 def plot_history(records: Sequence[TrialRecord], *, metric: str, direction: Direction) -> Figure:
-    """The value of each trial and the best so far.
+    """The value of each trial, the best so far, and the best trial as a star.
+
+    Where most trials crowd near the best, the axis is stretched there, and says so.
 
     A diverged or interrupted trial never counts as the best. A trial without a value, such as a failed one, is a mark
     below the plot.
     """
-    figure, axes = new_figure("Value by trial", width=9, height=5)
+    figure, axes = new_figure("Objective value by trial", width=9, height=5)
     valued = [record for record in records if _has_value(record)]
     limits = _shown_range([_value(record) for record in valued], direction)
     _scatter(axes, [(record.number, record) for record in valued])
@@ -67,11 +74,22 @@ def plot_history(records: Sequence[TrialRecord], *, metric: str, direction: Dire
     best_so_far = list(accumulate(map(_value, candidates), better))
     axes.step([r.number for r in candidates], best_so_far, where="post", color=GREEN, linewidth=2, zorder=1)
     _mark_default(axes, valued)
+    winner = next(iter(ranked(valued, direction)), None)
+    if winner:
+        axes.plot(winner.number, _value(winner), "*", color=GREEN, markersize=15, markeredgecolor="white", zorder=4)
     axes.set_xlabel("trial")
     axes.set_xlim(-0.5, max([1, *(record.number for record in records)]) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _finish_value_axis(axes, metric, direction, limits, [_value(record) for record in valued])
-    _legend(figure, records, best_so_far=bool(candidates), default=any(r.number == 0 for r in valued))
+    values = [_value(record) for record in valued]
+    _finish_value_axis(axes, metric, direction, limits, [[value] for value in values])
+    _stretch_near_the_best(axes, values, limits, direction)
+    _legend(
+        figure,
+        records,
+        best_so_far=bool(candidates),
+        default=any(r.number == 0 for r in valued),
+        best_trial=winner,
+    )
     return figure
 
 
@@ -91,10 +109,12 @@ def plot_curves(
     limits = _shown_range(shown, direction)
     handles = []
     for record in stopped:
-        _draw_curve(axes, record, color=_LOOKS[record.state][0], alpha=0.45, linewidth=1, markersize=3)
+        _draw_curve(axes, record, is_joined=not has_folds, color=_LOOKS[record.state][0], alpha=0.45, markersize=3)
     for rank, (colour, record) in enumerate(zip(cycle(_CURVE_COLOURS), best, strict=False)):
-        _draw_curve(axes, record, color=colour, linewidth=2, markersize=4, zorder=4 - rank / len(best))
-        handles.append(Line2D([], [], color=colour, label=f"trial {record.number}: {record.value:.4g}"))
+        _draw_curve(
+            axes, record, is_joined=not has_folds, color=colour, linewidth=2, markersize=4, zorder=4 - rank / len(best)
+        )
+        handles.append(_curve_handle(colour, f"trial {record.number}: {record.value:.4g}", is_joined=not has_folds))
         if record.best_epoch in record.curve and not has_folds:
             best_value = record.curve[record.best_epoch]
             axes.plot(
@@ -103,12 +123,12 @@ def plot_curves(
     for state in ("pruned", "diverged"):
         count = sum(record.state == state for record in stopped)
         if count:
-            handles.append(Line2D([], [], color=_LOOKS[state][0], alpha=0.6, label=f"{count} {state}"))
+            handles.append(_curve_handle(_LOOKS[state][0], f"{count} {state}", is_joined=not has_folds))
     if num_left_out := len(ranked(records, direction)) - len(best) - sum(r.state == "pruned" for r in stopped):
         handles.append(Line2D([], [], linestyle="", label=f"{num_left_out} more, complete, not shown"))
     axes.set_xlabel("fold" if has_folds else "epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _finish_value_axis(axes, metric, direction, limits, shown)
+    _finish_value_axis(axes, metric, direction, limits, [list(record.curve.values()) for record in stopped + best])
     if best and not has_folds:
         handles.append(Line2D([], [], color=GREY, marker="*", linestyle="", markersize=11, label="best epoch"))
     if handles:
@@ -125,14 +145,14 @@ def plot_slices(records: Sequence[TrialRecord], space: Space, *, metric: str, di
     searched = {name: parameter for name, parameter in space.parameters.items() if not parameter.is_fixed}
     valued = [record for record in records if _has_value(record)]
     if not (searched and valued):
-        figure, axes = new_figure("Value by parameter", width=9, height=3)
+        figure, axes = new_figure("Objective value by parameter", width=9, height=3)
         say_nothing_to_show(axes, _NO_VALUES if searched else "every parameter is fixed")
         return figure
     limits = _shown_range([_value(record) for record in valued], direction)
     columns = min(_SLICE_COLUMNS, len(searched))
     rows = math.ceil(len(searched) / columns)
     figure = Figure(figsize=(max(7.0, 3.2 * columns), 1.2 + 2.7 * rows), dpi=DPI, layout="constrained")
-    figure.suptitle("Value by parameter", fontweight="bold")
+    figure.suptitle("Objective value by parameter", fontweight="bold")
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     cells = grid.flatten()
     best = next(iter(ranked(valued, direction)), None)
@@ -233,7 +253,7 @@ def plot_front(
         axes.xaxis.set_major_formatter(lambda value, _: format_value(value))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(f"{cost} ({_COST_UNITS[cost]}, lower is better)")
-        _finish_value_axis(axes, metric, direction, limits, [_value(record) for record in measured])
+        _finish_value_axis(axes, metric, direction, limits, [[_value(record)] for record in measured])
     looks = [("o", 8, "front"), ("*", 13, "winner")]
     handles = [Line2D([], [], color=GREEN, marker=m, markersize=s, linestyle="", label=text) for m, s, text in looks]
     if others := len(measured) - len(front):
@@ -244,20 +264,20 @@ def plot_front(
 
 
 def plot_confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> Figure:
-    """What each class, a row, is taken for, a column: as shares of the class, with the counts where they fit."""
+    """Predicted classes, the columns, of each true class, a row: as shares of it, with the counts where they fit."""
     side = max(4.5, 1.5 + 0.45 * len(classes))
     figure = Figure(figsize=(side + 1, side), dpi=DPI, layout="constrained")
     figure.suptitle("Confusion matrix of the winner on the test split", fontweight="bold")
     axes = figure.subplots()
     shares = [[count / max(1, sum(row)) for count in row] for row in counts]
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the class")
+    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
     ticks = range(len(classes))
     crowded = sum(map(len, classes)) > 30
     axes.set_xticks(ticks, classes, rotation=90 if crowded else 0)
     axes.set_yticks(ticks, classes)
-    axes.set_xlabel("taken for")
-    axes.set_ylabel("class")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
     if len(classes) <= _MAX_COUNTED:
         for row, column in product(ticks, ticks):
             if count := counts[row][column]:
@@ -301,14 +321,18 @@ def _limit_value_axis(axes: Axes, limits: Limits) -> None:
     axes.set_ylim(limits[0] - margin, limits[1] + margin)
 
 
-def _finish_value_axis(axes: Axes, metric: str, direction: Direction, limits: Limits, values: Sequence[float]) -> None:
+def _finish_value_axis(
+    axes: Axes, metric: str, direction: Direction, limits: Limits, trials: Sequence[Sequence[float]]
+) -> None:
+    """Label and limit the axis; `trials` has the values of each trial, and those that leave the axis are counted."""
     axes.set_ylabel(f"validation {metric} ({'higher' if direction is Direction.MAXIMIZE else 'lower'} is better)")
     _limit_value_axis(axes, limits)
-    if not values:
+    finite = [[value for value in values if math.isfinite(value)] for values in trials]
+    if not any(finite):
         say_nothing_to_show(axes, _NO_VALUES)
-    elif num_outside := sum(not limits[0] <= value <= limits[1] for value in values):
+    elif num_outside := sum(any(not limits[0] <= value <= limits[1] for value in values) for values in finite):
         side, height = ("below", 0.02) if direction is Direction.MAXIMIZE else ("above", 0.94)
-        text = f"{num_outside} more {side} this axis"
+        text = f"{num_outside} {'trial has' if num_outside == 1 else 'trials have'} values {side} this axis"
         axes.text(0.99, height, text, transform=axes.transAxes, ha="right", color=GREY, fontsize=9)
 
 
@@ -333,10 +357,42 @@ def _mark_default(axes: Axes, valued: Sequence[TrialRecord]) -> None:
             axes.scatter([0], [_value(record)], s=150, facecolors="none", edgecolors=BLACK, zorder=3)
 
 
-def _draw_curve(axes: Axes, record: TrialRecord, **looks: float | str) -> None:
+def _stretch_near_the_best(axes: Axes, values: Sequence[float], limits: Limits, direction: Direction) -> None:
+    """Give the best quarter of the trials more room where it has less than a tenth of the axis."""
+    best = limits[1] if direction is Direction.MAXIMIZE else limits[0]
+    gaps = sorted(abs(best - value) for value in values)
+    near = gaps[len(gaps) // 4] if len(gaps) >= _FEWEST_TO_STRETCH else 0.0
+    if not 0 < near < 0.1 * (limits[1] - limits[0]):
+        return
+    sign = 1.0 if direction is Direction.MAXIMIZE else -1.0
+
+    def forward(shown: Array) -> Array:
+        return -sign * np.arcsinh(sign * (best - shown) / near)
+
+    def inverse(drawn: Array) -> Array:
+        return best - sign * near * np.sinh(-sign * drawn)
+
+    low, high = axes.get_ylim()
+    low, high = (low, best + near / 2) if direction is Direction.MAXIMIZE else (best - near / 2, high)
+    axes.set_yscale("function", functions=(forward, inverse))
+    axes.set_ylim(low, high)
+    ends = forward(np.array([low, high]))
+    at = inverse(np.linspace(ends[0], ends[1], 9))
+    digits = [max(0, -math.floor(math.log10(step))) for step in np.diff(at)]
+    axes.set_yticks(sorted({round(float(tick), digit) for tick, digit in zip(at[1:-1], digits[1:], strict=True)}))
+    axes.yaxis.set_major_formatter(lambda value, _: format_value(value))
+    axes.set_ylabel(f"{axes.get_ylabel()}\nstretched near the best")
+
+
+def _curve_handle(colour: str, label: str, *, is_joined: bool) -> Line2D:
+    return Line2D([], [], color=colour, marker="o", markersize=4, linestyle="-" if is_joined else "", label=label)
+
+
+def _draw_curve(axes: Axes, record: TrialRecord, *, is_joined: bool, **looks: float | str) -> None:
+    """A learning curve; folds have no order, so their values are not joined."""
     epochs = sorted(record.curve)
     values = [v if math.isfinite(v) else math.nan for v in (record.curve[epoch] for epoch in epochs)]
-    axes.plot(epochs, values, marker="o", **looks)  # type: ignore[arg-type]
+    axes.plot(epochs, values, marker="o", linestyle="-" if is_joined else "", **looks)  # type: ignore[arg-type]
 
 
 def _legend(

@@ -55,7 +55,7 @@ def _study_row(study: Study, searchers: list[str]) -> dict[str, Any]:
         "study": study.name,
         "task": study.settings.task,
         "trials": f"{study.num_finished}/{study.num_trials}",
-        "now": f"searched by {', '.join(searchers)}" if searchers else "done" if study.is_done else "stopped",
+        "now": _describe_now(study, searchers),
         "metric": study.settings.metric,
         "best": best and best.value,
         "best trial": best and best.number,
@@ -64,9 +64,17 @@ def _study_row(study: Study, searchers: list[str]) -> dict[str, Any]:
     }
 
 
+def _describe_now(study: Study, searchers: list[str]) -> str:
+    if searchers:
+        return f"searched by {', '.join(searchers)}"
+    return "done" if study.is_done else "stopped"
+
+
 def study_facts(name: str, home: Path | None, storage: str | None = None, top: int | None = None) -> dict[str, Any]:
     """Settings and trials of a study, and what it has learned; the best `top` trials, or all in order."""
-    study = Study.load(read_storage(Home.find(home).path, find_storage(storage)), name)
+    database = read_storage(Home.find(home).path, find_storage(storage))
+    study = Study.load(database, name)
+    searchers = [session.name for session in living_sessions(database, name)]
     trials = study.trials()
     if top is not None:
         trials = ranked(trials, study.settings.direction)[:top]
@@ -85,6 +93,8 @@ def study_facts(name: str, home: Path | None, storage: str | None = None, top: i
             "limit": study.settings.limit,
             "folds": study.settings.folds,
             "fixed": study.settings.fixed,
+            "searched_by": searchers,
+            "now": _describe_now(study, searchers),
             "counts": study.counts(),
             "provenance": [asdict(session) for session in sessions(study)],
             "made_with": describe_provenance(study),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from hpo.checks.verdicts import State, Verdict
     from hpo.records import SearchOutcome
 
+
+WATCH_S = 5.0
+"""Seconds between two looks at a study that is searched."""
 
 STYLES: dict[State, str] = {"ok": "green", "warning": "yellow", "wrong": "red"}
 """Of what a check says."""
@@ -140,6 +144,21 @@ def print_study(console: Console, facts: dict[str, Any]) -> None:
     _print_importances(console, facts["importances"], facts["importances_note"])
     for finding in facts["findings"]:
         console.print(f"- {finding['text']}")
+
+
+def watch_study(console: Console, read: Callable[[], dict[str, Any]]) -> None:
+    """Print a study again and again, until nobody searches it or Ctrl-C; `read` gives its facts."""
+    try:
+        while True:
+            facts = read()
+            console.clear()
+            print_study(console, facts)
+            if not facts["searched_by"]:
+                return
+            console.print(f"{facts['now']}; shown again every {WATCH_S:.0f} s, Ctrl-C to stop")
+            time.sleep(WATCH_S)
+    except KeyboardInterrupt:
+        return
 
 
 def print_verdict(console: Console, verdict: Verdict) -> None:
