@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo.config import METRICS, Direction
+from hpo.config import LOSSES, METRICS, Direction
 from hpo.data.examples import Dataset
 from hpo.errors import UnknownNameError
 
@@ -54,6 +54,8 @@ class Objective:
     """The search space; if omitted, the registered space of the same name is used."""
 
     def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise UnknownNameError("loss", str(self.loss), LOSSES)
         if self.metric not in METRICS:
             raise UnknownNameError("metric", self.metric, METRICS)
 

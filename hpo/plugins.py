@@ -90,7 +90,8 @@ def _load(group: str, reference: str, wanted: type) -> _Found:
     modules = registered(group)
     kind = "task" if wanted is Objective else "search space"
     if reference not in modules:
-        raise UnknownNameError(kind, reference, modules, f"A file of your own: ./{reference}.py, or module:attribute.")
+        own = "FILE.py" if "/" in reference else f"./{reference}.py"
+        raise UnknownNameError(kind, reference, modules, f"A file of your own: {own}, or module:attribute.")
     return _Found(_attribute(import_module(modules[reference]), attribute, wanted, reference), reference)
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from hpo import __version__
-from hpo.data.fingerprint import data_fingerprint
 from hpo.database import without_password
 from hpo.errors import StudyMismatchError
 from hpo.sources import changed_sources, source_checksums, source_folder
@@ -70,6 +69,8 @@ class Provenance:
     @classmethod
     def of_session(cls, objective: Objective, dataset: Dataset, *, first_trial: int = 0) -> Self:
         """What this process is about to search with."""
+        from hpo.data.fingerprint import data_fingerprint  # it imports torch, which `hpo show` can do without
+
         folder = source_folder(objective)
         commit, is_dirty = _git_state(folder) if folder else (None, None)
         return cls(

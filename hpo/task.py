@@ -38,6 +38,10 @@ class Task:
         return {name: value for name, value in values.items() if name not in config_fields()}
 
     def narrow(self, overrides: tuple[str, ...]) -> Task:
+        """The task with its space narrowed, as `-p` does. Raises SpaceError, or UnknownNameError."""
+        for name in (override.partition("=")[0].strip() for override in overrides):
+            if name in NOT_TUNABLE:
+                raise SpaceError(f"{name} cannot be searched; give {_own_option(name)} instead of -p {name}=...")
         return replace(self, space=self.space.narrow(overrides))
 
     def fix(self, assignments: Iterable[str]) -> Task:
@@ -60,11 +64,15 @@ class Task:
         return replace(self, objective=replace(self.objective, metric=metric))
 
 
+def _own_option(name: str) -> str:
+    return "--epochs" if name == "max_epochs" else f"--{name}"
+
+
 def _parse_setting(name: str, text: str) -> Value:
     """The value of a setting of the trainer, read as the type of its default."""
     defaults = config_fields()
     if name in NOT_TUNABLE:
-        raise UsageError(f"--set {name}={text}: {name} has a command-line option of its own; see hpo search --help.")
+        raise UsageError(f"--set {name}={text}: {name} has a command-line option of its own, {_own_option(name)}.")
     if name not in defaults:
         raise UnknownNameError("setting of the trainer", name, sorted(defaults.keys() - NOT_TUNABLE), "(--set)")
     kind = type(defaults[name])
@@ -90,8 +98,17 @@ def load_dataset(task: Task, data_dir: Path) -> Dataset:
         raise DataError(f"the data of task '{name}' cannot be loaded: {type(error).__name__}: {error}") from error
     if not isinstance(dataset, Dataset):
         raise DataError(f"load of task '{name}' must return a Dataset, but returned a {type(dataset).__name__}.")
-    if not isinstance(dataset.test, SealedSplit) or len(dataset.test) == 0:
-        raise DataError(f"the data of task '{name}' have no test split; hpo.data.datasets.hold_out makes one.")
+    if not isinstance(dataset.test, SealedSplit):
+        raise DataError(
+            f"the data of task '{name}' have a {type(dataset.test).__name__} as test; it must be a SealedSplit, which "
+            "hpo.hold_out makes."
+        )
+    if len(dataset.train) == 0:
+        raise DataError(f"the data of task '{name}' have no training examples.")
+    if len(dataset.test) == 0:
+        raise DataError(
+            f"the data of task '{name}' have an empty test split; hpo.hold_out takes one out of the examples."
+        )
     return dataset
 
 
@@ -109,7 +126,7 @@ def check_parameters(task: Task) -> None:
                 "setting of the trainer or keyword of the model",
                 name,
                 sorted(accepted),
-                "A searched parameter must be one.",
+                "A searched parameter must be one; model must name its keywords, and **keywords does not count.",
             )
     unknown = next((name for name in task.objective.settings if name not in config_fields()), None)
     if unknown is not None:

@@ -96,6 +96,29 @@ BROKEN_FILES |= {
     + "    data = load(data_dir)\n"
     + "    return dataclasses.replace(data, train=Split(data.train.inputs, data.train.targets.float()))\n"
     + "objective = Objective(**given | {'load': floats})",
+    "own_loss.py": MINE + "objective = Objective(**given, loss=max)",
+    "own_test.py": MINE
+    + "def plain(data_dir): return dataclasses.replace(load(data_dir), test=load(data_dir).train)\n"
+    + "objective = Objective(**given | {'load': plain})",
+    "no_examples.py": MINE
+    + "from hpo import Split\n"
+    + "def none(data_dir):\n"
+    + "    data = load(data_dir)\n"
+    + "    return dataclasses.replace(data, train=Split(data.train.inputs[:0], data.train.targets[:0]))\n"
+    + "objective = Objective(**given | {'load': none})",
+    "tokens.py": MINE
+    + "from hpo import Split\n"
+    + "def ids(data_dir):\n"
+    + "    data = load(data_dir)\n"
+    + "    return dataclasses.replace(data, train=Split(data.train.inputs.long(), data.train.targets))\n"
+    + "objective = Objective(**given | {'load': ids})",
+    "tuples.py": MINE
+    + "def pair(spec):\n"
+    + "    from torch import nn\n"
+    + "    class Pair(nn.Module):\n"
+    + "        def forward(self, inputs): return inputs, inputs\n"
+    + "    return Pair()\n"
+    + "objective = Objective(**given | {'model': pair, 'space': Space(Group('g', lr=Float(0.1, 1, default=0.1)))})",
     "quits.py": MINE
     + "import sys\n"
     + "def model(spec): sys.exit(0)\n"
@@ -114,6 +137,19 @@ BAD_INPUT = [
     ("search digits --strategy priorty", "no strategy 'priorty'; did you mean 'priority'\\? Available: priority, tpe"),
     ("search digits --pruner sah", "no pruner 'sah'; did you mean 'sha'\\? Available: model, sha, median"),
     ("search quits.py", "the model of task 'mine' fails with the default configuration: SystemExit: 0"),
+    ("search own_loss.py", "no loss '<built-in function max>'.*Available: cross_entropy"),
+    ("search own_test.py", "have a Split as test; it must be a SealedSplit"),
+    ("search no_examples.py", "have no training examples"),
+    ("search tokens.py", "inputs are torch.int64; they must be uint8 images or floats"),
+    ("search tuples.py", "returns a tuple; it must return one tensor"),
+    ("search digits -p max_epochs=5", "max_epochs cannot be searched; give --epochs instead of -p max_epochs="),
+    ("search digits --set seed=5", "seed has a command-line option of its own, --seed"),
+    ("search digits --folds 2000", "--folds 2000 is not allowed: there are only 1437 examples"),
+    ("search ./folder/task", "A file of your own: FILE.py, or module:attribute"),
+    (
+        "search digits --limit 100",
+        "larger than the 80 training examples; allow smaller ones only, as -p batch_size=32,64",
+    ),
     ("search digits --first-rung 0", "--first-rung 0 is not allowed: it must be from 1 to the 20 epochs"),
     ("search digits --first-rung 3 --pruner median", "--first-rung 3 is for --pruner model or sha, not median"),
     ("search digits --workers 0", "--workers 0 is not allowed: it must be at least 1"),

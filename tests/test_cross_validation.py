@@ -20,7 +20,7 @@ from test_training import ImageNet, Scripted, assert_equal_weights, image_splits
 
 import hpo
 from hpo.config import Direction
-from hpo.data.datasets import Splits, check_folds, folds, split_dataset
+from hpo.data.datasets import Splits, all_examples, check_folds, folds, split_dataset
 from hpo.data.examples import Dataset, SealedSplit, Split
 from hpo.errors import UsageError
 from hpo.execution.observer import Observer
@@ -81,11 +81,12 @@ def test_each_example_is_validated_on_in_one_fold_and_trained_on_in_all_others(
 
 def test_more_folds_than_examples_of_a_class_are_refused() -> None:
     splits = numbered_splits(12, 4)
-    check_folds(splits, 3)
+    examples = all_examples(splits)
+    check_folds(examples, splits.spec.classes, 3)
     with pytest.raises(UsageError, match="--folds 4 is not allowed: there are only 3 examples of 'a'"):
-        check_folds(splits, 4)
+        check_folds(examples, splits.spec.classes, 4)
     with pytest.raises(UsageError, match="--folds 13 is not allowed: there are only 12 examples\\."):
-        check_folds(numbered_splits(12, 0), 13)
+        check_folds(all_examples(numbered_splits(12, 0)), (), 13)
 
 
 # --- the training -----------------------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def test_before_the_search_is_done_every_output_says_that_the_best_trial_was_pru
     said = console.export_text()
     assert said.count("trial 1, epoch 1, pruned after 1 of 10 epochs") == 2
     assert "Time is up: 1 complete, 1 pruned (pruned trials were stopped early to save epochs)." in said
-    assert "same command: trial 1, pruned, may yet win and is then continued to its end." in said
+    assert "same command again to finish: trial 1, pruned, may still win and is then continued to its end." in said
     assert "Trial 1, the best so far, was pruned after 1 of 10 epochs; it is continued when 2 trials have run." in said
 
 

@@ -25,11 +25,17 @@ KNOWN = {
     "trial._trial_id": 1,
     # MLflow: its schema, created in a file aside.
     "mlflow.store.db.utils._initialize_tables": 1,
-    # PyTorch: base classes of layers, operations on lists of tensors, the compiler, and which types a CPU multiplies.
+    # PyTorch: base classes of layers, operations on lists of tensors, the fused optimizers, the engine of
+    # autograd, the compiler, and which types a CPU multiplies.
     "torch.nn.modules.batchnorm._BatchNorm": 1,
     "nn.modules.batchnorm._BatchNorm": 1,
     "torch.nn.modules.dropout._DropoutNd": 1,
-    "torch._foreach_*": 1,
+    "torch._foreach_*": 2,
+    "torch.ops.aten._foreach_*": 1,
+    "torch._fused_sgd_": 1,
+    "torch._fused_adam_": 1,
+    "torch._fused_adamw_": 1,
+    "torch.autograd.Variable._execution_engine": 1,
     "torch._dynamo": 1,
     "torch._dynamo.exc.TorchDynamoException": 1,
     "torch._inductor": 1,

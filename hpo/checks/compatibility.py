@@ -38,11 +38,14 @@ def _possible_values(task: Task, name: str) -> tuple[Value, ...]:
 
 def _check_batch_sizes(task: Task, splits: Splits) -> None:
     """Every batch size that may be drawn must fit, or trials would fail one by one."""
-    for batch_size in _possible_values(task, "batch_size"):
-        if int(batch_size) > len(splits.train):
+    sizes, num_examples = _possible_values(task, "batch_size"), len(splits.train)
+    fitting = [str(size) for size in sizes if int(size) <= num_examples]
+    for size in sizes:
+        if int(size) > num_examples:
+            narrowed = f"allow smaller ones only, as -p batch_size={','.join(fitting)}, raise --limit"
+            advice = narrowed if fitting else f"take at most {num_examples}, as --set batch_size={num_examples}"
             raise SpaceError(
-                f"batch_size {batch_size} is larger than the {len(splits.train)} training examples; "
-                "allow smaller ones only, as -p batch_size=32,64, or raise --limit."
+                f"batch_size {size} is larger than the {num_examples} training examples; {advice}, or add examples."
             )
 
 
@@ -61,7 +64,12 @@ def _check_model(task: Task, splits: Splits) -> None:
     with _blamed_on(task, "the default configuration"):
         model = build_model(task.objective, splits.spec, task.model_parameters(values), seed=0).eval()
         model.fit_statistics(splits.train)
-        shape = tuple(model(splits.train.inputs[:2]).shape)
+        outputs = model(splits.train.inputs[:2])
+    if not isinstance(outputs, torch.Tensor):
+        raise UsageError(
+            f"the model of task '{task.objective.name}' returns a {type(outputs).__name__}; it must return one tensor."
+        )
+    shape = tuple(outputs.shape)
     wanted = (2, splits.spec.num_outputs) if splits.spec.classes else (2,)
     if shape != wanted:
         raise UsageError(

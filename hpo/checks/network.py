@@ -74,7 +74,8 @@ def check_gradients(subject: Subject) -> Verdict:
     )
     data = {"gradients": gradients, "unreached": unreached}
     if unreached or not gradients:
-        text = f"they do not reach {', '.join(unreached[:4])}{', ...' if len(unreached) > 4 else ''}"
+        names = f"{', '.join(unreached[:4])}{', ...' if len(unreached) > 4 else ''}"
+        text = f"they do not reach {names}" if unreached else "no parameter of the model can be trained"
         advice = "is it used in forward, behind a detach(), or fed by units that are all dead?"
         return Verdict(state="wrong", text=text, advice=advice, data=data)
     if not all(map(math.isfinite, gradients)):

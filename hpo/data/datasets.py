@@ -135,10 +135,8 @@ def folds(splits: Splits, num_folds: int) -> Iterator[Splits]:
         yield Splits(_select(examples, others), _select(examples, left_out), splits.spec)
 
 
-def check_folds(splits: Splits, num_folds: int) -> None:
+def check_folds(examples: Split, classes: Sequence[str], num_folds: int) -> None:
     """Raise UsageError where there are too few examples, of a class perhaps, for each fold to have one."""
-    examples = all_examples(splits)
-    classes = splits.spec.classes
     counts = dict(zip(classes, torch.bincount(examples.targets).tolist(), strict=True)) if classes else {}
     for name, count in {"": len(examples), **counts}.items():
         if count < num_folds:
@@ -183,6 +181,11 @@ def _require_sound(split: Split, classes: Sequence[str]) -> None:
         raise DataError(f"inputs and targets must be torch tensors, not {given}.")
     if len(inputs) != len(targets):
         raise DataError(f"the data have {len(inputs)} inputs for {len(targets)} targets.")
+    if isinstance(inputs, Tensor) and inputs.dtype != torch.uint8 and not inputs.is_floating_point():
+        raise DataError(
+            f"the data's inputs are {inputs.dtype}; they must be uint8 images or floats. Numbers become floats with "
+            ".float(); token ids would be normalised like numbers, and are not supported."
+        )
     if isinstance(inputs, Tensor) and inputs.is_floating_point() and not inputs.isfinite().all():
         raise DataError("the data's inputs hold NaN or infinite values; fill them in or leave those examples out.")
     given = f"{targets.dtype} of shape {tuple(targets.shape)}"

@@ -10,7 +10,7 @@ from uuid import uuid4
 from hpo.checks.checklist import quick_part
 from hpo.checks.compatibility import check_task
 from hpo.checks.verdicts import Subject, in_few_lines
-from hpo.data.datasets import VALIDATION_FRACTION, check_folds, split_dataset
+from hpo.data.datasets import VALIDATION_FRACTION, all_examples, check_folds, split_dataset
 from hpo.execution.executors import start_workers
 from hpo.execution.local import warm_up
 from hpo.execution.messages import Setup
@@ -60,10 +60,12 @@ def prepare(request: Request, observer: Observer) -> Prepared:
     study = read_study(machine, request.study)
     if study:
         require_unchanged(study, provenance, accept_changes=machine.accepts_changes)
+    if settings.folds:
+        check_folds(dataset.train, dataset.classes, settings.folds)
     fraction = 1 / settings.folds if settings.folds else VALIDATION_FRACTION
     splits = split_dataset(dataset, validation_fraction=fraction, seed=settings.seed, limit=settings.limit)
-    if settings.folds:
-        check_folds(splits, settings.folds)
+    if settings.folds:  # with --limit there are fewer
+        check_folds(all_examples(splits), dataset.classes, settings.folds)
     check_task(request.task, splits)
     verdicts = quick_part(Subject.of(request.task, splits, "cpu"))
     for line in in_few_lines(verdicts, request.task.reference):

@@ -166,6 +166,11 @@ def agree(machine: Machine, task: str, options: StudyOptions) -> tuple[Task, str
     found = load_task(task, space)
     name = check_study_name(options.get("study") or found.objective.name)
     earlier = read_study(machine, name)
+    if earlier and earlier.settings.task != found.objective.name:
+        raise StudyMismatchError(
+            f"study '{name}' is of task '{earlier.settings.task}', not '{found.objective.name}'; choose another name "
+            "with --study."
+        )
     if earlier and machine.is_shared:
         _require_no_code_of_others(earlier.settings, given)
     if earlier and earlier.settings.space_reference and space is None:
