@@ -203,10 +203,20 @@ class StudyFiles:
     def _owner_file(self) -> Path:
         return self.home.path / "locks" / f"{self.name}.database"
 
+    def require_unlocked(self) -> None:
+        """Raise UsageError where another process holds the study; nothing is written."""
+        if self._lock_file.exists():
+            with self.locked():
+                pass
+
+    @property
+    def _lock_file(self) -> Path:
+        return self.home.path / "locks" / f"{self.name}.lock"
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the study for this process; the operating system lets go of it when the process dies."""
-        lock = FileLock(self.home.path / "locks" / f"{self.name}.lock")
+        lock = FileLock(self._lock_file)
         try:
             lock.acquire(blocking=False)
         except Timeout:

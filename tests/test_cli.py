@@ -100,6 +100,9 @@ BROKEN_FILES |= {
     "own_test.py": MINE
     + "def plain(data_dir): return dataclasses.replace(load(data_dir), test=load(data_dir).train)\n"
     + "objective = Objective(**given | {'load': plain})",
+    "twice.py": MINE
+    + "def names(data_dir): return dataclasses.replace(load(data_dir), classes=tuple('0123456788'))\n"
+    + "objective = Objective(**given | {'load': names})",
     "no_examples.py": MINE
     + "from hpo import Split\n"
     + "def none(data_dir):\n"
@@ -139,6 +142,7 @@ BAD_INPUT = [
     ("search quits.py", "the model of task 'mine' fails with the default configuration: SystemExit: 0"),
     ("search own_loss.py", "no loss '<built-in function max>'.*Available: cross_entropy"),
     ("search own_test.py", "have a Split as test; it must be a SealedSplit"),
+    ("search twice.py", "the class name '8' is given twice"),
     ("search no_examples.py", "have no training examples"),
     ("search tokens.py", "inputs are torch.int64; they must be uint8 images or floats"),
     ("search tuples.py", "returns a tuple; it must return one tensor"),

@@ -29,6 +29,7 @@ from hpo.cli import cli
 from hpo.config import Direction
 from hpo.errors import CheckpointError, SearchError, StoreError, StudyMismatchError, UsageError
 from hpo.execution.observer import Observer, Standing
+from hpo.home import Home
 from hpo.plugins import load_objective
 from hpo.records import SearchOutcome, TrialState, Winner
 from hpo.search.lease import Session
@@ -733,3 +734,18 @@ def test_a_study_is_shown_again_while_it_is_searched(
     assert shown.exit_code == 0, shown.output
     assert shown.output.count("1 complete") == 3
     assert shown.output.count("searched by") == 2
+
+
+def test_a_study_that_is_taken_or_has_other_settings_is_told_before_the_data_is_read(
+    search: Callable[..., SearchOutcome], home: Path
+) -> None:
+    class Notes(Observer):
+        def note(self, text: str) -> None:
+            pytest.fail(f"it began: {text}")
+
+    study = search(trials=1).study
+    with pytest.raises(StudyMismatchError, match="--seed 0, not 1"):
+        search(trials=1, seed=1, observer=Notes())
+    home_files = Home(home).study(study)
+    with home_files.locked(), pytest.raises(UsageError, match="is being searched by another process"):
+        search(trials=1, observer=Notes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -175,6 +176,11 @@ def _stratified_order(split: Split, classes: Sequence[str], seed: int) -> Indice
 
 def _require_sound(split: Split, classes: Sequence[str]) -> None:
     """Raise DataError for what would end every trial, and on a GPU without a word about the cause."""
+    repeated = [name for name, count in Counter(classes).items() if count > 1]
+    if repeated:
+        raise DataError(f"the class name '{repeated[0]}' is given twice; each class needs a name of its own.")
+    if len(classes) == 1:
+        raise DataError(f"there is only the class '{classes[0]}': a classification needs two, a regression none.")
     inputs, targets = split.inputs, split.targets
     if not (isinstance(inputs, Tensor | MappedImages) and isinstance(targets, Tensor)):
         given = f"{type(inputs).__name__} and {type(targets).__name__}"

@@ -141,11 +141,7 @@ class Study:
         if stored is None:
             _create(storage, name, settings)
             return cls(storage, name, settings)
-        found = list(differences(stored, settings))
-        if found:
-            raise StudyMismatchError(
-                f"study '{name}' was made with {'; '.join(found)}. Use the same settings, or another name with --study."
-            )
+        require_same_settings(name, stored, settings)
         return cls(storage, name, stored)
 
     @classmethod
@@ -525,6 +521,15 @@ def read_settings(storage: BaseStorage, name: str) -> StudySettings | None:
     if stored["format"] > FORMAT:
         raise StoreError(f"study '{name}' was made by a newer version of hpo; upgrade hpo to use it.")
     return StudySettings.from_dict(stored["settings"])
+
+
+def require_same_settings(name: str, made: StudySettings, asked: StudySettings) -> None:
+    """Raise StudyMismatchError, naming every difference, where a study was made with other settings."""
+    found = list(differences(made, asked))
+    if found:
+        raise StudyMismatchError(
+            f"study '{name}' was made with {'; '.join(found)}. Use the same settings, or another name with --study."
+        )
 
 
 def check_strategy(settings: StudySettings) -> None:

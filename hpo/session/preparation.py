@@ -52,6 +52,8 @@ def prepare(request: Request, observer: Observer) -> Prepared:
     machine, settings = request.machine, request.settings
     files = machine.home.study(request.study)
     files.require_own(machine.storage)
+    if not machine.is_shared:
+        files.require_unlocked()
     if machine.executor == "local":
         warm_up()  # the workers' server imports torch while the data is read
     observer.note(f"loading the data of {request.task.objective.name}")

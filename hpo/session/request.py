@@ -19,7 +19,7 @@ from hpo.search.priority import TRIED_BY_HAND
 from hpo.search.pruners import check_first_rung, check_folds_pruner
 from hpo.search.settings import StudySettings
 from hpo.search.storage import read_storage
-from hpo.search.study import Study, check_strategy, read_settings
+from hpo.search.study import Study, check_strategy, read_settings, require_same_settings
 from hpo.search.warm_start import best_configurations
 from hpo.session.options import (
     SearchOptions,
@@ -176,6 +176,8 @@ def agree(machine: Machine, task: str, options: StudyOptions) -> tuple[Task, str
     if earlier and earlier.settings.space_reference and space is None:
         found = load_task(task, earlier.settings.space_reference)
     settings = _complete(found, earlier.settings if earlier else None, given)
+    if earlier:
+        require_same_settings(name, earlier.settings, settings)  # before the data is read, which may take long
     return found.narrow(settings.overrides).fix(settings.fixed).judged_by(settings.metric), name, settings
 
 

@@ -49,7 +49,8 @@ ESTIMATED = "≈"
 def format_score(value: float | None, *, estimated: bool = False) -> str:
     if value is None:
         return "-"
-    return f"{ESTIMATED if estimated else ''}{value:.4f}"
+    written = f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
+    return f"{ESTIMATED if estimated else ''}{written}"
 
 
 def format_cost(name: str, cost: float | None) -> str:
