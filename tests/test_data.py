@@ -118,7 +118,6 @@ def test_splitting_does_not_open_the_test_split() -> None:
         (0, 0.2, ("limit=0", "40")),
         (-3, 0.2, ("limit=-3", "40")),
         (41, 0.2, ("limit=41", "40")),
-        (6, 0.2, ("6 examples", "4 classes", "validation")),
         (4, 0.5, ("4 examples", "4 classes")),
         (1, 0.2, ("1 examples", "none for training")),
         (None, 0.0, ("validation_fraction=0.0",)),
@@ -719,3 +718,14 @@ def test_the_real_data_are_what_they_should_be(
     assert dataset.train.inputs[::10].float().mean((0, 2, 3)).tolist() == pytest.approx(mean, abs=1.0)
     test = dataset.test.open()
     assert test.targets.bincount().tolist() == [1_000] * 10
+
+
+def test_a_rare_class_may_be_missing_in_the_validation_split_and_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    targets = torch.tensor([0] * 50 + [1] * 49 + [2])
+    dataset = Dataset(Split(torch.rand(100, 3), targets), SealedSplit(lambda: pytest.fail("sealed"), 1), tuple("abc"))
+
+    splits = split_dataset(dataset, seed=0)
+
+    assert 2 in splits.train.targets
+    assert 2 not in splits.validation.targets
+    assert "the validation split has no example of 'c', so nothing judges how well it is learned" in caplog.text

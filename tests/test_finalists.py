@@ -174,6 +174,8 @@ def test_before_the_search_is_done_every_output_says_that_the_best_trial_was_pru
 
 # The model adds to the target what its curve says for the epoch; it notes each epoch that is trained.
 TASK = """
+import os
+import signal
 from pathlib import Path
 
 import torch
@@ -208,6 +210,10 @@ class Scripted(torch.nn.Module):
             self.epoch += 1
             with Path(__file__).with_name(f"{self.curve}.epochs").open("a") as file:
                 file.write(f"{int(self.epoch)}\\n")
+            to_kill = Path(__file__).with_name("kill-in-epoch-5")
+            if int(self.epoch) == 5 and self.curve == "late" and to_kill.exists():
+                to_kill.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
         return super().train(mode)
 
     def forward(self, inputs):
@@ -313,3 +319,26 @@ def test_a_pruned_trial_that_was_ahead_is_continued_from_its_checkpoint_through_
     history = store.client.get_metric_history(run.info.run_id, "val/mae")
     assert sorted(row.step for row in history) == list(range(1, 11)), "each epoch once"
     assert not list((home / "checkpoints").glob("scripted/*"))
+
+
+def test_a_worker_that_is_killed_while_it_continues_a_trial_costs_no_finished_result(
+    tmp_path: Path, home: Path
+) -> None:
+    (tmp_path / "scripted.py").write_text(TASK)
+    (tmp_path / "kill-in-epoch-5").touch()
+    observer = Interrupting()
+    observer.epoch_done = lambda suggestion, result: None  # type: ignore[method-assign]
+
+    outcome = search(tmp_path, home, "late", observer)
+
+    assert not (tmp_path / "kill-in-epoch-5").exists()
+    assert [(number, state) for number, state, _ in observer.ends[2:]] == [
+        (2, "pruned"),
+        (2, "interrupted"),
+        (2, "complete"),
+    ]
+    assert "SIGKILL" in str(observer.ends[3][2])
+    assert (outcome.is_done, outcome.winner.trial, outcome.winner.best_epoch) == (True, 2, 10)
+    trained = Counter((tmp_path / "late.epochs").read_text().split())
+    assert [trained[str(epoch)] for epoch in (1, 2)] == [1, 1], "from its checkpoint"
+    assert set(trained) == {str(epoch) for epoch in range(1, 11)}

@@ -383,7 +383,7 @@ def test_a_conditional_parameter_needs_trials_in_which_it_is_active() -> None:
     def score(values: dict[str, Value]) -> float:
         return -abs(log_lr(values) + 2)
 
-    study = a_study(40, rising_with(score), space=FEW)
+    study = a_study(80, rising_with(score), space=FEW)
     few = [r for r in study.trials() if r.inactive or r.number < 8]
     num_active = sum(not record.inactive for record in few)
     assert 0 < num_active < 10
@@ -512,6 +512,6 @@ def test_show_and_the_summary_run_tell_the_same_each_in_a_line(home: Path) -> No
     for group, each in found.groups.items():
         share = describe_share(each.share, each.low, each.high)
         assert any(line.startswith(group) and share in line for line in shown)
-        assert f"| {group} | {share} |" in written
+        assert f"| {group} |  | {share} |" in written
     assert (found.note or "") in written
     assert json.loads(json.dumps(facts))["importances"]["step size"]["parameters"].keys() == {"lr", "batch_size"}

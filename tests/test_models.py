@@ -537,3 +537,14 @@ def test_a_loaded_model_predicts_what_the_trained_one_did(network: type[nn.Modul
     loaded.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(loaded.eval()(inputs), trained.eval()(inputs))
     assert loaded.predict(inputs) == trained.predict(inputs)
+
+
+def test_a_model_predicts_from_arrays_and_names_the_shape_that_it_takes() -> None:
+    inputs = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 9.0]])
+    model = fitted(Echo(), DataSpec((2,), ("ham", "eggs")), Split(inputs, torch.tensor([1, 0, 1])))
+
+    assert model.predict(inputs.numpy()) == model.predict(inputs) == ["eggs", "ham", "eggs"]
+    assert model.probabilities(inputs.numpy()).shape == (3, 2)
+    for ask in (model.predict, model.probabilities):
+        with pytest.raises(UsageError, match=r"takes a batch of shape \(B, 2\), not \(3, 4\)"):
+            ask(torch.zeros(3, 4))

@@ -82,7 +82,7 @@ def run_check(
     splits = split_dataset(dataset, validation_fraction=VALIDATION_FRACTION, seed=0, limit=limit)
     check_task(found, splits)
     store = open_store(Home.find(home).path, tracking_uri)
-    run = begin_check_run(store, name)
+    run = begin_check_run(store, name, found.objective.description)
     state: Literal["complete", "failed", "interrupted"] = "interrupted"
     try:
         subject = Subject.of(found, splits, chosen_device)

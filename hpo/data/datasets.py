@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections import Counter
@@ -26,6 +27,7 @@ MEMORY_SHARE = 0.25
 
 Indices = NDArray[np.int64]
 
+_logger = logging.getLogger(__name__)
 VALIDATION_FRACTION = 0.2
 """Share of the training examples that a study validates on."""
 
@@ -112,8 +114,7 @@ def split_dataset(
     train, validation = _select(dataset.train, kept[num_validation:]), _select(dataset.train, kept[:num_validation])
     if isinstance(train.inputs, MappedImages) and len(kept) * train.inputs[:1].nbytes <= MEMORY_SHARE * _memory():
         train, validation = _read(train), _read(validation)
-    for name, split in (("training", train), ("validation", validation)):
-        _require_all_classes(name, split, dataset.classes, len(kept))
+    _require_examples(train, validation, dataset.classes)
     return Splits(train, validation, dataset.spec)
 
 
@@ -208,16 +209,29 @@ def _require_sound(split: Split, classes: Sequence[str]) -> None:
             raise DataError("the data's targets hold NaN or infinite values; leave those examples out.")
 
 
-def _require_all_classes(name: str, split: Split, classes: Sequence[str], num_examples: int) -> None:
-    if len(split) == 0:
-        raise UsageError(f"{num_examples} examples leave none for {name}; there must be more, or a larger --limit.")
-    counts = torch.bincount(split.targets, minlength=len(classes)).tolist() if classes else ()
-    missing = [class_name for class_name, count in zip(classes, counts, strict=True) if count == 0]
-    if missing:
+def _require_examples(train: Split, validation: Split, classes: Sequence[str]) -> None:
+    """Raise UsageError where there is nothing to learn or to judge by; a rare class may be missing in one split."""
+    num_examples = len(train) + len(validation)
+    for name, split in (("training", train), ("validation", validation)):
+        if len(split) == 0:
+            raise UsageError(f"{num_examples} examples leave none for {name}; there must be more, or a larger --limit.")
+    if missing := _missing_classes(train, classes):
         raise UsageError(
-            f"{num_examples} examples of {len(classes)} classes leave none of '{missing[0]}' for {name}; "
-            f"there must be more, or a larger --limit."
+            f"{num_examples} examples of {len(classes)} classes leave none of '{missing[0]}' for training; "
+            "there must be more, or a larger --limit."
         )
+    if missing := _missing_classes(validation, classes):
+        _logger.warning(
+            "the validation split has no example of %s%s, so nothing judges how well %s learned.",
+            ", ".join(f"'{name}'" for name in missing[:3]),
+            f" and {len(missing) - 3} more classes" if len(missing) > 3 else "",
+            "they are" if len(missing) > 1 else "it is",
+        )
+
+
+def _missing_classes(split: Split, classes: Sequence[str]) -> list[str]:
+    counts = torch.bincount(split.targets, minlength=len(classes)).tolist() if classes else []
+    return [name for name, count in zip(classes, counts, strict=True) if count == 0]
 
 
 def _joined(inputs: Sequence[Tensor | MappedImages]) -> Tensor | MappedImages:

@@ -23,6 +23,7 @@ from hpo.training.trained import BEST_WEIGHTS, CHECKPOINT, TrialDescription
 _logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
+    from hpo.objective import Objective
     from hpo.tracking.store import TrackingStore
 
 
@@ -75,6 +76,15 @@ def find_runs(study: Study, home: Path, given: str | None, *, is_shared: bool) -
     return given if is_shared else given or study.tracking_uri or home_store_uri(home)
 
 
+def _load_objective(task: str | None, study: Study) -> Objective:
+    if task is not None:
+        return load_objective(task)
+    try:
+        return load_objective(study.task_reference)
+    except UsageError as error:
+        raise UsageError(f"{error} If the task has moved since the search, name its new place with task=.") from error
+
+
 @dataclass(frozen=True)
 class LoadedTrial:
     """A trial's best model and the settings that it was trained with."""
@@ -92,7 +102,7 @@ def load_trial(
     """
     folder = store.download(store.find_trial_run(study.name, number, study.id), CHECKPOINT)
     description = TrialDescription.read(folder)
-    objective = load_objective(task or study.task_reference)
+    objective = _load_objective(task, study)
     model = build_model(objective, description.spec, description.model_parameters, seed=0, pretrained=False)
     changed = changed_sources(description.sources, source_checksums(objective)) if description.sources else []
     if changed:

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any, cast
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -81,31 +82,41 @@ class PreprocessedModel(nn.Module):
             return _known_statistics(train.inputs)
         return _input_statistics(train.inputs[:SAMPLE_SIZE])
 
+    def _as_batch(self, inputs: Tensor | NDArray[Any]) -> Tensor:
+        batch = torch.as_tensor(inputs, device=self.input_mean.device)
+        if tuple(batch.shape[1:]) != self.spec.input_shape:
+            wanted = ", ".join(["B", *map(str, self.spec.input_shape)])
+            raise UsageError(f"the model takes a batch of shape ({wanted}), not {tuple(batch.shape)}.")
+        return batch
+
     @torch.inference_mode()
-    def predict(self, inputs: Tensor) -> list[str] | list[float]:
-        """Class name, or value, of each of a batch of raw examples. The model should be in evaluation mode."""
-        outputs = self(inputs.to(self.input_mean.device))
+    def predict(self, inputs: Tensor | NDArray[Any]) -> list[str] | list[float]:
+        """Class name, or value, of each of a batch of raw examples (B, *input_shape), in evaluation mode.
+
+        Raises UsageError for examples of another shape.
+        """
+        outputs = self(self._as_batch(inputs))
         if not self.classes:
             return cast(list[float], outputs.tolist())
         return [self.classes[index] for index in outputs.argmax(1).tolist()]
 
     @torch.inference_mode()
-    def probabilities(self, inputs: Tensor, *, dropout_samples: int = 0) -> Tensor:
+    def probabilities(self, inputs: Tensor | NDArray[Any], *, dropout_samples: int = 0) -> Tensor:
         """The probability of each class for a batch of raw examples: (B, num_classes), in evaluation mode.
 
         With `dropout_samples` it is the mean over that many passes, in which the dropout layers alone act as in
         training: Monte-Carlo dropout (Gal and Ghahramani 2016, arXiv:1506.02142), often slower to be sure of a mistake.
-        Raises UsageError for a regression.
+        Raises UsageError for a regression, and for examples of another shape.
         """
         if not self.classes:
             raise UsageError("a regression has no probabilities; call the model itself for its values.")
         self.eval()
-        inputs = inputs.to(self.input_mean.device)
+        batch = self._as_batch(inputs)
         if not dropout_samples:
-            return cast(Tensor, self(inputs).softmax(1))
+            return cast(Tensor, self(batch).softmax(1))
         for module in self.modules():
             module.training = isinstance(module, _DropoutNd)
-        mean = torch.stack([self(inputs).softmax(1) for _ in range(dropout_samples)]).mean(0)
+        mean = torch.stack([self(batch).softmax(1) for _ in range(dropout_samples)]).mean(0)
         self.eval()
         return mean
 

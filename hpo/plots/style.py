@@ -38,4 +38,4 @@ def log_ticks(ratio: float) -> Locator:
     """Ticks at powers of ten; in a range of less than three decades also at 2 and 5, in less than one even."""
     if ratio < 10:
         return MaxNLocator(nbins=4)
-    return LogLocator(subs=(1.0,) if ratio >= 1000 else (1.0, 2.0, 5.0), numticks=6 if ratio >= 1000 else 12)
+    return LogLocator(subs=(1.0,) if ratio >= 1000 else (1.0, 2.0, 5.0), numticks=4 if ratio >= 1000 else 12)

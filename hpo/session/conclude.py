@@ -267,12 +267,14 @@ def _in_words(study: Study, winner: Winner) -> str:
 
 
 def _what_was_learned(found: Sequence[Finding], rated: Importances) -> str:
-    """The findings as Markdown, and the importances of the groups with their intervals."""
+    """The findings as Markdown, and the importances of groups and parameters with their intervals."""
     sentences = "".join(f"- {finding.text}\n" for finding in found)
     rows = "".join(
-        f"| {group} | {describe_share(each.share, each.low, each.high)} |\n" for group, each in rated.groups.items()
+        f"| {group} | {name} | {describe_share(each.share, each.low, each.high, each.condition)} |\n"
+        for group, importance in rated.groups.items()
+        for name, each in {"": importance, **importance.parameters}.items()
     )
-    table = f"\n| group | importance (90 % interval) |\n| --- | --- |\n{rows}" if rows else ""
+    table = f"\n| group | parameter | importance (90 % interval) |\n| --- | --- | --- |\n{rows}" if rows else ""
     note = f"\n{rated.note}\n" if rated.note else ""
     return (sentences + table + note).lstrip() or "There is nothing to learn from yet.\n"
 

@@ -319,11 +319,12 @@ class SummaryRun:
             self._client.set_terminated(self.run_id, RUN_STATUS[state])
 
 
-def begin_check_run(store: TrackingStore, study: str) -> SummaryRun:
+def begin_check_run(store: TrackingStore, study: str, note: str) -> SummaryRun:
     """A new run, RUNNING until it is finished, for what a checklist finds before there is a study of that name."""
     from mlflow.tracking.context.registry import resolve_tags
 
-    experiment_id = store.open_experiment(study, {"hpo.study": study})
+    described = {} if study in store.studies() else {"mlflow.note.content": note}  # a study has a note of its own
+    experiment_id = store.open_experiment(study, {"hpo.study": study, **described})
     with explained(store.uri):
         tags = {**resolve_tags(), "hpo.kind": "check", "hpo.study": study}
         run = store.client.create_run(experiment_id, tags=tags, run_name="check")
