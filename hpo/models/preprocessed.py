@@ -83,7 +83,7 @@ class PreprocessedModel(nn.Module):
         return _input_statistics(train.inputs[:SAMPLE_SIZE])
 
     def _as_batch(self, inputs: Tensor | NDArray[Any]) -> Tensor:
-        batch = torch.as_tensor(inputs, device=self.input_mean.device)
+        batch = torch.as_tensor(inputs).to(self.input_mean.device)
         if tuple(batch.shape[1:]) != self.spec.input_shape:
             wanted = ", ".join(["B", *map(str, self.spec.input_shape)])
             raise UsageError(f"the model takes a batch of shape ({wanted}), not {tuple(batch.shape)}.")
