@@ -298,6 +298,11 @@ def test_layers_that_no_gradient_reaches_are_named() -> None:
     assert verdict.text == "they do not reach first.weight, unused.weight"
 
 
+def test_a_network_without_a_parameter_to_train_is_told() -> None:
+    verdict = check_gradients(subject(lambda spec: Cut(spec).requires_grad_(False)))
+    assert (verdict.state, verdict.text) == ("wrong", "no parameter of the model can be trained")
+
+
 def test_layers_that_are_frozen_or_begin_at_0_are_no_fault() -> None:
     def model(spec: DataSpec) -> nn.Module:
         net = MLP(spec, depth=2, width=16)

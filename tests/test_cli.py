@@ -103,6 +103,9 @@ BROKEN_FILES |= {
     "twice.py": MINE
     + "def names(data_dir): return dataclasses.replace(load(data_dir), classes=tuple('0123456788'))\n"
     + "objective = Objective(**given | {'load': names})",
+    "keywords.py": MINE
+    + "def model(spec, **keywords): pass\n"
+    + "objective = Objective(**given | {'model': model, 'space': Space(Group('g', width=Float(1, 2, default=1)))})",
     "no_examples.py": MINE
     + "from hpo import Split\n"
     + "def none(data_dir):\n"
@@ -143,6 +146,7 @@ BAD_INPUT = [
     ("search own_loss.py", "no loss '<built-in function max>'.*Available: cross_entropy"),
     ("search own_test.py", "have a Split as test; it must be a SealedSplit"),
     ("search twice.py", "the class name '8' is given twice"),
+    ("search keywords.py", "no .*keyword of the model 'width'.*\\*\\*keywords does not count"),
     ("search no_examples.py", "have no training examples"),
     ("search tokens.py", "inputs are torch.int64; they must be uint8 images or floats"),
     ("search tuples.py", "returns a tuple; it must return one tensor"),

@@ -749,3 +749,15 @@ def test_a_study_that_is_taken_or_has_other_settings_is_told_before_the_data_is_
     home_files = Home(home).study(study)
     with home_files.locked(), pytest.raises(UsageError, match="is being searched by another process"):
         search(trials=1, observer=Notes())
+
+
+def test_a_study_of_another_task_and_a_task_that_moved_are_told_with_what_to_do(
+    search: Callable[..., SearchOutcome], task: str, home: Path
+) -> None:
+    study = search(trials=1).study
+    with pytest.raises(StudyMismatchError, match=f"study '{study}' is of task .*, not 'diabetes'; choose another name"):
+        run_search("diabetes", study=study, home=home)
+    moved = Path(task).rename(Path(task).with_name("elsewhere.py"))
+    with pytest.raises(UsageError, match=r"there is no file .* name its new place with task="):
+        hpo.load_best(study, home=home)
+    assert hpo.load_best(study, home=home, task=str(moved)).classes
