@@ -148,7 +148,7 @@ class Winner:
     validation: float
     """The metric at the best epoch on the validation split; the mean over the folds where there are any."""
     best_epoch: int
-    """With folds the mean over them, rounded: for so many epochs the model is trained on all examples."""
+    """With folds, their rounded mean: the number of epochs that the model is trained for on all examples."""
     folds: int | None
     pruned: str | None
     """`pruned after 3 of 20 epochs` for a trial that did not run to its end; None for one that did."""

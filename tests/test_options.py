@@ -54,6 +54,11 @@ def test_what_is_left_out_is_the_default_or_the_studys() -> None:
     assert kept_by_the_study({"trials": None, "overrides": (), "epochs": 3}) == {"max_epochs": 3}
 
 
+def test_a_keyword_that_is_no_option_is_refused() -> None:
+    with pytest.raises(UnknownNameError, match="no option 'trails'; did you mean 'trials'"):
+        run_search("digits", trails=3)  # type: ignore[call-arg]
+
+
 # --- --set ------------------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, get_type_hints
 
-from hpo.errors import UsageError
+from hpo.errors import UnknownNameError, UsageError
 
 
 @dataclass(frozen=True)
@@ -295,9 +295,16 @@ def declarations(options: type) -> list[Declaration]:
 
 
 def checked(given: Mapping[str, object]) -> SearchOptions:
-    """The options with their defaults, but for those that a study keeps. Raises UsageError for a number too small."""
-    found = dict(given)
-    for declared in declarations(SearchOptions):
+    """The options, with defaults for those that no study keeps.
+
+    Raises UnknownNameError for a name that is no option, and UsageError for a number that is too small.
+    """
+    found, declared_options = dict(given), declarations(SearchOptions)
+    names = [declared.name for declared in declared_options]
+    for name in found:
+        if name not in names:
+            raise UnknownNameError("option", name, names)
+    for declared in declared_options:
         name, option, value = declared.name, declared.option, found.get(declared.name)
         if value is None and option.kept is None:
             found[name] = False if declared.type is bool else option.default
