@@ -462,7 +462,7 @@ def _capture(graph: _Graph, **kwargs: Any) -> Iterator[None]:
         yield
     finally:
         _captured = None
-        with torch.no_grad():
+        with torch.inference_mode():  # in which those of an evaluation can be changed, too
             for tensor, saved in zip(alive, before, strict=True):
                 tensor._cpu.copy_(saved)
         torch.set_rng_state(random_state)

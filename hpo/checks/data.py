@@ -111,16 +111,24 @@ def check_normalised(subject: Subject) -> Verdict:
 
 
 def _seen_by_network(subject: Subject, inputs: Tensor) -> Tensor:
-    class Eye(nn.Module):
-        def forward(self, inputs: Tensor) -> Tensor:
-            seen.append(inputs)
-            return inputs.new_zeros(len(inputs), 1)
-
-    seen: list[Tensor] = []
     model = subject.network()
-    model.network = Eye()
+    model.network = recorder = _Recorder()
     model(inputs[:1_000].to(subject.config.device))
-    return seen[0]
+    return recorder.seen
+
+
+class _Recorder(nn.Module):
+    """Stands in for a network, and keeps what it gets.
+
+    Not inside the function: a class refers to itself, so what it holds would stay on the device until Python looks for
+    such circles.
+    """
+
+    seen: Tensor
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.seen = inputs
+        return inputs.new_zeros(len(inputs), 1)
 
 
 def check_duplicates(subject: Subject) -> Verdict:
