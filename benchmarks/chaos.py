@@ -4,8 +4,9 @@ A search of the digits runs 100 trials on 4 workers. About every second a random
 times the searching process itself, which is then started again with the same command. At the end there must be exactly
 the trials that were asked for, none lost, none too many, and nothing RUNNING in either store.
 
-`--storage postgresql+psycopg://...` and `--tracking-uri ...` do the same against PostgreSQL; `python tests/postgres.py`
-starts one and prints its address. The exit code is 1 where a promise is broken. The last lines name what was used.
+`--storage postgresql+psycopg://...` and `--tracking-uri ...` do the same against PostgreSQL;
+`python tests/helpers/postgres.py` starts one and prints its address.
+The exit code is 1 where a promise is broken. The last lines name what was used.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Two questions. How many trials a second one coordinator can serve, with four tri
 stores 20 epochs and judges each, and tells. And how many seconds of CPU it takes to go on with a study of 5 000 trials:
 to open it, to count what is missing, and to ask for one more. Nothing is trained.
 
-`python tests/postgres.py` starts a PostgreSQL and prints its address. The last lines here name what was used.
+`python tests/helpers/postgres.py` starts a PostgreSQL and prints its address. The last lines here name what was used.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -12,9 +13,14 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
-from postgres import Postgres, running_postgres
 
 from hpo.tracking.store import open_store
+
+pytest.register_assert_rewrite("helpers")  # before any of them is imported
+
+from helpers.postgres import Postgres, running_postgres  # noqa: E402
+
+pytest_plugins = ["helpers.studies", "helpers.tracking", "helpers.searches", "helpers.moody"]
 
 # How long an example takes says more about what else the machine does than about the code.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -85,6 +91,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def _missing() -> list[str]:
     return [name for name, (is_there, _) in NEEDS.items() if not is_there]
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

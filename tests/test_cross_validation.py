@@ -13,10 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.training import (
+    ImageNet,
+    Scripted,
+    assert_equal_weights,
+    image_splits,
+    quick_config,
+    weights_of,
+    without_time,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.storages import InMemoryStorage
-from test_training import ImageNet, Scripted, assert_equal_weights, image_splits, quick_config, weights_of, without_time
 
 import hpo
 from hpo.config import Direction

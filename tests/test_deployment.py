@@ -16,7 +16,7 @@ import kubernetes_validate
 import psycopg
 import pytest
 import yaml
-from postgres import PASSWORD, Postgres, running_postgres
+from helpers.postgres import PASSWORD, Postgres, running_postgres
 
 ROOT = Path(__file__).parent.parent
 COMPOSE = (ROOT / "compose.yaml").read_text()

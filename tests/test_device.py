@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.training import ImageNet, image_splits, quick_config
 from pretended_cuda import TOTAL_MEMORY, pretended_cuda
-from test_training import ImageNet, image_splits, quick_config
 from torch import Tensor, nn
 
 from hpo.data import batches

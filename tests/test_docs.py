@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from postgres import Postgres
+from helpers.postgres import Postgres
 
 from hpo.cli import cli, main
 

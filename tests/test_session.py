@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -17,20 +15,26 @@ from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
-import torch
 from click.testing import CliRunner
+from helpers.moody import (
+    ALONE,
+    PLOTS,
+    assert_nothing_is_left_running,
+    curve,
+    runs,
+    study,
+    wait_for_checkpoint,
+)
+from helpers.postgres import Postgres
 from mlflow import MlflowClient
-from mlflow.entities import Run
-from postgres import Postgres
 from rich.console import Console
 
 import hpo
 from hpo.cli import cli
 from hpo.config import Direction
-from hpo.errors import CheckpointError, SearchError, StoreError, StudyMismatchError, UsageError
+from hpo.errors import SearchError, StoreError, StudyMismatchError, UsageError
 from hpo.execution.observer import Observer, Standing
 from hpo.home import Home
-from hpo.plugins import load_objective
 from hpo.records import SearchOutcome, TrialState, Winner
 from hpo.search.lease import Session
 from hpo.search.storage import open_storage
@@ -44,133 +48,6 @@ from hpo.terminal.progress import ProgressLines
 from hpo.tracking.runs import SummaryRun
 from hpo.tracking.store import open_store
 from hpo.training.trainer import EpochResult
-
-# The digits with one more thing that a test needs: it can take its time, raise, or give NaN.
-TASK = """
-import os
-import shutil
-import signal
-import time
-from pathlib import Path
-
-import torch
-from hpo.models.mlp import MLP
-from hpo.objective import Objective
-from hpo.space import Choice, Float, Group, Space
-from hpo.objectives.digits import load
-
-
-class Moody(torch.nn.Module):
-    def __init__(self, net, mood):
-        super().__init__()
-        self.net, self.mood = net, mood
-
-    def forward(self, inputs):
-        if self.training and self.mood in ("slow", "stuck"):
-            time.sleep({"slow": 0.05, "stuck": 600}[self.mood])
-        while self.training and self.mood == "held" and (Path(__file__).parent / "hold").exists():
-            time.sleep(0.005)
-        if self.training and self.mood == "dies":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.training and self.mood == "raises":
-            raise RuntimeError("the cat is on the keyboard")
-        outputs = self.net(inputs)
-        return outputs * float("nan") if self.training and self.mood == "nan" else outputs
-
-
-def model(spec, *, width=32, mood="calm"):
-    return Moody(MLP(spec, depth=1, width=width, activation="relu", norm="none", dropout=0.1), mood)
-
-
-objective = Objective(
-    name="moody", description="digits with moods", load=load, model=model,
-    settings={"max_epochs": 3, "batch_size": 256, "optimizer": "sgd", "lr": 0.1},
-    space=Space(
-        Group("step size", lr=Float(1e-3, 1.0, log=True, default=0.1)),
-        Group(
-            "architecture",
-            width=Choice(16, 32, default=32),
-            mood=Choice("calm", "slow", "held", "stuck", "raises", "nan", "dies", default="calm"),
-        ),
-    ),
-)
-"""
-
-
-PLOTS = ("confusion_matrix", "history", "learning_curves", "slices")
-
-# One trial after the other, so that a test can say which one is under way.
-ALONE: dict[str, Any] = {"trials": 3, "pruner": "none", "workers": 1}
-
-
-@pytest.fixture
-def task(tmp_path: Path) -> str:
-    path = tmp_path / "moody.py"
-    path.write_text(TASK)
-    return str(path)
-
-
-@pytest.fixture
-def search(task: str, home: Path) -> Callable[..., SearchOutcome]:
-    """A short search in this process."""
-
-    def run(**options: Any) -> SearchOutcome:
-        return run_search(task, home=home, **{**ALONE, "overrides": ("mood=calm",), **options})
-
-    return run
-
-
-@pytest.fixture
-def start(task: str, home: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """A search in a process of its own; none outlives the test."""
-    processes = []
-
-    def run(*arguments: str) -> subprocess.Popen[str]:
-        options = ["--home", str(home), "--pruner", "none", "--workers", "1", *arguments]
-        command = [sys.executable, "-m", "hpo", "search", task, *options]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        processes.append(subprocess.Popen(command, text=True, env={**os.environ, "COLUMNS": "200"}, **pipes))
-        return processes[-1]
-
-    yield run
-    for process in processes:
-        process.kill()
-        process.communicate()
-
-
-def study(home: Path, name: str = "moody") -> Study:
-    return Study.load(open_storage(home), name)
-
-
-def runs(home: Path, filter_string: str = "tags.`hpo.kind` = 'trial'", name: str = "moody") -> list[Run]:
-    client = open_store(home).client
-    experiment = client.get_experiment_by_name(f"hpo/{name}")
-    assert experiment is not None
-    return sorted(
-        client.search_runs([experiment.experiment_id], filter_string),
-        key=lambda run: int(run.data.tags.get("hpo.trial", -1)),
-    )
-
-
-def assert_nothing_is_left_running(home: Path) -> None:
-    assert study(home).counts()["running"] == 0
-    assert runs(home, "attributes.status = 'RUNNING'") == []
-
-
-def wait_for_checkpoint(home: Path, epoch: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not list(home.glob(f"checkpoints/moody/trial-*/epoch-{epoch:04d}.*.pt")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def curve(home: Path, run: Run, key: str = "val/accuracy") -> list[int]:
-    return sorted(metric.step for metric in open_store(home).client.get_metric_history(run.info.run_id, key))
-
-
-def values(home: Path, run: Run, key: str) -> list[float]:
-    return [metric.value for metric in open_store(home).client.get_metric_history(run.info.run_id, key)]
 
 
 def test_a_search_leaves_runs_curves_checkpoints_and_a_summary(
@@ -198,111 +75,6 @@ def test_a_search_leaves_runs_curves_checkpoints_and_a_summary(
     assert summary.data.metrics["test/accuracy"] == outcome.winner.test["accuracy"]
     assert_nothing_is_left_running(home)
     assert list(home.glob("checkpoints/moody/*")) == []
-
-
-def test_the_winner_is_the_best_on_validation_and_its_model_scores_what_was_said(
-    search: Callable[..., SearchOutcome], home: Path
-) -> None:
-    from hpo.objectives.digits import load
-
-    outcome = search(trials=4)
-    assert outcome.winner is not None
-    assert outcome.winner.validation == max(trial.value or 0 for trial in study(home).trials())
-    test = load(Path()).test.open()
-    model = hpo.load_best("moody", home=home)
-    assert not model.training
-    assert model.classes == tuple("0123456789")
-    with torch.inference_mode():
-        accuracy = (model(test.inputs).argmax(1) == test.targets).double().mean().item()
-    assert outcome.winner.test is not None
-    assert accuracy == pytest.approx(outcome.winner.test["accuracy"])
-
-
-RARE_TASK = """
-import torch
-from hpo.models.mlp import MLP
-from hpo.objective import Objective
-from hpo.data.examples import Dataset, SealedSplit, Split
-from hpo.space import Choice, Group, Space
-
-
-def load(data_dir):
-    points = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
-    targets = (torch.arange(1000) % 25 == 0).long()
-    examples = Split(points + 1.5 * targets[:, None], targets)
-    return Dataset(examples, SealedSplit(lambda: examples, 1000), ("usual", "rare"))
-
-
-def model(spec):
-    return MLP(spec, depth=1, width=8, activation="relu", norm="none", dropout=0.0)
-
-
-objective = Objective(
-    name="rare", description="one example in 25 is of the second class", load=load, model=model,
-    settings={"max_epochs": 10, "batch_size": 50, "lr": 0.01},
-    space=Space(Group("imbalance", class_weights=Choice("none", "balanced", default="none"))),
-)
-"""
-
-
-def test_the_metric_that_is_given_decides_about_the_winner(tmp_path: Path, home: Path) -> None:
-    path = tmp_path / "rare.py"
-    path.write_text(RARE_TASK)
-    both = {"home": home, "trials": 2, "tries": ["class_weights=balanced"], "pruner": "none", "workers": 1}
-    outcome = run_search(str(path), metric="recall", **both)
-    assert outcome.winner is not None
-    assert outcome.winner.configuration == {"class_weights": "balanced"}
-    assert outcome.winner.metric == "recall"
-    by_accuracy = [max(values(home, run, "val/accuracy")) for run in runs(home, name="rare")]
-    assert by_accuracy[0] > by_accuracy[1] + 0.05, "accuracy would have chosen the other one"
-    assert [run.data.metrics["best/recall"] for run in runs(home, name="rare")] == [
-        pytest.approx(max(values(home, run, "val/recall"))) for run in runs(home, name="rare")
-    ]
-    assert outcome.winner.confusion is not None
-    assert [sum(row) for row in outcome.winner.confusion["counts"]] == [960, 40]
-    # The study remembers it.
-    assert run_search(str(path), **both).winner == outcome.winner
-    with pytest.raises(StudyMismatchError, match="--metric recall, not f1"):
-        run_search(str(path), metric="f1", **both)
-
-
-def test_a_winner_that_was_trained_on_mirror_images_is_also_tested_with_them_and_that_is_told_apart(
-    tmp_path: Path, home: Path
-) -> None:
-    path = tmp_path / "mirrored.py"
-    given = "examples = Split(points + 1.5 * targets[:, None], targets)"
-    changed = "examples = Split((points + 1.5 * targets[:, None])[:, None, None, :].repeat(1, 1, 2, 1), targets)"
-    text = RARE_TASK.replace(given, changed).replace('"lr": 0.01', '"lr": 0.01, "augment": "flip"')
-    path.write_text(text.replace('"max_epochs": 10', '"max_epochs": 2'))
-    outcome = run_search(str(path), home=home, trials=1, workers=1)
-    assert outcome.winner is not None
-    assert outcome.winner.test is not None
-    model, examples = hpo.load_best("rare", home=home), load_objective(str(path)).load(tmp_path).test.open()
-    with torch.inference_mode():
-        outputs = model(examples.inputs), model(examples.inputs.flip(-1))
-    for name, logits in (("accuracy", outputs[0]), ("accuracy_mirror_averaged", sum(outputs))):
-        expected = (logits.argmax(1) == examples.targets).double().mean().item()
-        assert outcome.winner.test[name] == pytest.approx(expected)
-
-
-def test_the_test_split_is_opened_once_for_each_winner(
-    search: Callable[..., SearchOutcome], home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from hpo.data.examples import SealedSplit
-
-    opened = []
-    original = SealedSplit.open
-    monkeypatch.setattr(SealedSplit, "open", lambda split: (opened.append(study(home).counts()), original(split))[1])
-    first = search(trials=2)
-    assert [counts["complete"] for counts in opened] == [2]
-    again = search(trials=2)
-    assert len(opened) == 1
-    assert again.winner == first.winner
-    later = search(trials=6)
-    assert later.winner is not None
-    assert first.winner is not None
-    changed = later.winner.trial != first.winner.trial
-    assert later.winner.num_test_readings == len(opened) == 1 + changed
 
 
 def test_the_same_seed_finds_the_same_and_another_seed_something_else(task: str, home: Path) -> None:
@@ -646,37 +418,6 @@ def test_a_study_is_searched_by_one_process_at_a_time(
     assert process.poll() is None
 
 
-def test_a_damaged_checkpoint_of_the_winner_is_refused(search: Callable[..., SearchOutcome], home: Path) -> None:
-    outcome = search(trials=1)
-    assert outcome.winner is not None
-    (weights,) = home.glob("artifacts/moody/*/artifacts/checkpoint/best.pt")
-    content = bytearray(weights.read_bytes())
-    content[len(content) // 2] ^= 1
-    weights.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"best\.pt is damaged"):
-        hpo.load_best("moody", home=home)
-
-
-def test_loading_from_a_study_without_a_result_says_so(search: Callable[..., SearchOutcome], home: Path) -> None:
-    with pytest.raises(SearchError):
-        search(overrides=("mood=raises",))
-    with pytest.raises(UsageError, match="study 'moody' has no finished trial yet"):
-        hpo.load_best("moody", home=home)
-
-
-def test_the_description_beside_the_weights_holds_all_that_was_set(
-    search: Callable[..., SearchOutcome], home: Path
-) -> None:
-    search(trials=1, seed=3)
-    (described,) = home.glob("artifacts/moody/*/artifacts/checkpoint/trial.json")
-    description = json.loads(described.read_text())
-    assert description["spec"] == {"input_shape": [1, 8, 8], "classes": list("0123456789")}
-    assert description["model_parameters"] == {"width": 32, "mood": "calm"}
-    assert description["config"]["lr"] == 0.1
-    assert description["config"]["max_epochs"] == 3
-    assert description["config"]["device"] in ("cpu", "cuda")
-
-
 def test_plots_and_findings_are_there_while_a_search_runs(
     search: Callable[..., SearchOutcome], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -697,23 +438,6 @@ def test_plots_and_findings_are_there_while_a_search_runs(
     assert search(trials=3, overrides=("mood=slow",)).is_done
     assert len(seen) >= 2
     assert set(seen) == {"RUNNING"}
-
-
-def test_a_home_that_was_moved_loads_and_continues_in_its_new_place(
-    search: Callable[..., SearchOutcome], task: str, home: Path
-) -> None:
-    """In a new process: MLflow remembers where the runs are that a process has opened."""
-    search(trials=1)
-    moved = home.rename(home.with_name("moved"))
-    assert hpo.load_best("moody", home=moved).classes
-    command = [sys.executable, "-m", "hpo", "search", task, "--home", str(moved), "--trials", "2", "--workers", "1"]
-    subprocess.run(command, check=True, capture_output=True, timeout=240)
-    assert not home.exists(), f"nothing is written to the old place: {sorted(home.rglob('*'))}"
-    store = open_store(moved)
-    for number in (0, 1):
-        run = store.client.get_run(store.find_trial_run("moody", number))
-        assert run.info.artifact_uri.startswith((moved / "artifacts" / "moody").as_uri())
-        assert store.file_sizes(run.info.run_id, "checkpoint")
 
 
 def test_a_study_is_shown_again_while_it_is_searched(
@@ -749,15 +473,3 @@ def test_a_study_that_is_taken_or_has_other_settings_is_told_before_the_data_is_
     home_files = Home(home).study(study)
     with home_files.locked(), pytest.raises(UsageError, match="is being searched by another process"):
         search(trials=1, observer=Notes())
-
-
-def test_a_study_of_another_task_and_a_task_that_moved_are_told_with_what_to_do(
-    search: Callable[..., SearchOutcome], task: str, home: Path
-) -> None:
-    study = search(trials=1).study
-    with pytest.raises(StudyMismatchError, match=f"study '{study}' is of task .*, not 'diabetes'; choose another name"):
-        run_search("diabetes", study=study, home=home)
-    moved = Path(task).rename(Path(task).with_name("elsewhere.py"))
-    with pytest.raises(UsageError, match=r"there is no file .* name its new place with task="):
-        hpo.load_best(study, home=home)
-    assert hpo.load_best(study, home=home, task=str(moved)).classes

@@ -1,0 +1,149 @@
+"""Short searches of a task that is slow, held, raises or gives NaN, as asked."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from hpo.records import SearchOutcome
+from hpo.search.storage import open_storage
+from hpo.search.study import Study
+from hpo.session.search import run_search
+from hpo.tracking.store import open_store
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+
+# The digits with one more thing that a test needs: it can take its time, raise, or give NaN.
+TASK = """
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import torch
+from hpo.models.mlp import MLP
+from hpo.objective import Objective
+from hpo.space import Choice, Float, Group, Space
+from hpo.objectives.digits import load
+
+
+class Moody(torch.nn.Module):
+    def __init__(self, net, mood):
+        super().__init__()
+        self.net, self.mood = net, mood
+
+    def forward(self, inputs):
+        if self.training and self.mood in ("slow", "stuck"):
+            time.sleep({"slow": 0.05, "stuck": 600}[self.mood])
+        while self.training and self.mood == "held" and (Path(__file__).parent / "hold").exists():
+            time.sleep(0.005)
+        if self.training and self.mood == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.training and self.mood == "raises":
+            raise RuntimeError("the cat is on the keyboard")
+        outputs = self.net(inputs)
+        return outputs * float("nan") if self.training and self.mood == "nan" else outputs
+
+
+def model(spec, *, width=32, mood="calm"):
+    return Moody(MLP(spec, depth=1, width=width, activation="relu", norm="none", dropout=0.1), mood)
+
+
+objective = Objective(
+    name="moody", description="digits with moods", load=load, model=model,
+    settings={"max_epochs": 3, "batch_size": 256, "optimizer": "sgd", "lr": 0.1},
+    space=Space(
+        Group("step size", lr=Float(1e-3, 1.0, log=True, default=0.1)),
+        Group(
+            "architecture",
+            width=Choice(16, 32, default=32),
+            mood=Choice("calm", "slow", "held", "stuck", "raises", "nan", "dies", default="calm"),
+        ),
+    ),
+)
+"""
+PLOTS = ("confusion_matrix", "history", "learning_curves", "slices")
+
+
+# One trial after the other, so that a test can say which one is under way.
+ALONE: dict[str, Any] = {"trials": 3, "pruner": "none", "workers": 1}
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> str:
+    path = tmp_path / "moody.py"
+    path.write_text(TASK)
+    return str(path)
+
+
+@pytest.fixture
+def search(task: str, home: Path) -> Callable[..., SearchOutcome]:
+    """A short search in this process."""
+
+    def run(**options: Any) -> SearchOutcome:
+        return run_search(task, home=home, **{**ALONE, "overrides": ("mood=calm",), **options})
+
+    return run
+
+
+@pytest.fixture
+def start(task: str, home: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """A search in a process of its own; none outlives the test."""
+    processes = []
+
+    def run(*arguments: str) -> subprocess.Popen[str]:
+        options = ["--home", str(home), "--pruner", "none", "--workers", "1", *arguments]
+        command = [sys.executable, "-m", "hpo", "search", task, *options]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        processes.append(subprocess.Popen(command, text=True, env={**os.environ, "COLUMNS": "200"}, **pipes))
+        return processes[-1]
+
+    yield run
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def study(home: Path, name: str = "moody") -> Study:
+    return Study.load(open_storage(home), name)
+
+
+def runs(home: Path, filter_string: str = "tags.`hpo.kind` = 'trial'", name: str = "moody") -> list[Run]:
+    client = open_store(home).client
+    experiment = client.get_experiment_by_name(f"hpo/{name}")
+    assert experiment is not None
+    return sorted(
+        client.search_runs([experiment.experiment_id], filter_string),
+        key=lambda run: int(run.data.tags.get("hpo.trial", -1)),
+    )
+
+
+def assert_nothing_is_left_running(home: Path) -> None:
+    assert study(home).counts()["running"] == 0
+    assert runs(home, "attributes.status = 'RUNNING'") == []
+
+
+def wait_for_checkpoint(home: Path, epoch: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not list(home.glob(f"checkpoints/moody/trial-*/epoch-{epoch:04d}.*.pt")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def curve(home: Path, run: Run, key: str = "val/accuracy") -> list[int]:
+    return sorted(metric.step for metric in open_store(home).client.get_metric_history(run.info.run_id, key))
+
+
+def values(home: Path, run: Run, key: str) -> list[float]:
+    return [metric.value for metric in open_store(home).client.get_metric_history(run.info.run_id, key)]

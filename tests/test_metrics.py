@@ -1,0 +1,131 @@
+"""Metrics equal those of torchmetrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.training import NUM_CLASSES, ImageNet, image_splits, quick_config
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hpo.training.metrics import ConfusionMetrics, RegressionMetrics, auroc
+from hpo.training.trainer import evaluate_classes
+
+
+def measured(metrics: Any, outputs: Tensor, targets: Tensor, batch_size: int) -> dict[str, float]:
+    for batch in zip(outputs.split(batch_size), targets.split(batch_size), strict=True):
+        metrics.update(*batch)
+    return {name: value.item() for name, value in metrics.compute().items()}
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    num_classes=st.integers(2, 12),
+    num_examples=st.integers(1, 60),
+    batch_size=st.integers(1, 60),
+)
+def test_classification_metrics_equal_torchmetrics(
+    seed: int, num_classes: int, num_examples: int, batch_size: int
+) -> None:
+    from torchmetrics import functional as reference
+
+    generator = torch.Generator().manual_seed(seed)
+    outputs = torch.randn(num_examples, num_classes, generator=generator)
+    # Classes that are missing in targets, predictions or both are frequent with so few examples.
+    num_targets = int(torch.randint(1, num_classes + 1, (), generator=generator))
+    targets = torch.randint(num_targets, (num_examples,), generator=generator)
+    ours = measured(ConfusionMetrics(num_classes, "cpu"), outputs, targets, batch_size)
+    theirs = {
+        "accuracy": reference.accuracy(outputs, targets, "multiclass", num_classes=num_classes, average="micro"),
+        "precision": reference.precision(outputs, targets, "multiclass", num_classes=num_classes, average="macro"),
+        "recall": reference.recall(outputs, targets, "multiclass", num_classes=num_classes, average="macro"),
+        "f1": reference.f1_score(outputs, targets, "multiclass", num_classes=num_classes, average="macro"),
+        "precision_weighted": reference.precision(
+            outputs, targets, "multiclass", num_classes=num_classes, average="weighted"
+        ),
+        "f1_weighted": reference.f1_score(outputs, targets, "multiclass", num_classes=num_classes, average="weighted"),
+    }
+    assert ours == pytest.approx({name: value.item() for name, value in theirs.items()}, abs=1e-6)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    num_classes=st.integers(2, 12),
+    num_examples=st.integers(2, 60),
+    num_ties=st.integers(0, 30),
+)
+@pytest.mark.filterwarnings("ignore:(No|Average precision) .*:UserWarning")
+def test_auroc_equals_torchmetrics_with_ties_and_missing_classes(
+    seed: int, num_classes: int, num_examples: int, num_ties: int
+) -> None:
+    from torchmetrics import functional as reference
+
+    generator = torch.Generator().manual_seed(seed)
+    outputs = torch.randn(num_examples, num_classes, generator=generator)
+    outputs[:num_ties] = outputs[0]
+    targets = torch.randint(num_classes, (num_examples,), generator=generator)
+    targets[:2] = torch.tensor([0, 1])
+    theirs = reference.auroc(outputs.double().softmax(1), targets, "multiclass", num_classes=num_classes, average=None)
+    assert theirs is not None
+    counts = targets.bincount(minlength=num_classes)
+    is_defined = (counts > 0) & (counts < num_examples)  # torchmetrics says 0 for the others
+    assert auroc(outputs, targets).item() == pytest.approx(theirs[is_defined].mean().item(), abs=1e-6)
+
+
+def test_auroc_tells_sure_answers_apart() -> None:
+    outputs = torch.tensor([[0.0, 20.0], [0.0, 25.0], [0.0, 30.0], [0.0, 35.0]])
+    assert outputs.softmax(1)[:, 1].unique().item() == 1.0
+    assert auroc(outputs, torch.tensor([0, 0, 1, 1])) == 1.0
+
+
+def test_the_confusion_matrix_has_a_row_for_each_class_and_a_column_for_what_it_is_taken_for() -> None:
+    splits, model = image_splits(), ImageNet().eval()
+    counts = torch.tensor(evaluate_classes(model, splits.validation, quick_config(), NUM_CLASSES)[1])
+    assert counts.sum(1).equal(splits.validation.targets.bincount(minlength=NUM_CLASSES))
+    by_hand = torch.zeros_like(counts)
+    for target, prediction in zip(splits.validation.targets, model(splits.validation.inputs).argmax(1), strict=True):
+        by_hand[target, prediction] += 1
+    assert counts.equal(by_hand)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    num_examples=st.integers(2, 60),
+    batch_size=st.integers(1, 60),
+    mean=st.sampled_from([0.0, -5.0, 1e3]),
+    column=st.booleans(),
+)
+def test_regression_metrics_equal_torchmetrics(
+    seed: int, num_examples: int, batch_size: int, mean: float, column: bool
+) -> None:
+    from torchmetrics import functional as reference
+
+    generator = torch.Generator().manual_seed(seed)
+    targets = mean + torch.randn(num_examples, generator=generator)
+    targets[:2] = torch.tensor([mean - 1, mean + 1])  # torchmetrics takes a variance near 0 for 0, and loses digits
+    outputs = targets + torch.randn(num_examples, generator=generator)
+    ours = measured(RegressionMetrics("cpu"), outputs.unsqueeze(1) if column else outputs, targets, batch_size)
+    exact = outputs.double(), targets.double()
+    theirs = {
+        "mse": reference.mean_squared_error(*exact),
+        "rmse": reference.mean_squared_error(*exact, squared=False),
+        "mae": reference.mean_absolute_error(*exact),
+        "r2": reference.r2_score(*exact),
+    }
+    assert ours == pytest.approx({name: value.item() for name, value in theirs.items()}, rel=1e-6, abs=1e-6)
+
+
+def test_r2_keeps_its_digits_far_from_zero() -> None:
+    """Sums of squares of targets around 1e6 would leave no digit of a deviation of 0.1 even in float64."""
+    targets = 1e6 + torch.tensor([0.0, 0.125, 0.25, 0.375]) * 1.0
+    ours = measured(RegressionMetrics("cpu"), targets + 0.0625, targets, 2)
+    assert ours["r2"] == pytest.approx(1 - 4 * 0.0625**2 / (0.125**2 * 5), rel=1e-9)
+
+
+def test_r2_of_equal_targets_is_one_for_exact_predictions_and_zero_otherwise() -> None:
+    targets = torch.full((5,), 0.1)
+    assert measured(RegressionMetrics("cpu"), targets.clone(), targets, 2)["r2"] == 1.0
+    assert measured(RegressionMetrics("cpu"), targets + 1, targets, 2)["r2"] == 0.0
