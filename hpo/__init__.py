@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from hpo.space import Int as Int
     from hpo.space import Setting as Setting
     from hpo.space import Space as Space
+    from hpo.trial import TrainedTrial as TrainedTrial
+    from hpo.trial import Trial as Trial
 
 # Before torch is imported, as its threads read it once. When another process wants the cores too, threads that spin
 # while they wait made 6 epochs of the digits take 17 s, threads that sleep 0.3 s (2 cores, torch 2.15).
@@ -97,6 +99,8 @@ _MODULES = {
     "Int": "hpo.space",
     "Setting": "hpo.space",
     "Space": "hpo.space",
+    "TrainedTrial": "hpo.trial",
+    "Trial": "hpo.trial",
 }
 
 __all__ = ["__version__", *_MODULES]

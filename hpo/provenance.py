@@ -43,7 +43,8 @@ class Provenance:
     """Number of the first trial that the session could begin."""
 
     data: str
-    """Checksum of the data; see `hpo.data.fingerprint`."""
+    """Checksum of the data; see `hpo.data.fingerprint`. Empty for a task with a training loop of its own, which reads
+    its data itself."""
 
     sources: dict[str, str]
     """Checksums of the task's source files by relative path; see `hpo.sources`."""
@@ -67,7 +68,7 @@ class Provenance:
     """What `--accept-changes` let differ from the session before: "the data", or a source file's name."""
 
     @classmethod
-    def of_session(cls, objective: Objective, dataset: Dataset, *, first_trial: int = 0) -> Self:
+    def of_session(cls, objective: Objective, dataset: Dataset | None, *, first_trial: int = 0) -> Self:
         """What this process is about to search with."""
         from hpo.data.fingerprint import data_fingerprint  # it imports torch, which `hpo show` can do without
 
@@ -76,7 +77,7 @@ class Provenance:
         return cls(
             started=datetime.now(UTC).isoformat(timespec="seconds"),
             first_trial=first_trial,
-            data=data_fingerprint(dataset),
+            data=data_fingerprint(dataset) if dataset else "",
             sources=source_checksums(objective),
             versions={"python": platform.python_version(), "hpo": __version__, **_installed(_PACKAGES)},
             commit=commit,
@@ -88,7 +89,9 @@ class Provenance:
     def tags(self) -> dict[str, str]:
         """What each MLflow run of the session is tagged with."""
         tags = {f"hpo.version.{name}": number for name, number in self.versions.items()}
-        tags |= {"hpo.data": self.data, "hpo.command": self.command, "hpo.machine": self.machine}
+        tags |= {"hpo.command": self.command, "hpo.machine": self.machine}
+        if self.data:
+            tags["hpo.data"] = self.data
         if self.commit:
             tags |= {"hpo.commit": self.commit, "hpo.commit.is_dirty": str(self.is_dirty).lower()}
         return tags
@@ -139,7 +142,7 @@ def describe(study: Study) -> list[str]:
     commit = (
         f"; commit {first.commit[:10]}{' with uncommitted changes' if first.is_dirty else ''}" if first.commit else ""
     )
-    lines = [f"Made with {versions}{commit}; data {first.data[:12]}"]
+    lines = [f"Made with {versions}{commit}" + (f"; data {first.data[:12]}" if first.data else "")]
     for before, session in pairwise(found):
         new = [f"{name} {number}" for name, number in session.versions.items() if before.versions.get(name) != number]
         if session.accepted or new:

@@ -127,7 +127,7 @@ class Comparison:
     gain: float | None
     """How much better the winner's metric is; None for the default itself, and where either has no model to compare."""
     low: float | None
-    """Lower end of the 95 % interval of the gain."""
+    """Lower end of the 95 % interval of the gain; None for a training loop of the task's own, which has the data."""
     high: float | None
     num_examples: int
     """Validation examples that both models judged; 0 where folds were compared."""
@@ -161,6 +161,8 @@ class Winner:
     """A `Comparison` with the default configuration, as plain data; None until the search has reached its end."""
     num_test_readings: int
     """How often this study has read the test split: once for each winner that it had at an end."""
+    has_test: bool = True
+    """Whether it ever will: the `Objective` of a training loop of its own may have no `test`."""
 
 
 @dataclass(frozen=True, kw_only=True)

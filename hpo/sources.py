@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 def source_checksums(objective: Objective) -> dict[str, str]:
-    """SHA-256 of the files that define the task's `load` and `model`, and of those that they import from their folder.
+    """SHA-256 of the files that define the task's functions, and of those that they import from their folder.
 
-    By path relative to the file's folder, or for a module of a package to the folder that its top-level package is in.
-    What is installed elsewhere does not count, hpo included: its version is recorded instead. Comments and blank lines
-    do not change a checksum, docstrings do.
+    The functions are `load` and `model`, or `train` and `test`. By path relative to the file's folder, or for a module
+    of a package to the folder that its top-level package is in. What is installed elsewhere does not count, hpo
+    included: its version is recorded instead. Comments and blank lines do not change a checksum, docstrings do.
     """
     files = {name: path for module in _own_modules(objective) for name, path in _imported_files(module).items()}
     return {name: _checksum(path) for name, path in sorted(files.items())}
@@ -40,7 +40,8 @@ def changed_sources(before: dict[str, str], now: dict[str, str]) -> list[str]:
 
 def _own_modules(objective: Objective) -> list[ModuleType]:
     """The modules that define the task's functions; those of hpo and those without a file are left out."""
-    modules = [sys.modules.get(_module_name(function)) for function in (objective.load, objective.model)]
+    functions = (objective.load, objective.model, objective.train, objective.test)
+    modules = [sys.modules.get(_module_name(function)) for function in functions if function]
     return [each for each in modules if each and each.__name__.partition(".")[0] != "hpo" and hasattr(each, "__file__")]
 
 

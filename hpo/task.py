@@ -15,6 +15,8 @@ from hpo.space import Space, Value, parse_assignments
 
 # A study has one budget, one metric and one kind of machine: a search may not choose between them.
 NOT_TUNABLE = frozenset({"max_epochs", "metric", "seed", "device", "precision", "compile", "deterministic"})
+NOT_TUNABLE_BY_LOOPS = frozenset({"max_epochs", "seed", "device"})
+"""The same for a task with a training loop of its own, which has these as attributes of its trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,19 +30,36 @@ class Task:
     space: Space
 
     def train_config(self, values: Mapping[str, Value], **settings: Any) -> TrainConfig:
-        """Settings of the trainer for one configuration: the task's own, those given, then the searched ones."""
+        """Settings of the trainer for one configuration: the task's own, those given, then the searched ones.
+
+        A training loop of the task's own has its budget, seed and device from them, and nothing else.
+        """
+        if self.objective.train:
+            return TrainConfig(**{**self.objective.settings, **settings})
         searched = {name: value for name, value in values.items() if name in config_fields()}
         judged_by = {name: getattr(self.objective, name) for name in ("loss", "metric")}
         return TrainConfig(**{**judged_by, **self.objective.settings, **settings, **searched})
 
     def model_parameters(self, values: Mapping[str, Value]) -> dict[str, Value]:
-        """The part of a configuration that builds the model."""
+        """The part of a configuration that builds the model, or all of it for a training loop of the task's own."""
+        if self.objective.train:
+            return dict(values)
         return {name: value for name, value in values.items() if name not in config_fields()}
+
+    @property
+    def has_test(self) -> bool:
+        """Whether a winner can be tested."""
+        return self.objective.train is None or self.objective.test is not None
+
+    @property
+    def not_tunable(self) -> frozenset[str]:
+        """What a search may not choose."""
+        return NOT_TUNABLE_BY_LOOPS if self.objective.train else NOT_TUNABLE
 
     def narrow(self, overrides: tuple[str, ...]) -> Task:
         """The task with its space narrowed, as `-p` does. Raises SpaceError, or UnknownNameError."""
         for name in (override.partition("=")[0].strip() for override in overrides):
-            if name in NOT_TUNABLE:
+            if name in self.not_tunable:
                 raise SpaceError(f"{name} cannot be searched; give {_own_option(name)} instead of -p {name}=...")
         return replace(self, space=self.space.narrow(overrides))
 
@@ -60,8 +79,10 @@ class Task:
         return fixed
 
     def judged_by(self, metric: str) -> Task:
-        """The task with another metric that decides."""
-        return replace(self, objective=replace(self.objective, metric=metric))
+        """The task with another metric that decides; a training loop of its own has one only."""
+        return (
+            self if metric == self.objective.metric else replace(self, objective=replace(self.objective, metric=metric))
+        )
 
 
 def _own_option(name: str) -> str:
@@ -90,6 +111,7 @@ def _parse_setting(name: str, text: str) -> Value:
 def load_dataset(task: Task, data_dir: Path) -> Dataset:
     """The task's data; whatever goes wrong while they are read is told as a DataError."""
     name = task.objective.name
+    assert task.objective.load is not None, "a training loop of the task's own reads its data itself"
     try:
         dataset = task.objective.load(data_dir)
     except HpoError:
@@ -114,13 +136,16 @@ def load_dataset(task: Task, data_dir: Path) -> Dataset:
 
 def check_parameters(task: Task) -> None:
     """Every parameter must set the trainer or build the model: one that does neither would be searched in vain."""
-    settings = config_fields().keys() - NOT_TUNABLE
-    accepted = settings | task.objective.model_parameters()
     for name in task.space.declared:
-        if name in NOT_TUNABLE:
+        if name in task.not_tunable:
             raise SpaceError(
                 f"{name} (in '{task.space.group_of(name)}') cannot be searched; use its command-line option."
             )
+    if task.objective.train:
+        return
+    settings = config_fields().keys() - NOT_TUNABLE
+    accepted = settings | task.objective.model_parameters()
+    for name in task.space.declared:
         if name not in accepted:
             raise UnknownNameError(
                 "setting of the trainer or keyword of the model",
@@ -137,7 +162,7 @@ def check_ranges(task: Task) -> None:
     """Both ends of every range must be accepted by the trainer, before a trial finds out."""
     task.train_config(task.space.defaults())
     for name, parameter in task.space.declared.items():
-        if name not in config_fields():
+        if task.objective.train or name not in config_fields():
             continue
         for value in parameter.extremes():
             try:

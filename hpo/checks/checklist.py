@@ -12,9 +12,11 @@ from hpo.checks.compatibility import check_task
 from hpo.checks.data import check_duplicates, check_inputs, check_leak, check_normalised, check_targets
 from hpo.checks.learning import check_baseline, check_learning_rate, check_one_batch
 from hpo.checks.network import check_first_loss, check_forward, check_gradients
+from hpo.checks.own_loop import check_loop
 from hpo.checks.speed import check_speed
 from hpo.checks.verdicts import Subject, Verdict, as_markdown
 from hpo.data.datasets import VALIDATION_FRACTION, split_dataset
+from hpo.errors import UsageError
 from hpo.home import Home, check_study_name, find_data_dir
 from hpo.plots.checks import plot_checklist
 from hpo.plugins import load_task
@@ -48,7 +50,8 @@ class Checklist:
     """The default configuration, which was checked."""
     device: str
     verdicts: list[Verdict]
-    picture: Path
+    picture: Path | None
+    """None for a task with a training loop of its own: nothing of it is drawn."""
 
     @property
     def is_wrong(self) -> bool:
@@ -56,7 +59,7 @@ class Checklist:
 
     def to_dict(self) -> dict[str, Any]:
         """The checklist as plain data."""
-        return asdict(self) | {"picture": str(self.picture)}
+        return asdict(self) | {"picture": self.picture and str(self.picture)}
 
 
 def run_check(
@@ -78,28 +81,36 @@ def run_check(
     """
     found = load_task(task, space).narrow(tuple(overrides))
     name, chosen_device = check_study_name(found.objective.name), choose_device(device)
-    dataset = load_dataset(found, find_data_dir(data_dir))
-    splits = split_dataset(dataset, validation_fraction=VALIDATION_FRACTION, seed=0, limit=limit)
-    check_task(found, splits)
+    if found.objective.train:
+        for option, given in (("--limit", limit), ("--data-dir", data_dir)):
+            if given is not None:
+                raise UsageError(
+                    f"{option} {given} is not for task '{name}': its training loop reads its data; omit it."
+                )
+        checks = check_loop(found, chosen_device)
+    else:
+        dataset = load_dataset(found, find_data_dir(data_dir))
+        splits = split_dataset(dataset, validation_fraction=VALIDATION_FRACTION, seed=0, limit=limit)
+        check_task(found, splits)
+        checks = whole_list(Subject.of(found, splits, chosen_device), dataset.test)
     store = open_store(Home.find(home).path, tracking_uri)
     run = begin_check_run(store, name, found.objective.description)
     state: Literal["complete", "failed", "interrupted"] = "interrupted"
     try:
-        subject = Subject.of(found, splits, chosen_device)
         verdicts = []
-        for verdict in whole_list(subject, dataset.test):
+        for verdict in checks:
             tell(verdict)
             verdicts.append(verdict)
-        _log(run, name, verdicts)
+        _log(run, name, verdicts, is_drawn=not found.objective.train)
         state = "failed" if any(verdict.state == "wrong" for verdict in verdicts) else "complete"
     finally:
         run.finish(state)
     return Checklist(
         task=name,
-        configuration=subject.configuration,
+        configuration=found.space.active(found.space.defaults()),
         device=chosen_device,
         verdicts=verdicts,
-        picture=store.download(run.run_id, "checklist.png"),
+        picture=None if found.objective.train else store.download(run.run_id, "checklist.png"),
     )
 
 
@@ -140,9 +151,10 @@ def log_verdicts(run: SummaryRun, verdicts: Sequence[Verdict]) -> None:
     run.log_dict({"verdicts": [asdict(verdict) for verdict in verdicts]}, "checklist.json")
 
 
-def _log(run: SummaryRun, task: str, verdicts: Sequence[Verdict]) -> None:
+def _log(run: SummaryRun, task: str, verdicts: Sequence[Verdict], *, is_drawn: bool) -> None:
     log_verdicts(run, verdicts)
-    run.log_figure("checklist.png", plot_checklist(task, {verdict.check: verdict.data for verdict in verdicts}))
+    if is_drawn:
+        run.log_figure("checklist.png", plot_checklist(task, {verdict.check: verdict.data for verdict in verdicts}))
     figures = {name: value for v in verdicts for name, value in v.data.items() if isinstance(value, int | float)}
     run.log_metrics({f"check/{name}": float(value) for name, value in figures.items()})
     run.set_tags({"hpo.task": task})

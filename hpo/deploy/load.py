@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hpo.config import TrainConfig
 from hpo.errors import CheckpointError, UsageError
@@ -19,6 +19,7 @@ from hpo.sources import changed_sources, source_checksums
 from hpo.tracking.store import home_store_uri, open_store
 from hpo.training.checkpoint import load_weights
 from hpo.training.trained import BEST_WEIGHTS, CHECKPOINT, TrialDescription
+from hpo.trial import TrainedTrial, loop_seed
 
 _logger = logging.getLogger(__name__)
 
@@ -36,17 +37,20 @@ def load_best(
     task: str | None = None,
     device: str = "cpu",
     trial: int | None = None,
-) -> PreprocessedModel:
+) -> Any:
     """Return the best model of a study, or of another `trial` whose weights were kept, in eval mode on `device`.
 
-    The model contains its preprocessing: it takes raw inputs, such as (N, 3, 32, 32) uint8 images, and returns logits
-    (N, classes), or values in the target's units. `.classes` names the classes. Only tensors are unpickled
-    (weights_only), after their SHA-256 has been checked. The task's code must be importable; if it has moved since the
-    search, `task` names it as on the command line. `storage` is the URL of a shared database; without `task`, the
-    study's task must then be a registered one.
+    It is a `PreprocessedModel`; or, if the task has a training loop of its own, what that gave to `trial.save_model`:
+    the state dict of a module, or the dictionary itself.
 
-    Raises UnknownNameError for an unknown study, UsageError while no trial has finished and for a cross-validated trial
-    that is not the winner, CheckpointError for damage.
+    A `PreprocessedModel` contains its preprocessing: it takes raw inputs, such as (N, 3, 32, 32) uint8 images, and
+    returns logits (N, classes), or values in the target's units. `.classes` names the classes. Only tensors are
+    unpickled (weights_only), after their SHA-256 has been checked. The task's code must be importable; if it has moved
+    since the search, `task` names it as on the command line. `storage` is the URL of a shared database; without `task`,
+    the study's task must then be a registered one.
+
+    Raises UnknownNameError for an unknown study, UsageError while no trial has finished, for a cross-validated trial
+    that is not the winner and for a training loop that saved no model, CheckpointError for damage.
     """
     home = Home.find(home).path
     storage = find_storage(storage)
@@ -65,7 +69,10 @@ def load_best(
             "trained on all examples when the search has all its trials."
         )
     store = open_store(home, find_runs(opened, home, tracking_uri, is_shared=storage is not None))
-    return load_trial(store, opened, number, device, task).model
+    folder = _download(store, opened, number)
+    if TrialDescription.read(folder).spec is None:
+        return _saved_model(folder, opened, number, device)
+    return _rebuild(folder, opened, number, device, task).model
 
 
 def find_runs(study: Study, home: Path, given: str | None, *, is_shared: bool) -> str | None:
@@ -100,8 +107,43 @@ def load_trial(
 
     Which task's code is imported is told by the study, not by the run, which may come from a server of many people.
     """
-    folder = store.download(store.find_trial_run(study.name, number, study.id), CHECKPOINT)
+    return _rebuild(_download(store, study, number), study, number, device, task)
+
+
+def load_trained_trial(store: TrackingStore, study: Study, number: int, device: str = "cpu") -> TrainedTrial:
+    """What a trial of a task's own training loop has left in its MLflow run."""
+    folder = _download(store, study, number)
     description = TrialDescription.read(folder)
+    has_model = description.weights_sha256 is not None
+    return TrainedTrial(
+        number=number,
+        parameters=description.model_parameters,
+        seed=loop_seed(description.config.seed),
+        device=device,
+        best_epoch=description.best_epoch,
+        best_value=description.best_value,
+        model=_saved_model(folder, study, number) if has_model else None,
+        folder=folder,
+    )
+
+
+def _download(store: TrackingStore, study: Study, number: int) -> Path:
+    return store.download(store.find_trial_run(study.name, number, study.id), CHECKPOINT)
+
+
+def _saved_model(folder: Path, study: Study, number: int, device: str = "cpu") -> dict[str, Any]:
+    sha256 = TrialDescription.read(folder).weights_sha256
+    if sha256 is None:
+        raise UsageError(
+            f"trial {number} of study '{study.name}' saved no model: its training loop did not call trial.save_model."
+        )
+    return load_weights(folder / BEST_WEIGHTS, sha256, device)
+
+
+def _rebuild(folder: Path, study: Study, number: int, device: str, task: str | None) -> LoadedTrial:
+    description = TrialDescription.read(folder)
+    if description.spec is None or description.weights_sha256 is None:
+        raise CheckpointError(f"{folder} has no model of task '{study.settings.task}'; restore what was there.")
     objective = _load_objective(task, study)
     model = build_model(objective, description.spec, description.model_parameters, seed=0, pretrained=False)
     changed = changed_sources(description.sources, source_checksums(objective)) if description.sources else []

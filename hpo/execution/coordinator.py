@@ -230,8 +230,8 @@ class Coordinator:
                 attempt.run.log_text(trace, "traceback.txt")
             case WorkerDied(reason):
                 self._on_worker_death(attempt, reason)
-            case TrialDone(costs):
-                attempt.costs = costs
+            case TrialDone(costs, has_weights):
+                attempt.costs, attempt.has_weights = costs, has_weights
         self._write_down(attempt)
 
     def _decide(self, attempt: _Attempt, result: EpochResult) -> Decision:
@@ -243,7 +243,8 @@ class Coordinator:
         attempt.run.log_epoch(result.epoch, {**result.metrics, **self._best_so_far(result)})
         self._observer.epoch_done(attempt.suggestion, result)
         if result.diverged:
-            return attempt.end("diverged", f"the loss was not finite in epoch {result.epoch}")
+            what = self._study.settings.metric if self._task.objective.train else "the loss"
+            return attempt.end("diverged", f"{what} was not finite in epoch {result.epoch}")
         try:
             is_weak = self._report(attempt.number, result)
         except TrialTakenError:
@@ -291,7 +292,7 @@ class Coordinator:
             self._best.remove(attempt.number)
         has_weights = not self._study.settings.folds  # else the winner alone, when it is trained on all examples
         if value is not None and attempt.number not in outdone and has_weights:
-            for name in (BEST_WEIGHTS, DESCRIPTION):
+            for name in (BEST_WEIGHTS, DESCRIPTION) if attempt.has_weights else (DESCRIPTION,):
                 attempt.run.log_file(attempt.folder / name, CHECKPOINT)
         attempt.run.finish(attempt.state, value=logged_value, reason=attempt.reason, costs=attempt.costs)
         if not self._session.exclusively(partial(self._tell, attempt, value)):
@@ -405,6 +406,7 @@ class _Attempt:
     reason: str | None = None
     last: EpochResult | None = None
     costs: dict[str, float] = field(default_factory=dict)
+    has_weights: bool = True
 
     def end(self, state: EndState, reason: str) -> Decision:
         self.state, self.reason = state, reason

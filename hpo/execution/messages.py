@@ -26,8 +26,9 @@ class Setup:
     task_reference: str
     """What finds the task's code."""
 
-    splits: Path
-    """File with the training and the validation split, which the worker maps into memory."""
+    splits: Path | None
+    """File with the training and the validation split, which the worker maps into memory; None for a task with a
+    training loop of its own."""
 
     num_threads: int
     """Threads that torch may use on the CPU."""
@@ -90,10 +91,13 @@ class EpochDone:
 
 @dataclass(frozen=True)
 class TrialDone:
-    """The trial has ended as decided, or by itself; its best weights are in its folder."""
+    """The trial has ended as decided, or by itself; what it leaves behind is in its folder."""
 
     costs: dict[str, float] = field(default_factory=dict)
     """What the assignment asked for."""
+
+    has_weights: bool = True
+    """Whether that is its best weights, too: a training loop of the task's own may have saved none."""
 
 
 @dataclass(frozen=True)

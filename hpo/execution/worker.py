@@ -46,6 +46,7 @@ from hpo.training.checkpoint import CheckpointFolder, save_weights
 from hpo.training.costs import measure_costs
 from hpo.training.cross_validation import fit_folds
 from hpo.training.device import limit_memory
+from hpo.training.loop import RunningTrial, run_loop
 from hpo.training.trained import BEST_WEIGHTS, TrialDescription
 from hpo.training.trainer import EpochResult, fit
 
@@ -67,23 +68,48 @@ def serve(connection: Connection, setup: Setup) -> None:
     try:
         if setup.gpu_share < 1:
             limit_memory(setup.gpu_share)
-        objective, splits = load_objective(setup.task_reference), load_splits(setup.splits)
+        objective = load_objective(setup.task_reference)
+        splits = load_splits(setup.splits) if setup.splits else None
     except (HpoError, OSError) as error:
         line.say(WorkerUnfit(str(error)))
         return
     line.say(Alive())  # whoever dies from here on dies of its trial
     for assignment in line.assignments():
         try:
-            if not assignment.folds:
+            if splits and not assignment.folds:
                 splits = place(splits, assignment.config.device)  # where they stay for the trials to come
-            costs = run_trial(assignment, objective, splits, lambda result: line.ask(EpochDone(result)))
+            done = _run(assignment, objective, splits, lambda result: line.ask(EpochDone(result)))
         except (
             Exception,
             SystemExit,
         ) as error:  # the model and the data are the user's: whatever they raise ends this trial only
             line.say(TrialRaised(f"{type(error).__name__}: {error}", traceback.format_exc()))
             return
-        line.say(TrialDone(costs))
+        line.say(done)
+
+
+def _run(
+    assignment: Assignment, objective: Objective, splits: Splits | None, report: Callable[[EpochResult], Decision]
+) -> TrialDone:
+    """A trial by the shared trainer, or by the task's own loop."""
+    if splits is None:
+        return _run_own_loop(assignment, objective, report)
+    return TrialDone(run_trial(assignment, objective, splits, report))
+
+
+def _run_own_loop(assignment: Assignment, objective: Objective, report: Callable[[EpochResult], Decision]) -> TrialDone:
+    decision = Decision.GO_ON
+
+    def goes_on(result: EpochResult) -> bool:
+        nonlocal decision
+        decision = report(result)
+        return decision is Decision.GO_ON
+
+    trial = RunningTrial(
+        objective, assignment.number, assignment.model_parameters, assignment.config, assignment.folder, goes_on
+    )
+    run_loop(trial)
+    return TrialDone(has_weights=decision is not Decision.LEAVE and trial.conclude())
 
 
 def _keep_freed_memory() -> None:

@@ -144,6 +144,7 @@ def build_model(
     Its statistics are those of no data: call `fit_statistics`, or load a state dict that has them. Who loads one has no
     need of `pretrained` weights, which may have to be downloaded; DataError says where that fails.
     """
+    assert objective.model is not None, "the task has a model"
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would seed the GPUs as well
         model = PreprocessedModel(objective.model(spec, **parameters), spec)

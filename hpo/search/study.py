@@ -43,6 +43,7 @@ _RECORD = "hpo:record:"
 _NUM_TRIALS = "num_trials"
 _TASK_REFERENCE = "task_reference"
 _TRACKING_URI = "tracking_uri"
+_HAS_TEST = "has_test"
 _ID = "id"
 _ATTEMPT = "attempt"
 _OWNER = "owner"
@@ -418,11 +419,19 @@ class Study:
         """Trials that the study was last asked for."""
         return int(self.recorded(_NUM_TRIALS) or self.settings.planned_trials)
 
-    def remember_session(self, *, num_trials: int, task_reference: str, tracking_uri: str | None) -> None:
+    def remember_session(
+        self, *, num_trials: int, task_reference: str, tracking_uri: str | None, has_test: bool = True
+    ) -> None:
         """Keep what a session was given and the next one, or a reader, wants to know."""
         self.record(_NUM_TRIALS, num_trials)
         self.record(_TASK_REFERENCE, task_reference)
         self.record(_TRACKING_URI, tracking_uri)
+        self.record(_HAS_TEST, has_test)
+
+    @property
+    def has_test(self) -> bool:
+        """Whether its winner can be tested; a training loop of the task's own may come without a test."""
+        return self.recorded(_HAS_TEST) is not False
 
     @property
     def task_reference(self) -> str:

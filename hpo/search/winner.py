@@ -41,6 +41,7 @@ def find_winner(study: Study) -> Winner | None:
         comparison=comparisons.get(str(best.number)),
         confusion=confusions.get(str(best.number)),
         num_test_readings=len(readings),
+        has_test=study.has_test,
     )
 
 
@@ -63,6 +64,8 @@ def describe_comparison(winner: Winner) -> str:
     default = f"The default configuration (trial {found.trial}{stopped}) has {winner.metric} {found.value:.4f}"
     if found.gain is None:
         return f"{default}; its weights were not kept, so the difference has no interval"
+    if found.low is None or found.high is None:
+        return f"{default}; the winner gains {found.gain:.4f}, without an interval: only its training loop has the data"
     over = f"{found.num_examples} validation examples" if found.num_examples else f"{winner.folds} folds"
     gain = f"the winner gains {found.gain:.4f}, 95 % interval {found.low:.4f} to {found.high:.4f}"
     verdict = f"over {over}" if found.is_distinct else f"cannot be distinguished from the default with {over}"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from hpo.config import augmentation_names, derive_seed
-from hpo.deploy.load import load_trial
-from hpo.errors import CheckpointError, HpoError, SearchError, StoreError
+from hpo.deploy.load import load_trained_trial, load_trial
+from hpo.errors import CheckpointError, HpoError, SearchError, StoreError, in_one_line
 from hpo.execution.messages import Assignment
 from hpo.execution.worker import refit
 from hpo.models.preprocessed import MirrorAveraged
@@ -29,7 +32,7 @@ from hpo.search.winner import (
     front_rows,
     how_far,
 )
-from hpo.training.comparison import compare_folds, compare_models
+from hpo.training.comparison import Difference, compare_folds, compare_models
 from hpo.training.losses import target_scale
 from hpo.training.trained import CHECKPOINT
 from hpo.training.trainer import evaluate, evaluate_classes
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from hpo.data.datasets import Splits
     from hpo.data.examples import SealedSplit, Split
     from hpo.execution.observer import Observer
+    from hpo.objective import Objective
     from hpo.records import TrialRecord
     from hpo.search.findings import Finding
     from hpo.search.importances import Importances
@@ -49,7 +53,7 @@ if TYPE_CHECKING:
     from hpo.session.preparation import Prepared
     from hpo.tracking.runs import SummaryRun
     from hpo.tracking.store import TrackingStore
-    from hpo.training.comparison import Difference
+    from hpo.trial import TrainedTrial
 
 
 _POLL_S = 0.5
@@ -88,19 +92,30 @@ def tested_winner(prepared: Prepared, opened: Opened) -> Winner | None:
     before it is trained on all examples; where that is cut short it is trained again. The caller holds the study's
     lock, so that no two sessions test at once.
     """
-    study, store, machine = opened.study, opened.store, prepared.request.machine
-    device, task = machine.device, prepared.request.task.reference
+    study, store, task = opened.study, opened.store, prepared.request.task
+    device = prepared.request.machine.device
     winner = find_winner(study)
     if winner is not None and winner.comparison is None:
-        compared = compare_with_default(study, store, prepared.splits, winner.trial, device, task)
+        compared = compare_with_default(study, store, prepared.splits, winner.trial, device, task.reference)
         if compared:
             _record(study, COMPARISONS, winner.trial, asdict(compared))
-    if winner is None or winner.test is not None:
+    if winner is None or winner.test is not None or not task.has_test:
         return find_winner(study)
+    if prepared.test is None:
+        scores = _scores_of_own_test(task.objective, load_trained_trial(store, study, winner.trial, device))
+    else:
+        scores = _test_scores(winner, prepared.test, prepared, opened)
+    _record(study, TEST_READINGS, winner.trial, scores)
+    return find_winner(study)
+
+
+def _test_scores(winner: Winner, test: SealedSplit, prepared: Prepared, opened: Opened) -> dict[str, float]:
+    """Open the test split, and judge the winner by it."""
+    study, request = opened.study, prepared.request
     if study.settings.folds:
         _refit(winner, prepared, opened)
-    trained = load_trial(store, study, winner.trial, device, task)
-    examples, classes = _read_test_split(prepared.test), trained.model.classes
+    trained = load_trial(opened.store, study, winner.trial, request.machine.device, request.task.reference)
+    examples, classes = _read_test_split(test), trained.model.classes
     if classes:
         scores, counts = evaluate_classes(trained.model, examples, trained.config, len(classes))
         if len(classes) <= MAX_CONFUSED:
@@ -112,16 +127,32 @@ def tested_winner(prepared: Prepared, opened: Opened) -> Winner | None:
         # Apart from the others: it takes two passes, which the model that is loaded does not make.
         both = evaluate(MirrorAveraged(trained.model), examples, trained.config, len(classes))
         scores["accuracy_mirror_averaged"] = both["accuracy"]
-    _record(study, TEST_READINGS, winner.trial, scores)
-    return find_winner(study)
+    return scores
+
+
+def _scores_of_own_test(objective: Objective, trained: TrainedTrial) -> dict[str, float]:
+    """What the `test` of a task with its own training loop returns. What it prints must not mix with --json."""
+    assert objective.test is not None, "it has a test"
+    try:
+        with redirect_stdout(sys.stderr):
+            scores = objective.test(trained)
+        return {str(name): float(score) for name, score in scores.items()}
+    except HpoError:
+        raise
+    except (Exception, SystemExit) as error:  # it is a stranger's code and may raise anything, or return anything
+        raise SearchError(
+            f"test of task '{objective.name}' failed with trial {trained.number}, the winner: {in_one_line(error)}; "
+            "the trials are kept."
+        ) from error
 
 
 def compare_with_default(
-    study: Study, store: TrackingStore, splits: Splits, winner: int, device: str, task: str
+    study: Study, store: TrackingStore, splits: Splits | None, winner: int, device: str, task: str
 ) -> Comparison | None:
     """What a winner gains over the default configuration; None where the study has no trial of that.
 
-    With folds their values are compared, else what both models make of the validation split.
+    With folds their values are compared, else what both models make of the validation split. A training loop of the
+    task's own has that split: the gain then comes without an interval.
     """
     default = study.default_trial
     if default is None:
@@ -131,12 +162,14 @@ def compare_with_default(
     if default.state in ELIGIBLE and default.number != winner:
         if study.settings.folds:
             difference = _difference_in_folds(records[winner], default)
+        elif splits is None:
+            difference = Difference(_value(records[winner]) - _value(default), math.nan, math.nan)
         else:
             num_examples = len(splits.validation)
             difference = _difference_on(splits, study, store, (winner, default.number), device, task)
     gains = (
         [study.settings.direction.gain(end, over=0.0) for end in (difference.low, difference.high)]
-        if difference
+        if difference and math.isfinite(difference.low)
         else []
     )
     return Comparison(
@@ -149,6 +182,11 @@ def compare_with_default(
         high=max(gains, default=None),
         num_examples=num_examples,
     )
+
+
+def _value(trial: TrialRecord) -> float:
+    assert trial.value is not None, "the trial is eligible"
+    return trial.value
 
 
 def _difference_in_folds(winner: TrialRecord, default: TrialRecord) -> Difference | None:
@@ -179,6 +217,7 @@ def _difference_on(
 def _refit(winner: Winner, prepared: Prepared, opened: Opened) -> None:
     """Train the winner of a cross-validation on all examples, and give its run the model."""
     request, study, store = prepared.request, opened.study, opened.store
+    assert prepared.splits is not None, "folds are of splits"
     config = request.task.train_config(
         winner.configuration,
         max_epochs=study.settings.max_epochs,
@@ -250,7 +289,8 @@ def write_summary(study: Study, summary: SummaryRun, winner: Winner | None) -> N
 
 def _in_words(study: Study, winner: Winner) -> str:
     rows = "".join(f"| {name} | {value} |\n" for name, value in winner.configuration.items())
-    test = "not evaluated yet" if winner.test is None else ", ".join(f"{k} {v:.4f}" for k, v in winner.test.items())
+    untested = "not evaluated yet" if winner.has_test else "none"
+    test = untested if winner.test is None else ", ".join(f"{k} {v:.4f}" for k, v in winner.test.items())
     judged = (
         f"the mean of {winner.folds} folds; trained on all examples for {winner.best_epoch} epochs"
         if winner.folds

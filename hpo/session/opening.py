@@ -102,6 +102,7 @@ def _open_study(prepared: Prepared, database: Storage, session: Session, store: 
         num_trials=request.trials or study.num_trials,
         task_reference=request.task.reference,
         tracking_uri=None if store.is_in_home or machine.is_shared else store.uri,
+        has_test=request.task.has_test,
     )
     study.requeue(number for number, owner in study.owners().items() if owner in gone or not machine.is_shared)
     enqueue(study, request.proposals)
@@ -147,10 +148,13 @@ def _open_runs(prepared: Prepared, study: Study, session: Session, store: Tracki
 
 @contextmanager
 def _written_splits(prepared: Prepared, session: Session) -> Iterator[None]:
-    """The splits in a file that the workers map into memory, for as long as the session runs."""
+    """The splits, if hpo has them, in a file that the workers map into memory, for as long as the session runs."""
     files = prepared.request.machine.home.study(prepared.request.study)
     for left in files.splits_of_the_dead(session.living):
         left.unlink(missing_ok=True)
+    if prepared.splits is None:
+        yield
+        return
     path = files.splits(session.id)
     try:
         save_splits(prepared.splits, path)

@@ -32,6 +32,9 @@ class Option:
     """The field of StudySettings that keeps it for the next session; None if it holds for one session."""
 
     at_least: int | None = None
+    of_trainer: bool = False
+    """Whether it is for the shared trainer and its data, and not for a task with a training loop of its own."""
+
     is_duration: bool = False
     """Whether it is a time: seconds, on the command line also 90s, 30m or 2h."""
 
@@ -69,6 +72,7 @@ class StudyOptions(TypedDict, total=False):
             "Fix a setting of the trainer, searched or not: patience=20, optimizer=lamb. Repeatable.",
             metavar="NAME=VALUE",
             kept="fixed",
+            of_trainer=True,
         ),
     ]
     study: Annotated[str | None, Option("--study", "Name of the study. [default: the task's name]", metavar="NAME")]
@@ -106,7 +110,14 @@ class StudyOptions(TypedDict, total=False):
     ]
     limit: Annotated[
         int | None,
-        Option("--limit", "Use only N training examples. [default: all]", metavar="N", kept="limit", at_least=1),
+        Option(
+            "--limit",
+            "Use only N training examples. [default: all]",
+            metavar="N",
+            kept="limit",
+            at_least=1,
+            of_trainer=True,
+        ),
     ]
     space: Annotated[
         str | None,
@@ -119,6 +130,7 @@ class StudyOptions(TypedDict, total=False):
             "Metric to optimise on the validation split: f1, auroc, ... [default: the task's]",
             metavar="NAME",
             kept="metric",
+            of_trainer=True,
         ),
     ]
     folds: Annotated[
@@ -129,6 +141,7 @@ class StudyOptions(TypedDict, total=False):
             metavar="K",
             kept="folds",
             at_least=2,
+            of_trainer=True,
         ),
     ]
     objectives: Annotated[
@@ -138,6 +151,7 @@ class StudyOptions(TypedDict, total=False):
             "Optimise several numbers: val/METRIC, then params or latency. Repeatable. [default: the metric]",
             metavar="NAME",
             kept="objectives",
+            of_trainer=True,
         ),
     ]
     tries: Annotated[
@@ -179,13 +193,25 @@ class MachineOptions(TypedDict, total=False):
     ]
     precision: Annotated[
         str | None,
-        Option("--precision", "auto, fp32, bf16 or fp16. [default: auto, bf16 if it is faster]", metavar="TYPE"),
+        Option(
+            "--precision",
+            "auto, fp32, bf16 or fp16. [default: auto, bf16 if it is faster]",
+            metavar="TYPE",
+            of_trainer=True,
+        ),
     ]
     compile: Annotated[
         str | None,
-        Option("--compile", "auto, off, step or graph. [default: auto, step if it is faster]", metavar="MODE"),
+        Option(
+            "--compile",
+            "auto, off, step or graph. [default: auto, step if it is faster]",
+            metavar="MODE",
+            of_trainer=True,
+        ),
     ]
-    deterministic: Annotated[bool, Option("--deterministic", "Use only deterministic GPU algorithms (slower).")]
+    deterministic: Annotated[
+        bool, Option("--deterministic", "Use only deterministic GPU algorithms (slower).", of_trainer=True)
+    ]
     accept_changes: Annotated[
         bool,
         Option("--accept-changes", "Resume although the data or the task's source changed; every report mentions it."),
@@ -206,6 +232,7 @@ class MachineOptions(TypedDict, total=False):
             "--data-dir",
             "Directory with the data sets; missing ones are downloaded into it. "
             "[env: HPO_DATA_DIR; default: ~/.cache/hpo/data]",
+            of_trainer=True,
         ),
     ]
 

@@ -21,7 +21,7 @@ from hpo.task import load_dataset
 if TYPE_CHECKING:
     from hpo.checks.verdicts import Verdict
     from hpo.data.datasets import Splits
-    from hpo.data.examples import SealedSplit
+    from hpo.data.examples import Dataset, SealedSplit
     from hpo.execution.observer import Observer
     from hpo.execution.pool import WorkerPool
     from hpo.session.request import Request
@@ -36,8 +36,9 @@ class Prepared:
 
     request: Request
     session_id: str
-    splits: Splits
-    test: SealedSplit
+    splits: Splits | None
+    """None for a task with a training loop of its own, which reads its data itself."""
+    test: SealedSplit | None
     provenance: Provenance
     verdicts: Sequence[Verdict]
     """What the checks before the first trial have found."""
@@ -49,34 +50,25 @@ class Prepared:
 
 def prepare(request: Request, observer: Observer) -> Prepared:
     """Read the data, split it, check the task with it and find the workers. Raises UsageError where anything fails."""
-    machine, settings = request.machine, request.settings
+    machine = request.machine
     files = machine.home.study(request.study)
     files.require_own(machine.storage)
     if not machine.is_shared:
         files.require_unlocked()
     if machine.executor == "local":
         warm_up()  # the workers' server imports torch while the data is read
-    observer.note(f"loading the data of {request.task.objective.name}")
-    dataset = load_dataset(request.task, machine.data_dir)
+    dataset = _read_data(request, observer)
     provenance = Provenance.of_session(request.task.objective, dataset)
     study = read_study(machine, request.study)
     if study:
         require_unchanged(study, provenance, accept_changes=machine.accepts_changes)
-    if settings.folds:
-        check_folds(dataset.train, dataset.classes, settings.folds)
-    fraction = 1 / settings.folds if settings.folds else VALIDATION_FRACTION
-    splits = split_dataset(dataset, validation_fraction=fraction, seed=settings.seed, limit=settings.limit)
-    if settings.folds:  # with --limit there are fewer
-        check_folds(all_examples(splits), dataset.classes, settings.folds)
-    check_task(request.task, splits)
-    verdicts = quick_part(Subject.of(request.task, splits, "cpu"))
-    for line in in_few_lines(verdicts, request.task.reference):
-        observer.found(line)
-    machine.home.require_space(splits.num_bytes)
+    splits = _split(dataset, request) if dataset else None
+    verdicts = _checked(splits, request, observer) if splits else []
+    machine.home.require_space(splits.num_bytes if splits else 0)
     session_id = uuid4().hex
     setup = Setup(
         task_reference=request.task.reference,
-        splits=files.splits(session_id),
+        splits=files.splits(session_id) if splits else None,
         num_threads=1,
         silence_s=SILENCE_S,
         log=files.logs,
@@ -85,9 +77,37 @@ def prepare(request: Request, observer: Observer) -> Prepared:
         request=request,
         session_id=session_id,
         splits=splits,
-        test=dataset.test,
+        test=dataset.test if dataset else None,
         provenance=provenance,
         verdicts=verdicts,
         workers=start_workers(machine.executor, setup, machine.resources),
         tracking_uri=agreed_tracking_uri(machine, study),
     )
+
+
+def _read_data(request: Request, observer: Observer) -> Dataset | None:
+    """The task's data; None for a training loop of its own."""
+    if request.task.objective.train:
+        return None
+    observer.note(f"loading the data of {request.task.objective.name}")
+    return load_dataset(request.task, request.machine.data_dir)
+
+
+def _split(dataset: Dataset, request: Request) -> Splits:
+    settings = request.settings
+    if settings.folds:
+        check_folds(dataset.train, dataset.classes, settings.folds)
+    fraction = 1 / settings.folds if settings.folds else VALIDATION_FRACTION
+    splits = split_dataset(dataset, validation_fraction=fraction, seed=settings.seed, limit=settings.limit)
+    if settings.folds:  # with --limit there are fewer
+        check_folds(all_examples(splits), dataset.classes, settings.folds)
+    return splits
+
+
+def _checked(splits: Splits, request: Request, observer: Observer) -> Sequence[Verdict]:
+    """What the checks before the first trial find. Raises UsageError where the task does not fit its data."""
+    check_task(request.task, splits)
+    verdicts = quick_part(Subject.of(request.task, splits, "cpu"))
+    for line in in_few_lines(verdicts, request.task.reference):
+        observer.found(line)
+    return verdicts

@@ -14,6 +14,7 @@ from hpo.database import without_password
 from hpo.errors import StudyMismatchError, UnknownNameError, UsageError
 from hpo.execution.executors import Resources, check_executor
 from hpo.home import Home, check_study_name, find_data_dir, find_storage
+from hpo.objective import Objective
 from hpo.plugins import SEARCH_SPACES, load_task, require_registered
 from hpo.search.priority import TRIED_BY_HAND
 from hpo.search.pruners import check_first_rung, check_folds_pruner
@@ -26,6 +27,7 @@ from hpo.session.options import (
     SessionOptions,
     StudyOptions,
     checked,
+    declarations,
     defaults_of_a_study,
     kept_by_the_study,
 )
@@ -164,6 +166,7 @@ def agree(machine: Machine, task: str, options: StudyOptions) -> tuple[Task, str
     """The task, the study's name and its settings: what is given, completed by what the study has."""
     given, space = kept_by_the_study(options), options.get("space")
     found = load_task(task, space)
+    _check_options_of_loop(found.objective, options)
     name = check_study_name(options.get("study") or found.objective.name)
     earlier = read_study(machine, name)
     if earlier and earlier.settings.task != found.objective.name:
@@ -179,6 +182,20 @@ def agree(machine: Machine, task: str, options: StudyOptions) -> tuple[Task, str
     if earlier:
         require_same_settings(name, earlier.settings, settings)  # before the data is read, which may take long
     return found.narrow(settings.overrides).fix(settings.fixed).judged_by(settings.metric), name, settings
+
+
+def _check_options_of_loop(objective: Objective, options: Mapping[str, object]) -> None:
+    """Raise UsageError where something is asked of the shared trainer, and the task has a training loop of its own."""
+    if not objective.train:
+        return
+    for declared in declarations(SearchOptions):
+        value = options.get(declared.name)
+        if declared.option.of_trainer and value and (declared.name, value) != ("metric", objective.metric):
+            given = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            raise UsageError(
+                f"{declared.option.flag}{'' if value is True else f' {given}'} is for the shared trainer, and task "
+                f"'{objective.name}' has a training loop of its own (train=); omit it."
+            )
 
 
 def _require_no_code_of_others(stored: StudySettings, given: Mapping[str, Any]) -> None:
@@ -207,7 +224,7 @@ def _complete(task: Task, stored: StudySettings | None, given: Mapping[str, Any]
     chosen = known | dict(given)
     if "metric" not in given and "objectives" in given:
         chosen["metric"] = _metric_of(given["objectives"]) or chosen["metric"]
-    if chosen["metric"] not in METRICS:
+    if chosen["metric"] not in METRICS and not task.objective.train:
         raise UnknownNameError("metric", chosen["metric"], METRICS)
     chosen["objectives"] = _check_objectives(chosen["objectives"], chosen["metric"])
     if chosen["objectives"]:
@@ -217,7 +234,7 @@ def _complete(task: Task, stored: StudySettings | None, given: Mapping[str, Any]
     settings = StudySettings(
         task=task.objective.name,
         space=task.narrow(chosen["overrides"]).fix(chosen["fixed"]).space,
-        direction=METRICS[chosen["metric"]],
+        direction=task.judged_by(chosen["metric"]).objective.better,
         **chosen,
     )
     check_strategy(settings)

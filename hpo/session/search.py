@@ -63,7 +63,12 @@ def submit_study(task: str, **options: Unpack[SubmitOptions]) -> Study:
 
     def open_study() -> Study:
         study = Study.open(database, request.study, request.settings)
-        study.remember_session(num_trials=request.trials or study.num_trials, task_reference=task, tracking_uri=None)
+        study.remember_session(
+            num_trials=request.trials or study.num_trials,
+            task_reference=task,
+            tracking_uri=None,
+            has_test=request.task.has_test,
+        )
         enqueue(study, request.proposals)
         return study
 

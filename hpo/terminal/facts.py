@@ -34,7 +34,7 @@ def _task_row(name: str) -> dict[str, Any]:
         "task": name,
         "description": task.objective.description,
         "metric": task.objective.metric,
-        "direction": task.objective.direction,
+        "direction": task.objective.better,
         "epochs": task.train_config({}).max_epochs,
         "parameters": len(task.space.parameters),
     }

@@ -172,7 +172,8 @@ def print_checklist(console: Console, checklist: Checklist) -> None:
     """The last words of `hpo check`."""
     counts = Counter(verdict.state for verdict in checklist.verdicts)
     console.print(", ".join(f"{counts[state]} {state}" for state in STYLES if counts[state]) + ".")
-    console.print(f"Picture: {checklist.picture}", soft_wrap=True)
+    if checklist.picture:
+        console.print(f"Picture: {checklist.picture}", soft_wrap=True)
 
 
 def print_submitted(console: Console, facts: dict[str, Any]) -> None:
@@ -251,6 +252,8 @@ def _over_folds(num_folds: int | None) -> str:
 
 
 def _describe_test(winner: Winner) -> str:
+    if winner.test is None and not winner.has_test:
+        return "none: the task's Objective has no test="
     if winner.test is None:
         return "not evaluated yet: the test split is read once, when the search is complete"
     scores = ", ".join(f"{name} {format_score(value)}" for name, value in winner.test.items())

@@ -13,15 +13,12 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 
 from hpo.errors import CheckpointError
 from hpo.files import write_atomically
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -170,15 +167,27 @@ def _copied_to_cpu(state: Mapping[str, Any]) -> Mapping[str, Any]:
     return plain
 
 
-def save_weights(weights: Mapping[str, Tensor], path: Path) -> str:
-    """Write a model's weights, on the CPU, atomically; gives the file's SHA-256, which `load_weights` asks for."""
-    content = _to_bytes({name: tensor.detach().cpu() for name, tensor in weights.items()})
+def save_weights(weights: Mapping[str, Any], path: Path) -> str:
+    """Write a model's weights, on the CPU, atomically; gives the file's SHA-256, which `load_weights` asks for.
+
+    Beside tensors, a training loop of a task's own may have plain values in them.
+    """
+    content = _to_bytes({name: _on_device(value, "cpu") for name, value in weights.items()})
     write_atomically(path, content)
     return _sha256(content)
 
 
-def load_weights(path: Path, sha256: str) -> dict[str, Tensor]:
-    """The weights in a file that `save_weights` wrote, on the CPU.
+def _on_device(value: Any, device: str) -> Any:
+    """The value with the tensors in it, and in dictionaries, lists and tuples, moved to a device."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to(device)
+    if isinstance(value, Mapping):
+        return {name: _on_device(each, device) for name, each in value.items()}
+    return type(value)(_on_device(each, device) for each in value) if type(value) in (list, tuple) else value
+
+
+def load_weights(path: Path, sha256: str, device: str = "cpu") -> dict[str, Any]:
+    """The weights in a file that `save_weights` wrote, on the device.
 
     Raises CheckpointError where the file is missing, differs from what was written, or holds more than tensors.
     """
@@ -187,7 +196,7 @@ def load_weights(path: Path, sha256: str) -> dict[str, Tensor]:
     content = path.read_bytes()
     if _sha256(content) != sha256:
         raise CheckpointError(f"{path} is damaged: its SHA-256 is {_sha256(content)}, written was {sha256}.")
-    return _from_bytes(content, path)
+    return _from_bytes(content, path, device)
 
 
 def _to_bytes(state: Mapping[str, Any]) -> bytes:
@@ -197,9 +206,9 @@ def _to_bytes(state: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _from_bytes(content: bytes, path: Path) -> dict[str, Any]:
+def _from_bytes(content: bytes, path: Path, device: str = "cpu") -> dict[str, Any]:
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except Exception as problem:  # torch raises whatever it stumbles over in foreign bytes
         raise CheckpointError(
             f"{path} was not written by hpo: it is not a file of tensors and plain values."

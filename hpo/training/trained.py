@@ -27,12 +27,14 @@ class TrialDescription:
     """What stands beside a trial's best weights: all that is needed to rebuild the model and to check the file."""
 
     trial: int
-    spec: DataSpec
+    spec: DataSpec | None
+    """None for a task with a training loop of its own, whose model cannot be built again from here."""
     model_parameters: dict[str, Value]
     config: TrainConfig
     best_epoch: int
     best_value: float
-    weights_sha256: str
+    weights_sha256: str | None
+    """Of the best weights; None where such a loop saved none."""
     sources: dict[str, str] = field(default_factory=dict)
     """Checksums of the task's source files (hpo.sources); none where an earlier version trained."""
 
@@ -44,7 +46,7 @@ class TrialDescription:
         """Raises CheckpointError where the file is missing or damaged."""
         try:
             plain = json.loads((folder / DESCRIPTION).read_bytes())
-            spec = {name: tuple(values) for name, values in plain["spec"].items()}
-            return cls(**plain | {"spec": DataSpec(**spec), "config": TrainConfig(**plain["config"])})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            spec = plain["spec"] and DataSpec(**{name: tuple(values) for name, values in plain["spec"].items()})
+            return cls(**plain | {"spec": spec, "config": TrainConfig(**plain["config"])})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{folder / DESCRIPTION} is missing or damaged: {error}") from error
