@@ -1,6 +1,7 @@
 """The trainer, the checks and the worker on a pretended GPU, which changes torch: so in a process of its own.
 
-The tests are those of pretended_gpu_cases.py. Where a real GPU is found they are left out, and tests/test_gpu.py runs.
+The tests are those of the files pretended_*_cases.py. Where a real GPU is found they are left out, and tests/test_gpu.py
+runs.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import pytest
 pytestmark = pytest.mark.pretended_gpu
 
 
-def test_every_case_passes_on_a_pretended_gpu() -> None:
-    cases = Path(__file__).with_name("pretended_gpu_cases.py")
+@pytest.mark.parametrize(
+    "cases", sorted(Path(__file__).parent.glob("pretended_*_cases.py")), ids=lambda file: file.stem
+)
+def test_every_case_passes_on_a_pretended_gpu(cases: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(cases)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     finished = subprocess.run(

@@ -12,6 +12,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
@@ -23,7 +24,7 @@ from hpo.config import TrainConfig, derive_seed
 from hpo.data.batches import place
 from hpo.data.datasets import Splits, all_examples, folds, load_splits
 from hpo.data.examples import DataSpec
-from hpo.errors import HpoError, SearchError
+from hpo.errors import DeviceMemoryError, HpoError, SearchError
 from hpo.execution.messages import (
     Alive,
     Assignment,
@@ -45,10 +46,12 @@ from hpo.space import Value
 from hpo.training.checkpoint import CheckpointFolder, save_weights
 from hpo.training.costs import measure_costs
 from hpo.training.cross_validation import fit_folds
-from hpo.training.device import limit_memory
+from hpo.training.device import free_memory, limit_memory
 from hpo.training.loop import RunningTrial, run_loop
 from hpo.training.trained import BEST_WEIGHTS, TrialDescription
 from hpo.training.trainer import EpochResult, fit
+
+_logger = logging.getLogger(__name__)
 
 SIGNS_OF_LIFE = 3  # in the time after which a silent worker counts as dead
 
@@ -69,16 +72,14 @@ def serve(connection: Connection, setup: Setup) -> None:
         if setup.gpu_share < 1:
             limit_memory(setup.gpu_share)
         objective = load_objective(setup.task_reference)
-        splits = load_splits(setup.splits) if setup.splits else None
+        data = TrialData(load_splits(setup.splits)) if setup.splits else None
     except (HpoError, OSError) as error:
         line.say(WorkerUnfit(str(error)))
         return
     line.say(Alive())  # whoever dies from here on dies of its trial
     for assignment in line.assignments():
         try:
-            if splits and not assignment.folds:
-                splits = place(splits, assignment.config.device)  # where they stay for the trials to come
-            done = _run(assignment, objective, splits, lambda result: line.ask(EpochDone(result)))
+            done = _run(assignment, objective, data, lambda result: line.ask(EpochDone(result)))
         except (
             Exception,
             SystemExit,
@@ -89,12 +90,12 @@ def serve(connection: Connection, setup: Setup) -> None:
 
 
 def _run(
-    assignment: Assignment, objective: Objective, splits: Splits | None, report: Callable[[EpochResult], Decision]
+    assignment: Assignment, objective: Objective, data: TrialData | None, report: Callable[[EpochResult], Decision]
 ) -> TrialDone:
     """A trial by the shared trainer, or by the task's own loop."""
-    if splits is None:
+    if data is None:
         return _run_own_loop(assignment, objective, report)
-    return TrialDone(run_trial(assignment, objective, splits, report))
+    return TrialDone(run_with_data(assignment, objective, data, report))
 
 
 def _run_own_loop(assignment: Assignment, objective: Objective, report: Callable[[EpochResult], Decision]) -> TrialDone:
@@ -177,8 +178,45 @@ def _forward_log(line: _Line) -> None:
     logger.propagate = False
 
 
+@dataclass
+class TrialData:
+    """The splits that a worker's trials share, where the last trial has left them."""
+
+    splits: Splits
+
+
+def run_with_data(
+    assignment: Assignment, objective: Objective, data: TrialData, report: Callable[[EpochResult], Decision]
+) -> dict[str, float]:
+    """Run a trial with its data on the device, where they stay for the next one, if there is room for them.
+
+    If the device's memory does not hold both the trial and the data that were placed there, they are taken off it, and
+    the trial continues from its checkpoint with streamed data. The next trial places them again.
+    """
+    device = torch.device(assignment.config.device)
+    if not assignment.folds:
+        data.splits = place(data.splits, device)
+    try:
+        return run_trial(assignment, objective, data.splits, report)
+    except (DeviceMemoryError, torch.OutOfMemoryError):
+        places_its_folds = assignment.folds and device.type == "cuda"
+        if not (data.splits.train.targets.is_cuda or places_its_folds):
+            raise
+    # Out here the failed attempt's tensors are gone.
+    _logger.warning("the device's memory does not hold the trial beside its data, which are streamed from now on")
+    if data.splits.train.targets.is_cuda:
+        data.splits = data.splits.to("cpu")
+    free_memory(device)
+    return run_trial(assignment, objective, data.splits, report, is_streamed=True)
+
+
 def run_trial(
-    assignment: Assignment, objective: Objective, splits: Splits, report: Callable[[EpochResult], Decision]
+    assignment: Assignment,
+    objective: Objective,
+    splits: Splits,
+    report: Callable[[EpochResult], Decision],
+    *,
+    is_streamed: bool = False,
 ) -> dict[str, float]:
     """Train until the trainer ends or `report` says so; the costs of the model that the assignment asks for.
 
@@ -189,10 +227,11 @@ def run_trial(
     config = assignment.config
     build = partial(_build, objective, assignment.model_parameters)
     if assignment.folds:
-        results = fit_folds(build, folds(splits, assignment.folds), config, checkpoints=assignment.folder)
+        each_fold = folds(splits, assignment.folds)
+        results = fit_folds(build, each_fold, config, checkpoints=assignment.folder, is_streamed=is_streamed)
     else:
         model = build(splits, config)
-        results = fit(model, splits, config, checkpoint=CheckpointFolder(assignment.folder))
+        results = fit(model, splits, config, checkpoint=CheckpointFolder(assignment.folder), is_streamed=is_streamed)
     # Closed before the weights are saved: it is then that the model gets those of the best epoch.
     with closing(results):
         for result in results:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import lru_cache
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -79,7 +79,7 @@ class PreprocessedModel(nn.Module):
         if isinstance(self.network, PretrainedNetwork) and self.network.weights != "none":
             return torch.tensor(self.network.input_mean), torch.tensor(self.network.input_std)
         if isinstance(train.inputs, Tensor):
-            return _known_statistics(train.inputs)
+            return _known_statistics.of(train.inputs)
         return _input_statistics(train.inputs[:SAMPLE_SIZE])
 
     def _as_batch(self, inputs: Tensor | NDArray[Any]) -> Tensor:
@@ -153,10 +153,28 @@ def build_model(
     return model
 
 
-@lru_cache(maxsize=1)
-def _known_statistics(inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of the inputs, kept for the next trial of this process: it has the same ones."""
-    return _input_statistics(inputs)
+class _KnownStatistics:
+    """Those of the last inputs, for the next trial of this process, which has the same ones.
+
+    The inputs are not kept alive.
+    """
+
+    def __init__(self) -> None:
+        self._inputs: Callable[[], Tensor | None] = lambda: None
+        self._version = 0
+        self._statistics: tuple[Tensor, Tensor]
+
+    def of(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, computed again if the inputs have changed in place."""
+        if inputs.is_inference():  # torch does not count their changes
+            return _input_statistics(inputs)
+        if self._inputs() is not inputs or self._version != inputs._version:
+            self._statistics = _input_statistics(inputs)
+            self._inputs, self._version = weakref.ref(inputs), inputs._version
+        return self._statistics
+
+
+_known_statistics = _KnownStatistics()
 
 
 def _input_statistics(inputs: Tensor) -> tuple[Tensor, Tensor]:

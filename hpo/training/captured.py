@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hpo.training.compiled import Formulas, free_memory
+from hpo.training.compiled import Formulas
+from hpo.training.device import free_memory
 from hpo.training.step import StepResult, TrainingStep
 
 if TYPE_CHECKING:

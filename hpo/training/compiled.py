@@ -7,7 +7,6 @@ optimizer finds it compiled; torch's own optimizers, compiled, would be compiled
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 import re
@@ -20,6 +19,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
 from hpo.errors import UsageError
+from hpo.training.device import free_memory
 from hpo.training.precision import autocast
 from hpo.training.schedules import Point
 from hpo.training.step import StepResult, TrainingStep
@@ -157,13 +157,6 @@ class Formulas:
         # The corrections in double precision, for beta2 ** step is near 1 for long.
         corrections = (1 - beta1**step, math.sqrt(1 - beta2**step))
         return [rate, beta1, beta2, group["weight_decay"], group.get("eps", 0.0), *corrections, self._clip_norm]
-
-
-def free_memory(device: torch.device) -> None:
-    """Give back what a failed attempt has taken of a GPU's memory."""
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def check_compile_mode(wanted: str, precision: str, device: str) -> None:

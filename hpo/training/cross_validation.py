@@ -26,6 +26,7 @@ def fit_folds(
     config: TrainConfig,
     *,
     checkpoints: Path,
+    is_streamed: bool = False,
 ) -> Generator[EpochResult, None, None]:
     """Train a model of its own on each fold, and yield their epochs one after the other.
 
@@ -35,12 +36,13 @@ def fit_folds(
     that diverges ends everything.
 
     The state is saved below `checkpoints`. A run that was interrupted continues after the last saved epoch, bit-equal;
-    first it yields the last result of each fold that was over once more.
+    first it yields the last result of each fold that was over once more. `is_streamed` is that of `fit`.
     """
     over: list[EpochResult] = []
     for fold, splits in enumerate(folds, start=1):
         own = fold_config(config, fold)
-        for result in fit(build(splits, own), splits, own, checkpoint=CheckpointFolder(checkpoints / f"fold-{fold}")):
+        checkpoint = CheckpointFolder(checkpoints / f"fold-{fold}")
+        for result in fit(build(splits, own), splits, own, checkpoint=checkpoint, is_streamed=is_streamed):
             yield _counted_through(result, fold, over, config)
         if result.diverged:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import subprocess
@@ -112,6 +113,13 @@ def limit_memory(share: float) -> None:
             f"{CONTEXT_BYTES / 1e9} GB before its first tensor; use fewer --workers."
         )
     torch.cuda.set_per_process_memory_fraction(limit / total)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what a failed attempt has taken of a GPU's memory."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def in_fitting_batches(attempt: Callable[[int], _T], batch_size: int) -> _T:

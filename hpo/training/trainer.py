@@ -94,6 +94,7 @@ def fit(
     *,
     checkpoint: CheckpointFolder | None = None,
     num_epochs: int | None = None,
+    is_streamed: bool = False,
 ) -> Generator[EpochResult, None, None]:
     """Train `model` and yield the result of each epoch, until max_epochs, early stopping or divergence.
 
@@ -107,13 +108,14 @@ def fit(
     then the saved one once more: whoever was killed may not have got it.
 
     With `num_epochs` nothing is judged by the validation split: the training ends after so many of the `max_epochs`
-    that its schedule is made for, and the model has the last weights.
+    that its schedule is made for, and the model has the last weights. With `is_streamed` the data stay where they are,
+    even if the device has room for them, and the results are the same.
 
     The global random state is seeded again for each epoch. Raises UsageError before any work where the config does not
     fit the data or the device, CheckpointError where the folder holds a run with another config, and DeviceMemoryError
     where half a batch does not fit either.
     """
-    run = _Run(model, splits, config, num_epochs)
+    run = _Run(model, splits if is_streamed else place(splits, config.device), config, num_epochs)
     saved = run.resume(checkpoint) if checkpoint else None
     # The stack first writes the last state, then gives the model its best weights.
     with ExitStack() as ending:
@@ -157,7 +159,7 @@ def _measure(
 
 
 class _Run:
-    """A training under way: all that changes from epoch to epoch."""
+    """A training under way: all that changes from epoch to epoch. The splits are where they stay."""
 
     def __init__(self, model: nn.Module, splits: Splits, config: TrainConfig, num_epochs: int | None) -> None:
         self.is_judged = num_epochs is None
@@ -166,7 +168,7 @@ class _Run:
         check_metric(config.metric, self.num_classes)
         self.config = config
         self.loss_function = loss_function(config, self.num_classes, target_scale(splits.train))
-        self.splits = place(splits, config.device)
+        self.splits = splits
         self.order, self.augmentation = torch.Generator(), torch.Generator()
         self.batches = build_batches(
             self.splits.train, config, self.num_classes, order=self.order, augmentation=self.augmentation
