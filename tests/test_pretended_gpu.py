@@ -1,7 +1,6 @@
 """The trainer, the checks and the worker on a pretended GPU, which changes torch: so in a process of its own.
 
-The tests are those of the files pretended_*_cases.py. Where a real GPU is found they are left out, and tests/test_gpu.py
-runs.
+The tests are those of pretended_*_cases.py. Where a real GPU is found they are left out, and tests/test_gpu.py runs.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ KNOWN = {
     # MLflow: its schema, created in a file aside.
     "mlflow.store.db.utils._initialize_tables": 1,
     # PyTorch: base classes of layers, operations on lists of tensors, the fused optimizers, the engine of
-    # autograd, the compiler, and which types a CPU multiplies.
+    # autograd, the compiler, which types a CPU multiplies, and whether a tensor was changed in place.
+    "inputs._version": 1,
     "torch.nn.modules.batchnorm._BatchNorm": 1,
     "nn.modules.batchnorm._BatchNorm": 1,
     "torch.nn.modules.dropout._DropoutNd": 1,
