@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hpo.data.vision import load_cifar10 as load_cifar10
     from hpo.data.vision import load_fashion_mnist as load_fashion_mnist
     from hpo.deploy.load import load_best as load_best
+    from hpo.deploy.load import load_run as load_run
     from hpo.errors import CheckpointError as CheckpointError
     from hpo.errors import DataError as DataError
     from hpo.errors import DeviceMemoryError as DeviceMemoryError
@@ -69,6 +70,7 @@ _MODULES = {
     "load_cifar10": "hpo.data.vision",
     "load_fashion_mnist": "hpo.data.vision",
     "load_best": "hpo.deploy.load",
+    "load_run": "hpo.deploy.load",
     "CheckpointError": "hpo.errors",
     "DataError": "hpo.errors",
     "DeviceMemoryError": "hpo.errors",

@@ -90,6 +90,12 @@ _CLICK_TYPES: dict[Any, Any] = {
     Path | None: click.Path(path_type=Path),
 }
 
+# No `trials`, and no executor: one training runs here.
+_OF_A_TRAINING = [
+    *("fixed", "epochs", "seed", "limit", "space", "metric"),
+    *("device", "precision", "compile", "deterministic", "data_dir", "home", "tracking_uri"),
+]
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the data as JSON.")
 home_option = take(StoreOptions, only=["home"])
 storage_option = take(StoreOptions, only=["storage"])
@@ -265,45 +271,110 @@ def studies(home: Path | None, storage: str | None, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("task")
+@click.option("-p", "overrides", multiple=True, metavar="NAME=VALUE", help="Set a parameter: lr=0.1. Repeatable.")
+@take(SearchOptions, only=_OF_A_TRAINING)
+@json_option
+def train(as_json: bool, **request: Any) -> None:
+    """Train TASK once, with the default configuration or with yours.
+
+    It is logged as a run of its own; there is no study, and the test split is not read.
+
+    \b
+    hpo train digits -p lr=0.01 -p depth=2
+    """
+    from hpo.session.training import train_once
+    from hpo.terminal.tables import print_epoch, print_training
+
+    console = _console(stderr=as_json)
+    training = train_once(tell=lambda result: print_epoch(console, result), **request)
+    _print_json(training.to_dict()) if as_json else print_training(console, training)
+    if training.diverged:
+        sys.exit(FAILED)
+
+
+@cli.command()
+@click.argument("study")
+@click.option("--trial", type=click.IntRange(min=0), required=True, metavar="N", help="Number of the trial.")
+@click.option("--seed", type=click.IntRange(min=0), metavar="S", help="Another seed. [default: the study's]")
+@take(SearchOptions, only=["device", "deterministic", "data_dir", "home", "storage", "tracking_uri"])
+@json_option
+def rerun(as_json: bool, **request: Any) -> None:
+    """Run a trial of STUDY again, and say whether the result is the same.
+
+    With the same seed, versions and machine it should be equal in every bit. Otherwise the difference is shown with
+    its 95 % interval. The study does not change.
+
+    \b
+    hpo rerun digits --trial 0 --seed 1
+    """
+    from hpo.session.rerun import rerun_trial
+    from hpo.terminal.tables import print_epoch, print_rerun
+
+    console = _console(stderr=as_json)
+    found = rerun_trial(tell=lambda result: print_epoch(console, result), **request)
+    _print_json(found.to_dict()) if as_json else print_rerun(console, found)
+
+
+@cli.command()
 @click.argument("study")
 @click.option("--top", type=click.IntRange(min=1), help="Show only the best N trials. [default: all, in order]")
 @click.option("--watch", is_flag=True, help="Show it again every 5 seconds while it is searched.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print the trials as CSV, a column for each parameter.")
 @home_option
 @storage_option
 @json_option
-def show(study: str, top: int | None, watch: bool, home: Path | None, storage: str | None, as_json: bool) -> None:
+def show(
+    study: str,
+    top: int | None,
+    watch: bool,
+    as_csv: bool,
+    home: Path | None,
+    storage: str | None,
+    as_json: bool,
+) -> None:
     """Show the trials and findings of STUDY.
 
     \b
     hpo show digits --top 10
     """
-    from hpo.terminal.facts import study_facts
+    from hpo.terminal.facts import study_facts, trials_as_csv
     from hpo.terminal.tables import print_study, watch_study
 
-    if watch and as_json:
-        raise UsageError("--watch is for people; with --json run the command again instead.")
+    if watch + as_json + as_csv > 1:
+        raise UsageError("--watch, --csv and --json exclude each other: give one of them.")
     if watch:
         watch_study(_console(), lambda: study_facts(study, home, storage, top))
         return
     facts = study_facts(study, home, storage, top)
+    if as_csv:
+        click.echo(trials_as_csv(facts), nl=False)
+        return
     _print_json(facts) if as_json else print_study(_console(), facts)
 
 
 @cli.command()
 @click.argument("study")
+@click.option("--yaml", "as_yaml", is_flag=True, help="Print the winner's configuration as YAML.")
+@click.option("--as-options", is_flag=True, help="Print it as options: -p lr=0.1 -p depth=2.")
 @home_option
 @storage_option
 @json_option
-def best(study: str, home: Path | None, storage: str | None, as_json: bool) -> None:
+def best(study: str, as_yaml: bool, as_options: bool, home: Path | None, storage: str | None, as_json: bool) -> None:
     """Show the winner of STUDY and how to load it.
 
     \b
     hpo best digits
     """
-    from hpo.terminal.facts import best_facts
+    from hpo.terminal.facts import best_facts, winner_as_options, winner_as_yaml
     from hpo.terminal.tables import print_best
 
+    if as_yaml + as_options + as_json > 1:
+        raise UsageError("--yaml, --as-options and --json exclude each other: give one of them.")
     facts = best_facts(study, home, storage)
+    if as_yaml or as_options:
+        click.echo(winner_as_yaml(facts) if as_yaml else winner_as_options(facts))
+        return
     _print_json(facts) if as_json else print_best(_console(), facts)
 
 

@@ -194,3 +194,74 @@ class SearchOutcome:
         """The outcome as JSON can hold it."""
         plain: dict[str, Any] = to_plain(asdict(self) | {"home": str(self.home)})
         return plain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What one training gave."""
+
+    task: str
+    """What finds the task's code: a registered name, a FILE.py, or module:attribute."""
+    configuration: dict[str, Any]
+    metric: str
+    seed: int
+    curve: dict[int, float]
+    """The metric by epoch; NaN where it was not finite."""
+    best_epoch: int | None
+    """None where no epoch was finite."""
+    best_value: float | None
+    diverged: bool
+    has_model: bool
+    """Whether the best epoch's model is in the artifacts of the run."""
+    run_id: str
+    """Of its run in MLflow."""
+    home: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        """The training as JSON can hold it."""
+        plain: dict[str, Any] = to_plain(vars(self) | {"home": str(self.home)})
+        return plain
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rerun:
+    """A trial that was run again."""
+
+    study: str
+    trial: int
+    metric: str
+    seed: int
+    is_same_seed: bool
+    """Whether it is the one that the trial had."""
+    value: float | None
+    """The best value of this time; None where it diverged at once. With folds, the mean over them."""
+    earlier_value: float | None
+    first_difference: int | None
+    """The first epoch, or fold, with another value; None where both curves are equal in every bit."""
+    difference: float | None
+    """This value less the earlier one."""
+    low: float | None
+    """Lower end of the 95 % interval of the difference, over the validation examples or the folds; None where the
+    earlier model was not kept, and for a training loop of the task's own."""
+    high: float | None
+    changes: list[str]
+    """What differs from the session that ran the trial: the data, source files, versions, the machine."""
+    run_id: str
+    home: Path
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether every epoch, or fold, has the same value as before."""
+        return self.first_difference is None
+
+    @property
+    def is_within_spread(self) -> bool | None:
+        """Whether the interval of the difference contains 0; None where there is no interval."""
+        return None if self.low is None or self.high is None else self.low <= 0 <= self.high
+
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison as JSON can hold it."""
+        plain: dict[str, Any] = to_plain(
+            vars(self) | {"home": str(self.home), "is_equal": self.is_equal, "is_within_spread": self.is_within_spread}
+        )
+        return plain

@@ -91,7 +91,7 @@ RUNNABLE = [line for line in documented_commands() if line not in (*SERVERS, *ON
 def test_every_command_that_is_shown_runs(arguments: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPO_HOME", str(home))
     monkeypatch.chdir(ROOT)
-    if arguments.startswith(("best", "show", "gc")) or "--warm-start" in arguments:
+    if arguments.startswith(("best", "show", "gc", "rerun")) or "--warm-start" in arguments:
         succeeds("search digits --trials 1 --epochs 1", monkeypatch)
     succeeds(arguments, monkeypatch)
 

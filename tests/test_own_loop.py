@@ -140,7 +140,7 @@ def test_each_trial_ends_as_its_loop_did_and_a_loop_without_model_and_test_is_no
     assert (outcome.winner.validation, outcome.winner.test) == (0.8, None)
     told = CliRunner().invoke(cli, ["best", "moody", "--home", str(home)]).output
     assert "none: the task's Objective has no test=" in told
-    with pytest.raises(hpo.UsageError, match="saved no model: its training loop did not call"):
+    with pytest.raises(hpo.UsageError, match="its training loop saved no model: it did not call"):
         hpo.load_best("moody", home=home)
 
 

@@ -21,7 +21,7 @@ from hpo.home import Home, check_study_name, find_data_dir
 from hpo.plots.checks import plot_checklist
 from hpo.plugins import load_task
 from hpo.task import load_dataset
-from hpo.tracking.runs import begin_check_run
+from hpo.tracking.runs import begin_run
 from hpo.tracking.store import open_store
 from hpo.training.device import choose_device
 
@@ -94,7 +94,7 @@ def run_check(
         check_task(found, splits)
         checks = whole_list(Subject.of(found, splits, chosen_device), dataset.test)
     store = open_store(Home.find(home).path, tracking_uri)
-    run = begin_check_run(store, name, found.objective.description)
+    run = begin_run(store, name, "check", found.objective.description)
     state: Literal["complete", "failed", "interrupted"] = "interrupted"
     try:
         verdicts = []

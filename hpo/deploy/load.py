@@ -34,7 +34,7 @@ def load_best(
     home: Path | None = None,
     tracking_uri: str | None = None,
     storage: str | None = None,
-    task: str | None = None,
+    task: str | Objective | None = None,
     device: str = "cpu",
     trial: int | None = None,
 ) -> Any:
@@ -46,8 +46,8 @@ def load_best(
     A `PreprocessedModel` contains its preprocessing: it takes raw inputs, such as (N, 3, 32, 32) uint8 images, and
     returns logits (N, classes), or values in the target's units. `.classes` names the classes. Only tensors are
     unpickled (weights_only), after their SHA-256 has been checked. The task's code must be importable; if it has moved
-    since the search, `task` names it as on the command line. `storage` is the URL of a shared database; without `task`,
-    the study's task must then be a registered one.
+    since the search, `task` names it as on the command line, or is the `Objective` itself. `storage` is the URL of a
+    shared database; without `task`, the study's task must then be a registered one.
 
     Raises UnknownNameError for an unknown study, UsageError while no trial has finished, for a cross-validated trial
     that is not the winner and for a training loop that saved no model, CheckpointError for damage.
@@ -71,8 +71,29 @@ def load_best(
     store = open_store(home, find_runs(opened, home, tracking_uri, is_shared=storage is not None))
     folder = _download(store, opened, number)
     if TrialDescription.read(folder).spec is None:
-        return _saved_model(folder, opened, number, device)
-    return _rebuild(folder, opened, number, device, task).model
+        return _saved_model(folder, device)
+    return load_from_folder(folder, opened, number, device, task).model
+
+
+def load_run(
+    run_id: str,
+    *,
+    task: str | Objective,
+    home: Path | None = None,
+    tracking_uri: str | None = None,
+    device: str = "cpu",
+) -> Any:
+    """Return the best model of a run of `hpo train` or `hpo rerun`, as `load_best` does of a study.
+
+    `task` is what was trained, as on the command line: no store may say what code is imported. Raises StoreError for an
+    unknown run and one without a model, CheckpointError for damage.
+    """
+    store = open_store(Home.find(home).path, tracking_uri)
+    folder = store.download(run_id, CHECKPOINT)
+    if TrialDescription.read(folder).spec is None:
+        return _saved_model(folder, device)
+    objective = load_objective(task) if isinstance(task, str) else task
+    return _rebuild(folder, objective, f"run {run_id}", device).model
 
 
 def find_runs(study: Study, home: Path, given: str | None, *, is_shared: bool) -> str | None:
@@ -83,9 +104,9 @@ def find_runs(study: Study, home: Path, given: str | None, *, is_shared: bool) -
     return given if is_shared else given or study.tracking_uri or home_store_uri(home)
 
 
-def _load_objective(task: str | None, study: Study) -> Objective:
+def _load_objective(task: str | Objective | None, study: Study) -> Objective:
     if task is not None:
-        return load_objective(task)
+        return load_objective(task) if isinstance(task, str) else task
     try:
         return load_objective(study.task_reference)
     except UsageError as error:
@@ -101,13 +122,13 @@ class LoadedTrial:
 
 
 def load_trial(
-    store: TrackingStore, study: Study, number: int, device: str = "cpu", task: str | None = None
+    store: TrackingStore, study: Study, number: int, device: str = "cpu", task: str | Objective | None = None
 ) -> LoadedTrial:
     """The best checkpoint of one trial, rebuilt from what its MLflow run holds.
 
     Which task's code is imported is told by the study, not by the run, which may come from a server of many people.
     """
-    return _rebuild(_download(store, study, number), study, number, device, task)
+    return load_from_folder(_download(store, study, number), study, number, device, task)
 
 
 def load_trained_trial(store: TrackingStore, study: Study, number: int, device: str = "cpu") -> TrainedTrial:
@@ -122,7 +143,7 @@ def load_trained_trial(store: TrackingStore, study: Study, number: int, device: 
         device=device,
         best_epoch=description.best_epoch,
         best_value=description.best_value,
-        model=_saved_model(folder, study, number) if has_model else None,
+        model=_saved_model(folder) if has_model else None,
         folder=folder,
     )
 
@@ -131,27 +152,30 @@ def _download(store: TrackingStore, study: Study, number: int) -> Path:
     return store.download(store.find_trial_run(study.name, number, study.id), CHECKPOINT)
 
 
-def _saved_model(folder: Path, study: Study, number: int, device: str = "cpu") -> dict[str, Any]:
+def _saved_model(folder: Path, device: str = "cpu") -> dict[str, Any]:
     sha256 = TrialDescription.read(folder).weights_sha256
     if sha256 is None:
-        raise UsageError(
-            f"trial {number} of study '{study.name}' saved no model: its training loop did not call trial.save_model."
-        )
+        raise UsageError("its training loop saved no model: it did not call trial.save_model(model) before a report.")
     return load_weights(folder / BEST_WEIGHTS, sha256, device)
 
 
-def _rebuild(folder: Path, study: Study, number: int, device: str, task: str | None) -> LoadedTrial:
+def load_from_folder(
+    folder: Path, study: Study, number: int, device: str = "cpu", task: str | Objective | None = None
+) -> LoadedTrial:
+    """The best checkpoint of one trial, rebuilt from what a folder holds."""
+    return _rebuild(folder, _load_objective(task, study), f"trial {number} of study '{study.name}'", device)
+
+
+def _rebuild(folder: Path, objective: Objective, what: str, device: str) -> LoadedTrial:
     description = TrialDescription.read(folder)
     if description.spec is None or description.weights_sha256 is None:
-        raise CheckpointError(f"{folder} has no model of task '{study.settings.task}'; restore what was there.")
-    objective = _load_objective(task, study)
+        raise CheckpointError(f"{folder} has no model of the shared trainer; restore what was there.")
     model = build_model(objective, description.spec, description.model_parameters, seed=0, pretrained=False)
     changed = changed_sources(description.sources, source_checksums(objective)) if description.sources else []
     if changed:
         _logger.warning(
-            "trial %d of study '%s' was trained with another version of %s; its predictions may differ from then.",
-            number,
-            study.name,
+            "%s was trained with another version of %s; its predictions may differ from then.",
+            what,
             ", ".join(changed),
         )
     weights = load_weights(folder / BEST_WEIGHTS, description.weights_sha256)
@@ -160,7 +184,7 @@ def _rebuild(folder: Path, study: Study, number: int, device: str, task: str | N
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"the weights of trial {number} of study '{study.name}' do not fit the model that its task builds now "
+            f"the weights of {what} do not fit the model that its task builds now "
             f"({reason[:300]}); restore the source that it was trained with"
             + (f": {', '.join(changed)} changed since." if changed else ".")
         ) from error

@@ -48,14 +48,18 @@ def warm_up() -> None:
             forkserver.ensure_running()
 
 
+def num_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def local_workers(setup: Setup, *, num_workers: int | None, device: str) -> LocalWorkers:
     """Workers on this machine: one for each visible GPU, or for each core it may use, unless given."""
     gpus = visible_gpus(device)
-    num_cores = len(os.sched_getaffinity(0))
-    num_workers = num_workers or len(gpus) or num_cores
+    num_workers = num_workers or len(gpus) or num_cores()
     setup = replace(
         setup,
-        num_threads=max(1, num_cores // num_workers),
+        num_threads=max(1, num_cores() // num_workers),
         gpu_share=memory_share(num_workers, len(gpus)) if gpus else 1.0,
     )
     return LocalWorkers(setup, num_workers=num_workers, gpus=gpus)

@@ -12,7 +12,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
@@ -79,7 +79,7 @@ def serve(connection: Connection, setup: Setup) -> None:
     line.say(Alive())  # whoever dies from here on dies of its trial
     for assignment in line.assignments():
         try:
-            done = _run(assignment, objective, data, lambda result: line.ask(EpochDone(result)))
+            done = _run(assignment, objective, data, lambda result: line.ask(EpochDone(_with_threads(result))))
         except (
             Exception,
             SystemExit,
@@ -87,6 +87,11 @@ def serve(connection: Connection, setup: Setup) -> None:
             line.say(TrialRaised(f"{type(error).__name__}: {error}", traceback.format_exc()))
             return
         line.say(done)
+
+
+def _with_threads(result: EpochResult) -> EpochResult:
+    """The result and the threads that it was computed with: a sum in another order is another one in the last digit."""
+    return replace(result, settled={**result.settled, "threads": str(torch.get_num_threads())})
 
 
 def _run(

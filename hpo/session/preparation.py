@@ -57,12 +57,12 @@ def prepare(request: Request, observer: Observer) -> Prepared:
         files.require_unlocked()
     if machine.executor == "local":
         warm_up()  # the workers' server imports torch while the data is read
-    dataset = _read_data(request, observer)
+    dataset = read_data(request, observer)
     provenance = Provenance.of_session(request.task.objective, dataset)
     study = read_study(machine, request.study)
     if study:
         require_unchanged(study, provenance, accept_changes=machine.accepts_changes)
-    splits = _split(dataset, request) if dataset else None
+    splits = split(dataset, request) if dataset else None
     verdicts = _checked(splits, request, observer) if splits else []
     machine.home.require_space(splits.num_bytes if splits else 0)
     session_id = uuid4().hex
@@ -85,15 +85,17 @@ def prepare(request: Request, observer: Observer) -> Prepared:
     )
 
 
-def _read_data(request: Request, observer: Observer) -> Dataset | None:
+def read_data(request: Request, observer: Observer | None = None) -> Dataset | None:
     """The task's data; None for a training loop of its own."""
     if request.task.objective.train:
         return None
-    observer.note(f"loading the data of {request.task.objective.name}")
+    if observer:
+        observer.note(f"loading the data of {request.task.objective.name}")
     return load_dataset(request.task, request.machine.data_dir)
 
 
-def _split(dataset: Dataset, request: Request) -> Splits:
+def split(dataset: Dataset, request: Request) -> Splits:
+    """The data as the study divides them. Raises UsageError where the examples do not suffice."""
     settings = request.settings
     if settings.folds:
         check_folds(dataset.train, dataset.classes, settings.folds)

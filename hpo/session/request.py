@@ -166,7 +166,7 @@ def agree(machine: Machine, task: str, options: StudyOptions) -> tuple[Task, str
     """The task, the study's name and its settings: what is given, completed by what the study has."""
     given, space = kept_by_the_study(options), options.get("space")
     found = load_task(task, space)
-    _check_options_of_loop(found.objective, options)
+    check_options_of_loop(found.objective, options)
     name = check_study_name(options.get("study") or found.objective.name)
     earlier = read_study(machine, name)
     if earlier and earlier.settings.task != found.objective.name:
@@ -184,7 +184,7 @@ def agree(machine: Machine, task: str, options: StudyOptions) -> tuple[Task, str
     return found.narrow(settings.overrides).fix(settings.fixed).judged_by(settings.metric), name, settings
 
 
-def _check_options_of_loop(objective: Objective, options: Mapping[str, object]) -> None:
+def check_options_of_loop(objective: Objective, options: Mapping[str, object]) -> None:
     """Raise UsageError where something is asked of the shared trainer, and the task has a training loop of its own."""
     if not objective.train:
         return

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
+import shlex
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hpo.errors import HpoError
+from hpo.errors import HpoError, UsageError
 from hpo.home import Home, find_storage
 from hpo.plugins import OBJECTIVES, load_task, registered
 from hpo.provenance import describe as describe_provenance
@@ -115,6 +120,51 @@ def _describe_pruned_winner(winner: Winner | None, study: Study) -> str | None:
         f"Trial {winner.trial}, the best so far, was {winner.pruned}; "
         f"it is continued when {study.num_trials} trials have run."
     )
+
+
+def trials_as_csv(facts: Mapping[str, Any]) -> str:
+    """The trials of `study_facts`: a row for each, and a column for each parameter, empty where it is inactive."""
+    trials = facts["trials"]
+    parameters = list(dict.fromkeys(name for trial in trials for name in trial["values"]))
+    costs = facts["objectives"][1:]
+    fields = ("number", "state", "stage", "value", *costs, "best_epoch", "epochs", "attempts", "duration_s", "reason")
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow([facts["metric"] if field == "value" else field for field in fields] + parameters)
+    for trial in trials:
+        known = trial | trial["costs"] | {"epochs": len(trial["curve"])}
+        active = {name: value for name, value in trial["values"].items() if name not in trial["inactive"]}
+        rows.writerow([known.get(field) for field in fields] + [active.get(name) for name in parameters])
+    return text.getvalue()
+
+
+def winner_as_yaml(facts: Mapping[str, Any]) -> str:
+    """The winner's configuration, under a comment that says whose it is."""
+    winner = _require_winner(facts)
+    lines = [f"# study {facts['study']}, trial {winner['trial']}: {winner['metric']} {winner['validation']:.4f}"]
+    return "\n".join([*lines, *(f"{name}: {_in_yaml(value)}" for name, value in winner["configuration"].items())])
+
+
+def winner_as_options(facts: Mapping[str, Any]) -> str:
+    """The winner's configuration as options for `hpo train` and `hpo search`, quoted for a shell."""
+    configuration = _require_winner(facts)["configuration"]
+    return " ".join(f"-p {shlex.quote(f'{name}={_exactly(value)}')}" for name, value in configuration.items())
+
+
+def _in_yaml(value: Any) -> str:
+    """As JSON, which YAML contains; but YAML 1.1 takes 1e-05 for a text, and 1.0e-05 for a number."""
+    text = json.dumps(value)
+    return text.replace("e", ".0e") if isinstance(value, float) and "e" in text and "." not in text else text
+
+
+def _exactly(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _require_winner(facts: Mapping[str, Any]) -> Any:
+    if facts["winner"] is None:
+        raise UsageError(f"study '{facts['study']}' has no finished trial yet; resume it with `hpo search`.")
+    return facts["winner"]
 
 
 def best_facts(name: str, home: Path | None, storage: str | None = None) -> dict[str, Any]:

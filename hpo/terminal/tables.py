@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from hpo.checks.checklist import Checklist
     from hpo.checks.verdicts import State, Verdict
-    from hpo.records import SearchOutcome
+    from hpo.records import Rerun, SearchOutcome, Training
+    from hpo.training.trainer import EpochResult
 
 
 WATCH_S = 5.0
@@ -179,6 +180,54 @@ def print_checklist(console: Console, checklist: Checklist) -> None:
 def print_submitted(console: Console, facts: dict[str, Any]) -> None:
     console.print(f"Study '{facts['study']}' is queued: {facts['missing']} of {facts['trials']} trials still to run.")
     console.print(f"On each machine: hpo worker {facts['study']} --storage ...", soft_wrap=True)
+
+
+def print_epoch(console: Console, result: EpochResult) -> None:
+    """An epoch of `hpo train` or `hpo rerun`."""
+    fold = f"fold {result.fold}, " if result.fold else ""
+    best = "" if result.best_value is None else f"   best {result.best_value:.4f}"
+    console.print(f"{fold}epoch {result.epoch:<4} {result.value:.4f}{best}", soft_wrap=True)
+
+
+def print_training(console: Console, training: Training) -> None:
+    """The last words of `hpo train`."""
+    console.print(f"Configuration  {format_configuration(training.configuration)}", soft_wrap=True)
+    if training.best_value is None:
+        console.print(f"The training diverged: no epoch had a finite {training.metric}.")
+    else:
+        diverged = f"; it diverged in epoch {max(training.curve)}" if training.diverged else ""
+        console.print(
+            f"Best           {training.metric} {training.best_value:.4f} at epoch {training.best_epoch}{diverged}"
+        )
+    console.print(f"Run            {training.run_id}, in {training.home}", soft_wrap=True)
+    if training.has_model:
+        home = "" if training.home == Home.find().path else f", home={str(training.home)!r}"
+        console.print(
+            f'Load it: model = hpo.load_run("{training.run_id}", task="{training.task}"{home})', soft_wrap=True
+        )
+
+
+def print_rerun(console: Console, found: Rerun) -> None:
+    """The last words of `hpo rerun`."""
+    again, before = (format_score(value) for value in (found.value, found.earlier_value))
+    console.print(f"Trial {found.trial} again: {found.metric} {again}; before {before}.")
+    console.print(_describe_comparison(found), soft_wrap=True)
+    if found.changes:
+        console.print(f"Changed since then: {', '.join(found.changes)}.", soft_wrap=True)
+
+
+def _describe_comparison(found: Rerun) -> str:
+    if found.is_equal:
+        return "Equal in every bit: all values of its curve are the same."
+    why = "" if found.is_same_seed else f" (seed {found.seed})"
+    differs = f"The curves differ from step {found.first_difference}{why}"
+    if found.difference is None:
+        return f"{differs}; one of them has no finite value."
+    if found.is_within_spread is None:
+        return f"{differs}; the difference is {found.difference:.4f}, without an interval: no model of before was kept."
+    verdict = "within the spread" if found.is_within_spread else "more than the spread explains"
+    interval = f"95 % interval {found.low:.4f} to {found.high:.4f}"
+    return f"{differs}; the difference is {found.difference:.4f}, {interval}: {verdict}."
 
 
 def print_cleaned(console: Console, facts: dict[str, Any]) -> None:

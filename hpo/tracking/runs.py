@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -293,10 +294,24 @@ class SummaryRun:
         with explained(self._store.uri):
             self._client.log_text(self.run_id, text, name)
 
+    def log_file(self, path: Path, folder: str) -> None:
+        """Copy a file to the run's artifacts, into `folder`."""
+        with explained(self._store.uri):
+            self._client.log_artifact(self.run_id, str(path), folder)
+
     def log_figure(self, name: str, figure: Figure) -> None:
         """Add a figure to the artifacts: `log_figure("plots/history.png", plot_history(...))`."""
         with explained(self._store.uri):
             self._client.log_figure(self.run_id, figure, name)
+
+    def log_epoch(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """One row of every curve."""
+        from mlflow.entities import Metric
+
+        now_ms = int(time.time() * 1000)
+        with explained(self._store.uri):
+            rows = [Metric(name, value, now_ms, epoch) for name, value in metrics.items()]
+            self._client.log_batch(self.run_id, metrics=rows)
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
         """Single values, such as `best/accuracy` and `test/accuracy`."""
@@ -319,15 +334,25 @@ class SummaryRun:
             self._client.set_terminated(self.run_id, RUN_STATUS[state])
 
 
-def begin_check_run(store: TrackingStore, study: str, note: str) -> SummaryRun:
-    """A new run, RUNNING until it is finished, for what a checklist finds before there is a study of that name."""
+def begin_run(
+    store: TrackingStore,
+    study: str,
+    kind: str,
+    note: str,
+    *,
+    tags: Mapping[str, str] | None = None,
+    params: Mapping[str, Any] | None = None,
+) -> SummaryRun:
+    """A new run, RUNNING until it is finished, for a check or a training: there need be no study of that name."""
     from mlflow.tracking.context.registry import resolve_tags
 
     described = {} if study in store.studies() else {"mlflow.note.content": note}  # a study has a note of its own
     experiment_id = store.open_experiment(study, {"hpo.study": study, **described})
     with explained(store.uri):
-        tags = {**resolve_tags(), "hpo.kind": "check", "hpo.study": study}
-        run = store.client.create_run(experiment_id, tags=tags, run_name="check")
+        described = {**resolve_tags(), **(tags or {}), "hpo.kind": kind, "hpo.study": study, "hpo.state": "running"}
+        run = store.client.create_run(experiment_id, tags=described, run_name=kind)
+        for name, value in (params or {}).items():
+            store.client.log_param(run.info.run_id, name, _as_text(value))
     return SummaryRun(store, run.info.run_id)
 
 

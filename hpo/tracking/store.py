@@ -128,6 +128,11 @@ class TrackingStore:
             ) from error
         return Path(path)
 
+    def tags(self, run_id: str) -> dict[str, str]:
+        """The tags of a run."""
+        with explained(self.uri):
+            return dict(self.client.get_run(run_id).data.tags)
+
     def file_sizes(self, run_id: str, folder: str) -> dict[str, int]:
         """The files in a folder of a run's artifacts, by path, and their sizes in bytes."""
         with explained(self.uri):

@@ -1,0 +1,84 @@
+"""One training outside of a search, in a worker of its own as a trial has it, and its run in MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from hpo.data.datasets import save_splits
+from hpo.errors import SearchError
+from hpo.execution.local import LocalWorkers
+from hpo.execution.messages import Assignment, Decision, EpochDone, Setup, TrialDone, TrialRaised
+from hpo.execution.pool import WorkerDied
+from hpo.training.device import visible_gpus
+from hpo.training.trained import BEST_WEIGHTS, CHECKPOINT, DESCRIPTION
+
+if TYPE_CHECKING:
+    from hpo.data.datasets import Splits
+    from hpo.execution.pool import Event
+    from hpo.tracking.runs import SummaryRun
+    from hpo.training.trainer import EpochResult
+
+_POLL_S = 1.0
+
+Report = Callable[["EpochResult"], bool]
+"""Takes each result, and says whether to go on."""
+
+
+def run_alone(assignment: Assignment, setup: Setup, splits: Splits | None, report: Report) -> TrialDone:
+    """Run one trial to its end, or until `report` says so. Raises SearchError where it fails or its worker dies."""
+    gpus = visible_gpus(assignment.config.device)
+    device = "cuda" if gpus else "cpu"  # in the worker, which sees no other GPU
+    assignment = replace(assignment, config=replace(assignment.config, device=device))
+    with _in_a_file(splits) as path:
+        pool = LocalWorkers(replace(setup, splits=path), num_workers=1, gpus=gpus)
+        with pool:
+            pool.run(assignment)
+            while True:
+                for _, event in pool.events(_POLL_S):
+                    if isinstance(event, TrialDone):
+                        return event
+                    pool.answer(assignment.number, _decide(event, report))
+
+
+@contextmanager
+def _in_a_file(splits: Splits | None) -> Iterator[Path | None]:
+    if splits is None:
+        yield None
+        return
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "splits.pt"
+        save_splits(splits, path)
+        yield path
+
+
+def _decide(event: Event, report: Report) -> Decision:
+    match event:
+        case EpochDone(result):
+            return Decision.GO_ON if report(result) else Decision.STOP
+        case TrialRaised(reason):
+            raise SearchError(f"the training failed: {reason}")
+        case WorkerDied(reason):
+            raise SearchError(f"the training did not end: {reason}")
+    raise AssertionError(event)
+
+
+@contextmanager
+def ended(run: SummaryRun) -> Iterator[None]:
+    """The run ends as what happens meanwhile does."""
+    try:
+        yield
+    except BaseException as error:
+        run.finish("failed" if isinstance(error, Exception) else "interrupted")
+        raise
+    run.finish("complete")
+
+
+def log_model(run: SummaryRun, folder: Path, *, has_weights: bool) -> None:
+    """Put what a trial has left in its folder into a run's artifacts."""
+    for name in (BEST_WEIGHTS, DESCRIPTION) if has_weights else (DESCRIPTION,):
+        run.log_file(folder / name, CHECKPOINT)

@@ -1,0 +1,212 @@
+"""`hpo rerun`: a trial of a study once more, compared with what it was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from hpo.config import derive_seed
+from hpo.deploy.load import load_from_folder, load_trial
+from hpo.errors import CheckpointError, StoreError, UsageError
+from hpo.execution.local import num_cores
+from hpo.execution.messages import Assignment, Setup
+from hpo.plugins import OBJECTIVES, require_registered
+from hpo.provenance import Provenance, sessions
+from hpo.records import ELIGIBLE, Rerun
+from hpo.search.storage import read_storage
+from hpo.search.study import Study
+from hpo.session.alone import ended, log_model, run_alone
+from hpo.session.preparation import SILENCE_S, read_data, split
+from hpo.session.request import Request, agree, agreed_tracking_uri, this_machine
+from hpo.tracking.runs import begin_run
+from hpo.tracking.store import open_store
+from hpo.training.comparison import Difference, compare_folds, compare_models
+from hpo.training.losses import target_scale
+
+if TYPE_CHECKING:
+    from hpo.data.datasets import Splits
+    from hpo.records import TrialRecord
+    from hpo.session.request import Machine
+    from hpo.tracking.store import TrackingStore
+    from hpo.training.trainer import EpochResult
+
+
+def rerun_trial(
+    study: str,
+    *,
+    trial: int,
+    seed: int | None = None,
+    tell: Callable[[EpochResult], None] = lambda result: None,
+    **machine_options: Any,
+) -> Rerun:
+    """Run a trial again, with its own seed or another one, and compare it with what it was.
+
+    The parameters are the options of `hpo rerun`. The split is that of the study whatever the seed, and the training
+    goes as far as the trial came. Nothing of the study changes. Raises UsageError where something given is wrong, and
+    SearchError where the training fails.
+    """
+    machine = this_machine(machine_options)  # type: ignore[arg-type]
+    request, opened = _request(machine, study)
+    record = _find_trial(opened, trial)
+    dataset = read_data(request)
+    splits = split(dataset, request) if dataset else None
+    store = open_store(machine.home.path, agreed_tracking_uri(machine, opened))
+    objective, settings = request.task.objective, opened.settings
+    changes = _changes(Provenance.of_session(objective, dataset), opened, trial)
+    values = settings.space.active(record.values)
+    settled = _settled(store, opened, trial)
+    config = request.task.train_config(
+        values,
+        max_epochs=settings.max_epochs,
+        seed=opened.trial_seed(trial) if seed is None else derive_seed(seed, trial),
+        device=machine.device,
+        **{name: settled[name] for name in ("precision", "compile") if name in settled and not objective.train},
+        **machine.trainer,
+    )
+    setup = Setup(
+        task_reference=request.task.reference,
+        splits=None,
+        num_threads=int(settled.get("threads", num_cores())),
+        silence_s=SILENCE_S,
+        log=machine.home.study(study).logs,
+    )
+    tags = {"hpo.trial_again": str(trial), "hpo.seed": str(settings.seed if seed is None else seed)}
+    run = begin_run(store, study, "rerun", objective.description, tags=tags, params=values)
+    last_step = max(record.curve)
+    curve: dict[int, float] = {}
+    results: list[EpochResult] = []
+
+    def report(result: EpochResult) -> bool:
+        results.append(result)
+        run.log_epoch(result.epoch, result.metrics)
+        tell(result)
+        if result.fold is None:
+            curve[result.epoch] = result.value
+        elif result.is_last and result.fold_value is not None:
+            curve[result.fold] = result.fold_value
+        return not result.diverged and max(curve, default=0) < last_step
+
+    with ended(run), TemporaryDirectory() as folder:
+        assignment = Assignment(
+            number=trial,
+            model_parameters=request.task.model_parameters(values),
+            config=config,
+            folder=Path(folder),
+            folds=settings.folds,
+        )
+        done = run_alone(assignment, setup, splits, report)
+        value = results[-1].best_value
+        if value is not None and not settings.folds:
+            run.log_metrics({f"best/{settings.metric}": value})
+            log_model(run, assignment.folder, has_weights=done.has_weights)
+        first = _first_difference(record.curve, curve)
+        interval = None
+        if first is not None and value is not None and record.value is not None:
+            interval = _interval(record, curve, splits, opened, store, assignment.folder, machine)
+    return Rerun(
+        study=study,
+        trial=trial,
+        metric=settings.metric,
+        seed=settings.seed if seed is None else seed,
+        is_same_seed=seed in (None, settings.seed),
+        value=value,
+        earlier_value=record.value,
+        first_difference=first,
+        difference=None if value is None or record.value is None else value - record.value,
+        low=interval.low if interval else None,
+        high=interval.high if interval else None,
+        changes=changes,
+        run_id=run.run_id,
+        home=machine.home.path,
+    )
+
+
+def _request(machine: Machine, name: str) -> tuple[Request, Study]:
+    """The study, and its task and settings as the study has them."""
+    opened = Study.load(read_storage(machine.home.path, machine.storage), name)
+    if machine.is_shared:  # whoever can write to the database must not choose what code runs here
+        require_registered(OBJECTIVES, opened.task_reference)
+    task, _, settings = agree(machine, opened.task_reference, {"study": name})
+    return Request(task=task, study=name, settings=settings, trials=None, proposals=(), machine=machine), opened
+
+
+def _find_trial(study: Study, number: int) -> TrialRecord:
+    trials = study.trials()
+    if not 0 <= number < len(trials):
+        raise UsageError(f"study '{study.name}' has no trial {number}; `hpo show {study.name}` lists its trials.")
+    record = trials[number]
+    if record.state not in (*ELIGIBLE, "diverged") or not record.curve:
+        raise UsageError(f"trial {number} of study '{study.name}' is {record.state}: there is nothing to compare with.")
+    return record
+
+
+def _settled(store: TrackingStore, study: Study, number: int) -> Mapping[str, str]:
+    """What the trial had settled on: precision, compile, threads; empty where its run is gone."""
+    try:
+        tags = store.tags(store.find_trial_run(study.name, number, study.id))
+    except StoreError:
+        return {}
+    names = ("precision", "compile", "threads")
+    return {name: tags[f"hpo.{name}"] for name in names if f"hpo.{name}" in tags}
+
+
+def _changes(now: Provenance, study: Study, number: int) -> list[str]:
+    """What has changed since the session that ran the trial."""
+    earlier = [session for session in sessions(study) if session.first_trial <= number]
+    if not earlier:
+        return []
+    then = earlier[-1]
+    versions = [
+        f"{name} {then.versions.get(name, 'unknown')} -> {version}"
+        for name, version in now.versions.items()
+        if then.versions.get(name) != version
+    ]
+    machine = [] if then.machine == now.machine else [f"the machine ({then.machine} -> {now.machine})"]
+    return [*now.changes_since(then), *versions, *machine]
+
+
+def _first_difference(before: Mapping[int, float], now: Mapping[int, float]) -> int | None:
+    """The first step whose values differ in any bit; two that are not finite are equal."""
+
+    def differing() -> Iterator[int]:
+        for step in sorted(before.keys() | now.keys()):
+            values = before.get(step), now.get(step)
+            if values[0] != values[1] and not all(value is not None and math.isnan(value) for value in values):
+                yield step
+
+    return next(differing(), None)
+
+
+def _interval(
+    record: TrialRecord,
+    curve: Mapping[int, float],
+    splits: Splits | None,
+    study: Study,
+    store: TrackingStore,
+    folder: Path,
+    machine: Machine,
+) -> Difference | None:
+    """The difference with its 95 % interval; None where there is nothing to take it from."""
+    if study.settings.folds:
+        common = sorted(record.curve.keys() & curve.keys())
+        if len(common) < 2:
+            return None
+        return compare_folds([curve[fold] for fold in common], [record.curve[fold] for fold in common])
+    if splits is None:
+        return None
+    try:
+        earlier = load_trial(store, study, record.number, machine.device)
+    except (CheckpointError, StoreError):  # the weights of weak trials are not kept
+        return None
+    now = load_from_folder(folder, study, record.number, machine.device)
+    return compare_models(
+        (now.model, now.config),
+        (earlier.model, earlier.config),
+        splits.validation,
+        num_classes=len(splits.spec.classes),
+        target_scale=target_scale(splits.train),
+        seed=derive_seed(study.settings.seed, "comparison"),
+    )
