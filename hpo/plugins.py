@@ -25,19 +25,22 @@ from hpo.task import Task, check_parameters, check_ranges
 OBJECTIVES = "hpo.objectives"
 SEARCH_SPACES = "hpo.search_spaces"
 
+OBJECT = "<object>"
+"""Stands for the reference of a task that is an Objective of a script or notebook: nothing finds it again."""
 
-def load_task(reference: str, space_reference: str | None = None) -> Task:
-    """The task of that name, FILE.py or module:attribute, with its own or another search space.
+
+def load_task(task: str | Objective, space_reference: str | None = None) -> Task:
+    """The task of that name, FILE.py or module:attribute, or of an Objective, with its own or another search space.
 
     Raises UnknownNameError or UsageError, in one line, for anything that cannot be found, imported or used.
     """
-    found = _load(OBJECTIVES, reference, Objective)
+    found = _Found(task, OBJECT) if isinstance(task, Objective) else _load(OBJECTIVES, task, Objective)
     objective: Objective = found.value
     space = _load(SEARCH_SPACES, space_reference, Space).value if space_reference else _own_space(objective)
-    task = Task(reference=found.reference, objective=objective, space=space)
-    check_parameters(task)
-    check_ranges(task)
-    return task
+    found_task = Task(reference=found.reference, objective=objective, space=space)
+    check_parameters(found_task)
+    check_ranges(found_task)
+    return found_task
 
 
 def load_objective(reference: str) -> Objective:
@@ -77,6 +80,11 @@ class _Found:
 
 def _load(group: str, reference: str, wanted: type) -> _Found:
     attribute = wanted.__name__.lower()
+    if reference == OBJECT:
+        raise UsageError(
+            "the task is an Objective that was made in a script or notebook, and only there: give it to hpo.run_search "
+            "or hpo.load_best(..., task=objective), or move it to a FILE.py."
+        )
     if reference.endswith(".py"):
         path = Path(reference).resolve()
         return _Found(_attribute(_import_file(path), attribute, wanted, reference), str(path))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from hpo.config import Direction
 
 
@@ -184,6 +187,8 @@ class SearchOutcome:
     """Pruned trials that may still win, after all trials have run; the next session continues them."""
     front: list[dict[str, Any]] = field(default_factory=list)
     """The Pareto front, the best metric first; empty with one objective."""
+    trials: tuple[TrialRecord, ...] = ()
+    """Every trial of the study, by number."""
 
     @property
     def all_diverged(self) -> bool:
@@ -193,7 +198,81 @@ class SearchOutcome:
     def to_dict(self) -> dict[str, Any]:
         """The outcome as JSON can hold it."""
         plain: dict[str, Any] = to_plain(asdict(self) | {"home": str(self.home)})
+        del plain["trials"]  # `hpo show --json` has them
         return plain
+
+    def trials_dataframe(self) -> pd.DataFrame:
+        """The trials as a pandas data frame: a row for each, and a column `params_NAME` for each parameter.
+
+        A parameter that is inactive in a trial is missing there.
+        """
+        import pandas as pd  # half a second, which a search can do without
+
+        rows = [
+            {
+                "number": trial.number,
+                "state": trial.state,
+                "stage": trial.stage,
+                "value": trial.value,
+                "best_epoch": trial.best_epoch,
+                "num_epochs": len(trial.curve),
+                "attempts": trial.attempts,
+                "duration_s": trial.duration_s,
+                **trial.costs,
+                "reason": trial.reason,
+                **{f"params_{name}": value for name, value in trial.values.items() if name not in trial.inactive},
+            }
+            for trial in self.trials
+        ]
+        return pd.DataFrame(rows)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the winner, its learning curve, and what to do next."""
+        return outcome_as_html(self)
+
+
+def outcome_as_html(outcome: SearchOutcome) -> str:
+    """A search's outcome for a notebook: the best configuration, its learning curve and the next steps."""
+    states = ", ".join(f"{number} {state}" for state, number in outcome.counts.items() if number)
+    head = f"<p><b>{escape(outcome.study)}</b>: {states or 'no trial yet'}</p>"
+    if outcome.winner is None:
+        return f"{head}<p>No trial has a result yet.</p>"
+    winner = outcome.winner
+    scores = {f"validation {winner.metric}": winner.validation}
+    scores |= {f"test {name}": score for name, score in (winner.test or {}).items()}
+    rows = {"best": f"trial {winner.trial}, epoch {winner.best_epoch}"}
+    rows |= {name: f"{score:.4f}" for name, score in scores.items()}
+    rows |= {
+        name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in winner.configuration.items()
+    }
+    table = "".join(f"<tr><td>{escape(name)}</td><td>{escape(text)}</td></tr>" for name, text in rows.items())
+    curves = [trial.curve for trial in outcome.trials if trial.number == winner.trial]
+    steps = [
+        "" if outcome.is_done else "call run_search again with the same arguments to resume",
+        f'hpo.load_best("{outcome.study}") loads the model',
+        f"`hpo ui {outcome.study}` shows all curves",
+        ".trials_dataframe() has the trials",
+    ]
+    curve = _curve_as_svg(curves[0], winner.metric) if curves else ""
+    return f"{head}<table>{table}</table>{curve}<p>Next: {escape('; '.join(filter(None, steps)))}.</p>"
+
+
+def _curve_as_svg(curve: Mapping[int, float], metric: str) -> str:
+    """A learning curve; steps that are not finite are left out, and so is a curve of fewer than two others."""
+    points = {step: value for step, value in sorted(curve.items()) if math.isfinite(value)}
+    if len(points) < 2:
+        return ""
+    width, height, low, high = 320, 120, min(points.values()), max(points.values())
+    first, last = min(points), max(points)
+    shown = " ".join(
+        f"{width * (step - first) / (last - first):.1f},{height - height * (value - low) / ((high - low) or 1):.1f}"
+        for step, value in points.items()
+    )
+    caption = f"{escape(metric)} by step {first} to {last}: {low:.4f} to {high:.4f}"
+    return (
+        f'<svg width="{width + 8}" height="{height + 8}" viewBox="-4 -4 {width + 8} {height + 8}">'
+        f'<polyline points="{shown}" fill="none" stroke="#0072b2" stroke-width="2"/></svg><p>{caption}</p>'
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

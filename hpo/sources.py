@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import inspect
 import io
 import sys
+import textwrap
 import tokenize
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +28,9 @@ def source_checksums(objective: Objective) -> dict[str, str]:
     included: its version is recorded instead. Comments and blank lines do not change a checksum, docstrings do.
     """
     files = {name: path for module in _own_modules(objective) for name, path in _imported_files(module).items()}
-    return {name: _checksum(path) for name, path in sorted(files.items())}
+    return {name: _checksum(path.read_text(encoding="utf-8")) for name, path in sorted(files.items())} | _typed(
+        objective
+    )
 
 
 def source_folder(objective: Objective) -> Path | None:
@@ -40,9 +45,13 @@ def changed_sources(before: dict[str, str], now: dict[str, str]) -> list[str]:
 
 def _own_modules(objective: Objective) -> list[ModuleType]:
     """The modules that define the task's functions; those of hpo and those without a file are left out."""
-    functions = (objective.load, objective.model, objective.train, objective.test)
-    modules = [sys.modules.get(_module_name(function)) for function in functions if function]
+    modules = [sys.modules.get(_module_name(function)) for function in _functions(objective)]
     return [each for each in modules if each and each.__name__.partition(".")[0] != "hpo" and hasattr(each, "__file__")]
+
+
+def _functions(objective: Objective) -> list[Any]:
+    functions = (objective.load, objective.model, objective.train, objective.test)
+    return [function for function in functions if function]
 
 
 def _module_name(function: Any) -> str:
@@ -51,8 +60,21 @@ def _module_name(function: Any) -> str:
     return str(getattr(function, "__module__", ""))
 
 
-def _checksum(path: Path) -> str:
-    return hashlib.sha256(_without_comments(path.read_text(encoding="utf-8")).encode()).hexdigest()
+def _typed(objective: Objective) -> dict[str, str]:
+    """The same of functions that were typed into a notebook, `train()` for one, but not of what they call."""
+    found = {}
+    for function in _functions(objective):
+        if _module_name(function) != "__main__" or hasattr(sys.modules["__main__"], "__file__"):
+            continue
+        with suppress(OSError, TypeError):  # an interpreter without a notebook does not keep what was typed
+            found[f"{getattr(function, '__name__', 'function')}()"] = _checksum(
+                textwrap.dedent(inspect.getsource(function))
+            )
+    return found
+
+
+def _checksum(source: str) -> str:
+    return hashlib.sha256(_without_comments(source).encode()).hexdigest()
 
 
 def _imported_files(module: ModuleType) -> dict[str, Path]:

@@ -26,6 +26,12 @@ class Setup:
     task_reference: str
     """What finds the task's code."""
 
+    objective: bytes | None = None
+    """The task itself where nothing finds its code, by cloudpickle: it travels to our own workers only."""
+
+    import_path: tuple[str, ...] = ()
+    """Where what such a task imports is found."""
+
     splits: Path | None
     """File with the training and the validation split, which the worker maps into memory; None for a task with a
     training loop of its own."""

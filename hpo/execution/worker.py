@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import queue
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
+import cloudpickle
 import torch
 from torch import nn
 
@@ -24,7 +26,7 @@ from hpo.config import TrainConfig, derive_seed
 from hpo.data.batches import place
 from hpo.data.datasets import Splits, all_examples, folds, load_splits
 from hpo.data.examples import DataSpec
-from hpo.errors import DeviceMemoryError, HpoError, SearchError
+from hpo.errors import DeviceMemoryError, HpoError, SearchError, UsageError, in_one_line
 from hpo.execution.messages import (
     Alive,
     Assignment,
@@ -71,7 +73,7 @@ def serve(connection: Connection, setup: Setup) -> None:
     try:
         if setup.gpu_share < 1:
             limit_memory(setup.gpu_share)
-        objective = load_objective(setup.task_reference)
+        objective = _load_task(setup)
         data = TrialData(load_splits(setup.splits)) if setup.splits else None
     except (HpoError, OSError) as error:
         line.say(WorkerUnfit(str(error)))
@@ -87,6 +89,18 @@ def serve(connection: Connection, setup: Setup) -> None:
             line.say(TrialRaised(f"{type(error).__name__}: {error}", traceback.format_exc()))
             return
         line.say(done)
+
+
+def _load_task(setup: Setup) -> Objective:
+    """The task, by its reference or out of its pickle. Raises UsageError where either cannot be imported."""
+    if setup.objective is None:
+        return load_objective(setup.task_reference)
+    sys.path.extend(folder for folder in setup.import_path if folder not in sys.path)
+    try:
+        objective: Objective = cloudpickle.loads(setup.objective)
+    except Exception as error:  # it imports what a stranger's code needs
+        raise UsageError(f"the task cannot be read from its pickle: {in_one_line(error)}") from error
+    return objective
 
 
 def _with_threads(result: EpochResult) -> EpochResult:

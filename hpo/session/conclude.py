@@ -96,7 +96,7 @@ def tested_winner(prepared: Prepared, opened: Opened) -> Winner | None:
     device = prepared.request.machine.device
     winner = find_winner(study)
     if winner is not None and winner.comparison is None:
-        compared = compare_with_default(study, store, prepared.splits, winner.trial, device, task.reference)
+        compared = compare_with_default(study, store, prepared.splits, winner.trial, device, task.objective)
         if compared:
             _record(study, COMPARISONS, winner.trial, asdict(compared))
     if winner is None or winner.test is not None or not task.has_test:
@@ -114,7 +114,7 @@ def _test_scores(winner: Winner, test: SealedSplit, prepared: Prepared, opened: 
     study, request = opened.study, prepared.request
     if study.settings.folds:
         _refit(winner, prepared, opened)
-    trained = load_trial(opened.store, study, winner.trial, request.machine.device, request.task.reference)
+    trained = load_trial(opened.store, study, winner.trial, request.machine.device, request.task.objective)
     examples, classes = _read_test_split(test), trained.model.classes
     if classes:
         scores, counts = evaluate_classes(trained.model, examples, trained.config, len(classes))
@@ -147,7 +147,7 @@ def _scores_of_own_test(objective: Objective, trained: TrainedTrial) -> dict[str
 
 
 def compare_with_default(
-    study: Study, store: TrackingStore, splits: Splits | None, winner: int, device: str, task: str
+    study: Study, store: TrackingStore, splits: Splits | None, winner: int, device: str, task: Objective
 ) -> Comparison | None:
     """What a winner gains over the default configuration; None where the study has no trial of that.
 
@@ -197,7 +197,7 @@ def _difference_in_folds(winner: TrialRecord, default: TrialRecord) -> Differenc
 
 
 def _difference_on(
-    splits: Splits, study: Study, store: TrackingStore, trials: tuple[int, int], device: str, task: str
+    splits: Splits, study: Study, store: TrackingStore, trials: tuple[int, int], device: str, task: Objective
 ) -> Difference | None:
     """None where the weights of one are gone, as the default's are in studies of before hpo 0.2."""
     try:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
+
+import cloudpickle
 
 from hpo.checks.checklist import quick_part
 from hpo.checks.compatibility import check_task
 from hpo.checks.verdicts import Subject, in_few_lines
 from hpo.data.datasets import VALIDATION_FRACTION, all_examples, check_folds, split_dataset
+from hpo.errors import UsageError, in_one_line
 from hpo.execution.executors import start_workers
 from hpo.execution.local import warm_up
 from hpo.execution.messages import Setup
+from hpo.plugins import OBJECT
 from hpo.provenance import Provenance, require_unchanged
 from hpo.session.request import agreed_tracking_uri, read_study
 from hpo.task import load_dataset
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
     from hpo.execution.observer import Observer
     from hpo.execution.pool import WorkerPool
     from hpo.session.request import Request
+    from hpo.task import Task
 
 SILENCE_S = 30.0
 """Seconds of silence after which a worker, or a whole session, counts as dead."""
@@ -67,7 +73,7 @@ def prepare(request: Request, observer: Observer) -> Prepared:
     machine.home.require_space(splits.num_bytes if splits else 0)
     session_id = uuid4().hex
     setup = Setup(
-        task_reference=request.task.reference,
+        **task_code(request.task),
         splits=files.splits(session_id) if splits else None,
         num_threads=1,
         silence_s=SILENCE_S,
@@ -113,3 +119,20 @@ def _checked(splits: Splits, request: Request, observer: Observer) -> Sequence[V
     for line in in_few_lines(verdicts, request.task.reference):
         observer.found(line)
     return verdicts
+
+
+def task_code(task: Task) -> dict[str, Any]:
+    """How a worker finds the task's code, as fields of Setup: by its reference, or as a pickle of the object itself.
+
+    Raises UsageError where the object cannot be pickled: an open file or a database in one of its functions.
+    """
+    if task.reference != OBJECT:
+        return {"task_reference": task.reference}
+    try:
+        pickled = cloudpickle.dumps(task.objective)
+    except Exception as error:  # whatever is in it may raise anything
+        raise UsageError(
+            f"task '{task.objective.name}' cannot be sent to the workers: {in_one_line(error)}; make such objects "
+            "inside its functions, or move it to a FILE.py."
+        ) from error
+    return {"task_reference": OBJECT, "objective": pickled, "import_path": tuple(sys.path)}

@@ -84,7 +84,7 @@ class Request:
     machine: Machine
 
 
-def read_request(task: str, options: SearchOptions) -> Request:
+def read_request(task: str | Objective, options: SearchOptions) -> Request:
     """What the options of a search ask for. Raises UsageError where they make no sense; nothing is written."""
     options = checked(options)
     machine = this_machine(options)
@@ -162,7 +162,7 @@ def read_study(machine: Machine, name: str) -> Study | None:
     return Study.load(storage, name) if read_settings(storage, name) else None
 
 
-def agree(machine: Machine, task: str, options: StudyOptions) -> tuple[Task, str, StudySettings]:
+def agree(machine: Machine, task: str | Objective, options: StudyOptions) -> tuple[Task, str, StudySettings]:
     """The task, the study's name and its settings: what is given, completed by what the study has."""
     given, space = kept_by_the_study(options), options.get("space")
     found = load_task(task, space)

@@ -19,7 +19,7 @@ from hpo.records import ELIGIBLE, Rerun
 from hpo.search.storage import read_storage
 from hpo.search.study import Study
 from hpo.session.alone import ended, log_model, run_alone
-from hpo.session.preparation import SILENCE_S, read_data, split
+from hpo.session.preparation import SILENCE_S, read_data, split, task_code
 from hpo.session.request import Request, agree, agreed_tracking_uri, this_machine
 from hpo.tracking.runs import begin_run
 from hpo.tracking.store import open_store
@@ -67,7 +67,7 @@ def rerun_trial(
         **machine.trainer,
     )
     setup = Setup(
-        task_reference=request.task.reference,
+        **task_code(request.task),
         splits=None,
         num_threads=int(settled.get("threads", num_cores())),
         silence_s=SILENCE_S,

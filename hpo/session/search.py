@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Unpack
 
 from hpo.checks.checklist import log_verdicts
@@ -22,8 +22,10 @@ from hpo.session.opening import enqueue, open_search
 from hpo.session.options import SearchOptions, checked
 from hpo.session.preparation import prepare
 from hpo.session.request import agreed_tracking_uri, read_request, this_machine
+from hpo.terminal.notebook import notebook_progress
 
 if TYPE_CHECKING:
+    from hpo.objective import Objective
     from hpo.records import Winner
     from hpo.session.opening import Opened
     from hpo.session.options import SubmitOptions, WorkerOptions
@@ -37,14 +39,20 @@ RENEWAL_S = 120.0
 _logger = logging.getLogger(__name__)
 
 
-def run_search(task: str, *, observer: Observer | None = None, **options: Unpack[SearchOptions]) -> SearchOutcome:
+def run_search(
+    task: str | Objective, *, observer: Observer | None = None, **options: Unpack[SearchOptions]
+) -> SearchOutcome:
     """Search a task's hyperparameters. The keywords are the options of `hpo search`; `timeout` is in seconds.
 
-    `task` is the name of a registered task, a FILE.py, or module:attribute. If a study of that name exists, the search
+    `task` is the name of a registered task, a FILE.py, module:attribute, or an `Objective` made in a script or
+    notebook, which is sent to this session's own workers by cloudpickle. If a study of that name exists, the search
     resumes it: omitted options (None) keep the study's values, and those that are given must agree with it. Raises
     UsageError for wrong options, before anything is written, and SearchError if trials keep failing.
+
+    `observer` hears of everything that happens. Without one, progress is drawn in a notebook, and nothing elsewhere.
     """
-    return _search(read_request(task, options), observer or Observer())
+    with notebook_progress() if observer is None else nullcontext(observer) as chosen:
+        return _search(read_request(task, options), chosen)
 
 
 def submit_study(task: str, **options: Unpack[SubmitOptions]) -> Study:
@@ -152,4 +160,5 @@ def _outcome(request: Request, opened: Opened, winner: Winner | None) -> SearchO
         winner=winner,
         to_continue=tuple(trial.number for trial in study.finalists()) if not study.remaining(study.num_trials) else (),
         front=front_rows(study),
+        trials=tuple(study.trials()),
     )

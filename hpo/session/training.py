@@ -18,7 +18,7 @@ from hpo.plugins import load_task
 from hpo.provenance import Provenance
 from hpo.records import Training
 from hpo.session.alone import ended, log_model, run_alone
-from hpo.session.preparation import SILENCE_S
+from hpo.session.preparation import SILENCE_S, task_code
 from hpo.session.request import check_options_of_loop, this_machine
 from hpo.task import load_dataset
 from hpo.tracking.runs import begin_run
@@ -69,7 +69,7 @@ def train_once(
     tags = {**provenance.tags(), "hpo.task": name, "hpo.seed": str(seed)}
     run = begin_run(store, name, "training", found.objective.description, tags=tags, params=configuration)
     setup = Setup(
-        task_reference=found.reference,
+        **task_code(found),
         splits=None,
         num_threads=num_cores(),
         silence_s=SILENCE_S,

@@ -13,7 +13,7 @@ from typing import Any
 
 from hpo.errors import HpoError, UsageError
 from hpo.home import Home, find_storage
-from hpo.plugins import OBJECTIVES, load_task, registered
+from hpo.plugins import OBJECT, OBJECTIVES, load_task, registered
 from hpo.provenance import describe as describe_provenance
 from hpo.provenance import sessions
 from hpo.records import Winner, ranked, to_plain
@@ -176,5 +176,6 @@ def best_facts(name: str, home: Path | None, storage: str | None = None) -> dict
         "home": str(Home.find(home).path),
         "winner": winner and to_plain(asdict(winner)),
         "made_with": describe_provenance(study),
+        "is_object": study.task_reference == OBJECT,
     }
     return facts | ({"front": to_plain(front_rows(study))} if study.settings.costs else {})

@@ -266,11 +266,12 @@ def print_best(console: Console, facts: dict[str, Any]) -> None:
     _print_winner(console, Winner(**facts["winner"]))
     for line in facts["made_with"]:
         console.print(line, soft_wrap=True)
-    home = "" if facts["home"] == str(Home.find().path) else f", home={facts['home']!r}"
-    console.print(f'Load it: model = hpo.load_best("{facts["study"]}"{home})', soft_wrap=True)
+    rest = "" if facts["home"] == str(Home.find().path) else f", home={facts['home']!r}"
+    rest += ", task=objective" if facts["is_object"] else ""
+    console.print(f'Load it: model = hpo.load_best("{facts["study"]}"{rest})', soft_wrap=True)
     if facts.get("front"):
         _print_front(console, facts["front"])
-        console.print(f'Load another: model = hpo.load_best("{facts["study"]}", trial=N{home})', soft_wrap=True)
+        console.print(f'Load another: model = hpo.load_best("{facts["study"]}", trial=N{rest})', soft_wrap=True)
 
 
 def _print_front(console: Console, rows: list[dict[str, Any]]) -> None:
