@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
+from hpo.session import conclude
 from hpo.tracking.store import open_store
 
 pytest.register_assert_rewrite("helpers")  # before any of them is imported
 
+from helpers.homes import copy_database  # noqa: E402
 from helpers.postgres import Postgres, running_postgres  # noqa: E402
 
 pytest_plugins = ["helpers.studies", "helpers.tracking", "helpers.searches", "helpers.moody"]
@@ -54,10 +54,17 @@ def home(tmp_path: Path, mlflow_template: Path, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.delenv(name, raising=False)
     home = tmp_path / "home"
     home.mkdir()
-    # A backup, not a copy of the file: what lies in the write-ahead log comes along.
-    with closing(sqlite3.connect(mlflow_template)) as source, closing(sqlite3.connect(home / "mlflow.db")) as target:
-        source.backup(target)
+    copy_database(mlflow_template, home / "mlflow.db")
     return home
+
+
+@pytest.fixture(autouse=True)
+def _figures_are_drawn_where_they_are_looked_at(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawing them takes half of the time of a short search."""
+    if not request.node.get_closest_marker("figures"):
+        monkeypatch.setattr(conclude, "draw_figures", lambda *_: {})
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections import Counter
@@ -40,7 +41,7 @@ def test_a_plain_script_killed_with_minus_9_leaves_no_process_and_loses_no_trial
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(options=options))
     searches.hold(3)
-    process = searches.start_python(script, searches.task, searches.home)
+    process = searches.start_script(script, searches.task, searches.home)
     wait_until(lambda: len(searches.footprints(3)) == searches.num_saved(2) == 2 or process.poll() is not None)
     family = descendants(process.pid)
     workers = {footprint.pid for footprint in searches.footprints(3)}
@@ -53,11 +54,18 @@ def test_a_plain_script_killed_with_minus_9_leaves_no_process_and_loses_no_trial
     for log in searches.home.glob("logs/moody/worker-*.log"):
         assert log.read_text().endswith("the last words\n")
 
+    spooled = {path: path.read_text() for path in searches.home.glob("spool/moody/*/trial-*.jsonl")}
     searches.release()
     searches.run("prints", trials=4, epochs=5, workers=2)
     assert sorted(trial.attempts for trial in searches.trials()) == [1, 1, 2, 2]
     resumed = Counter(footprint.epoch for footprint in searches.footprints())
     assert resumed == {1: 4, 2: 4, 3: 6, 4: 4, 5: 4}, "nothing but the epoch under way is trained again"
+    assert len(spooled) == 2
+    for path, lines in spooled.items():
+        events = [json.loads(line) for line in lines.splitlines()]
+        logged = {event["epoch"]: event["time_ms"] for event in events if "epoch" in event}
+        assert logged.keys() == {1, 2}
+        assert logged.items() <= searches.logged_at(int(path.stem.removeprefix("trial-"))).items(), "nor logged again"
     searches.assert_all_is_there(num_trials=4, num_epochs=5)
 
 
@@ -96,13 +104,15 @@ def test_ctrl_c_in_a_terminal_reaches_everyone_and_twice_ends_all_within_5_s(sea
     searches.assert_nothing_runs()
 
 
-def test_sigterm_to_everyone_keeps_the_trials(searches: Searches) -> None:
-    """As when a service is stopped, or a batch job's time is up."""
+def test_sigterm_to_everyone_keeps_the_trials_and_another_search_is_refused_until_then(searches: Searches) -> None:
+    """As when a service is stopped, or a batch job's time is up. Until then nobody else searches the study."""
     searches.hold(2)
     process = searches.start("--trials", "4", "--workers", "2")
     wait_until(lambda: len(searches.footprints(2)) == 2 or process.poll() is not None)
     family = descendants(process.pid)
     assert {footprint.pid for footprint in searches.footprints(2)} < family, process.communicate()
+    with pytest.raises(UsageError, match=r"study 'moody' is being searched by another process.*--study"):
+        searches.run(trials=4)
     os.killpg(process.pid, signal.SIGTERM)
     assert process.stdout is not None
     while process.stdout.readline() != f"{STOPPING}\n":
@@ -111,6 +121,7 @@ def test_sigterm_to_everyone_keeps_the_trials(searches: Searches) -> None:
     out, err = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, err) == (130, "")
     assert "Interrupted" in out
+    assert "Run the same command again to resume" in out
     wait_until_gone(family)
     assert [sorted(trial.curve) for trial in searches.trials()] == [[1, 2]] * 2
     assert [run.info.status for run in searches.runs() + searches.runs("study")] == ["KILLED"] * 3
@@ -127,13 +138,3 @@ def test_ctrl_c_while_the_search_begins_is_one_line(searches: Searches) -> None:
     _, err = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, err.strip()) == (130, "Error: interrupted; run the same command again to resume")
     wait_until_gone(family)
-
-
-def test_a_study_is_searched_once_at_a_time(searches: Searches) -> None:
-    searches.hold(1)
-    search = searches.begin(trials=1)
-    searches.reached(1, 1, search)
-    with pytest.raises(UsageError, match=r"study 'moody' is being searched by another process.*--study"):
-        searches.run(trials=2)
-    searches.release()
-    assert search.result().counts["complete"] == 1

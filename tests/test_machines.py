@@ -30,6 +30,7 @@ from helpers.machines import (
     wait_until,
 )
 from helpers.postgres import PASSWORD, Postgres, running_postgres
+from helpers.warm import WarmPopen
 
 import hpo
 
@@ -129,10 +130,10 @@ def test_each_machine_has_an_address_and_a_host_name_of_its_own(servers: Servers
     code = "import os, psycopg, socket; connection = psycopg.connect(os.environ['HPO_STORAGE'].replace('+psycopg', ''))"
     code += "; print(socket.gethostname(), connection.execute('SELECT inet_client_addr()').fetchone()[0])"
     command = [sys.executable, "-c", code]
-    answers = [
-        subprocess.run([*machine.prefix, *command], env=servers.environment, text=True, capture_output=True).stdout
-        for machine in servers.network.machines.values()
-    ]
+    answers = []
+    for machine in servers.network.machines.values():
+        with machine.start(command, env=servers.environment, text=True, stdout=subprocess.PIPE) as process:
+            answers.append(process.communicate()[0])
     subnet = servers.network.address.rpartition(".")[0]
     assert [answer.split() for answer in answers] == [
         ["anna", f"{subnet}.2"],
@@ -328,7 +329,7 @@ def test_studies_tell_the_living_from_the_dead(team: Team) -> None:
     team.submit(trials=2)
     assert team.now() == "stopped"
     command = [sys.executable, "-c", PRESENCE, team.servers.storage, team.study_name]
-    with subprocess.Popen(command, env=team.servers.environment, stdin=subprocess.PIPE) as process:
+    with WarmPopen(command, env=team.servers.environment, stdin=subprocess.PIPE) as process:
         wait_until(lambda: team.now() == f"searched by {socket.gethostname()}:{process.pid}")
         process.kill()
         wait_until(lambda: team.now() == "stopped")

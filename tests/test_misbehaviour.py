@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from helpers.homes import copy_database
 from helpers.searches import Searches
 
 from hpo.records import TrialRecord
@@ -30,8 +29,7 @@ def unruly(tmp_path_factory: pytest.TempPathFactory, mlflow_template: Path) -> I
     folder = tmp_path_factory.mktemp("unruly")
     home = folder / "home"
     home.mkdir()
-    with closing(sqlite3.connect(mlflow_template)) as source, closing(sqlite3.connect(home / "mlflow.db")) as target:
-        source.backup(target)
+    copy_database(mlflow_template, home / "mlflow.db")
     searches = Searches(folder, home)
     moods = ["calm", "nan", "prints", *MISBEHAVIOURS]
     overrides = ("lr=0.1", "width=16", f"mood={','.join(moods)}")
@@ -83,6 +81,9 @@ def test_a_loss_that_is_not_a_number_ends_its_trial_as_diverged(unruly: Searches
     trial = the_trial(unruly, "nan")
     assert (trial.state, trial.attempts, trial.value) == ("diverged", 1, None)
     assert trial.reason == "the loss was not finite in epoch 1"
+    run = unruly.runs()[trial.number]
+    assert (run.info.status, run.data.tags["hpo.state"]) == ("FINISHED", "diverged")
+    assert run.data.tags["hpo.reason"] == trial.reason
 
 
 def test_a_worker_takes_one_trial_after_the_other_and_a_fresh_one_follows_an_error(unruly: Searches) -> None:

@@ -198,6 +198,7 @@ def test_the_first_objective_names_the_metric_where_none_was_given(home: Path) -
 # --- a search ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.figures
 def test_a_search_gives_a_front_whose_models_can_all_be_loaded(home: Path) -> None:
     options: dict[str, Any] = {"home": home, "epochs": 1, "workers": 1, "keep": 1, "strategy": "random"}
     outcome = run_search("digits", trials=6, objectives=("val/accuracy", "params", "latency"), **options)

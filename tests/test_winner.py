@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import warm
 from helpers.moody import runs, study, values
 
 import hpo
-from hpo.errors import CheckpointError, SearchError, StudyMismatchError, UsageError
+from hpo.errors import CheckpointError, StudyMismatchError, UsageError
 from hpo.plugins import load_objective
 from hpo.records import SearchOutcome
 from hpo.session.search import run_search
@@ -136,13 +136,6 @@ def test_a_damaged_checkpoint_of_the_winner_is_refused(search: Callable[..., Sea
         hpo.load_best("moody", home=home)
 
 
-def test_loading_from_a_study_without_a_result_says_so(search: Callable[..., SearchOutcome], home: Path) -> None:
-    with pytest.raises(SearchError):
-        search(overrides=("mood=raises",))
-    with pytest.raises(UsageError, match="study 'moody' has no finished trial yet"):
-        hpo.load_best("moody", home=home)
-
-
 def test_the_description_beside_the_weights_holds_all_that_was_set(
     search: Callable[..., SearchOutcome], home: Path
 ) -> None:
@@ -164,7 +157,7 @@ def test_a_home_that_was_moved_loads_and_continues_in_its_new_place(
     moved = home.rename(home.with_name("moved"))
     assert hpo.load_best("moody", home=moved).classes
     command = [sys.executable, "-m", "hpo", "search", task, "--home", str(moved), "--trials", "2", "--workers", "1"]
-    subprocess.run(command, check=True, capture_output=True, timeout=240)
+    warm.run(command).check_returncode()
     assert not home.exists(), f"nothing is written to the old place: {sorted(home.rglob('*'))}"
     store = open_store(moved)
     for number in (0, 1):

@@ -40,6 +40,8 @@ from hpo.training.trainer import evaluate, evaluate_classes
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from matplotlib.figure import Figure
+
     from hpo.data.datasets import Splits
     from hpo.data.examples import SealedSplit, Split
     from hpo.execution.observer import Observer
@@ -255,25 +257,13 @@ def _read_test_split(test: SealedSplit) -> Split:
 
 def write_summary(study: Study, summary: SummaryRun, winner: Winner | None) -> None:
     """Put what the study found into its summary run: settings, space, plots, what it learned and the winner."""
-    settings, trials = study.settings, study.trials()
-    metric, direction = settings.metric, settings.direction
+    settings = study.settings
     summary.log_dict(settings.to_dict(), "settings.json")
     rated = importances(study)
-    figures = {
-        "history": plot_history(trials, metric=metric, direction=direction),
-        "learning_curves": plot_curves(trials, metric=metric, direction=direction, has_folds=bool(settings.folds)),
-        "slices": plot_slices(trials, settings.space, metric=metric, direction=direction),
-    }
-    if any((drawn := _drawn(rated)).values()):
-        figures["importances"] = plot_importances(drawn, note=rated.note)
-    if front := front_rows(study):
-        figures["pareto_front"] = plot_front(
-            trials, [row["trial"] for row in front], metric=metric, direction=direction, costs=settings.costs
-        )
+    front = front_rows(study)
+    if front:
         summary.log_dict({"front": front}, "front.json")
-    if winner and winner.confusion:
-        figures["confusion_matrix"] = plot_confusion(winner.confusion["classes"], winner.confusion["counts"])
-    for name, figure in figures.items():
+    for name, figure in draw_figures(study, rated, front, winner).items():
         summary.log_figure(f"plots/{name}.png", figure)
     learned = _what_was_learned(findings(study), rated)
     summary.log_text(learned, "findings.md")
@@ -285,6 +275,28 @@ def write_summary(study: Study, summary: SummaryRun, winner: Winner | None) -> N
     summary.log_metrics({f"best/{settings.metric}": winner.validation})
     summary.log_metrics({f"test/{name}": score for name, score in (winner.test or {}).items()})
     summary.set_note(f"{_in_words(study, winner)}\n\n{learned}")
+
+
+def draw_figures(
+    study: Study, rated: Importances, front: Sequence[Mapping[str, Any]], winner: Winner | None
+) -> dict[str, Figure]:
+    """What there is to see of a study, by the name of its file."""
+    settings, trials = study.settings, study.trials()
+    metric, direction = settings.metric, settings.direction
+    figures = {
+        "history": plot_history(trials, metric=metric, direction=direction),
+        "learning_curves": plot_curves(trials, metric=metric, direction=direction, has_folds=bool(settings.folds)),
+        "slices": plot_slices(trials, settings.space, metric=metric, direction=direction),
+    }
+    if any((drawn := _drawn(rated)).values()):
+        figures["importances"] = plot_importances(drawn, note=rated.note)
+    if front:
+        figures["pareto_front"] = plot_front(
+            trials, [row["trial"] for row in front], metric=metric, direction=direction, costs=settings.costs
+        )
+    if winner and winner.confusion:
+        figures["confusion_matrix"] = plot_confusion(winner.confusion["classes"], winner.confusion["counts"])
+    return figures
 
 
 def _in_words(study: Study, winner: Winner) -> str:

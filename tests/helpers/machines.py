@@ -31,6 +31,7 @@ import yaml
 from optuna.storages import BaseStorage
 
 from helpers.postgres import Postgres
+from helpers.warm import WarmPopen
 from hpo.cli import main
 from hpo.records import TrialRecord
 from hpo.search.lease import living_sessions
@@ -118,12 +119,15 @@ class Machine:
     """Where a process can be started, with an address and a host name of its own where that is possible."""
 
     name: str
-    prefix: tuple[str, ...] = ()
-    """Words before a command that run it there."""
+    namespace: str | None = None
+    """A network namespace, in which a process that is started there runs."""
 
     @property
     def hostname(self) -> str:
-        return self.name if self.prefix else socket.gethostname()
+        return self.name if self.namespace else socket.gethostname()
+
+    def start(self, command: Sequence[object], **options: Any) -> WarmPopen:
+        return WarmPopen(command, machine=(self.namespace, self.name) if self.namespace else None, **options)
 
 
 @dataclass(frozen=True)
@@ -159,8 +163,7 @@ def machines_and_servers(*names: str) -> Iterator[Network]:
                 _ip(f"-n {namespace} address add {subnet}.{number}/24 dev eth0")
                 for own in ("eth0", "lo"):
                     _ip(f"-n {namespace} link set {own} up")
-                named = ("unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', name)
-                machines[name] = Machine(name, ("ip", "netns", "exec", namespace, *named))
+                machines[name] = Machine(name, namespace)
         except (OSError, subprocess.CalledProcessError) as error:
             network = Network("127.0.0.1", {name: Machine(name) for name in names}, str(error))
         else:
@@ -264,8 +267,8 @@ class Process:
         self.machine = machine
         self._log = log
         with log.open("wb") as file:
-            self._process = subprocess.Popen(
-                [*machine.prefix, *map(str, command)],
+            self._process = machine.start(
+                command,
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=file,

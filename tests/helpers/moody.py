@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from helpers.homes import copy_home
 from hpo.records import SearchOutcome
 from hpo.search.storage import open_storage
 from hpo.search.study import Study
@@ -96,22 +93,28 @@ def search(task: str, home: Path) -> Callable[..., SearchOutcome]:
     return run
 
 
+@pytest.fixture(scope="session")
+def finished_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the task and a home in which it was searched: one trial is complete."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "moody.py").write_text(TASK)
+    run_search(str(folder / "moody.py"), home=folder / "home", **{**ALONE, "trials": 1}, overrides=("mood=calm",))
+    return folder
+
+
 @pytest.fixture
-def start(task: str, home: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """A search in a process of its own; none outlives the test."""
-    processes = []
+def finished(finished_study: Path, home: Path) -> Callable[..., SearchOutcome]:
+    """As `search`, in a home that is a copy of a finished search's.
 
-    def run(*arguments: str) -> subprocess.Popen[str]:
-        options = ["--home", str(home), "--pruner", "none", "--workers", "1", *arguments]
-        command = [sys.executable, "-m", "hpo", "search", task, *options]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        processes.append(subprocess.Popen(command, text=True, env={**os.environ, "COLUMNS": "200"}, **pipes))
-        return processes[-1]
+    Only for what reads no artifacts: in one process MLflow takes those of the original.
+    """
+    copy_home(finished_study / "home", home)
 
-    yield run
-    for process in processes:
-        process.kill()
-        process.communicate()
+    def run(**options: Any) -> SearchOutcome:
+        task = str(finished_study / "moody.py")
+        return run_search(task, home=home, **{**ALONE, "overrides": ("mood=calm",), **options})
+
+    return run
 
 
 def study(home: Path, name: str = "moody") -> Study:
@@ -131,14 +134,6 @@ def runs(home: Path, filter_string: str = "tags.`hpo.kind` = 'trial'", name: str
 def assert_nothing_is_left_running(home: Path) -> None:
     assert study(home).counts()["running"] == 0
     assert runs(home, "attributes.status = 'RUNNING'") == []
-
-
-def wait_for_checkpoint(home: Path, epoch: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not list(home.glob(f"checkpoints/moody/trial-*/epoch-{epoch:04d}.*.pt")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def curve(home: Path, run: Run, key: str = "val/accuracy") -> list[int]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from helpers.warm import WarmPopen
 from hpo.execution.observer import Observer
 from hpo.records import SearchOutcome, TrialRecord
 from hpo.search.storage import open_storage
@@ -200,11 +201,15 @@ class Searches:
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """One search as a process that leads a group of its own, as in a terminal."""
         options = ["--home", self.home, "-p", "mood=calm", "--strategy", "random", "--pruner", "none", *arguments]
-        return self.start_python("-m", "hpo", "search", self.task, *options)
+        return self._begin(WarmPopen, "-m", "hpo", "search", self.task, *options)
 
-    def start_python(self, *arguments: object) -> subprocess.Popen[str]:
+    def start_script(self, *arguments: object) -> subprocess.Popen[str]:
+        """A script of a user, which is really started anew."""
+        return self._begin(subprocess.Popen, *arguments)
+
+    def _begin(self, popen: type[subprocess.Popen[str]], *arguments: object) -> subprocess.Popen[str]:
         self._processes.append(
-            subprocess.Popen(
+            popen(
                 [sys.executable, *map(str, arguments)],
                 text=True,
                 stdout=subprocess.PIPE,
@@ -264,6 +269,11 @@ class Searches:
     def recorded_epochs(self, run: Run) -> list[int]:
         history = open_store(self.home).client.get_metric_history(run.info.run_id, "val/accuracy")
         return [metric.step for metric in history]
+
+    def logged_at(self, trial: int) -> dict[int, int]:
+        """When each epoch of a trial was logged, in ms since 1970."""
+        history = open_store(self.home).client.get_metric_history(self.runs()[trial].info.run_id, "val/accuracy")
+        return {metric.step: metric.timestamp for metric in history}
 
     def assert_all_is_there(self, num_trials: int, num_epochs: int) -> None:
         """Each trial ran to its end once, all its epochs are in both stores, and nothing else is."""
