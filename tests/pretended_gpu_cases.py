@@ -55,7 +55,7 @@ BETWEEN_STEPS = {
     ("copy from pageable memory", "training/trainer.py:restore_best_weights"): "the best weights, from the checkpoint",
     ("copy from pageable memory", "training/trainer.py:resume"): "a resumed training",
     ("copy to the host", "data/batches.py:_balanced_chances"): "the classes, to draw them alike",
-    ("copy to the host", "training/checkpoint.py:<dictcomp>"): "the weights of the trial",
+    ("copy to the host", "training/checkpoint.py:_on_device"): "the weights of the trial",
     ("copy to the host", "training/optimizers.py:load_optimizer_state"): "a resumed training",
     (
         "item",

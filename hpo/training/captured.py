@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hpo.training.compiled import Formulas
+from hpo.training.compiled import FormulaStep
 from hpo.training.device import free_memory
 from hpo.training.step import StepResult, TrainingStep
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from hpo.training.averaging import AveragedWeights
     from hpo.training.schedules import Point
 
 _logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ WARM_UP_STEPS = 2
 neither of which is allowed in a capture. With the first step of a training that makes three."""
 
 RACE_STEPS = 20
-"""Captured steps that are timed, and then as many eager ones."""
+"""Captured steps that are timed, and then as many eager ones, in an epoch that is long enough for them."""
 
 TOLERANCE = 0.02
 """Difference between a captured and an eager step on the same batch, relative to what the step changes."""
@@ -59,38 +60,49 @@ def wants_graph(compile_mode: str, model: nn.Module) -> bool:
     return compile_mode == "graph"
 
 
-class CapturedStep:
-    """Takes over from a TrainingStep that has made at least one step, and continues with the same optimizer state.
+class CapturedStep(FormulaStep):
+    """A step as a CUDA graph.
 
-    It makes its batches itself, because gathering and augmenting them belongs to the graph. If the capture fails, or is
-    not faster, the steps are made as before, which is logged.
+    It makes its batches itself, because gathering and augmenting them belongs to the graph, as does the average of the
+    weights. Metrics do not: they are counted for several batches at once, and the graph would count each by itself. If
+    the capture fails, or is not faster, the steps are made as before, which is logged.
     """
 
-    def __init__(self, step: TrainingStep, make: Make) -> None:
-        self.mode = "graph"
-        self.precision = step.precision
-        self._eager = step
+    def __init__(
+        self, step: TrainingStep, make: Make, average: AveragedWeights | None = None, *, is_faster: bool | None = None
+    ) -> None:
+        """`average` takes in each step. `is_faster` is known of a training that is resumed, and is measured if None."""
+        super().__init__(step, "graph")
         self._make = make
-        self._formulas = formulas = Formulas(step)
+        self._average = average
+        formulas = self._formulas
 
         # Not a method: it would hold this object, and the object it, so that the graph's memory outlived the trial.
         def whole_step(settings: Tensor, *drawn: Tensor) -> tuple[Tensor, ...]:
             inputs, targets = make(*drawn)
-            return *formulas.eager(settings, inputs, targets), targets
+            results = formulas.eager(settings, inputs, targets)
+            if average:
+                average.end_step()
+            return *results, targets
 
-        self._function = CapturedFunction(whole_step, formulas.state, formulas.device)
-        self._race = Race()
+        averaged: list[Tensor] = list(average.model.parameters()) if average else []
+        self._function = CapturedFunction(whole_step, [*formulas.state, averaged], formulas.device)
+        self._race = Race(is_faster)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training continues with. The optimizer is told how many steps it has made."""
-        if self.mode != "off":
-            self._formulas.complete_optimizer()
-        return self._eager.state_dict()
+        """What a resumed training continues with: whether it captures, too, and need not be measured again."""
+        return {**super().state_dict(), "is_captured_faster": self.mode != "off" and self._race.is_captured_faster}
 
     def prepare(self, points: Sequence[Point]) -> None:
         """Bring the settings of an epoch's next steps to the device, all at once."""
-        self._formulas.prepare(points)
-        self._race.restart()
+        super().prepare(points)
+        self._race.restart(len(points))
+
+    def retire(self) -> TrainingStep:
+        """Give the graph's memory back; returns the step that this one has taken over from, ready to continue."""
+        self._formulas.complete_optimizer()
+        self._function.release()
+        return self._eager
 
     def __call__(self, *drawn: Tensor, measures_norm: bool = True) -> tuple[StepResult, Tensor]:
         """Take in the batch that was drawn; the result, and the batch's targets.
@@ -117,7 +129,10 @@ class CapturedStep:
 
     def _ordinary_step(self, drawn: Sequence[Tensor], measures_norm: bool) -> tuple[StepResult, Tensor]:
         inputs, targets = self._make(*drawn)
-        return self._eager(inputs, targets, measures_norm=measures_norm), targets
+        result = self._eager(inputs, targets, measures_norm=measures_norm)
+        if self._average:
+            self._average.end_step()
+        return result, targets
 
     def _give_up(self, reason: str) -> None:
         _logger.warning("steps are not captured as a CUDA graph: %s", reason)
@@ -217,20 +232,27 @@ class CapturedFunction:
 class Race:
     """Times captured steps, then eager ones, on the device, and says which are faster."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_captured_faster: bool | None = None) -> None:
         self._marks: list[torch.cuda.Event] = []
         self._num_steps = 0
-        self.is_captured_faster: bool | None = None
+        self._has_room = True
+        self.is_captured_faster = is_captured_faster
         """None until it is over."""
 
-    def restart(self) -> None:
-        """Begin again if it is not over: something else than steps came between."""
+    def restart(self, num_steps: int) -> None:
+        """Begin again if it is not over: something else than steps came between.
+
+        It takes place only if the `num_steps` that are left of the epoch suffice, with a capture before it.
+        """
         self._marks, self._num_steps = [], 0
+        self._has_room = num_steps > WARM_UP_STEPS + 1 + 2 * RACE_STEPS
 
     def takes_captured(self) -> bool:
         """Whether the step that begins now is to be a captured one."""
         if self.is_captured_faster is not None:
             return self.is_captured_faster
+        if not self._has_room:
+            return True
         if self._num_steps % RACE_STEPS == 0:
             mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             mark.record()

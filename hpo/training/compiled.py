@@ -43,29 +43,35 @@ _compiled: list[Callable[..., tuple[Tensor, Tensor, Tensor]]] = []
 _known: set[tuple[Any, ...]] = set()
 
 
-class CompiledStep:
+class FormulaStep:
     """Takes over from a TrainingStep that has made at least one step, and continues with the same optimizer state.
 
-    A model that cannot be compiled is stepped as before, which is logged.
+    The base of steps that are made by the formulas of this module. Its `mode` is "off" once it has given up.
     """
 
-    def __init__(self, step: TrainingStep) -> None:
-        let_dropout_vary(step.model)
-        self.mode = "step"
+    def __init__(self, step: TrainingStep, mode: str) -> None:
+        self.mode = mode
         self.precision = step.precision
         self._eager = step
         self._formulas = Formulas(step)
-        self._run = _compiled_step()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training continues with. The optimizer is told how many steps it has made."""
-        if self.mode != "off":
-            self._formulas.complete_optimizer()
+        self._formulas.complete_optimizer()
         return self._eager.state_dict()
 
     def prepare(self, points: Sequence[Point]) -> None:
-        """Bring the settings of the next steps to the device, all at once."""
+        """Bring the settings of an epoch's next steps to the device, all at once."""
         self._formulas.prepare(points)
+
+
+class CompiledStep(FormulaStep):
+    """A compiled step. A model that cannot be compiled is stepped as before, which is logged."""
+
+    def __init__(self, step: TrainingStep) -> None:
+        let_dropout_vary(step.model)
+        super().__init__(step, "step")
+        self._run = _compiled_step()
 
     def __call__(self, inputs: Tensor, targets: Tensor, *, measures_norm: bool = True) -> StepResult:
         """Take in a batch (B, ...) with targets (B,). What is compiled computes the gradients' norm in any case."""
@@ -94,10 +100,13 @@ class Formulas:
     def __init__(self, step: TrainingStep) -> None:
         self._optimizer = step.optimizer
         self._clip_norm = step.clip_norm
-        self._groups = [_Group.of(step.optimizer, group) for group in step.optimizer.param_groups if _trained(group)]
+        groups = [group for group in step.optimizer.param_groups if _trained(group)]
+        self._groups = [_Group.of(step.optimizer, group) for group in groups]
+        # Layers that were frozen at first have made fewer steps than the others.
+        self._steps_before = [_steps_so_far(step.optimizer, group) for group in groups]
         self._ahead: list[Tensor] = []  # settings, the next step's last
         self.device = self._groups[0].parameters[0].device
-        self._num_steps = self._num_told = _steps_so_far(step.optimizer)
+        self._num_steps = self._num_told = 0  # since then
         self.fixed = (step.model, step.loss_function, type(step.optimizer), self._groups)
         """The first arguments of a step, the same in each."""
         self.choices: dict[str, Any] = {
@@ -142,14 +151,19 @@ class Formulas:
         if self._num_told == self._num_steps:
             return
         self._num_told = self._num_steps
-        for state in self._optimizer.state.values():
-            if "step" in state:
-                state["step"].fill_(self._num_steps)
+        for group, before in zip(self._groups, self._steps_before, strict=True):
+            for parameter in group.parameters:
+                if "step" in (state := self._optimizer.state.get(parameter, {})):
+                    state["step"].fill_(before + self._num_steps)
 
     def _settings(self, point: Point, step: int) -> list[list[float]]:
         """For each group that has trained parameters, its row of numbers in the order of _Settings."""
-        groups = zip(self._optimizer.param_groups, point.rates, strict=True)
-        return [self._row(group, rate, point.momentum, step) for group, rate in groups if _trained(group)]
+        pairs = zip(self._optimizer.param_groups, point.rates, strict=True)
+        trained = [(group, rate) for group, rate in pairs if _trained(group)]
+        return [
+            self._row(group, rate, point.momentum, before + step)
+            for (group, rate), before in zip(trained, self._steps_before, strict=True)
+        ]
 
     def _row(self, group: dict[str, Any], rate: float, momentum: float | None, step: int) -> list[float]:
         beta1, beta2 = group.get("betas") or (group["momentum"], 0.0)
@@ -173,10 +187,7 @@ def check_compile_mode(wanted: str, precision: str, device: str) -> None:
 
 
 def has_formula(step: TrainingStep) -> bool:
-    """Whether the steps that come can be made by the formulas of this module: see `Formulas`.
-
-    What is frozen must stay so: one count of steps serves all parameters.
-    """
+    """Whether the steps that come can be made by the formulas of this module: see `Formulas`."""
     return type(step.optimizer) in _FORMULAS and step.is_plain and step.num_parts == 1 and step.precision != "fp16"
 
 
@@ -253,9 +264,10 @@ def _is_nesterov(optimizer: torch.optim.Optimizer) -> bool:
     return bool(optimizer.param_groups[0].get("nesterov"))
 
 
-def _steps_so_far(optimizer: torch.optim.Optimizer) -> int:
-    """Steps that Adam has made; SGD does not count them."""
-    return next((int(state["step"]) for state in optimizer.state.values() if "step" in state), 0)
+def _steps_so_far(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> int:
+    """Steps that Adam has made with the parameters of a group; SGD does not count them."""
+    states = [optimizer.state.get(parameter, {}) for parameter in _trained(group)]
+    return next((int(state["step"]) for state in states if "step" in state), 0)
 
 
 # --- what is compiled -------------------------------------------------------------------------------------------------

@@ -86,6 +86,11 @@ class TrainingStep:
         self.scaler = _scaler(self.model, self.precision)
         self.scaler.load_state_dict(state["scaler"])
 
+    def thaw(self) -> None:
+        """Let the optimizer make the state of parameters that were frozen so far, in the next step."""
+        self.has_stepped = False
+        self._fused_step = None
+
     def __call__(self, inputs: Tensor, targets: Tensor, *, measures_norm: bool = True) -> StepResult:
         """Take in a batch (B, ...) with targets (B,).
 
@@ -193,11 +198,10 @@ def _scaler(model: nn.Module, precision: str) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(next(model.parameters()).device.type, enabled=precision == "fp16")
 
 
-def _clip_gradients(all_parameters: list[Tensor], clip_norm: float, clip_value: float) -> Tensor:
+def _clip_gradients(parameters: list[Tensor], clip_norm: float, clip_value: float) -> Tensor:
     """The global norm of all gradients; elements beyond `clip_value`, then a norm beyond `clip_norm`, are cut down."""
-    gradients = [parameter.grad for parameter in all_parameters if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     grad_norm = get_total_norm(gradients)
-    parameters = [parameter for parameter in all_parameters if parameter.grad is not None]
     if clip_value > 0:
         clip_grad_value_(parameters, clip_value)
     if clip_norm > 0:

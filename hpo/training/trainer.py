@@ -206,6 +206,10 @@ class _Run:
         )
         self.symptoms = Symptoms()
         self.best_weights: dict[str, Tensor] | None = None
+        self.has_optimizer_state = False
+        """Whether the first step finds a state of the optimizer for all that is trained, so that it can be captured."""
+        self.is_captured_faster: bool | None = None
+        """What a checkpoint knows of it: how a captured step's race ended, or False if the capture failed."""
 
     def next_epoch(self, epoch: int) -> EpochResult:
         started = time.perf_counter()
@@ -249,6 +253,12 @@ class _Run:
             for model in (self.model, self.average.model if self.average else None):
                 if model and (network := find_pretrained(model)):
                     network.thaw()
+        if epoch == self.config.thaw_epoch:
+            if isinstance(self.step, CapturedStep):
+                self.step = self.step.retire()
+            assert isinstance(self.step, TrainingStep), "nothing is compiled before"
+            self.step.thaw()
+            self.has_optimizer_state, self.is_captured_faster = False, None
 
     def _train(self) -> tuple[dict[str, Tensor], Tensor]:
         """Metrics and the mean gradient norm of a pass over the training split, on the device."""
@@ -260,8 +270,6 @@ class _Run:
         self.model.train()
         for step, targets in self._steps(points):
             self.schedule.step()
-            if self.average:
-                self.average.end_step()
             metrics.update(step.outputs, targets, step.loss)
             if step.grad_norm is not None:
                 norm_sum += step.grad_norm
@@ -270,21 +278,29 @@ class _Run:
 
     def _steps(self, points: Sequence[Point]) -> Iterator[tuple[StepResult, Tensor]]:
         """Each step of an epoch, and the targets of its batch."""
-        if not self._may_capture:
-            assert not isinstance(self.step, CapturedStep), "it may not be captured"
-            for index, (inputs, targets) in enumerate(self.batches):
-                yield self.step(inputs, targets, measures_norm=index % NORM_EVERY == 0), targets
+        if self._may_capture:
+            yield from self._captured_steps(points)
             return
+        assert not isinstance(self.step, CapturedStep), "it may not be captured"
+        for index, (inputs, targets) in enumerate(self.batches):
+            result = self.step(inputs, targets, measures_norm=index % NORM_EVERY == 0)
+            if self.average:
+                self.average.end_step()
+            yield result, targets
+
+    def _captured_steps(self, points: Sequence[Point]) -> Iterator[tuple[StepResult, Tensor]]:
         for index, drawn in enumerate(self.batches.drawn()):
-            # The first step makes the optimizer's state.
-            if isinstance(self.step, TrainingStep) and self.step.has_stepped and has_formula(self.step):
-                self.step = CapturedStep(self.step, self.batches.make)
+            if isinstance(self.step, TrainingStep) and self._can_capture(self.step):
+                self.step = CapturedStep(self.step, self.batches.make, self.average, is_faster=self.is_captured_faster)
                 self.step.prepare(points[index:])
             if isinstance(self.step, CapturedStep):
                 yield self.step(*drawn, measures_norm=index % NORM_EVERY == 0)
-            else:
-                inputs, targets = self.batches.make(*drawn)
-                yield self.step(inputs, targets, measures_norm=index % NORM_EVERY == 0), targets
+                continue
+            inputs, targets = self.batches.make(*drawn)
+            result = self.step(inputs, targets, measures_norm=index % NORM_EVERY == 0)
+            if self.average:
+                self.average.end_step()
+            yield result, targets
 
     def _candidate(self, epoch: int) -> nn.Module:
         """What is measured, and kept where it is the best."""
@@ -310,11 +326,13 @@ class _Run:
     def _may_capture(self) -> bool:
         """Whether a CUDA graph is wanted, and can make its batches.
 
-        Batches that are streamed are on their way while one is captured, and layers that train later would need another
-        graph.
+        Batches that are streamed are on their way while one is captured.
         """
         is_resident = self.splits.train.targets.is_cuda
-        return is_resident and not self.config.thaw_epoch and wants_graph(self.config.compile, self.model)
+        return is_resident and self.is_captured_faster is not False and wants_graph(self.config.compile, self.model)
+
+    def _can_capture(self, step: TrainingStep) -> bool:
+        return (step.has_stepped or self.has_optimizer_state) and has_formula(step)
 
     def _settle_compile_mode(self, step: TrainingStep, epoch: int, epoch_s: float) -> None:
         """After an epoch that was not compiled, as the first never is: it fills the optimizer's state and shows how
@@ -391,6 +409,8 @@ class _Run:
         self.symptoms.load_state_dict(state["symptoms"])
         assert isinstance(self.step, TrainingStep), "a training begins with one"
         self.step.load_state_dict(state["step"])
+        self.has_optimizer_state = "is_captured_faster" in state["step"]
+        self.is_captured_faster = state["step"].get("is_captured_faster")
         self.compile_mode = state["compile_mode"]
         return EpochResult(**state["result"])
 
