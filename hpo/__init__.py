@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from hpo.errors import StudyMismatchError as StudyMismatchError
     from hpo.errors import UnknownNameError as UnknownNameError
     from hpo.errors import UsageError as UsageError
+    from hpo.execution.observer import Observer as Observer
+    from hpo.execution.observer import Standing as Standing
     from hpo.home import find_data_dir as find_data_dir
     from hpo.models.networks import airnet as airnet
     from hpo.models.networks import convnet as convnet
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from hpo.objective import Objective as Objective
     from hpo.records import SearchOutcome as SearchOutcome
     from hpo.search.priority import PrioritySampler as PrioritySampler
+    from hpo.search.study import Suggestion as Suggestion
     from hpo.session.search import run_search as run_search
     from hpo.space import Choice as Choice
     from hpo.space import Float as Float
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     from hpo.space import Int as Int
     from hpo.space import Setting as Setting
     from hpo.space import Space as Space
+    from hpo.training.trainer import EpochResult as EpochResult
     from hpo.trial import TrainedTrial as TrainedTrial
     from hpo.trial import Trial as Trial
 
@@ -81,6 +85,8 @@ _MODULES = {
     "StudyMismatchError": "hpo.errors",
     "UnknownNameError": "hpo.errors",
     "UsageError": "hpo.errors",
+    "Observer": "hpo.execution.observer",
+    "Standing": "hpo.execution.observer",
     "find_data_dir": "hpo.home",
     "airnet": "hpo.models.networks",
     "convnet": "hpo.models.networks",
@@ -93,6 +99,7 @@ _MODULES = {
     "SealedSplit": "hpo.data.examples",
     "Split": "hpo.data.examples",
     "SearchOutcome": "hpo.records",
+    "Suggestion": "hpo.search.study",
     "run_search": "hpo.session.search",
     "PrioritySampler": "hpo.search.priority",
     "Choice": "hpo.space",
@@ -101,6 +108,7 @@ _MODULES = {
     "Int": "hpo.space",
     "Setting": "hpo.space",
     "Space": "hpo.space",
+    "EpochResult": "hpo.training.trainer",
     "TrainedTrial": "hpo.trial",
     "Trial": "hpo.trial",
 }

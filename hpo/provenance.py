@@ -7,7 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -82,7 +82,7 @@ class Provenance:
             versions={"python": platform.python_version(), "hpo": __version__, **_installed(_PACKAGES)},
             commit=commit,
             is_dirty=is_dirty,
-            command=shlex.join([Path(sys.argv[0]).name, *map(without_password, sys.argv[1:])]),
+            command=shlex.join([Path(sys.argv[0]).name, *_without_secrets(sys.argv[1:])]),
             machine=f"{platform.node()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         )
 
@@ -151,6 +151,17 @@ def describe(study: Study) -> list[str]:
 
 
 _COMPARED = ("data", "sources", "versions", "commit", "is_dirty", "machine")
+
+
+def _without_secrets(arguments: Sequence[str]) -> Iterator[str]:
+    """The arguments without passwords, and without the address of --notify: a chat service's holds a token."""
+    for before, argument in pairwise(["", *arguments]):
+        if before == "--notify":
+            yield "..."
+        elif argument.startswith("--notify="):
+            yield "--notify=..."
+        else:
+            yield without_password(argument)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -237,6 +237,25 @@ class MachineOptions(TypedDict, total=False):
     ]
 
 
+class HookOptions(TypedDict, total=False):
+    """Who hears of what this session finds."""
+
+    notify: Annotated[
+        str | None,
+        Option(
+            "--notify",
+            "Post JSON to this address at each new best, at failures and at the end. [env: HPO_NOTIFY]",
+            metavar="URL",
+        ),
+    ]
+    on_best: Annotated[
+        str | None,
+        Option(
+            "--on-best", "Run this shell command for each new best trial, with HPO_TRIAL, ... set.", metavar="COMMAND"
+        ),
+    ]
+
+
 class ExecutorOptions(TypedDict, total=False):
     """Where the workers of `hpo search` run."""
 
@@ -294,11 +313,11 @@ class SubmitOptions(StudyOptions, StoreOptions, total=False):
     """The options of `hpo submit` and `hpo.submit_study`."""
 
 
-class WorkerOptions(MachineOptions, StoreOptions, total=False):
+class WorkerOptions(MachineOptions, HookOptions, StoreOptions, total=False):
     """The options of `hpo worker` and `hpo.join_search`."""
 
 
-class SessionOptions(MachineOptions, ExecutorOptions, StoreOptions, total=False):
+class SessionOptions(MachineOptions, ExecutorOptions, HookOptions, StoreOptions, total=False):
     """All that a session is told beside its study."""
 
 

@@ -13,6 +13,7 @@ from hpo.config import COSTS, METRICS, TrainConfig
 from hpo.database import without_password
 from hpo.errors import StudyMismatchError, UnknownNameError, UsageError
 from hpo.execution.executors import Resources, check_executor
+from hpo.execution.hooks import check_url
 from hpo.home import Home, check_study_name, find_data_dir, find_storage
 from hpo.objective import Objective
 from hpo.plugins import SEARCH_SPACES, load_task, require_registered
@@ -62,6 +63,10 @@ class Machine:
     resources: Resources
     trainer: Mapping[str, Any]
     """Settings of TrainConfig for this session's trials; what was not given is the task's."""
+    notify: str | None = None
+    """Address that hears of new bests, failures and the end."""
+    on_best: str | None = None
+    """Shell command for each new best trial."""
 
     @property
     def is_shared(self) -> bool:
@@ -135,6 +140,8 @@ def this_machine(given: SessionOptions) -> Machine:
             gpus_per_trial=options["gpus_per_trial"] or 0.0,
         ),
         trainer=trainer,
+        notify=_address(options["notify"] or os.environ.get("HPO_NOTIFY")),
+        on_best=options["on_best"],
     )
     if machine.joins and not machine.is_shared:
         raise UsageError(
@@ -142,6 +149,10 @@ def this_machine(given: SessionOptions) -> Machine:
             "or set HPO_STORAGE. The database in a home serves one process at a time, which runs --workers of its own."
         )
     return machine
+
+
+def _address(notify: str | None) -> str | None:
+    return check_url(notify) if notify else None
 
 
 def _check_executor(executor: str, options: SearchOptions, device: str) -> None:

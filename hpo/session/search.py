@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Unpack
 
 from hpo.checks.checklist import log_verdicts
 from hpo.errors import SearchError, StoreError
-from hpo.execution.observer import Observer
+from hpo.execution.hooks import CommandRunner, Notifier
+from hpo.execution.observer import Observer, Observers
 from hpo.plugins import OBJECTIVES, SEARCH_SPACES, require_registered
 from hpo.records import SearchOutcome
 from hpo.search.lease import Session
@@ -98,11 +99,26 @@ def join_search(study: str, *, observer: Observer | None = None, **options: Unpa
 
 
 def _search(request: Request, observer: Observer) -> SearchOutcome:
+    observer = Observers(observer, *_hooks(request))
     prepared = prepare(request, observer)
-    with open_search(prepared, observer) as opened, _ended_summary(opened, observer):
-        run(prepared, opened)
-        winner = conclude(prepared, opened, observer)
-    return _outcome(request, opened, winner)
+    try:
+        with open_search(prepared, observer) as opened, _ended_summary(opened, observer):
+            run(prepared, opened)
+            winner = conclude(prepared, opened, observer)
+        outcome = _outcome(request, opened, winner)
+    except Exception as error:
+        observer.search_failed(error)
+        raise
+    observer.search_concluded(outcome)
+    return outcome
+
+
+def _hooks(request: Request) -> Iterator[Observer]:
+    machine = request.machine
+    if machine.notify:
+        yield Notifier(machine.notify, request.study)
+    if machine.on_best:
+        yield CommandRunner(machine.on_best, request.study, machine.home.path)
 
 
 def run(prepared: Prepared, opened: Opened) -> None:
