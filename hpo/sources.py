@@ -51,7 +51,9 @@ def _own_modules(objective: Objective) -> list[ModuleType]:
 
 def _functions(objective: Objective) -> list[Any]:
     functions = (objective.load, objective.model, objective.train, objective.test)
-    return [function for function in functions if function]
+    own = [function for function in functions if function]
+    # The loops of hpo.integrations are made of functions of the task's own.
+    return [*own, *(inner for function in own for inner in getattr(function, "functions", ()))]
 
 
 def _module_name(function: Any) -> str:
