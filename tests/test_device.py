@@ -93,7 +93,7 @@ def test_a_gpu_that_this_torch_cannot_use_is_found_before_the_first_trial(caplog
     device._PROBE, before = "import torch; torch.ones(2, device='cuda')", device._PROBE
     try:
         assert choose_device("auto") == "cpu"
-        assert "the GPU cannot be used" in caplog.text
+        assert "the GPU cuda:1 cannot be used" in caplog.text
         with pytest.raises(UsageError, match=r"--device cuda:1 cannot be used: \w*Error: .*\. Update the driver"):
             choose_device("cuda:1")
     finally:
@@ -104,16 +104,43 @@ def test_a_gpu_that_this_torch_cannot_use_is_found_before_the_first_trial(caplog
 @pytest.mark.usefixtures("two_gpus")
 def test_a_gpu_that_works_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Any] = []
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: tried.append(command))
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        tried.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout="[null, null]")
+
+    monkeypatch.setattr(subprocess, "run", run)
     assert [choose_device(name) for name in ("auto", "cuda", "cuda:1")] == ["cuda", "cuda", "cuda:1"]
-    assert tried == [[sys.executable, "-P", "-c", device._PROBE]]
+    assert tried == [[sys.executable, "-P", "-c", device._PROBE, "2"]]
     with pytest.raises(UnknownNameError, match=r"no device 'cuda:2'.*Available: auto, cpu, cuda, cuda:0, cuda:1"):
         choose_device("cuda:2")
 
 
-def test_the_product_that_is_tried_is_right_on_a_gpu_that_works() -> None:
+@pytest.mark.usefixtures("two_gpus")
+def test_a_gpu_that_fails_does_not_keep_the_other_from_being_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(device, "why_gpus_fail", lambda: (None, "RuntimeError: no kernel image"))
+    assert [choose_device(name) for name in ("auto", "cuda", "cuda:0")] == ["cuda", "cuda", "cuda:0"]
+    assert "the GPU cuda:1 cannot be used (RuntimeError: no kernel image); training on cuda instead" in caplog.text
+    assert visible_gpus("cuda") == ["0"]
+    with pytest.raises(UsageError, match=r"--device cuda:1 cannot be used: .* or use --device cuda:0"):
+        choose_device("cuda:1")
+    monkeypatch.setattr(device, "why_gpus_fail", lambda: ("RuntimeError: no kernel image", None))
+    assert [choose_device(name) for name in ("auto", "cuda:1")] == ["cuda:1", "cuda:1"]
+    assert visible_gpus("cuda:1") == ["1"]
+
+
+def test_the_product_that_is_tried_is_right_on_a_gpu_that_works(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["-c", "1"])
     with pretended_cuda():
         exec(device._PROBE, {})
+        assert capsys.readouterr().out == "[null]\n"
+        exec(device._PROBE.replace("== 8", "== 9"), {})
+    assert capsys.readouterr().out == '["a product is wrong"]\n'
 
 
 @pytest.mark.usefixtures("two_gpus")
@@ -132,6 +159,7 @@ def test_workers_get_the_gpus_that_are_there(
 ) -> None:
     """CUDA ignores what follows a name that it does not know; torch counts no more than one slice of a MIG card."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed) if listed else monkeypatch.delenv("CUDA_VISIBLE_DEVICES", False)
+    monkeypatch.setattr(device, "why_gpus_fail", lambda: (None, None))
     assert visible_gpus("cuda") == names
     assert visible_gpus("cuda:1") == [names[1]]
     assert visible_gpus("cpu") == []

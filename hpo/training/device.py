@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 import subprocess
@@ -27,16 +28,23 @@ USABLE_SHARE = 0.95
 
 _PROBE_S = 120.0
 _PROBE = """
-import torch
-for index in range(torch.cuda.device_count()):
-    ones = torch.ones(2, 2, device=f"cuda:{index}")
-    assert (ones @ ones).sum().item() == 8, "a product is wrong"
+import json, sys, torch
+
+def reason(index):
+    try:
+        ones = torch.ones(2, 2, device=f"cuda:{index}")
+        return None if (ones @ ones).sum().item() == 8 else "a product is wrong"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".partition("\\n")[0]
+
+print(json.dumps([reason(index) for index in range(int(sys.argv[1]))]))
 """
 
 
 def choose_device(given: str) -> str:
-    """The device as torch names it; "auto" is a GPU where there is one that works, and says why where it does not.
+    """The device as torch names it; "auto" is a GPU if there is one that works, and says why if one does not.
 
+    "cuda" stands for all GPUs that work, if the first one does; if it does not, "auto" is the first one that works.
     Raises UnknownNameError for a device that this machine does not have, UsageError for a GPU that cannot be used.
     """
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
@@ -45,41 +53,46 @@ def choose_device(given: str) -> str:
         raise UnknownNameError("device", given, available)
     if given == "cpu" or not gpus:
         return "cpu"
-    reason = why_gpus_fail()
-    if reason is None:
-        return "cuda" if given == "auto" else given
+    reasons = why_gpus_fail()
+    working = [gpu for gpu, reason in zip(gpus, reasons, strict=True) if reason is None]
     if given != "auto":
-        raise UsageError(
-            f"--device {given} cannot be used: {reason}. Update the driver, install a torch build that supports this "
-            "GPU, or use --device cpu."
-        )
-    _logger.warning("the GPU cannot be used (%s); training on the CPU instead", reason)
-    return "cpu"
+        if reason := reasons[gpus.index(given) if given in gpus else 0]:
+            raise UsageError(
+                f"--device {given} cannot be used: {reason}. Update the driver, install a torch build that supports "
+                f"this GPU, or use --device {next(iter(working), 'cpu')}."
+            )
+        return given
+    chosen = "cuda" if gpus[0] in working else next(iter(working), "cpu")
+    for gpu, reason in zip(gpus, reasons, strict=True):
+        if reason:
+            _logger.warning("the GPU %s cannot be used (%s); training on %s instead", gpu, reason, chosen)
+    return chosen
 
 
 @cache
-def why_gpus_fail() -> str | None:
-    """Why the GPUs that the driver lists cannot multiply two matrices; None where they can.
+def why_gpus_fail() -> tuple[str | None, ...]:
+    """For each GPU that the driver lists, why it cannot multiply two matrices; None if it can.
 
     NVML lists cards that the installed driver, or this build of torch, cannot run. It is tried in a child process,
     because workers are forked from processes that must not have a CUDA context.
     """
+    num_gpus = torch.cuda.device_count()
+    command = [sys.executable, "-P", "-c", _PROBE, str(num_gpus)]
     try:
-        subprocess.run(
-            [sys.executable, "-P", "-c", _PROBE], capture_output=True, text=True, check=True, timeout=_PROBE_S
-        )
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_PROBE_S)
+        return tuple(json.loads(found.stdout))
     except subprocess.TimeoutExpired:
-        return f"a small product took longer than {_PROBE_S:.0f} s"
+        reason = f"a small product took longer than {_PROBE_S:.0f} s"
     except subprocess.CalledProcessError as error:
         lines: list[str] = [line for line in error.stderr.splitlines() if line and not line[0].isspace()]
         # The last line that begins a message: torch appends hints to it, on lines of their own.
         errors = [line for line in lines if "Error: " in line]
-        return (errors or lines or [f"it ended with code {error.returncode}"])[-1].rstrip(".")
-    return None
+        reason = (errors or lines or [f"it ended with code {error.returncode}"])[-1].rstrip(".")
+    return (reason,) * num_gpus
 
 
 def visible_gpus(device: str) -> list[str]:
-    """A value of CUDA_VISIBLE_DEVICES for each GPU that a device stands for; none for the CPU.
+    """A value of CUDA_VISIBLE_DEVICES for each GPU that a device stands for and that works; none for the CPU.
 
     Names in CUDA_VISIBLE_DEVICES that stand for no GPU are left out, as CUDA does. MIG slices are used where they are
     listed by their UUIDs, one for each worker; CUDA itself shows a process no more than one of them.
@@ -87,12 +100,14 @@ def visible_gpus(device: str) -> list[str]:
     if device == "cpu":
         return []
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    num_gpus = torch.cuda.device_count()
-    names = [name.strip() for name in given.split(",")] if given else [str(index) for index in range(num_gpus)]
-    if not names[0].startswith("MIG-"):
-        names = names[:num_gpus]
+    indices = range(torch.cuda.device_count())
+    names = [name.strip() for name in given.split(",")] if given else [str(index) for index in indices]
     index = torch.device(device).index
-    return names if index is None else [names[index]]
+    if index is not None:
+        return [names[index]]
+    if names[0].startswith("MIG-"):
+        return names
+    return [name for name, reason in zip(names, why_gpus_fail(), strict=False) if reason is None]
 
 
 def memory_share(num_workers: int, num_gpus: int) -> float:

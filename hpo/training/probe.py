@@ -13,6 +13,7 @@ from torch import nn
 from hpo.data.batches import evaluation_batches
 from hpo.data.examples import Split
 from hpo.models.layers import SquaredReLU
+from hpo.training.device import in_fitting_batches
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,19 +63,12 @@ class Probe:
         vanishing_layers    the highest layer, from 1, whose relative gradient is below VANISHED; 0 where none is
         dead_units          share of the units behind an activation that do not answer to any of the examples
         """
-        while (measured := self._try(model)) is None:
-            self._num_at_a_time = (self._num_at_a_time + 1) // 2
-            torch.cuda.empty_cache()
-        return measured
 
-    def _try(self, model: nn.Module) -> dict[str, Tensor] | None:
-        """The measurements; None where the device's memory does not hold so many examples at a time."""
-        try:
+        def attempt(num_at_a_time: int) -> dict[str, Tensor]:
+            self._num_at_a_time = num_at_a_time  # what fits in one epoch fits in the next
             return self._measure(model)
-        except torch.OutOfMemoryError:
-            if self._num_at_a_time == 1:
-                raise
-            return None
+
+        return in_fitting_batches(attempt, self._num_at_a_time)
 
     def _measure(self, model: nn.Module) -> dict[str, Tensor]:
         model.eval()
