@@ -14,9 +14,12 @@ if TYPE_CHECKING:
     from hpo.data.datasets import split_dataset as split_dataset
     from hpo.data.examples import Dataset as Dataset
     from hpo.data.examples import DataSpec as DataSpec
+    from hpo.data.examples import InputSpec as InputSpec
     from hpo.data.examples import SealedSplit as SealedSplit
     from hpo.data.examples import Split as Split
     from hpo.data.mapped import MappedImages as MappedImages
+    from hpo.data.parts import Padded as Padded
+    from hpo.data.parts import Ragged as Ragged
     from hpo.data.photos import load_image_folder as load_image_folder
     from hpo.data.photos import read_photos as read_photos
     from hpo.data.vision import load_cifar10 as load_cifar10
@@ -68,7 +71,10 @@ _MODULES = {
     "Splits": "hpo.data.datasets",
     "hold_out": "hpo.data.datasets",
     "split_dataset": "hpo.data.datasets",
+    "InputSpec": "hpo.data.examples",
     "MappedImages": "hpo.data.mapped",
+    "Padded": "hpo.data.parts",
+    "Ragged": "hpo.data.parts",
     "load_image_folder": "hpo.data.photos",
     "read_photos": "hpo.data.photos",
     "load_cifar10": "hpo.data.vision",

@@ -25,7 +25,22 @@ AUGMENTATIONS = (
     "randaugment",
     "trivial_augment",
 )
-LOSSES = ("cross_entropy", "binary_cross_entropy", "focal", "mse", "mae", "huber", "log_cosh")
+OWN = "own"
+"""The name of a loss or an optimizer that the task itself brings."""
+
+LOSSES = (
+    "cross_entropy",
+    "binary_cross_entropy",
+    "focal",
+    "mse",
+    "mae",
+    "huber",
+    "log_cosh",
+    "dice",
+    "iou",
+    "giou",
+    "ctc",
+)
 CLASS_WEIGHTS = ("none", "balanced")
 SAMPLINGS = ("uniform", "balanced")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -60,6 +75,12 @@ METRICS = {
     "rmse": Direction.MINIMIZE,
     "mae": Direction.MINIMIZE,
     "r2": Direction.MAXIMIZE,
+    "exact_match": Direction.MAXIMIZE,
+    "average_precision": Direction.MAXIMIZE,
+    "mean_iou": Direction.MAXIMIZE,
+    "dice": Direction.MAXIMIZE,
+    "perplexity": Direction.MINIMIZE,
+    "character_error_rate": Direction.MINIMIZE,
 }
 """What can be optimised on the validation split, and whether more of it is better."""
 
@@ -81,7 +102,7 @@ class TrainConfig:
     """Peak learning rate, above 0."""
 
     optimizer: str = "adamw"
-    """One of OPTIMIZERS."""
+    """One of OPTIMIZERS, or "own" for the one that the task brings."""
 
     momentum: float = 0.9
     """Momentum of SGD, RMSprop and Muon, in [0, 1)."""
@@ -159,7 +180,7 @@ class TrainConfig:
     Where `mixup` is on as well, each example gets one of the two by chance."""
 
     loss: str = "cross_entropy"
-    """One of LOSSES."""
+    """One of LOSSES, or "own" for the one that the task brings."""
 
     focal_gamma: float = 2.0
     """How far focal loss passes over examples that are right already, at least 0; at 0 it is cross-entropy."""
@@ -171,7 +192,11 @@ class TrainConfig:
     """One of SAMPLINGS: "balanced" draws every class equally often, with replacement; "uniform" each example once."""
 
     metric: str = "accuracy"
-    """One of METRICS: it decides about stopping and the best epoch, measured on the validation split."""
+    """One of METRICS, or a metric of the task's own: it decides about stopping and the best epoch, measured on the
+    validation split."""
+
+    metric_direction: str = ""
+    """Whether more ("maximize") or less ("minimize") of a metric of the task's own is better; empty for METRICS."""
 
     patience: int = 10
     """Epochs without improvement after which training stops, at least 1."""
@@ -201,17 +226,20 @@ class TrainConfig:
         for setting in fields(self):
             self._require_type(setting.name, type(setting.default))
         for name, allowed in (
-            ("optimizer", OPTIMIZERS),
+            ("optimizer", (*OPTIMIZERS, OWN)),
             ("schedule", SCHEDULES),
-            ("loss", LOSSES),
+            ("loss", (*LOSSES, OWN)),
             ("class_weights", CLASS_WEIGHTS),
             ("sampling", SAMPLINGS),
-            ("metric", METRICS),
             ("precision", PRECISIONS),
             ("compile", COMPILE_MODES),
         ):
             if getattr(self, name) not in allowed:
                 raise UnknownNameError(name, str(getattr(self, name)), allowed)
+        if self.metric_direction not in ("", *Direction):
+            raise UnknownNameError("metric_direction", self.metric_direction, ["", *Direction])
+        if self.metric not in METRICS and not self.metric_direction:
+            raise UnknownNameError("metric", self.metric, METRICS)
         augmentation_names(self.augment)
         for name in ("max_epochs", "batch_size", "num_cycles", "plateau_patience", "patience"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
@@ -241,7 +269,7 @@ class TrainConfig:
     @property
     def direction(self) -> Direction:
         """Whether a larger or a smaller metric is better."""
-        return METRICS[self.metric]
+        return Direction(self.metric_direction) if self.metric_direction else METRICS[self.metric]
 
     def _require_type(self, name: str, wanted: type) -> None:
         value = getattr(self, name)

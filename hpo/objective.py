@@ -5,17 +5,19 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo.config import LOSSES, METRICS, Direction
-from hpo.data.examples import Dataset
+from hpo.config import LOSSES, METRICS, OWN, Direction
 from hpo.errors import UnknownNameError, UsageError
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from hpo.data.examples import Dataset
     from hpo.space import Space
     from hpo.trial import TrainedTrial, Trial
 
@@ -24,6 +26,18 @@ METRIC_NAME = re.compile(r"[A-Za-z0-9_./-]+(?: [A-Za-z0-9_./-]+)*")
 """What MLflow takes everywhere, on Windows too."""
 
 METRIC_CHARACTERS = "letters, digits, '_', '.', '/', '-' and single spaces"
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a task brings of its own, as one trial uses it; see the fields of `Objective` with these names."""
+
+    loss: Callable[[Any, Any], Any] | None = None
+    metrics: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
+    optimizer: Callable[..., Any] | None = None
+
+
+NOTHING_OWN = Own()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +59,31 @@ class Objective:
     """Read the data set below the data directory; raises DataError when it is missing or damaged."""
 
     model: Callable[..., nn.Module] | None = None
-    """`model(spec, **parameters)`: a network from normalised inputs (B, *input_shape) to outputs (B, num_outputs).
+    """`model(spec, **parameters)`: a network from normalised inputs to outputs, such as (B, *spec.input_shape) to
+    (B, spec.num_outputs); docs/tasks.md has the shapes for each kind of target.
 
     If the network has a method `initialize_from_data(inputs)`, it is called with the first 512 normalised training
     examples before the training. `hpo.mlp`, `hpo.convnet`, `hpo.airnet` and `hpo.pretrained` are such functions."""
 
-    loss: str = "cross_entropy"
-    """One of `hpo.config.LOSSES`."""
+    loss: str | Callable[..., Any] = "cross_entropy"
+    """One of `hpo.config.LOSSES`, or a loss of your own: a function `(outputs, targets) -> scalar` that gives the mean
+    over the batch, or an `nn.Module` (the class, or an instance of which each trial gets a copy).
+
+    Its other keywords can be searched like the model's; the parameters of a module are trained with the model's. Where
+    the data have no targets, the inputs stand for them. Outputs are whatever the model returns."""
 
     metric: str = "accuracy"
-    """The metric to optimise on the validation split: one of `hpo.config.METRICS`."""
+    """The metric to optimise on the validation split: one of `hpo.config.METRICS`, or a name in `metrics`."""
+
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """Metrics of your own by name: a class of torchmetrics or another factory, called without arguments, of objects
+    with `update(outputs, targets)` and `compute()`. They are measured on the validation and the test split. The one
+    that decides is maximised or minimised by its `higher_is_better`, or else by `direction`."""
+
+    optimizer: Callable[..., Any] | None = None
+    """An optimizer of your own: `optimizer(groups, config)`, from the parameters in groups as torch.optim takes them
+    (with `weight_decay` and `lr`) and the trial's TrainConfig. It is the trial's where `optimizer` is "own", which is
+    then the default."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `TrainConfig` that differ from their defaults for this task, such as max_epochs."""
@@ -70,7 +99,8 @@ class Objective:
     search; if omitted, nothing is tested."""
 
     direction: Direction | str | None = None
-    """With `train`: "maximize" or "minimize" its metric, which may have any name."""
+    """Whether to "maximize" or "minimize" the metric. With `train` it must be given, and the metric may have any name;
+    else it is for a metric in `metrics` that does not say so itself."""
 
     def __post_init__(self) -> None:
         if self.train:
@@ -78,13 +108,38 @@ class Objective:
             return
         if self.load is None or self.model is None:
             raise UsageError(f"task '{self.name}' needs load= and model=, or a training loop of its own, train=.")
-        if self.loss not in LOSSES:
-            raise UnknownNameError("loss", str(self.loss), LOSSES)
-        if self.metric not in METRICS:
-            raise UnknownNameError("metric", self.metric, METRICS)
-        for name in ("test", "direction"):
-            if getattr(self, name) is not None:
-                raise UsageError(f"{name}= of task '{self.name}' is for a training loop of its own, train=; omit it.")
+        if self.test is not None:
+            raise UsageError(f"test= of task '{self.name}' is for a training loop of its own, train=; omit it.")
+        if isinstance(self.loss, str) and self.loss not in LOSSES:
+            raise UnknownNameError("loss", self.loss, LOSSES)
+        if not isinstance(self.loss, str) and not callable(self.loss):
+            raise UsageError(
+                f"loss={self.loss!r} is not allowed: it must be the name of a loss, a function or an nn.Module."
+            )
+        self._check_metrics()
+
+    def _check_metrics(self) -> None:
+        if self.metric not in self.metric_names:
+            raise UnknownNameError("metric", str(self.metric), self.metric_names)
+        for name, factory in self.metrics.items():
+            if not callable(factory):
+                raise UsageError(
+                    f"metrics[{name!r}] is a {type(factory).__name__}; it must be a class or a function that makes one."
+                )
+            if not METRIC_NAME.fullmatch(name):
+                raise UsageError(f"metric '{name}' of task '{self.name}' may have {METRIC_CHARACTERS} alone.")
+        if self.direction is not None and self.metric not in self.metrics:
+            raise UsageError(
+                f"direction= of task '{self.name}' is for a training loop or a metric of its own; it is known of "
+                f"{self.metric}: omit it."
+            )
+
+    @property
+    def metric_names(self) -> list[str]:
+        """All metrics that may decide."""
+        if self.train:
+            return [self.metric]
+        return list(dict.fromkeys([*METRICS, *self.metrics]))
 
     def _check_loop(self) -> None:
         for name in ("load", "model"):
@@ -108,11 +163,63 @@ class Objective:
 
     @property
     def better(self) -> Direction:
-        """Whether a larger or a smaller metric is better."""
-        return METRICS[self.metric] if self.direction is None else Direction(self.direction)
+        """Whether a larger or a smaller metric is better.
+
+        Raises UsageError where a metric of the task's own does not say so.
+        """
+        if self.direction is not None:
+            return Direction(self.direction)
+        if self.metric not in self.metrics:
+            return METRICS[self.metric]
+        factory = self.metrics[self.metric]
+        is_larger_better = getattr(factory, "higher_is_better", None)  # a property of an object, where not of its class
+        if not isinstance(is_larger_better, bool):
+            is_larger_better = getattr(factory(), "higher_is_better", None)
+        if not isinstance(is_larger_better, bool):
+            raise UsageError(
+                f"task '{self.name}' must say whether a larger or a smaller {self.metric} is better: "
+                'direction="maximize" or direction="minimize".'
+            )
+        return Direction.MAXIMIZE if is_larger_better else Direction.MINIMIZE
+
+    @property
+    def judged_by(self) -> dict[str, str]:
+        """The fields of a TrainConfig that follow from what the task minimises, measures and brings of its own."""
+        fields = {"loss": self.loss if isinstance(self.loss, str) else OWN, "metric": self.metric}
+        if self.metric in self.metrics:
+            fields["metric_direction"] = self.better.value
+        return fields | ({"optimizer": OWN} if self.optimizer else {})
+
+    def own(self, parameters: Mapping[str, Any]) -> Own:
+        """What the task brings of its own, with the parameters of one configuration; a loss with weights is new."""
+        return Own(None if isinstance(self.loss, str) else self._build_loss(parameters), self.metrics, self.optimizer)
+
+    def _build_loss(self, parameters: Mapping[str, Any]) -> Callable[[Any, Any], Any]:
+        assert not isinstance(self.loss, str), "it has no name"
+        keywords = {name: value for name, value in parameters.items() if name in self.loss_parameters()}
+        if isinstance(self.loss, type):
+            built: Callable[[Any, Any], Any] = self.loss(**keywords)
+            return built
+        if hasattr(self.loss, "state_dict"):
+            return deepcopy(self.loss)
+        return partial(self.loss, **keywords) if keywords else self.loss
 
     def model_parameters(self) -> set[str]:
         """Names that `model` accepts as keywords."""
         assert self.model is not None, "a task has a model, or a loop, which takes any parameter"
-        signature = inspect.signature(self.model)
-        return {p.name for p in list(signature.parameters.values())[1:] if p.kind is not p.VAR_KEYWORD}
+        return _keywords(self.model, after=1)
+
+    def loss_parameters(self) -> set[str]:
+        """Names that a loss of the task's own accepts as keywords."""
+        if isinstance(self.loss, str) or (hasattr(self.loss, "state_dict") and not isinstance(self.loss, type)):
+            return set()
+        return _keywords(self.loss, after=0 if isinstance(self.loss, type) else 2)
+
+
+def _keywords(function: Callable[..., Any], *, after: int) -> set[str]:
+    """Names of the parameters that can be given by keyword, without the first ones."""
+    try:
+        named = list(inspect.signature(function).parameters.values())[after:]
+    except ValueError:  # what is written in C may have no signature
+        return set()
+    return {each.name for each in named if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)}

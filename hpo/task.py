@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpo.config import TrainConfig, config_fields
-from hpo.data.examples import Dataset, SealedSplit
 from hpo.errors import DataError, HpoError, SpaceError, UnknownNameError, UsageError
 from hpo.objective import Objective
 from hpo.space import Space, Value, parse_assignments
 
+if TYPE_CHECKING:
+    from hpo.data.examples import Dataset
+
 # A study has one budget, one metric and one kind of machine: a search may not choose between them.
-NOT_TUNABLE = frozenset({"max_epochs", "metric", "seed", "device", "precision", "compile", "deterministic"})
+NOT_TUNABLE = frozenset(
+    {"max_epochs", "metric", "metric_direction", "seed", "device", "precision", "compile", "deterministic"}
+)
 NOT_TUNABLE_BY_LOOPS = frozenset({"max_epochs", "seed", "device"})
 """The same for a task with a training loop of its own, which has these as attributes of its trial."""
 
@@ -37,11 +41,11 @@ class Task:
         if self.objective.train:
             return TrainConfig(**{**self.objective.settings, **settings})
         searched = {name: value for name, value in values.items() if name in config_fields()}
-        judged_by = {name: getattr(self.objective, name) for name in ("loss", "metric")}
-        return TrainConfig(**{**judged_by, **self.objective.settings, **settings, **searched})
+        return TrainConfig(**{**self.objective.judged_by, **self.objective.settings, **settings, **searched})
 
     def model_parameters(self, values: Mapping[str, Value]) -> dict[str, Value]:
-        """The part of a configuration that builds the model, or all of it for a training loop of the task's own."""
+        """The part of a configuration that builds the model or the task's own loss, or all of it for a training loop of
+        the task's own."""
         if self.objective.train:
             return dict(values)
         return {name: value for name, value in values.items() if name not in config_fields()}
@@ -80,9 +84,9 @@ class Task:
 
     def judged_by(self, metric: str) -> Task:
         """The task with another metric that decides; a training loop of its own has one only."""
-        return (
-            self if metric == self.objective.metric else replace(self, objective=replace(self.objective, metric=metric))
-        )
+        if metric == self.objective.metric:
+            return self
+        return replace(self, objective=replace(self.objective, metric=metric, direction=None))
 
 
 def _own_option(name: str) -> str:
@@ -110,6 +114,8 @@ def _parse_setting(name: str, text: str) -> Value:
 
 def load_dataset(task: Task, data_dir: Path) -> Dataset:
     """The task's data; whatever goes wrong while they are read is told as a DataError."""
+    from hpo.data.examples import Dataset, SealedSplit  # they import torch, which `hpo tasks` can do without
+
     name = task.objective.name
     assert task.objective.load is not None, "a training loop of the task's own reads its data itself"
     try:
@@ -144,7 +150,7 @@ def check_parameters(task: Task) -> None:
     if task.objective.train:
         return
     settings = config_fields().keys() - NOT_TUNABLE
-    accepted = settings | task.objective.model_parameters()
+    accepted = settings | task.objective.model_parameters() | task.objective.loss_parameters()
     for name in task.space.declared:
         if name not in accepted:
             raise UnknownNameError(

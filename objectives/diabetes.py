@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hpo import Dataset, Objective, mlp
+from hpo import Objective, mlp
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hpo import Dataset
 
 
 def load(data_dir: Path) -> Dataset:

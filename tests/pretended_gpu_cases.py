@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.data import of_classes
 from pretended_cuda import Seen, pretended_cuda
 from torch import nn
 
@@ -32,9 +33,9 @@ from hpo.space import Float, Group, Space
 from hpo.task import Task
 from hpo.training import captured, trainer
 from hpo.training.checkpoint import load_weights
+from hpo.training.evaluation import evaluate, evaluate_classes
 from hpo.training.step import StepResult, TrainingStep
 from hpo.training.trained import BEST_WEIGHTS, TrialDescription
-from hpo.training.trainer import evaluate, evaluate_classes
 
 pytestmark = pytest.mark.pretended_gpu
 
@@ -42,10 +43,9 @@ BETWEEN_STEPS = {
     ("copy from pageable memory", "?"): "the test itself moves the model that it loads",
     ("copy from pageable memory", "data/batches.py:_draw_epoch"): "the order and the draws of an epoch",
     ("copy from pageable memory", "data/batches.py:<listcomp>"): "the same",
-    ("copy from pageable memory", "data/batches.py:first"): "a batch that precisions are timed with, once a trial",
-    ("copy from pageable memory", "data/datasets.py:_moved"): "the data, once a trial",
+    ("copy from pageable memory", "data/examples.py:move"): "the data, once a trial",
+    ("copy from pageable memory", "data/parts.py:move"): "the first examples, for precisions, costs and initialisation",
     ("copy from pageable memory", "execution/worker.py:_build"): "the model, once a trial",
-    ("copy from pageable memory", "execution/worker.py:run_trial"): "the example that costs are measured with",
     ("copy from pageable memory", "models/preprocessed.py:fit_statistics"): "the statistics of the data, once a trial",
     ("copy from pageable memory", "models/preprocessed.py:_as_batch"): "examples to predict",
     ("copy from pageable memory", "training/losses.py:training_loss"): "the weights of the classes",
@@ -54,6 +54,7 @@ BETWEEN_STEPS = {
     ("copy from pageable memory", "training/probe.py:__init__"): "the examples that are watched",
     ("copy from pageable memory", "training/trainer.py:restore_best_weights"): "the best weights, from the checkpoint",
     ("copy from pageable memory", "training/trainer.py:resume"): "a resumed training",
+    ("bincount", "training/losses.py:_balanced_weights"): "the weights of the classes, once a trial",
     ("copy to the host", "data/batches.py:_balanced_chances"): "the classes, to draw them alike",
     ("copy to the host", "training/checkpoint.py:_on_device"): "the weights of the trial",
     ("copy to the host", "training/optimizers.py:load_optimizer_state"): "a resumed training",
@@ -61,12 +62,13 @@ BETWEEN_STEPS = {
         "item",
         "models/layers.py:scale_to_unit_variance",
     ): "layers that are initialised one after the other, once a trial",
+    ("item", "training/losses.py:target_scale"): "the deviation of the targets, once a trial",
     ("item", "training/step.py:state_dict"): "the scale of fp16, in the checkpoint of an epoch",
     ("synchronize", "training/costs.py:_measure_latency"): "the measured latency",
     ("synchronize", "training/precision.py:_synchronize"): "precisions are timed, once an architecture",
     ("tolist", "models/preprocessed.py:predict"): "the predictions",
-    ("tolist", "training/trainer.py:_read"): "the numbers of an epoch, in one transfer",
-    ("tolist", "training/trainer.py:evaluate_classes"): "the confusion matrix of the winner",
+    ("tolist", "training/evaluation.py:read_all"): "the numbers of an epoch, in one transfer",
+    ("tolist", "training/evaluation.py:evaluate_classes"): "the confusion matrix of the winner",
     ("stream.synchronize", "training/checkpoint.py:_copied_to_cpu"): "the checkpoint of an epoch, in one transfer",
 }
 """Where the host may wait, and what for: once an epoch, or once a trial."""
@@ -258,10 +260,10 @@ def test_winner(assignment: Assignment, objective: Objective, splits: Splits) ->
     assert isinstance(few, torch.Tensor)
     model.predict(few)
     if not num_classes:
-        evaluate(model, splits.validation, described.config, 0)
+        evaluate(model, splits.validation, described.config, of_classes(0))
         return
-    evaluate_classes(model, splits.validation, described.config, num_classes)
-    evaluate(MirrorAveraged(model), splits.validation, described.config, num_classes)
+    evaluate_classes(model, splits.validation, described.config, of_classes(num_classes))
+    evaluate(MirrorAveraged(model), splits.validation, described.config, of_classes(num_classes))
     model.probabilities(few, dropout_samples=2)
 
 

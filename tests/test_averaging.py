@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.data import of_classes
 from helpers.training import NUM_CLASSES, ImageNet, image_splits, quick_config
 from torch import nn
 
 from hpo.errors import UsageError
 from hpo.training.averaging import AveragedWeights
 from hpo.training.checkpoint import CheckpointFolder
-from hpo.training.trainer import evaluate, fit
+from hpo.training.evaluation import evaluate
+from hpo.training.trainer import fit
 
 
 def test_an_average_keeps_its_share_of_itself_in_each_step_and_takes_the_buffers_as_they_are() -> None:
@@ -41,7 +43,7 @@ def test_the_averaged_weights_are_those_that_are_measured_and_kept() -> None:
     model = ImageNet(dropout=0.2)
     results = list(fit(model, splits, config))
     best = results[results[-1].best_epoch - 1]
-    measured = evaluate(model, splits.validation, config, 4)
+    measured = evaluate(model, splits.validation, config, of_classes(4))
     assert measured == {name: best.metrics[f"val/{name}"] for name in measured}
     plain = ImageNet(dropout=0.2)
     others = list(fit(plain, splits, replace(config, ema_decay=0.0)))
@@ -85,7 +87,7 @@ def test_swa_is_the_mean_of_the_weights_at_the_ends_of_the_late_epochs(tmp_path:
     for result in fit(model, image_splits(), config, checkpoint=folder):
         ends.append(deepcopy(model.state_dict()))
         assert result.is_best, "so that the last average is what is kept"
-        measured = evaluate(deepcopy(model), image_splits().validation, config, NUM_CLASSES)["loss"]
+        measured = evaluate(deepcopy(model), image_splits().validation, config, of_classes(NUM_CLASSES))["loss"]
         assert (measured == pytest.approx(result.metrics["val/loss"], abs=1e-6)) == (result.epoch < 3)
     for name in ("hidden.weight", "output.bias"):
         by_hand = torch.stack([weights[name] for weights in ends[2:]]).mean(0)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers.data import of_classes
 from scipy import stats
 
 from hpo.config import TrainConfig
@@ -30,7 +31,7 @@ class Column(torch.nn.Module):
 def compare(split: Split, metric: str, *, num_classes: int) -> Difference:
     config = TrainConfig(metric=metric, loss="cross_entropy" if num_classes else "mse")
     models = ((Column(0), config), (Column(1), config))
-    return compare_models(*models, split, num_classes=num_classes, target_scale=1.0, seed=0)
+    return compare_models(*models, split, spec=of_classes(num_classes), target_scale=1.0, seed=0)
 
 
 def answers(right: list[bool], right_too: list[bool]) -> Split:

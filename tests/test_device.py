@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.data import of_classes
 from helpers.training import ImageNet, image_splits, quick_config
 from pretended_cuda import TOTAL_MEMORY, pretended_cuda
 from torch import Tensor, nn
@@ -20,8 +21,9 @@ from hpo.errors import DeviceMemoryError, UnknownNameError, UsageError
 from hpo.models.airnet import GlobalMaxPool
 from hpo.training import compiled, device
 from hpo.training.device import CONTEXT_BYTES, choose_device, limit_memory, memory_share, visible_gpus, why_gpus_fail
+from hpo.training.evaluation import evaluate
 from hpo.training.step import TrainingStep
-from hpo.training.trainer import evaluate, fit
+from hpo.training.trainer import fit
 
 OUT_OF_MEMORY = torch.OutOfMemoryError(
     "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity ..."
@@ -203,7 +205,7 @@ def test_an_evaluation_that_does_not_fit_is_done_in_smaller_batches() -> None:
         compared = {name: value for name, value in there.metrics.items() if name != "time/epoch_s"}
         assert {name: here.metrics[name] for name in compared} == pytest.approx(compared, rel=1e-4)
     with pytest.raises(DeviceMemoryError, match=r"one example at a time; choose a smaller model"):
-        evaluate(Tight(0), image_splits().validation, quick_config(), 3)
+        evaluate(Tight(0), image_splits().validation, quick_config(), of_classes(3))
 
 
 def test_running_out_of_memory_outside_of_a_step_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

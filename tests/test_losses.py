@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.data import of_classes
 from helpers.training import ImageNet, Line, image_splits, line_splits, quick_config, regression_config
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,7 +25,7 @@ from hpo.training.trainer import fit
 def test_cross_entropy_is_torchs_with_the_label_smoothing_of_the_config(smoothing: float, seed: int) -> None:
     torch.manual_seed(seed)
     outputs, targets = torch.randn(8, 3), torch.randint(3, (8,))
-    loss = loss_function(quick_config(label_smoothing=smoothing), 3, 1.0)(outputs, targets)
+    loss = loss_function(quick_config(label_smoothing=smoothing), of_classes(3), 1.0)(outputs, targets)
     torch.testing.assert_close(loss, functional.cross_entropy(outputs, targets, label_smoothing=smoothing))
 
 
@@ -32,7 +33,7 @@ def test_cross_entropy_is_torchs_with_the_label_smoothing_of_the_config(smoothin
 def test_the_mse_is_one_for_predicting_the_mean_in_any_units(scale: float, seed: int) -> None:
     targets = scale * torch.randn(50, generator=torch.Generator().manual_seed(seed))
     split = Split(torch.zeros(50, 1), targets)
-    loss = loss_function(regression_config(), 0, target_scale(split))
+    loss = loss_function(regression_config(), of_classes(0), target_scale(split))
     assert loss(targets.mean().expand(50, 1), targets).item() == pytest.approx(1.0, rel=1e-3)
     assert loss(targets.unsqueeze(1), targets).item() == 0.0
 
@@ -50,7 +51,7 @@ def logits_and_targets(seed: int) -> tuple[Tensor, Tensor]:
 @given(gamma=st.floats(0, 5), seed=st.integers(0, 100))
 def test_focal_loss_is_cross_entropy_times_the_power_of_what_the_share_lacks(gamma: float, seed: int) -> None:
     outputs, targets = logits_and_targets(seed)
-    loss = loss_function(quick_config(loss="focal", focal_gamma=gamma), 3, 1.0)(outputs, targets)
+    loss = loss_function(quick_config(loss="focal", focal_gamma=gamma), of_classes(3), 1.0)(outputs, targets)
     shares = outputs.softmax(1)[range(12), targets]
     torch.testing.assert_close(loss, (-((1 - shares) ** gamma) * shares.log()).mean(), rtol=1e-4, atol=1e-6)
 
@@ -68,7 +69,7 @@ def test_focal_loss_is_cross_entropy_times_the_power_of_what_the_share_lacks(gam
 def test_the_loss_of_a_mixed_example_is_that_of_its_classes_by_their_shares(changes: dict[str, Any]) -> None:
     torch.manual_seed(0)
     outputs, first, second = torch.randn(12, 3), torch.randint(3, (12,)), torch.randint(3, (12,))
-    loss = training_loss(quick_config(**changes), Split(outputs, torch.tensor([0, 0, 1, 1, 1, 2])), 3)
+    loss = training_loss(quick_config(**changes), Split(outputs, torch.tensor([0, 0, 1, 1, 1, 2])), of_classes(3))
     shares = 0.3 * functional.one_hot(first, 3) + 0.7 * functional.one_hot(second, 3)
     torch.testing.assert_close(loss(outputs, shares), 0.3 * loss(outputs, first) + 0.7 * loss(outputs, second))
 
@@ -99,7 +100,7 @@ def test_a_training_on_mixed_examples_learns_what_it_is_validated_on(compile_mod
 )
 def test_losses_of_outputs_in_half_precision_are_computed_in_fp32(changes: dict[str, Any]) -> None:
     outputs, targets = logits_and_targets(0)
-    loss = training_loss(quick_config(**changes), Split(outputs, targets), 3)
+    loss = training_loss(quick_config(**changes), Split(outputs, targets), of_classes(3))
     with torch.autocast("cpu", torch.float16):
         measured = loss(outputs.half(), targets)
     assert measured.dtype == torch.float32
@@ -109,7 +110,7 @@ def test_losses_of_outputs_in_half_precision_are_computed_in_fp32(changes: dict[
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 def test_focal_loss_of_a_sure_and_right_answer_has_a_finite_gradient(gamma: float) -> None:
     outputs = torch.tensor([[200.0, 0.0, 0.0]], requires_grad=True)
-    loss = loss_function(quick_config(loss="focal", focal_gamma=gamma), 3, 1.0)(outputs, torch.tensor([0]))
+    loss = loss_function(quick_config(loss="focal", focal_gamma=gamma), of_classes(3), 1.0)(outputs, torch.tensor([0]))
     loss.backward()
     assert loss.item() == 0.0
     assert outputs.grad is not None
@@ -122,7 +123,7 @@ def test_binary_cross_entropy_is_torchs_on_one_hot_targets(smoothing: float, see
     config = quick_config(loss="binary_cross_entropy", label_smoothing=smoothing)
     wanted = (1 - smoothing) * functional.one_hot(targets, 3).float() + smoothing / 3
     expected = functional.binary_cross_entropy_with_logits(outputs, wanted)
-    torch.testing.assert_close(loss_function(config, 3, 1.0)(outputs, targets), expected)
+    torch.testing.assert_close(loss_function(config, of_classes(3), 1.0)(outputs, targets), expected)
 
 
 def test_binary_cross_entropy_learns_each_class_against_all_others() -> None:
@@ -136,7 +137,7 @@ def test_binary_cross_entropy_learns_each_class_against_all_others() -> None:
 def test_balanced_weights_give_each_class_the_same_part_of_the_loss() -> None:
     targets = torch.tensor([0] * 6 + [1] * 3 + [2])
     train = Split(torch.zeros(10, 1), targets)
-    loss = training_loss(quick_config(class_weights="balanced"), train, 3)
+    loss = training_loss(quick_config(class_weights="balanced"), train, of_classes(3))
     each = torch.stack([loss(torch.zeros(1, 3), target[None]) for target in targets])
     parts = torch.stack([each[targets == label].sum() for label in range(3)])
     torch.testing.assert_close(parts, parts[:1].expand(3))
@@ -148,7 +149,7 @@ def test_balanced_weights_give_each_class_the_same_part_of_the_loss() -> None:
 def test_class_weights_are_for_the_training_loss_alone() -> None:
     outputs, targets = logits_and_targets(0)
     config = quick_config(class_weights="balanced")
-    assert loss_function(config, 3, 1.0)(outputs, targets) == functional.cross_entropy(outputs, targets)
+    assert loss_function(config, of_classes(3), 1.0)(outputs, targets) == functional.cross_entropy(outputs, targets)
 
 
 @pytest.mark.parametrize("loss", ["focal", "binary_cross_entropy"])
@@ -160,7 +161,7 @@ def test_a_weighted_batch_in_two_parts_has_the_gradient_of_the_whole(loss: str) 
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
         nn.init.zeros_(model[1].weight)
         nn.init.zeros_(model[1].bias)
-        step = TrainingStep(model, training_loss(config, splits.train, 4), build_optimizer(model, config))
+        step = TrainingStep(model, training_loss(config, splits.train, of_classes(4)), build_optimizer(model, config))
         step.num_parts = num_parts
         step(splits.train.inputs[:31].float() / 255, splits.train.targets[:31])
         weights.append(model[1].weight.detach())
@@ -179,12 +180,14 @@ def test_a_weighted_batch_in_two_parts_has_the_gradient_of_the_whole(loss: str) 
 def test_losses_of_a_regression_are_measured_in_deviations_of_the_target(loss: str, torchs: Any, scale: float) -> None:
     torch.manual_seed(0)
     targets, outputs = 3 * torch.randn(50), 3 * torch.randn(50)
-    measured = loss_function(regression_config(loss=loss), 0, scale)(scale * outputs.unsqueeze(1), scale * targets)
+    measured = loss_function(regression_config(loss=loss), of_classes(0), scale)(
+        scale * outputs.unsqueeze(1), scale * targets
+    )
     torch.testing.assert_close(measured, torchs(outputs, targets), rtol=1e-4, atol=1e-5)
 
 
 def test_log_cosh_does_not_overflow() -> None:
-    loss = loss_function(regression_config(loss="log_cosh"), 0, 1.0)
+    loss = loss_function(regression_config(loss="log_cosh"), of_classes(0), 1.0)
     for error in (-1e4, 1e4):
         assert loss(torch.tensor([error]), torch.zeros(1)).item() == pytest.approx(1e4, rel=1e-4)
 

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.data import of_classes
 from helpers.training import NUM_CLASSES, ImageNet, image_splits, quick_config
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hpo.training.evaluation import evaluate_classes
 from hpo.training.metrics import ConfusionMetrics, RegressionMetrics, auroc
-from hpo.training.trainer import evaluate_classes
 
 
 def measured(metrics: Any, outputs: Tensor, targets: Tensor, batch_size: int) -> dict[str, float]:
@@ -83,7 +84,7 @@ def test_auroc_tells_sure_answers_apart() -> None:
 
 def test_the_confusion_matrix_has_a_row_for_each_class_and_a_column_for_what_it_is_taken_for() -> None:
     splits, model = image_splits(), ImageNet().eval()
-    counts = torch.tensor(evaluate_classes(model, splits.validation, quick_config(), NUM_CLASSES)[1])
+    counts = torch.tensor(evaluate_classes(model, splits.validation, quick_config(), of_classes(NUM_CLASSES))[1])
     assert counts.sum(1).equal(splits.validation.targets.bincount(minlength=NUM_CLASSES))
     by_hand = torch.zeros_like(counts)
     for target, prediction in zip(splits.validation.targets, model(splits.validation.inputs).argmax(1), strict=True):

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from hpo.config import AUGMENTATIONS, CLASS_WEIGHTS, OPTIMIZERS, SAMPLINGS, SCHEDULES, TrainConfig
 from hpo.errors import CheckpointError
 from hpo.training.checkpoint import CheckpointFolder
-from hpo.training.losses import CLASSIFICATION_LOSSES
+from hpo.training.losses import LOSSES_OF_KIND
 from hpo.training.trainer import fit
 
 averages: list[dict[str, Any]] = [{}, {"ema_decay": 0.9}, {"swa_start": 0.5}]
@@ -45,7 +45,7 @@ resumable_configs = st.builds(
     cutmix=st.sampled_from([0.0, 1.0]),
     sampling=st.sampled_from(SAMPLINGS),
     class_weights=st.sampled_from(CLASS_WEIGHTS),
-    loss=st.sampled_from(CLASSIFICATION_LOSSES),
+    loss=st.sampled_from(LOSSES_OF_KIND["classification"]),
     weight_decay=st.sampled_from([0.0, 0.01]),
     clip_norm=st.sampled_from([0.0, 0.5]),
     clip_value=st.sampled_from([0.0, 0.1]),

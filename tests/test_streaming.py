@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.data import of_classes
 from torch import Tensor, nn
 
 from hpo.config import TrainConfig
@@ -19,7 +20,8 @@ from hpo.data.mapped import MappedImages
 from hpo.errors import DataError
 from hpo.models.preprocessed import PreprocessedModel
 from hpo.training.checkpoint import CheckpointFolder
-from hpo.training.trainer import evaluate, fit
+from hpo.training.evaluation import evaluate
+from hpo.training.trainer import fit
 
 SHAPE = (3, 8, 8)
 CLASSES = ("dark", "grey", "bright")
@@ -170,7 +172,8 @@ def test_a_test_split_in_a_file_is_evaluated(in_file: Splits, resident: Splits) 
     torch.manual_seed(0)
     model = PreprocessedModel(Net(), in_file.spec).eval()
     scores = [
-        evaluate(model, splits.validation, TrainConfig(batch_size=5), len(CLASSES)) for splits in (in_file, resident)
+        evaluate(model, splits.validation, TrainConfig(batch_size=5), of_classes(len(CLASSES)))
+        for splits in (in_file, resident)
     ]
     assert scores[0] == scores[1]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.data import of_classes
 from helpers.training import (
     NUM_CLASSES,
     Float,
@@ -34,9 +35,10 @@ from hpo.data.datasets import split_dataset
 from hpo.data.examples import Dataset, SealedSplit, Split
 from hpo.errors import UnknownNameError, UsageError
 from hpo.training.checkpoint import CheckpointFolder
+from hpo.training.evaluation import evaluate
 from hpo.training.losses import target_scale
-from hpo.training.metrics import CLASSIFICATION_METRICS, EpochMetrics
-from hpo.training.trainer import evaluate, fit
+from hpo.training.metrics import METRICS_OF_KIND, EpochMetrics
+from hpo.training.trainer import fit
 
 # The defects of the tutorial loop.
 
@@ -120,7 +122,9 @@ def test_a_metric_to_be_minimised_has_its_best_at_the_minimum() -> None:
     assert values[0] > min(values) < values[-1], "the minimum must lie inside, or the test shows nothing"
     assert results[-1].best_value == min(values)
     assert results[-1].best_epoch == values.index(min(values)) + 1
-    assert evaluate(model, image_splits().validation, config, NUM_CLASSES)["loss"] == pytest.approx(min(values))
+    assert evaluate(model, image_splits().validation, config, of_classes(NUM_CLASSES))["loss"] == pytest.approx(
+        min(values)
+    )
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 96])
@@ -138,13 +142,13 @@ def test_the_epoch_loss_weighs_every_example_alike() -> None:
     model = ImageNet().eval()
     targets[-1] = model(inputs[-1:]).argmin()  # a last batch of one, with a loss unlike the others'
 
-    measured = evaluate(model, Split(inputs, targets), quick_config(), NUM_CLASSES)["loss"]
+    measured = evaluate(model, Split(inputs, targets), quick_config(), of_classes(NUM_CLASSES))["loss"]
     with torch.no_grad():
         assert measured == pytest.approx(functional.cross_entropy(model(inputs), targets).item(), rel=1e-5)
 
 
 def test_the_mean_of_batches_of_different_size_is_the_mean_of_their_examples() -> None:
-    metrics = EpochMetrics(2, "cpu")
+    metrics = EpochMetrics(of_classes(2), "cpu")
     for size, loss in ((3, 1.0), (1, 5.0)):
         metrics.update(torch.zeros(size, 2), torch.zeros(size, dtype=torch.int64), torch.tensor(loss))
     assert metrics.compute()["loss"].item() == 2.0
@@ -155,7 +159,7 @@ def test_batches_that_are_held_are_counted_like_those_that_are_not(sizes: list[i
     measured = []
     for holds_batches in (True, False):
         generator = torch.Generator().manual_seed(0)
-        metrics = EpochMetrics(NUM_CLASSES, "cpu", holds_batches=holds_batches, with_auroc=True)
+        metrics = EpochMetrics(of_classes(NUM_CLASSES), "cpu", holds_batches=holds_batches, is_complete=True)
         for size in sizes:
             outputs = torch.randn(size, NUM_CLASSES, generator=generator)
             targets = torch.randint(NUM_CLASSES, (size,), generator=generator)
@@ -348,7 +352,7 @@ def test_the_best_weights_are_those_that_were_measured() -> None:
     config = quick_config(max_epochs=6, lr=0.3, metric="loss")
     results = list(fit(model, image_splits(), config))
     assert not results[-1].is_best, "or the test shows nothing"
-    measured = evaluate(model, image_splits().validation, config, NUM_CLASSES)
+    measured = evaluate(model, image_splits().validation, config, of_classes(NUM_CLASSES))
     assert results[-1].best_epoch is not None
     best = results[results[-1].best_epoch - 1]
     assert measured == {name: best.metrics[f"val/{name}"] for name in measured}
@@ -397,10 +401,10 @@ def test_the_gradient_norm_is_measured_before_clipping_and_averaged_over_the_ste
 
 def test_evaluation_of_any_split_gives_the_metrics_without_prefix() -> None:
     splits = image_splits()
-    measured = evaluate(ImageNet(), splits.validation, quick_config(), NUM_CLASSES)
-    assert measured.keys() == {"loss", *CLASSIFICATION_METRICS}
+    measured = evaluate(ImageNet(), splits.validation, quick_config(), of_classes(NUM_CLASSES))
+    assert measured.keys() == {"loss", *METRICS_OF_KIND["classification"]}
     splits = line_splits()
-    measured = evaluate(Line(3), splits.validation, regression_config(), 0, target_scale=2.0)
+    measured = evaluate(Line(3), splits.validation, regression_config(), of_classes(0), target_scale=2.0)
     assert measured["loss"] == pytest.approx(measured["mse"] / 4)
 
 

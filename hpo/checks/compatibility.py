@@ -4,28 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hpo.config import config_fields
+from hpo.config import OWN, config_fields
 from hpo.data.batches import build_batches
 from hpo.data.datasets import Splits
-from hpo.errors import DataError, SpaceError, UsageError
+from hpo.data.kinds import labels_of
+from hpo.data.parts import Padded, map_tensors
+from hpo.errors import DataError, SpaceError, UsageError, in_one_line
 from hpo.models.preprocessed import build_model
 from hpo.space import Choice, Value, format_value
 from hpo.task import Task
 from hpo.training.losses import training_loss
-from hpo.training.metrics import check_metric
+from hpo.training.metrics import EpochMetrics, check_metric
+from hpo.training.optimizers import build_optimizer
 from hpo.training.trainer import check_fine_tuning
+
+if TYPE_CHECKING:
+    from hpo.data.examples import DataSpec
 
 
 def check_task(task: Task, splits: Splits) -> None:
     """Raise UsageError where a metric, a batch size or the model of the task does not fit its data."""
-    check_metric(task.objective.metric, len(splits.spec.classes))
+    for loss in _possible_values(task, "loss"):
+        _check_setting(task, splits, "loss", loss)
+    check_metric(task.objective.metric, splits.spec, task.objective.own(task.space.defaults()))
     _check_batch_sizes(task, splits)
     _check_model(task, splits)
     _check_choices(task, splits)
-    for name in ("loss", "class_weights", "sampling", "augment", "mixup", "cutmix"):
+    for name in ("class_weights", "sampling", "augment", "mixup", "cutmix"):
         for value in _possible_values(task, name):
             _check_setting(task, splits, name, value)
 
@@ -52,30 +61,75 @@ def _check_batch_sizes(task: Task, splits: Splits) -> None:
 def _check_setting(task: Task, splits: Splits, name: str, value: Value) -> None:
     """Every loss, sampling and augmentation that may be drawn must fit the data."""
     config = task.train_config({name: value}, batch_size=1)
-    num_classes = len(splits.spec.classes)
-    training_loss(config, splits.train, num_classes)
+    training_loss(config, splits.train, splits.spec, task.objective.own(task.space.defaults()))
     generator = torch.Generator()
-    build_batches(splits.train, config, num_classes, order=generator, augmentation=generator)
+    build_batches(splits.train, config, splits.spec, order=generator, augmentation=generator)
 
 
 def _check_model(task: Task, splits: Splits) -> None:
     """Build the default configuration and let it see two examples, so that a mistake in a task is found at once."""
     values = task.space.active(task.space.defaults())
-    with _blamed_on(task, "the default configuration"):
+    config = task.train_config(values, batch_size=1)
+    inputs, targets = splits.train.batch(slice(0, 2))
+    with _blamed_on(task, "the model", "the default configuration"):
         model = build_model(task.objective, splits.spec, task.model_parameters(values), seed=0).eval()
         model.fit_statistics(splits.train)
-        outputs = model(splits.train.inputs[:2])
-    if not isinstance(outputs, torch.Tensor):
+        outputs = model(inputs)
+    if config.loss != OWN:
+        _check_outputs(task, splits.spec, outputs, targets)
+    check_fine_tuning(model, config)
+    with _blamed_on(task, "the loss", "the default configuration"):
+        loss = training_loss(config, splits.train, splits.spec, model.own)(outputs, targets)
+    _check_loss(task, loss)
+    with _blamed_on(task, "a metric", "the outputs of the model"):
+        metrics = EpochMetrics(splits.spec, "cpu", own=model.own, is_complete=True)
+        metrics.update(map_tensors(torch.Tensor.detach, outputs), targets, loss.detach())
+        metrics.compute()
+    with _blamed_on(task, "the optimizer", "the default configuration"):
+        build_optimizer(model, config, model.own)
+
+
+def _check_outputs(task: Task, spec: DataSpec, outputs: Any, targets: Any) -> None:
+    """Raise UsageError where a model's outputs for two examples do not fit the kind of target."""
+    name, kind = task.objective.name, spec.kind
+    tensor = outputs.values if isinstance(outputs, Padded) and kind in ("tagging", "transcription") else outputs
+    if not isinstance(tensor, torch.Tensor):
         raise UsageError(
-            f"the model of task '{task.objective.name}' returns a {type(outputs).__name__}; it must return one tensor."
+            f"the model of task '{name}' returns a {type(outputs).__name__}; it must return one tensor, or the task "
+            "needs a loss of its own."
         )
-    shape = tuple(outputs.shape)
-    wanted = (2, splits.spec.num_outputs) if splits.spec.classes else (2,)
-    if shape != wanted:
+    wanted = _wanted_shape(spec, tensor, targets)
+    if tuple(tensor.shape) != wanted:
         raise UsageError(
-            f"the model of task '{task.objective.name}' returns outputs of shape {shape} for 2 examples, not {wanted}."
+            f"the model of task '{name}' returns outputs of shape {tuple(tensor.shape)} for 2 examples, not {wanted}."
         )
-    check_fine_tuning(model, task.train_config(values))
+
+
+def _wanted_shape(spec: DataSpec, outputs: torch.Tensor, targets: Any) -> tuple[int, ...]:
+    match spec.kind:
+        case "regression" | "box":
+            return 2, *spec.target_shape
+        case "segmentation":
+            return 2, spec.num_outputs, *targets.shape[1:]
+        case "tagging":
+            return *labels_of(targets).shape, spec.num_outputs
+        case "transcription":  # how many steps is the network's choice
+            return 2, outputs.shape[1] if outputs.ndim == 3 else 1, spec.num_outputs
+        case _:
+            return 2, spec.num_outputs
+
+
+def _check_loss(task: Task, loss: Any) -> None:
+    name = task.objective.name
+    if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
+        given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise UsageError(f"the loss of task '{name}' gives {given}; it must be the mean over the batch, one number.")
+    if not loss.requires_grad:
+        raise UsageError(
+            f"the loss of task '{name}' has no gradient: compute it from the model's outputs, without detach or item."
+        )
+    if not loss.isfinite():
+        raise UsageError(f"the loss of task '{name}' is {loss.item()} for the first two examples.")
 
 
 def _check_choices(task: Task, splits: Splits) -> None:
@@ -85,18 +139,18 @@ def _check_choices(task: Task, splits: Splits) -> None:
             continue
         for value in (choice for choice in parameter.choices if choice != parameter.default):
             parameters = task.model_parameters(task.space.active(task.space.defaults() | {name: value}))
-            with _blamed_on(task, f"{name}={format_value(value)}"):
+            with _blamed_on(task, "the model", f"{name}={format_value(value)}"):
                 build_model(task.objective, splits.spec, parameters, seed=0)
 
 
 @contextmanager
-def _blamed_on(task: Task, configuration: str) -> Iterator[None]:
-    """Whatever the model raises, told as a UsageError."""
+def _blamed_on(task: Task, what: str, condition: str) -> Iterator[None]:
+    """Whatever a part of the task raises, told as a UsageError."""
     try:
         yield
-    except DataError:  # no pretrained weights; it says what to do
+    except (DataError, SpaceError):  # no pretrained weights; it says what to do
         raise
-    except (Exception, SystemExit) as error:  # the model is a stranger's code and may raise anything
+    except (Exception, SystemExit) as error:  # a stranger's code may raise anything
         raise UsageError(
-            f"the model of task '{task.objective.name}' fails with {configuration}: {type(error).__name__}: {error}"
+            f"{what} of task '{task.objective.name}' fails with {condition}: {in_one_line(error)}"
         ) from error

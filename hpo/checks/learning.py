@@ -7,26 +7,28 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from statistics import mean, median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
+from hpo.checks.baselines import baselines
 from hpo.checks.speed import seconds_a_step
-from hpo.checks.verdicts import Sample, Subject, Verdict
-from hpo.config import derive_seed
+from hpo.checks.verdicts import Subject, Verdict
+from hpo.config import OWN, derive_seed
 from hpo.data.batches import build_batches
-from hpo.data.datasets import Splits
-from hpo.data.examples import Split
+from hpo.data.parts import tensors_of
 from hpo.space import Choice, format_value
 from hpo.training.losses import training_loss
-from hpo.training.metrics import ConfusionMetrics, RegressionMetrics
+from hpo.training.metrics import EpochMetrics
 from hpo.training.optimizers import build_optimizer
 from hpo.training.precision import settle_precision
 from hpo.training.probe import backward_in_evaluation_mode
 from hpo.training.step import TrainingStep
 from hpo.training.trainer import fit
+
+if TYPE_CHECKING:
+    from hpo.data.datasets import Splits
+    from hpo.data.parts import Batch
 
 BATCH, BATCH_STEPS = 32, 300
 BATCH_RATES = (1e-3, 1e-2)
@@ -50,39 +52,61 @@ ROUGH = 3.0
 """How far outside the window a rate may lie: a hundred steps do not say it better."""
 
 
+_LEARNED = {
+    "classification": ("accuracy", 1.0),
+    "multilabel": ("exact_match", 1.0),
+    "regression": ("r2", 0.95),
+    "segmentation": ("mean_iou", 0.9),
+    "box": ("mean_iou", 0.8),
+    "tagging": ("accuracy", 0.99),
+}
+"""By kind of target, the metric that tells whether a batch was learned by heart, and from which value on it was."""
+
+FALLEN = {"transcription": 0.5}
+"""By what share the loss falls at least where a batch was learned whose kind has no such metric."""
+
+FALLEN_AT_ALL = 0.05
+"""The same for a loss of the task's own: how far it can fall, only its author knows."""
+
+
 def check_one_batch(subject: Subject) -> Verdict:
     """Whether the network, without dropout and the like, can learn a few examples by heart: nothing is easier."""
-    sample = subject.sample(BATCH)
+    name, enough = _by_heart(subject)
     for rate in BATCH_RATES:
-        losses, score = _learn_by_heart(subject, sample, rate)
-        if score >= _learned(subject):
+        losses, score = _learn_by_heart(subject, rate)
+        if score >= enough:
             break
-    name = "accuracy" if subject.num_classes else "r2"
-    text = f"{name} {score:.3f} on {len(sample.targets)} examples after {len(losses)} steps"
+    measured = f"{name} {score:.3f}" if name else f"the loss fell from {losses[0]:.3f} to {losses[-1]:.3f}"
+    text = f"{measured} on {min(BATCH, len(subject.splits.train))} examples after {len(losses)} steps"
     data = {"score": score, "steps": len(losses), "losses": losses}
-    if score >= _learned(subject):
+    if score >= enough:
         return Verdict(state="ok", text=text, data=data)
     advice = "something is broken: look at the loss, the labels, detached layers, and whether inputs reach the outputs"
-    return Verdict(state="wrong", text=text, advice=advice, data=data)
+    return Verdict(state="wrong" if name else "warning", text=text, advice=advice, data=data)
 
 
-def _learned(subject: Subject) -> float:
-    return 1.0 if subject.num_classes else 0.95
+def _by_heart(subject: Subject) -> tuple[str, float]:
+    if subject.config.loss == OWN or subject.spec.kind not in _LEARNED:
+        return "", FALLEN.get(subject.spec.kind, FALLEN_AT_ALL)
+    return _LEARNED[subject.spec.kind]
 
 
-def _learn_by_heart(subject: Subject, sample: Sample, rate: float) -> tuple[list[float], float]:
+def _learn_by_heart(subject: Subject, rate: float) -> tuple[list[float], float]:
+    """The losses, and the metric; without a metric the share by which the loss has fallen."""
+    name, enough = _by_heart(subject)
+    inputs, targets = subject.batch(BATCH)
     model = subject.network()
     optimizer = build_optimizer(model, replace(subject.config, optimizer="adam", lr=rate, weight_decay=0.0))
-    step = TrainingStep(model, subject.loss, optimizer)
+    step = TrainingStep(model, subject.loss_of(model), optimizer)
     losses: list[float] = []
     score = -math.inf
     for number in range(1, BATCH_STEPS + 1):
         with backward_in_evaluation_mode(model):
-            done = step(sample.inputs, sample.targets)
+            done = step(inputs, targets)
         losses.append(done.loss.item())
         if number % 10 == 0:
-            score = _score(subject, done.outputs, sample.targets, "accuracy" if subject.num_classes else "r2")
-            if score >= _learned(subject) or not math.isfinite(losses[-1]):
+            score = _score(subject, done.outputs, targets, name) if name else 1 - losses[-1] / (losses[0] or 1.0)
+            if score >= enough or not math.isfinite(losses[-1]):
                 break
     return losses, score
 
@@ -95,16 +119,24 @@ def check_baseline(subject: Subject) -> Verdict:
     model = subject.network()
     with closing(fit(model, splits, config)) as results:
         *_, last = results
-    network = last.metrics[f"val/{metric}"]
-    naive, linear = (_score(subject, outputs, splits.validation.targets, metric) for outputs in _baselines(splits))
     epochs = "an epoch" if last.epoch == 1 else f"{last.epoch} epochs"
+    if metric is None:
+        text = f"{config.metric} {last.value:.3f} after {epochs} of {len(splits.train)} examples; "
+        text += f"no baseline is known for targets of the kind {subject.spec.kind}"
+        return Verdict(state="ok", text=text, data={"network": last.value, "epochs": last.epoch})
+    network = last.metrics[f"val/{metric}"]
+    _, targets = splits.validation.batch(slice(None))
+    naive, linear = (
+        math.nan if outputs is None else _score(subject, outputs, targets, metric) for outputs in baselines(splits)
+    )
     trained = f"{metric} {network:.3f} after {epochs} of {len(splits.train)} examples"
-    simplest = "the majority class" if subject.num_classes else "the mean"
-    text = f"{trained}; {simplest} has {naive:.3f}, a linear model {linear:.3f}"
+    simplest = "the majority class" if subject.spec.classes else "the mean"
+    text = f"{trained}; {simplest} has {naive:.3f}"
+    text += f", a linear model {linear:.3f}" if math.isfinite(linear) else ""
     data = {"network": network, "naive": naive, "linear": linear, "metric": metric, "epochs": last.epoch}
     # What scores like chance does not get beyond three standard errors by accident.
     num = len(splits.validation)
-    margin = 3 * math.sqrt(max(naive * (1 - naive), 0.0) / num) if subject.num_classes else 9 / num
+    margin = 3 * math.sqrt(max(naive * (1 - naive), 0.0) / num) if subject.spec.classes else 9 / num
     num_steps = last.epoch * (len(splits.train) // config.batch_size)
     if not network > naive + margin and last.epoch < subject.config.max_epochs and num_steps < ENOUGH_STEPS:
         advice = (
@@ -128,57 +160,33 @@ def _as_fits_the_time(subject: Subject) -> tuple[Splits, int]:
     num_steps = max(1, int(TRAINING_S / seconds_a_step(subject, batch_size)))
     num_examples = min(len(splits.train), max(batch_size, min(NUM_EXAMPLES, num_steps * batch_size)))
     max_epochs = min(subject.config.max_epochs, max(1, num_steps * batch_size // num_examples))
-    few = replace(splits, train=_first(splits.train, num_examples), validation=_first(splits.validation, 2_000))
-    return few, max_epochs
-
-
-def _first(split: Split, num_examples: int) -> Split:
-    return Split(split.inputs[:num_examples], split.targets[:num_examples])
-
-
-def _comparable_metric(subject: Subject) -> str:
-    """The task's metric where guesses have one that is better when larger; else accuracy or R2."""
-    if subject.num_classes:
-        return subject.config.metric if subject.config.metric in ("precision", "recall", "f1") else "accuracy"
-    return "r2"
-
-
-def _baselines(splits: Splits) -> tuple[Tensor, Tensor]:
-    """Outputs on the validation split of the simplest guess, and of a ridge regression of the inputs or the classes."""
-    from sklearn.linear_model import Ridge, RidgeClassifier  # scikit-learn takes a second to import
-
-    features = _flattened(splits.train.inputs[:])
-    mean, deviation = features.mean(0), features.std(0, correction=0).clamp(min=1e-6)
-    inputs, new = (
-        ((_flattened(part.inputs[:]) - mean) / deviation).numpy() for part in (splits.train, splits.validation)
+    train, validation = (
+        split.sample(number, "cpu") for split, number in ((splits.train, num_examples), (splits.validation, 2_000))
     )
-    targets, num = splits.train.targets, len(splits.validation)
-    num_classes = len(splits.spec.classes)
-    strength = float(len(inputs))  # a prior as strong as the data: pixels outnumber the examples
-    if not num_classes:
-        model = Ridge(alpha=strength / 100).fit(inputs, targets.numpy())
-        return targets.mean().expand(num), torch.from_numpy(model.predict(new)).float()
-    commonest = torch.bincount(targets).argmax().expand(num)
-    predicted = RidgeClassifier(alpha=strength).fit(inputs, targets.numpy()).predict(new)
-    naive, linear = (functional.one_hot(p, num_classes).float() for p in (commonest, torch.tensor(predicted)))
-    return naive, linear
+    return replace(splits, train=train, validation=validation), max_epochs
 
 
-def _flattened(inputs: Tensor) -> Tensor:
-    """Features (N, F); of large images means over parts of them, which is as much as a linear model can take."""
-    if inputs.ndim == 4:
-        height, width = (min(32, side) for side in inputs.shape[-2:])
-        inputs = functional.adaptive_avg_pool2d(inputs.float(), (height, width))
-    return inputs.flatten(1).float()
+def _comparable_metric(subject: Subject) -> str | None:
+    """The task's metric where guesses have one that is better when larger; else the most usual one of the kind.
+
+    None for kinds that have no baseline.
+    """
+    comparable = {
+        "classification": ("accuracy", "precision", "recall", "f1"),
+        "multilabel": ("accuracy", "f1", "precision", "recall"),
+        "regression": ("r2",),
+        "segmentation": ("mean_iou", "dice", "accuracy"),
+        "box": ("mean_iou",),
+        "tagging": ("accuracy",),
+    }.get(subject.spec.kind)
+    if comparable is None:
+        return None
+    return subject.config.metric if subject.config.metric in comparable else comparable[0]
 
 
-def _score(subject: Subject, outputs: Tensor, targets: Tensor, metric: str) -> float:
-    metrics = (
-        ConfusionMetrics(subject.num_classes, targets.device)
-        if subject.num_classes
-        else RegressionMetrics(targets.device)
-    )
-    metrics.update(outputs, targets)
+def _score(subject: Subject, outputs: Any, targets: Batch, metric: str) -> float:
+    metrics = EpochMetrics(subject.spec, tensors_of(targets)[0].device)
+    metrics.update(outputs, targets, torch.zeros((), device=tensors_of(targets)[0].device))
     return metrics.compute()[metric].item()
 
 
@@ -222,8 +230,8 @@ def _range_test(subject: Subject) -> tuple[list[float], list[float]]:
     config = subject.config
     num_rates = max(MIN_RATES, min(NUM_RATES, int(RANGE_TEST_S / seconds_a_step(subject, config.batch_size))))
     model = subject.network().train()
-    optimizer = build_optimizer(model, config)
-    loss = training_loss(config, subject.splits.train, subject.num_classes)
+    optimizer = build_optimizer(model, config, model.own)
+    loss = training_loss(config, subject.splits.train, subject.spec, model.own)
     precision = settle_precision(config.precision, model, loss, lambda: subject.batch(config.batch_size))
     step = TrainingStep(model, loss, optimizer, clip_norm=config.clip_norm, precision=precision)
     shares = [group["lr"] / config.lr for group in optimizer.param_groups]
@@ -243,11 +251,11 @@ def _range_test(subject: Subject) -> tuple[list[float], list[float]]:
     return rates[:num_finite], losses[:num_finite]
 
 
-def _endless(subject: Subject) -> Iterator[tuple[Tensor, Tensor]]:
+def _endless(subject: Subject) -> Iterator[tuple[Batch, Batch]]:
     config = subject.config
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "range test"))
-    split = subject.sample(NUM_EXAMPLES + config.batch_size).as_split()
-    batches = build_batches(split, config, subject.num_classes, order=generator, augmentation=generator)
+    split = subject.sample(NUM_EXAMPLES + config.batch_size)
+    batches = build_batches(split, config, subject.spec, order=generator, augmentation=generator)
     while True:
         yield from batches
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hpo.checks.verdicts import Subject, Verdict
+from hpo.data.parts import Padded, tensors_of
 from hpo.training.probe import EXPLODED, VANISHED, backward_in_evaluation_mode, layers, relative_gradients
+
+if TYPE_CHECKING:
+    from hpo.data.examples import Split
+    from hpo.models.preprocessed import PreprocessedModel
 
 NUM_STEPS = 3
 """What begins with weights of 0 passes gradients on only after a step or two."""
@@ -21,36 +27,54 @@ HIGH_LOSS, FAR_TOO_HIGH_LOSS = 1.5, 3.0
 @torch.inference_mode()
 def check_forward(subject: Subject) -> Verdict:
     model = subject.network().eval()  # batch norms too, or examples would depend on each other
-    inputs = subject.small_sample().inputs
-    outputs = model(inputs)
+    sample = subject.small_sample()
+    outputs = model(sample.batch(slice(None))[0])
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     num_frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     frozen = f" ({num_frozen} more are frozen)" if num_frozen else ""
-    text = f"outputs of {'x'.join(map(str, outputs.shape))}, {num_parameters} parameters{frozen}"
+    shapes = " and ".join("x".join(map(str, tensor.shape)) or "one number" for tensor in tensors_of(outputs))
+    text = f"outputs of {shapes}, {num_parameters} parameters{frozen}"
     data = {"parameters": num_parameters, "frozen_parameters": num_frozen}
     if not num_parameters:
         advice = "no parameter is trained: let some have requires_grad"
         return Verdict(state="wrong", text=text, advice=advice, data=data)
-    if not outputs.isfinite().all():
+    if not all(tensor.isfinite().all() for tensor in tensors_of(outputs)):
         advice = "outputs are not finite before any training: use another initialisation or a norm"
         return Verdict(state="wrong", text=text, advice=advice, data=data)
-    alone = model(inputs[:1])[0]
-    if not torch.allclose(alone, outputs[0], rtol=1e-2, atol=1e-2 * float(outputs.std()) + 1e-6):
+    if _depends_on_others(model, sample, outputs):
         advice = "the output of an example changes with the others in its batch: look for a wrong view or reshape"
+        if not sample.is_plain:
+            advice += ", or for padding that is not masked"
         return Verdict(state="wrong", text=text, advice=advice, data=data)
     return Verdict(state="ok", text=text, data=data)
+
+
+def _depends_on_others(model: PreprocessedModel, sample: Split, outputs: Any) -> bool:
+    """Whether the first example has other outputs alone; of a sequence those of its own elements count."""
+    together, alone = (
+        each.values if isinstance(each, Padded) else each for each in (outputs, model(sample.batch(slice(0, 1))[0]))
+    )
+    if not isinstance(together, torch.Tensor) or together.ndim < 2:
+        return False
+    own, alone = together[0], alone[0]
+    if own.shape != alone.shape:
+        own = own[: len(alone)]
+    return not torch.allclose(alone, own, rtol=1e-2, atol=1e-2 * float(together.std()) + 1e-6)
 
 
 @torch.inference_mode()
 def check_first_loss(subject: Subject) -> Verdict:
     """The loss before training against that of a network that knows nothing: ln(classes) for cross-entropy."""
-    sample = subject.small_sample()
-    loss = subject.loss(subject.network()(sample.inputs), sample.targets).item()
-    expected = subject.loss_of_knowing_nothing(sample.targets)
+    inputs, targets = subject.small_sample().batch(slice(None))
+    model = subject.network()
+    loss = subject.loss_of(model)(model(inputs), targets).item()
+    expected = subject.loss_of_knowing_nothing(targets)
+    if expected is None:
+        return Verdict(state="ok", text=f"{loss:.3f}", data={"first_loss": loss})
     reference = "the mean alone has"
-    if subject.num_classes:
+    if subject.spec.classes:
         is_logarithm = subject.config.loss == "cross_entropy"
-        reference = f"ln({subject.num_classes}) is" if is_logarithm else "equal chances have"
+        reference = f"ln({len(subject.spec.classes)}) is" if is_logarithm else "equal chances have"
     text = f"{loss:.3f}; {reference} {expected:.3f}"
     data = {"first_loss": loss, "expected_loss": expected}
     ratio = loss / expected if expected else 1.0
@@ -65,9 +89,9 @@ def check_first_loss(subject: Subject) -> Verdict:
 
 def check_gradients(subject: Subject) -> Verdict:
     """Whether gradients reach every layer that is trained, and how strong they are there."""
-    model, sample = subject.network(), subject.small_sample().as_split()
+    model, sample = subject.network(), subject.small_sample()
     with backward_in_evaluation_mode(model):
-        gradients = relative_gradients(model, sample, subject.loss, subject.target_scale).tolist()
+        gradients = relative_gradients(model, sample, subject.loss_of(model), subject.target_scale).tolist()
         unreached = _unreached_layers(subject, model) if gradients else list(layers(model))
     text = (
         f"all {len(gradients)} layers receive gradients; smallest is {min(gradients, default=0.0):.1e} of its weights"
@@ -97,17 +121,18 @@ def check_gradients(subject: Subject) -> Verdict:
     return Verdict(state="ok", text=text, data=data)
 
 
-def _unreached_layers(subject: Subject, model: torch.nn.Module) -> list[str]:
+def _unreached_layers(subject: Subject, model: PreprocessedModel) -> list[str]:
     """The names of those that no gradient reaches in a few steps of gradient descent.
 
     By hand: torch imports its compiler, which takes seconds, with the first optimizer.
     """
-    sample, weights = subject.small_sample(), layers(model)
+    (inputs, targets), weights = subject.small_sample().batch(slice(None)), layers(model)
+    loss_function = subject.loss_of(model)
     unreached = set(weights)
     for _ in range(NUM_STEPS):
         if not unreached:
             break
-        loss = subject.loss(model(sample.inputs), sample.targets)
+        loss = loss_function(model(inputs), targets)
         gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
         for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
             if gradient.any():

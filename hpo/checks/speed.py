@@ -58,13 +58,13 @@ def _batch_sizes(subject: Subject) -> list[int]:
 
 def seconds_a_step(subject: Subject, batch_size: int, at_least_s: float = 0.0) -> float:
     """Seconds that a training step takes, after one that is not counted; the quickest of a few."""
-    step, batch = _step(subject, batch_size), subject.sample(batch_size)
+    step, batch = _step(subject, batch_size), subject.batch(batch_size)
     times: list[float] = []
-    step(batch.inputs, batch.targets)
+    step(*batch)
     while len(times) < 2 or sum(times) < at_least_s:
         _synchronize(subject)
         started = time.perf_counter()
-        step(batch.inputs, batch.targets)
+        step(*batch)
         _synchronize(subject)
         times.append(time.perf_counter() - started)
     return min(times)
@@ -72,11 +72,11 @@ def seconds_a_step(subject: Subject, batch_size: int, at_least_s: float = 0.0) -
 
 def _memory_of_step(subject: Subject, batch_size: int) -> int:
     """Peak bytes on a GPU; on a CPU, what the forward pass keeps for the backward pass, and the weights."""
-    step, batch = _step(subject, batch_size), subject.sample(batch_size)
+    step, batch = _step(subject, batch_size), subject.batch(batch_size)
     if subject.config.device != "cpu":
-        step(batch.inputs, batch.targets)
+        step(*batch)
         torch.cuda.reset_peak_memory_stats(subject.config.device)
-        step(batch.inputs, batch.targets)
+        step(*batch)
         return torch.cuda.max_memory_allocated(subject.config.device)
     kept: dict[int, int] = {}
 
@@ -86,14 +86,15 @@ def _memory_of_step(subject: Subject, batch_size: int) -> int:
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        step(batch.inputs, batch.targets)
+        step(*batch)
     return sum(kept.values())
 
 
 def _step(subject: Subject, batch_size: int) -> TrainingStep:
     model = subject.network().train()
-    precision = settle_precision(subject.config.precision, model, subject.loss, lambda: subject.batch(batch_size))
-    return TrainingStep(model, subject.loss, build_optimizer(model, subject.config), precision=precision)
+    loss = subject.loss_of(model)
+    precision = settle_precision(subject.config.precision, model, loss, lambda: subject.batch(batch_size))
+    return TrainingStep(model, loss, build_optimizer(model, subject.config, model.own), precision=precision)
 
 
 def _synchronize(subject: Subject) -> None:

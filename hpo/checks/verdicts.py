@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from hpo.config import TrainConfig
+from hpo.config import OWN, TrainConfig
 from hpo.data.datasets import Splits
-from hpo.data.examples import Split
+from hpo.data.kinds import labels_of
 from hpo.models.preprocessed import PreprocessedModel, build_model
 from hpo.training.losses import LossFunction, loss_function, target_scale
 from hpo.training.precision import has_convolutions
 
 if TYPE_CHECKING:
+    from hpo.data.examples import DataSpec, Split
+    from hpo.data.parts import Batch
     from hpo.space import Value
     from hpo.task import Task
 
@@ -46,20 +48,6 @@ class Verdict:
     """The figures as plain data: numbers are logged, and lists are drawn."""
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Examples on the device."""
-
-    inputs: Tensor
-    targets: Tensor
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def as_split(self) -> Split:
-        return Split(self.inputs, self.targets)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Subject:
     """What is checked: a task with the default configuration of its space, on its training and validation splits."""
@@ -81,33 +69,36 @@ class Subject:
         )
 
     @property
-    def num_classes(self) -> int:
-        """0 for a regression."""
-        return len(self.splits.spec.classes)
+    def spec(self) -> DataSpec:
+        return self.splits.spec
 
     @property
-    def target_scale(self) -> float:
+    def is_classified(self) -> bool:
+        """Whether each example has one of several classes."""
+        return self.spec.kind == "classification"
+
+    @property
+    def target_scale(self) -> float | Tensor:
         return target_scale(self.splits.train)
 
-    @property
-    def loss(self) -> LossFunction:
-        """The loss of the task, without what regularizes it."""
+    def loss_of(self, model: PreprocessedModel) -> LossFunction:
+        """The loss of the task, without what regularizes it; one of its own has the weights of this model's."""
         plain = replace(self.config, label_smoothing=0.0)
-        return loss_function(plain, self.num_classes, self.target_scale)
+        return loss_function(plain, self.spec, self.target_scale, model.own)
 
-    def sample(self, num_examples: int) -> Sample:
+    def sample(self, num_examples: int) -> Split:
         """At most this many training examples, on the device; the classes are in proportion."""
-        train, device = self.splits.train, self.config.device
-        return Sample(train.inputs[:num_examples].to(device), train.targets[:num_examples].to(device))
+        return self.splits.train.sample(num_examples, self.config.device)
 
-    def batch(self, size: int) -> tuple[Tensor, Tensor]:
+    def batch(self, size: int) -> tuple[Batch, Batch]:
         """A batch of training examples and their targets, on the device."""
-        sample = self.sample(size)
-        return sample.inputs, sample.targets
+        return self.splits.train.first(size, self.config.device)
 
-    def small_sample(self) -> Sample:
+    def small_sample(self) -> Split:
         """As many training examples as a large network takes seconds for on a CPU."""
-        return self.sample(64 if self.splits.train.inputs.shape[1:].numel() <= LARGE_EXAMPLE else 16)
+        sample = self.sample(64)
+        is_large = sample.num_bytes / len(sample) > LARGE_EXAMPLE * sample.parts[0].dtype.itemsize
+        return sample.select(slice(0, 16)) if is_large else sample
 
     @cached_property
     def fingerprints(self) -> tuple[list[bytes], list[bytes]]:
@@ -134,13 +125,18 @@ class Subject:
         model.fit_statistics(self.splits.train)  # of large data this takes a second
         return model
 
-    def loss_of_knowing_nothing(self, targets: Tensor) -> float:
-        """What the loss is where every class has the same chance, or where the mean is predicted."""
-        if self.num_classes:
-            outputs = torch.zeros(len(targets), self.num_classes, device=targets.device)
-        else:
-            outputs = targets.mean().expand(len(targets))
-        return self.loss(outputs, targets).item()
+    def loss_of_knowing_nothing(self, targets: Batch) -> float | None:
+        """What the loss is where every class has the same chance, or where the mean is predicted; None where only the
+        task's own loss could say, or where it depends on the number of outputs."""
+        if self.config.loss == OWN or self.spec.kind in ("own", "transcription"):
+            return None
+        loss = self.loss_of(self._untrained)
+        if self.spec.kind in ("regression", "box"):
+            return loss(targets.mean(0).expand_as(targets), targets).item()
+        labels, num_classes = labels_of(targets), len(self.spec.classes)
+        shape = list(labels.shape) if self.spec.kind == "multilabel" else [*labels.shape, num_classes]
+        outputs = torch.zeros(shape, device=labels.device)
+        return loss(outputs.movedim(-1, 1) if self.spec.kind == "segmentation" else outputs, targets).item()
 
 
 def in_few_lines(verdicts: Sequence[Verdict], task: str) -> list[str]:

@@ -13,28 +13,33 @@ import torch
 from torch import Tensor
 
 from hpo.data.augment import Augmentation, build_augmentations
-from hpo.data.examples import Split
+from hpo.data.mapped import MappedImages
 from hpo.data.mixing import Mixing, build_mixing
+from hpo.data.parts import Padded, Ragged, map_parts, map_tensors, parts, tensors_of
 from hpo.errors import UsageError
 
 if TYPE_CHECKING:
     from hpo.config import TrainConfig
     from hpo.data.datasets import Splits
-    from hpo.data.mapped import MappedImages
+    from hpo.data.examples import DataSpec, Split
+    from hpo.data.parts import Batch, Part, Rows
 
 DEVICE_SHARE = 0.5
 """Of the device's free memory, what splits that stay there may take."""
 
+GROUPED_BATCHES = 50
+"""Batches of sequences that are sorted by length together."""
+
 _SMALL_EXAMPLE = 3 * 32 * 32  # values
-_Rows = Tensor | slice
+_STATES_OF_AN_ELEMENT = 64  # values that a network makes of an element of a sequence, at the least
 
 
 def place(splits: Splits, device: torch.device | str) -> Splits:
     """The splits on the device, where they leave it room to train; else as they are, to be streamed."""
-    wanted, there = torch.device(device), splits.train.targets.device
+    wanted, there = torch.device(device), splits.train.device
     if there.type == wanted.type and wanted.index in (None, there.index):
         return splits
-    is_mapped = not all(isinstance(split.inputs, Tensor) for split in (splits.train, splits.validation))
+    is_mapped = any(isinstance(part, MappedImages) for part in (*splits.train.parts, *splits.validation.parts))
     if is_mapped or splits.num_bytes > DEVICE_SHARE * _free_memory(torch.device(device)):
         return splits
     try:
@@ -89,7 +94,7 @@ class TrainingBatches:
         self.epoch = 1
         self._split = split
         self._batch_size = batch_size
-        self._device = torch.device(device or split.targets.device)
+        self._device = torch.device(device or split.device)
         self._order = order
         self._augmentation = augmentation
         self._augmentations = _augmentations(augment, augment_strength, split)
@@ -97,21 +102,21 @@ class TrainingBatches:
         if mixing:
             mixing.check(split)
         self._chances = _balanced_chances(split) if sampling == "balanced" else None
+        self._lengths = next((part.lengths for part in parts(split.inputs) if isinstance(part, Ragged)), None)
 
     def __len__(self) -> int:
         return len(self._split) // self._batch_size
 
-    def first(self) -> tuple[Tensor, Tensor]:
+    def first(self) -> tuple[Batch, Batch]:
         """The first examples of the split as a batch, as they are; nothing is drawn."""
-        split, size = self._split, self._batch_size
-        return split.inputs[:size].to(self._device), split.targets[:size].to(self._device)
+        return self._split.first(self._batch_size, self._device)
 
     @property
     def are_mixed(self) -> bool:
         """Whether targets are the shares (B, num_classes) of mixed examples."""
         return self._mixing is not None
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Batch, Batch]]:
         order, *draws = self._draw_epoch()
         for (inputs, targets), *drawn in zip(_fetched(self._split, order, self._device), *draws, strict=True):
             yield self._changed(inputs, targets, drawn)
@@ -119,35 +124,58 @@ class TrainingBatches:
     def drawn(self) -> Iterator[tuple[Tensor, ...]]:
         """For each batch of an epoch what is random about it, on the device; `make` turns it into the batch.
 
-        It is for a split that is on the device itself.
+        It is for a plain split that is on the device itself.
         """
-        return zip(*self._draw_epoch(), strict=True)
+        order, *draws = self._draw_epoch()
+        return zip((there for _, there in order), *draws, strict=True)
 
-    def make(self, rows: Tensor, *draws: Tensor) -> tuple[Tensor, Tensor]:
+    def make(self, rows: Tensor, *draws: Tensor) -> tuple[Batch, Batch]:
         """The batch that `drawn` has described. It is computed from tensors alone, as a CUDA graph needs it."""
-        return self._changed(*_taken(self._split, rows), draws)
+        return self._changed(*self._split.batch(rows), draws)
 
-    def _changed(self, inputs: Tensor, targets: Tensor, draws: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def _changed(self, inputs: Batch, targets: Batch, draws: Sequence[Tensor]) -> tuple[Batch, Batch]:
+        if not draws:
+            return inputs, targets
+        assert isinstance(inputs, Tensor), "other inputs are not augmented"
         for augmentation, of_batch in zip(self._augmentations, draws, strict=False):  # the mixing's come last
             inputs = augmentation.apply(inputs, of_batch)
-        return self._mixing.apply(inputs, targets, draws[-1]) if self._mixing else (inputs, targets)
+        if not self._mixing:
+            return inputs, targets
+        assert isinstance(targets, Tensor), "other targets are not mixed"
+        return self._mixing.apply(inputs, targets, draws[-1])
 
-    def _draw_epoch(self) -> list[tuple[Tensor, ...]]:
-        """Indices, where the split is, and the draws of augmentations and mixing on the device, all in batches."""
+    def _draw_epoch(self) -> tuple[list[tuple[Tensor, Tensor]], *tuple[tuple[Tensor, ...], ...]]:
+        """For each batch its rows, on the CPU and where the split is, and the draws of augmentations and mixing."""
         order = self._draw_order()[: len(self) * self._batch_size]
-        size = self._split.inputs.shape[-2:]
         changes: list[Augmentation | Mixing] = [*self._augmentations, *([self._mixing] if self._mixing else [])]
+        size = _image_size(self._split) if changes else ()
         draws = [change.draw(order, size, self.epoch, self._augmentation).to(self._device) for change in changes]
-        return [torch.split(drawn, self._batch_size) for drawn in (order.to(self._split.targets.device), *draws)]
+        there = order.to(self._split.device)
+        rows, rows_there, *in_batches = (torch.split(drawn, self._batch_size) for drawn in (order, there, *draws))
+        return list(zip(rows, rows_there, strict=True)), *in_batches
 
     def _draw_order(self) -> Tensor:
         if self._chances is None:
-            return torch.randperm(len(self._split), generator=self._order)
-        return torch.multinomial(self._chances, len(self._split), replacement=True, generator=self._order)
+            order = torch.randperm(len(self._split), generator=self._order)
+        else:
+            order = torch.multinomial(self._chances, len(self._split), replacement=True, generator=self._order)
+        return order if self._lengths is None else self._grouped(order)
+
+    def _grouped(self, order: Tensor) -> Tensor:
+        """The order with sequences of similar lengths in the same batch, which saves padding.
+
+        Only so many batches are sorted together that it stays random who meets whom (Khomenko et al. 2016,
+        arXiv:1708.05604); which batch comes first is drawn again.
+        """
+        assert self._lengths is not None, "there are sequences"
+        size = self._batch_size
+        parts = torch.split(order[: len(self) * size], GROUPED_BATCHES * size)
+        ordered = torch.cat([part[self._lengths[part].argsort(stable=True)] for part in parts])
+        return ordered.view(-1, size)[torch.randperm(len(self), generator=self._order)].flatten()
 
 
 def build_batches(
-    split: Split, config: TrainConfig, num_classes: int, *, order: torch.Generator, augmentation: torch.Generator
+    split: Split, config: TrainConfig, spec: DataSpec, *, order: torch.Generator, augmentation: torch.Generator
 ) -> TrainingBatches:
     """The training batches that `config` asks for, on its device. Raises UsageError where they do not fit the data."""
     return TrainingBatches(
@@ -157,7 +185,7 @@ def build_batches(
         augmentation=augmentation,
         augment=config.augment,
         augment_strength=config.augment_strength,
-        mixing=build_mixing(config, num_classes),
+        mixing=build_mixing(config, spec),
         sampling=config.sampling,
         device=config.device,
     )
@@ -165,62 +193,79 @@ def build_batches(
 
 def _balanced_chances(split: Split) -> Tensor:
     """For each example, on the CPU, a chance with which all classes have the same."""
-    if split.targets.is_floating_point():
-        raise UsageError("sampling='balanced' is for classes; this task is a regression: use 'uniform'.")
-    targets = split.targets.cpu()
+    targets = split.targets
+    if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.ndim != 1:
+        raise UsageError("sampling='balanced' is for classes; this task is a regression or the like: use 'uniform'.")
+    targets = targets.cpu()
     return (1 / torch.bincount(targets).double())[targets]
 
 
 def _augmentations(augment: str, strength: float, split: Split) -> tuple[Augmentation, ...]:
     augmentations = build_augmentations(augment, strength)
-    if augmentations and split.inputs.ndim != 4:
-        raise UsageError(f"augment={augment!r} is for images (C, H, W); this task's examples are vectors: use 'none'.")
+    if augmentations and not is_of_images(split):
+        raise UsageError(f"augment={augment!r} is for images (C, H, W); this task's examples are others: use 'none'.")
     return augmentations
+
+
+def is_of_images(split: Split) -> bool:
+    """Whether the inputs are images (N, C, H, W)."""
+    return isinstance(split.inputs, Tensor | MappedImages) and split.inputs.ndim == 4
+
+
+def _image_size(split: Split) -> Sequence[int]:
+    assert isinstance(split.inputs, Tensor | MappedImages), "other inputs are not changed"
+    return split.inputs.shape[-2:]
 
 
 def evaluation_batches(
     split: Split, batch_size: int = 2048, device: torch.device | str | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[Batch, Batch]]:
     """Every example once, in order, on `device` (by default where the split is); the last batch may be smaller."""
     rows = [slice(first, first + batch_size) for first in range(0, len(split), batch_size)]
-    return _fetched(split, rows, torch.device(device or split.targets.device))
+    return _fetched(split, [(some, some) for some in rows], torch.device(device or split.device))
 
 
 def evaluation_batch_size(split: Split, training_batch_size: int, *, convolves_on_cpu: bool) -> int:
     """2048 for small examples, and a training's batch of large ones: what fits with gradients fits without.
 
     Convolutions on a CPU get 256: their outputs for 2048 images of 32x32 fall out of its caches, and are so large that
-    each is fetched from the system again, which took as long as the arithmetic (torch 2.15, one core).
+    each is fetched from the system again, which took as long as the arithmetic (torch 2.15, one core). Sequences count
+    with the length of the longest.
     """
-    if split.inputs.shape[1:].numel() > _SMALL_EXAMPLE:
+    if max(map(_values_in_example, split.parts)) > _SMALL_EXAMPLE:
         return training_batch_size
     return 256 if convolves_on_cpu else 2048
 
 
-def _fetched(split: Split, batches: Iterable[_Rows], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def _values_in_example(part: Part) -> int:
+    if not isinstance(part, Ragged):
+        return part.shape[1:].numel()
+    return int(part.lengths.max()) * part.values.shape[1:].numel() * _STATES_OF_AN_ELEMENT
+
+
+def _fetched(split: Split, batches: Iterable[tuple[Rows, Rows]], device: torch.device) -> Iterator[tuple[Batch, Batch]]:
     """The examples in the rows of each batch, on the device."""
-    if device.type == "cuda" and split.targets.device.type != "cuda":
-        yield from _streamed(split, batches, device)
+    if device.type == "cuda" and split.device.type != "cuda":
+        yield from _streamed(split, (here for here, _ in batches), device)
     else:
-        for rows in batches:
-            yield _taken(split, rows)
+        for rows, rows_there in batches:
+            yield split.batch(rows, rows_there)
 
 
-def _streamed(split: Split, batches: Iterable[_Rows], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def _streamed(split: Split, batches: Iterable[Rows], device: torch.device) -> Iterator[tuple[Batch, Batch]]:
     """Batches on their way to a GPU one ahead of the one at work: through pinned memory, on a stream of their own."""
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def send(rows: _Rows) -> tuple[tuple[Tensor, Tensor], torch.cuda.Event]:
+    def send(rows: Rows) -> tuple[tuple[Batch, Batch], torch.cuda.Event]:
         # torch keeps pinned memory for the next batch, and gives it out only when the copy is done.
-        inputs, targets = _pinned(split.inputs, rows), _pinned(split.targets, rows)
+        batch = _pinned(split, rows)
         with torch.cuda.stream(stream):
-            sent = inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-            return sent, stream.record_event()
+            return map_tensors(lambda part: part.to(device, non_blocking=True), batch), stream.record_event()
 
-    def receive(sent: tuple[Tensor, Tensor], arrival: torch.cuda.Event) -> tuple[Tensor, Tensor]:
+    def receive(sent: tuple[Batch, Batch], arrival: torch.cuda.Event) -> tuple[Batch, Batch]:
         at_work = torch.cuda.current_stream(device)
         at_work.wait_event(arrival)
-        for part in sent:
+        for part in tensors_of(sent):
             part.record_stream(at_work)  # or its memory would be given to a later batch while it is in use
         return sent
 
@@ -234,18 +279,19 @@ def _streamed(split: Split, batches: Iterable[_Rows], device: torch.device) -> I
         yield receive(*ahead)
 
 
-def _pinned(examples: Tensor | MappedImages, rows: _Rows) -> Tensor:
-    """The examples in these rows, gathered into pinned memory at once."""
-    num_rows = len(range(*rows.indices(len(examples)))) if isinstance(rows, slice) else len(rows)
-    pinned = torch.empty((num_rows, *examples.shape[1:]), dtype=examples.dtype, pin_memory=True)
-    if isinstance(rows, slice):
-        return pinned.copy_(examples[rows])
-    if isinstance(examples, Tensor):
-        return torch.index_select(examples, 0, rows, out=pinned)
-    return examples.index_select(0, rows, out=pinned)
+def _pinned(split: Split, rows: Rows) -> tuple[Batch, Batch]:
+    """The batch of these rows in pinned memory: what has one shape is gathered there at once."""
 
+    def pin(part: Part) -> Tensor | Padded:
+        if isinstance(part, Ragged):
+            return map_tensors(lambda tensor: tensor.pin_memory(), part.padded(rows, rows))
+        num_rows = len(range(*rows.indices(len(part)))) if isinstance(rows, slice) else len(rows)
+        pinned = torch.empty((num_rows, *part.shape[1:]), dtype=part.dtype, pin_memory=True)
+        if isinstance(rows, slice):
+            return pinned.copy_(part[rows])
+        if isinstance(part, Tensor):
+            return torch.index_select(part, 0, rows, out=pinned)
+        return part.index_select(0, rows, out=pinned)
 
-def _taken(split: Split, rows: _Rows) -> tuple[Tensor, Tensor]:
-    if isinstance(rows, slice):
-        return split.inputs[rows], split.targets[rows]
-    return split.inputs.index_select(0, rows), split.targets.index_select(0, rows)
+    inputs = map_parts(pin, split.inputs)
+    return inputs, inputs if split.targets is None else map_parts(pin, split.targets)

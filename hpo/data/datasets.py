@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -18,9 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hpo.config import derive_seed
-from hpo.data.examples import Dataset, DataSpec, SealedSplit, Split
+from hpo.data.examples import Dataset, DataSpec, SealedSplit, Split, Vocabulary
+from hpo.data.kinds import require_sound_targets, strata
 from hpo.data.mapped import MappedImages
+from hpo.data.parts import Ragged, map_parts, named_parts
 from hpo.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from hpo.data.parts import Examples, Part
 
 MEMORY_SHARE = 0.25
 """Of the machine's memory, what images from a file may take; more of them stay in the file."""
@@ -42,13 +46,11 @@ class Splits:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all tensors; images that stay in their file are none."""
-        splits = (self.train, self.validation)
-        parts = (part for split in splits for part in (split.inputs, split.targets))
-        return sum(part.nbytes for part in parts if isinstance(part, Tensor))
+        """Size of all that is in memory; images that stay in their file are not."""
+        return self.train.num_bytes + self.validation.num_bytes
 
     def to(self, device: torch.device | str) -> Splits:
-        return replace(self, train=_moved(self.train, device), validation=_moved(self.validation, device))
+        return replace(self, train=self.train.to(device), validation=self.validation.to(device))
 
 
 def save_splits(splits: Splits, path: Path) -> None:
@@ -58,7 +60,7 @@ def save_splits(splits: Splits, path: Path) -> None:
     try:
         with unfinished.open("wb") as file:
             tensors = {name: _to_plain(getattr(splits, name)) for name in ("train", "validation")}
-            torch.save({**tensors, "spec": asdict(splits.spec)}, file)
+            torch.save({**tensors, "spec": splits.spec.to_dict()}, file)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -70,27 +72,36 @@ def load_splits(path: Path) -> Splits:
     Raises OSError where there is no such file.
     """
     saved = torch.load(path, mmap=True, weights_only=True)
-    spec = DataSpec(**{name: tuple(values) for name, values in saved["spec"].items()})
-    return Splits(_from_plain(saved["train"]), _from_plain(saved["validation"]), spec)
+    train, validation = (_from_plain(saved[name]) for name in ("train", "validation"))
+    return Splits(train, validation, DataSpec.from_dict(saved["spec"]))
 
 
 def _to_plain(split: Split) -> dict[str, Any]:
-    inputs = split.inputs
-    if isinstance(inputs, Tensor):
-        return {"inputs": inputs, "targets": split.targets}
-    mapped = {"file": str(inputs.file), "num_images": inputs.num_images, "image_shape": tuple(inputs.shape[1:])}
-    return {"mapped": mapped | {"rows": inputs.rows}, "targets": split.targets}
+    return {name: map_parts(_plain_part, getattr(split, name)) for name in ("inputs", "targets")}
+
+
+def _plain_part(part: Part | None) -> Any:
+    """What a file holds of a part: a list, to tell it from a mapping of parts, or the tensor itself."""
+    if isinstance(part, MappedImages):
+        return ["images in a file", str(part.file), part.num_images, tuple(part.shape[1:]), part.rows]
+    if isinstance(part, Ragged):
+        return ["sequences", part.values, part.lengths, part.padding]
+    return part
 
 
 def _from_plain(saved: dict[str, Any]) -> Split:
-    if mapped := saved.get("mapped"):
-        return Split(MappedImages(**mapped | {"file": Path(mapped["file"])}), saved["targets"])
-    return Split(**saved)
+    return Split(**{name: map_parts(_part_from_plain, saved[name]) for name in ("inputs", "targets")})
 
 
-def _moved(split: Split, device: torch.device | str) -> Split:
-    assert isinstance(split.inputs, Tensor), "images in a file have no device"
-    return Split(split.inputs.to(device), split.targets.to(device))
+def _part_from_plain(plain: Any) -> Part | None:
+    if not isinstance(plain, list):
+        return cast("Part | None", plain)
+    what, *content = plain
+    if what == "sequences":
+        values, lengths, padding = content
+        return Ragged(values, lengths, padding=padding)
+    file, num_images, image_shape, rows = content
+    return MappedImages(Path(file), num_images, image_shape, rows)
 
 
 def split_dataset(
@@ -98,9 +109,9 @@ def split_dataset(
 ) -> Splits:
     """Divide the training examples into those that are trained on and those that are validated on.
 
-    Seeded, and stratified by class for a classification; the size of the validation split is rounded up. `limit` keeps
-    that many of all examples, and a larger limit keeps them too. The test split stays sealed. Raises UsageError
-    where the examples do not suffice.
+    Seeded, and stratified by class, or by the rarest of several labels; the size of the validation split is rounded up.
+    `limit` keeps that many of all examples, and a larger limit keeps them too. The test split stays sealed. Raises
+    UsageError where the examples do not suffice.
     """
     if not 0 < validation_fraction < 1:
         raise UsageError(f"validation_fraction={validation_fraction} is not allowed: it must be between 0 and 1.")
@@ -108,20 +119,24 @@ def split_dataset(
         raise UsageError(
             f"limit={limit} is not allowed: it must be from 1 to the {len(dataset.train)} examples there are."
         )
-    _require_sound(dataset.train, dataset.classes)
-    kept = _stratified_order(dataset.train, dataset.classes, derive_seed(seed, "split"))[:limit]
+    spec = dataset.spec
+    _require_sound(dataset.train, spec)
+    kept = _stratified_order(dataset.train, spec.kind, len(spec.classes), derive_seed(seed, "split"))[:limit]
     num_validation = math.ceil(len(kept) * validation_fraction)
     train, validation = _select(dataset.train, kept[num_validation:]), _select(dataset.train, kept[:num_validation])
     if isinstance(train.inputs, MappedImages) and len(kept) * train.inputs[:1].nbytes <= MEMORY_SHARE * _memory():
-        train, validation = _read(train), _read(validation)
-    _require_examples(train, validation, dataset.classes)
-    return Splits(train, validation, dataset.spec)
+        train, validation = train.in_memory(), validation.in_memory()
+    _require_examples(train, validation, spec)
+    return Splits(train, validation, spec)
 
 
 def all_examples(splits: Splits) -> Split:
     """Those that are trained on and those that are validated on, in an order that is stratified by class."""
-    parts = (splits.validation, splits.train)  # as split_dataset has taken them from its order
-    return Split(_joined([part.inputs for part in parts]), torch.cat([part.targets for part in parts]))
+    first, second = splits.validation, splits.train  # as split_dataset has taken them from its order
+    inputs, targets = (
+        map_parts(_joined, getattr(first, part), getattr(second, part)) for part in ("inputs", "targets")
+    )
+    return Split(inputs, targets)
 
 
 def folds(splits: Splits, num_folds: int) -> Iterator[Splits]:
@@ -137,9 +152,9 @@ def folds(splits: Splits, num_folds: int) -> Iterator[Splits]:
         yield Splits(_select(examples, others), _select(examples, left_out), splits.spec)
 
 
-def check_folds(examples: Split, classes: Sequence[str], num_folds: int) -> None:
+def check_folds(examples: Split, spec: DataSpec, num_folds: int) -> None:
     """Raise UsageError where there are too few examples, of a class perhaps, for each fold to have one."""
-    counts = dict(zip(classes, torch.bincount(examples.targets).tolist(), strict=True)) if classes else {}
+    counts = class_counts(examples, spec)
     for name, count in {"": len(examples), **counts}.items():
         if count < num_folds:
             of_what = f"examples of '{name}'" if name else "examples"
@@ -147,80 +162,96 @@ def check_folds(examples: Split, classes: Sequence[str], num_folds: int) -> None
 
 
 def hold_out(
-    inputs: Tensor | MappedImages, targets: Tensor, classes: Sequence[str], *, test_fraction: float = 0.2, seed: int = 0
+    inputs: Examples,
+    targets: Examples | None,
+    classes: Sequence[str] = (),
+    *,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    kind: str | None = None,
+    vocabulary: Vocabulary | Mapping[str, Vocabulary] | None = None,
+    normalise: bool | Mapping[str, bool] = True,
 ) -> Dataset:
     """A data set whose test split is taken out of its own examples, for data that come without an official one.
 
-    Stratified by class for a classification; `classes` is empty for a regression. The same examples are held out for
-    ever: a study's seed has no part in it.
+    Stratified by class, or by the rarest of several labels; the other arguments are those of `Dataset`. The same
+    examples are held out for ever: a study's seed has no part in it.
     """
     whole = Split(inputs, targets)
-    _require_sound(whole, classes)
-    order = _stratified_order(whole, classes, seed)
+    given: dict[str, Any] = {"classes": tuple(classes), "kind": kind, "vocabulary": vocabulary, "normalise": normalise}
+    spec = Dataset(whole, SealedSplit(lambda: whole, 0), **given).spec
+    _require_sound(whole, spec)
+    order = _stratified_order(whole, spec.kind, len(classes), seed)
     num_test = math.ceil(len(whole) * test_fraction)
     test = _select(whole, order[:num_test])
-    return Dataset(_select(whole, order[num_test:]), SealedSplit(lambda: test, num_test), tuple(classes))
+    if vocabulary is None:  # of the test split nothing is to be known but this
+        given["vocabulary"] = {
+            name: each.categories or each.vocabulary for name, each in spec.input_specs.items() if each.vocabulary
+        }
+    return Dataset(_select(whole, order[num_test:]), SealedSplit(lambda: test, num_test), **given)
 
 
-def _stratified_order(split: Split, classes: Sequence[str], seed: int) -> Indices:
-    """A random order in which every beginning holds the classes in proportion; any order for a regression."""
+def class_counts(split: Split, spec: DataSpec) -> dict[str, int]:
+    """Examples that have each class, or each of several labels; nothing for other kinds."""
+    if spec.kind == "classification" and isinstance(split.targets, Tensor):
+        counts = torch.bincount(split.targets, minlength=len(spec.classes))
+    elif spec.kind == "multilabel" and isinstance(split.targets, Tensor):
+        counts = split.targets.bool().sum(0)
+    else:
+        return {}
+    return dict(zip(spec.classes, counts.tolist(), strict=True))
+
+
+def _stratified_order(split: Split, kind: str, num_classes: int, seed: int) -> Indices:
+    """A random order in which every beginning holds the classes in proportion, where there are some."""
     # RandomState's stream is frozen (NEP 19): a split outlives upgrades. It takes seeds of 32 bits.
     order = np.random.RandomState(seed % 2**32).permutation(len(split))
-    if not classes:
+    groups = strata(kind, split.targets, num_classes)
+    if groups is None:
         return order
-    labels = split.targets.numpy()[order]
+    labels = groups[order]
     quantiles = np.empty(len(split))
-    for members in (np.flatnonzero(labels == label) for label in range(len(classes))):
-        quantiles[members] = (np.arange(len(members)) + 0.5) / len(members)
+    for members in (np.flatnonzero(labels == label) for label in range(num_classes + 1)):
+        quantiles[members] = (np.arange(len(members)) + 0.5) / max(1, len(members))
     return order[np.argsort(quantiles, kind="stable")]
 
 
-def _require_sound(split: Split, classes: Sequence[str]) -> None:
+def _require_sound(split: Split, spec: DataSpec) -> None:
     """Raise DataError for what would end every trial, and on a GPU without a word about the cause."""
-    repeated = [name for name, count in Counter(classes).items() if count > 1]
-    if repeated:
-        raise DataError(f"the class name '{repeated[0]}' is given twice; each class needs a name of its own.")
-    if len(classes) == 1:
-        raise DataError(f"there is only the class '{classes[0]}': a classification needs two, a regression none.")
-    inputs, targets = split.inputs, split.targets
-    if not (isinstance(inputs, Tensor | MappedImages) and isinstance(targets, Tensor)):
-        given = f"{type(inputs).__name__} and {type(targets).__name__}"
-        raise DataError(f"inputs and targets must be torch tensors, not {given}.")
-    if len(inputs) != len(targets):
-        raise DataError(f"the data have {len(inputs)} inputs for {len(targets)} targets.")
-    if isinstance(inputs, Tensor) and inputs.dtype != torch.uint8 and not inputs.is_floating_point():
+    for name, part in named_parts(split.inputs).items():
+        _require_sound_input(f"the data's inputs{f' ({name})' if name else ''}", part)
+    require_sound_targets(spec.kind, split.targets, spec.classes)
+
+
+def _require_sound_input(name: str, part: Part) -> None:
+    values = part.values if isinstance(part, Ragged) else part
+    if not isinstance(values, Tensor):
+        return
+    if values.is_complex():
+        raise DataError(f"{name} are complex numbers; give torch.view_as_real of them.")
+    if values.is_floating_point() and not values.isfinite().all():
+        raise DataError(f"{name} hold NaN or infinite values; fill them in or leave those examples out.")
+    if not values.is_floating_point() and values.dtype != torch.uint8 and values.numel() and values.min() < 0:
         raise DataError(
-            f"the data's inputs are {inputs.dtype}; they must be uint8 images or floats. Numbers become floats with "
-            ".float(); token ids would be normalised like numbers, and are not supported."
+            f"{name} hold the integer {int(values.min())}; integers are ids (tokens, categories) and count from 0. "
+            "Numbers become floats with .float()."
         )
-    if isinstance(inputs, Tensor) and inputs.is_floating_point() and not inputs.isfinite().all():
-        raise DataError("the data's inputs hold NaN or infinite values; fill them in or leave those examples out.")
-    given = f"{targets.dtype} of shape {tuple(targets.shape)}"
-    if classes:
-        if targets.dtype != torch.int64 or targets.ndim != 1:
-            raise DataError(f"targets must be the classes' indices, int64 of shape (N,), not {given}.")
-        if targets.min() < 0 or targets.max() >= len(classes):
-            range_given = f"from {int(targets.min())} to {int(targets.max())}"
-            raise DataError(f"the targets are {range_given}; {len(classes)} classes have the indices from 0.")
-    else:
-        if not targets.is_floating_point() or targets.ndim != 1:
-            raise DataError(f"a regression's targets must be floats of shape (N,), not {given}; or name the classes.")
-        if not targets.isfinite().all():
-            raise DataError("the data's targets hold NaN or infinite values; leave those examples out.")
+    if isinstance(part, Ragged) and len(part) and int(part.lengths.min()) == 0:
+        raise DataError(f"{name} have an empty sequence (example {int(part.lengths.argmin())}); leave it out.")
 
 
-def _require_examples(train: Split, validation: Split, classes: Sequence[str]) -> None:
+def _require_examples(train: Split, validation: Split, spec: DataSpec) -> None:
     """Raise UsageError where there is nothing to learn or to judge by; a rare class may be missing in one split."""
     num_examples = len(train) + len(validation)
     for name, split in (("training", train), ("validation", validation)):
         if len(split) == 0:
             raise UsageError(f"{num_examples} examples leave none for {name}; there must be more, or a larger --limit.")
-    if missing := _missing_classes(train, classes):
+    if missing := _missing_classes(train, spec):
         raise UsageError(
-            f"{num_examples} examples of {len(classes)} classes leave none of '{missing[0]}' for training; "
+            f"{num_examples} examples of {len(spec.classes)} classes leave none of '{missing[0]}' for training; "
             "there must be more, or a larger --limit."
         )
-    if missing := _missing_classes(validation, classes):
+    if missing := _missing_classes(validation, spec):
         _logger.warning(
             "the validation split has no example of %s%s, so nothing judges how well %s learned.",
             ", ".join(f"'{name}'" for name in missing[:3]),
@@ -229,30 +260,25 @@ def _require_examples(train: Split, validation: Split, classes: Sequence[str]) -
         )
 
 
-def _missing_classes(split: Split, classes: Sequence[str]) -> list[str]:
-    counts = torch.bincount(split.targets, minlength=len(classes)).tolist() if classes else []
-    return [name for name, count in zip(classes, counts, strict=True) if count == 0]
+def _missing_classes(split: Split, spec: DataSpec) -> list[str]:
+    return [name for name, count in class_counts(split, spec).items() if count == 0]
 
 
-def _joined(inputs: Sequence[Tensor | MappedImages]) -> Tensor | MappedImages:
+def _joined(first: Part | None, second: Part | None) -> Part | None:
     """The examples of both; mapped images are of the same file."""
-    first, second = inputs
     if isinstance(first, MappedImages) and isinstance(second, MappedImages):
         return first.join(second)
+    if isinstance(first, Ragged) and isinstance(second, Ragged):
+        return first.join(second)
+    if first is None:
+        return None
     assert isinstance(first, Tensor), "a data set lies in one place"
     assert isinstance(second, Tensor), "a data set lies in one place"
     return torch.cat((first, second))
 
 
 def _select(split: Split, indices: Indices) -> Split:
-    rows = torch.from_numpy(indices)
-    inputs = split.inputs[rows] if isinstance(split.inputs, Tensor) else split.inputs.select(rows)
-    return Split(inputs, split.targets[rows])
-
-
-def _read(split: Split) -> Split:
-    """The split with its images in memory."""
-    return Split(split.inputs[:], split.targets)
+    return split.select(torch.from_numpy(indices))
 
 
 def _memory() -> int:

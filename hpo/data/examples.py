@@ -2,31 +2,118 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpo.data.kinds import infer_kind, num_outputs
+from hpo.data.mapped import MappedImages
+from hpo.data.parts import Examples, Ragged, map_parts, named_parts, parts, select, taken, to_device
+from hpo.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from hpo.data.parts import Batch, Part, Rows
 
-    from hpo.data.mapped import MappedImages
+
+Vocabulary = int | tuple[int, ...]
+"""How many different integers there are, or how many in each column."""
 
 
 @dataclass(frozen=True)
 class Split:
     """Examples of one split, in memory; images that do not fit there stay in a file, and are read when indexed."""
 
-    inputs: Tensor | MappedImages  # (N, C, H, W) uint8 images or (N, F) float32 features
-    targets: Tensor  # (N,) int64 class indices or (N,) float32 values
+    inputs: Examples
+    """One part or several (see hpo.data.parts), such as (N, C, H, W) uint8 images or (N, F) float32 features."""
+
+    targets: Examples | None
+    """What is to be learned (see hpo.data.kinds), such as (N,) int64 class indices; None where there is nothing."""
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return next(map(len, parts(self.inputs)), 0)
+
+    @property
+    def parts(self) -> list[Part]:
+        """All that inputs and targets are made of."""
+        return parts(self.inputs) + ([] if self.targets is None else parts(self.targets))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether inputs and targets are a tensor each, so that batches of one size have one shape."""
+        return isinstance(self.inputs, Tensor) and isinstance(self.targets, Tensor)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the examples are; images in a file count as on the CPU."""
+        return next((part.device for part in self.parts if isinstance(part, Tensor | Ragged)), torch.device("cpu"))
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all that is in memory; images that stay in their file are not."""
+        return sum(part.nbytes for part in self.parts if isinstance(part, Tensor | Ragged))
+
+    def select(self, rows: Rows) -> Split:
+        """The split of some of the examples; nothing is read of images in a file."""
+        return Split(select(self.inputs, rows), None if self.targets is None else select(self.targets, rows))
+
+    def to(self, device: torch.device | str) -> Split:
+        """The split on a device. No part may be images in a file, which have none."""
+
+        def move(part: Part) -> Part:
+            return cast("Part", part.to(device))  # type: ignore[union-attr]
+
+        def moved(examples: Examples) -> Examples:
+            return cast("Examples", map_parts(move, examples))
+
+        return Split(moved(self.inputs), None if self.targets is None else moved(self.targets))
+
+    def in_memory(self) -> Split:
+        """The split with images that were in a file read."""
+
+        def read(part: Part) -> Part:
+            return part[:] if isinstance(part, MappedImages) else part
+
+        return Split(map_parts(read, self.inputs), self.targets)
+
+    def batch(self, rows: Rows, rows_there: Rows | None = None) -> tuple[Batch, Batch]:
+        """Inputs and targets of these rows as a batch, where the split is; without targets the inputs stand for them.
+
+        `rows` are on the CPU; `rows_there` are the same where the split is, if that is elsewhere.
+        """
+        there = rows if rows_there is None else rows_there
+        inputs = taken(self.inputs, rows, there)
+        return inputs, inputs if self.targets is None else taken(self.targets, rows, there)
+
+    def sample(self, num_examples: int, device: torch.device | str) -> Split:
+        """A split of the first examples alone, on a device."""
+        return self.select(slice(0, num_examples)).in_memory().to(device)
+
+    def first(self, num_examples: int, device: torch.device | str) -> tuple[Batch, Batch]:
+        """The first examples as a batch, on a device."""
+        return to_device(self.batch(slice(0, num_examples)), device)
 
     def fingerprints(self) -> list[bytes]:
         """A hash of the inputs of each example: equal inputs have equal hashes."""
-        parts = (self.inputs[first : first + 1024].numpy() for first in range(0, len(self), 1024))
-        return [blake2b(example.tobytes(), digest_size=16).digest() for part in parts for example in part]
+        digests = [blake2b(digest_size=16) for _ in range(len(self))]
+        for part in parts(self.inputs):
+            for digest, content in zip(digests, _bytes_of_examples(part), strict=True):
+                digest.update(content)
+        return [digest.digest() for digest in digests]
+
+
+def _bytes_of_examples(part: Part) -> Any:
+    if isinstance(part, Ragged):
+        for example in torch.split(part.values, part.lengths.tolist()):
+            yield example.numpy().tobytes() + len(example).to_bytes(8, "little")
+        return
+    for first in range(0, len(part), 1024):
+        for example in part[first : first + 1024].numpy():
+            yield np.ascontiguousarray(example).tobytes()
 
 
 class SealedSplit:
@@ -55,25 +142,228 @@ class SealedSplit:
 
 @dataclass(frozen=True)
 class Dataset:
-    """All examples of a task. `classes` names the class of each index; it is empty for a regression."""
+    """All examples of a task."""
 
     train: Split
     test: SealedSplit
     classes: tuple[str, ...] = ()
+    """The name of each class, by index; empty where there are none."""
+
+    kind: str | None = None
+    """The kind of target, one of hpo.data.kinds.KINDS; None for what the targets look like."""
+
+    vocabulary: Vocabulary | Mapping[str, Vocabulary] | None = None
+    """How many different integers (token ids, categories) the inputs may hold, or a column of them each; by name where
+    inputs are several. None for as many as the training examples need."""
+
+    normalise: bool | Mapping[str, bool] = True
+    """Whether floats and images are given to the network with mean 0 and deviation 1; by name where inputs are several.
+    Integers other than uint8 never are."""
 
     @property
     def spec(self) -> DataSpec:
-        return DataSpec(input_shape=tuple(self.train.inputs.shape[1:]), classes=self.classes)
+        """Raises DataError where the data are not made of tensors and the like, one row for each example."""
+        _require_rows(self.train)
+        targets = self.train.targets
+        return DataSpec(
+            inputs=self._input_specs(),
+            classes=tuple(self.classes),
+            kind=self.kind or infer_kind(targets, self.classes),
+            target_shape=tuple(targets.shape[1:]) if isinstance(targets, Tensor) else (),
+        )
+
+    def _input_specs(self) -> Any:
+        named = named_parts(self.train.inputs)
+        for given, what in ((self.vocabulary, "vocabulary"), (self.normalise, "normalise")):
+            if isinstance(given, Mapping) and (unknown := sorted(given.keys() - named.keys())):
+                raise DataError(f"{what} names the input '{unknown[0]}'; the inputs are {', '.join(named) or 'one'}.")
+        specs = {
+            name: InputSpec.of(part, _for_input(self.vocabulary, name), bool(_for_input(self.normalise, name, True)))
+            for name, part in named.items()
+        }
+        names = iter(named)
+        return map_parts(lambda part: specs[next(names)], self.train.inputs)
+
+
+def _require_rows(split: Split) -> None:
+    """Raise DataError where inputs and targets are not made of tensors and the like, one row for each example."""
+    named = {f"input {name}" if name else "inputs": part for name, part in named_parts(split.inputs).items()}
+    if split.targets is not None:
+        named |= {f"target {name}" if name else "targets": part for name, part in named_parts(split.targets).items()}
+    if not named:
+        raise DataError("the data have no inputs.")
+    for name, part in named.items():
+        if not isinstance(part, Tensor | MappedImages | Ragged):
+            raise DataError(
+                f"the data's {name} must be a torch tensor, hpo.Ragged or hpo.MappedImages, or a mapping or tuple of "
+                f"them, not a {type(part).__name__}."
+            )
+        if isinstance(part, Tensor) and part.ndim == 0:
+            raise DataError(f"the data's {name} must have a row for each example, but have no dimension.")
+    (first, part), *others = named.items()
+    for name, other in others:
+        if len(other) != len(part):
+            raise DataError(f"the data have {len(part)} {first} for {len(other)} {name}.")
+
+
+def _for_input(given: Any, name: str, default: Any = None) -> Any:
+    return given.get(name, default) if isinstance(given, Mapping) else given
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What a model must know about one input."""
+
+    shape: tuple[int, ...]
+    """Of one example, (C, H, W) or (F,); of one element where it is a sequence of any length."""
+
+    dtype: str = "float32"
+
+    is_ragged: bool = False
+    """Whether examples are sequences of different lengths, so that a batch is `Padded`."""
+
+    vocabulary: int | None = None
+    """How many different integers there are, the largest being one less; None for what is no integer."""
+
+    categories: tuple[int, ...] = ()
+    """The same for each column of integers (N, F)."""
+
+    is_normalised: bool = True
+    """Whether the network gets it with mean 0 and deviation 1."""
+
+    @classmethod
+    def of(cls, part: Part, vocabulary: Vocabulary | None = None, normalise: bool = True) -> Self:
+        """Raises DataError where the examples hold more than a vocabulary that is given."""
+        values = part.values if isinstance(part, Ragged) else part
+        found = _largest(values) if isinstance(values, Tensor) else None
+        columns: tuple[int, ...] = ()
+        if found is not None and isinstance(part, Tensor) and part.ndim == 2:
+            columns = tuple((part.amax(0).long() + 1).tolist())
+        if found is not None and vocabulary is not None:
+            columns = _require_within(found, columns, vocabulary)
+            found = (max(vocabulary) if isinstance(vocabulary, tuple) else vocabulary) - 1
+        return cls(
+            shape=tuple(values.shape[1:]),
+            dtype=str(values.dtype).removeprefix("torch."),
+            is_ragged=isinstance(part, Ragged),
+            vocabulary=None if found is None else found + 1,
+            categories=columns,
+            is_normalised=normalise and found is None,
+        )
+
+    def describe(self) -> str:
+        """As in messages: "int64 (B, length)"."""
+        sides = ["B", *(["length"] if self.is_ragged else []), *map(str, self.shape)]
+        return f"({', '.join(sides)})"
+
+
+def _largest(values: Tensor) -> int | None:
+    """The largest of integers that are ids; None for floats and images."""
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.uint8:
+        return None
+    return int(values.max()) if values.numel() else 0
+
+
+def _require_within(largest: int, columns: tuple[int, ...], given: Vocabulary) -> tuple[int, ...]:
+    """The number of categories in each column. Raises DataError where the examples hold more than was given."""
+    if isinstance(given, tuple):
+        for column, (needed, allowed) in enumerate(zip(columns, given, strict=True)):
+            if needed > allowed:
+                raise DataError(f"column {column} holds the integer {needed - 1}, but its vocabulary is {allowed}.")
+        return given
+    if largest >= given:
+        raise DataError(
+            f"the inputs hold the integer {largest}, but a vocabulary of {given} ends at {given - 1}; give a larger "
+            "one, or replace what is rare."
+        )
+    return (given,) * len(columns)
 
 
 @dataclass(frozen=True)
 class DataSpec:
     """What a model must know about the data: plain values, stored beside each checkpoint."""
 
-    input_shape: tuple[int, ...]  # (C, H, W) or (F,)
+    inputs: InputSpec | Mapping[str, Any] | tuple[Any, ...]
+    """One input, or a mapping or tuple of several, as in the split. A shape such as (1, 8, 8) stands for floats."""
+
     classes: tuple[str, ...] = ()
+
+    kind: str = ""
+    """The kind of target, one of hpo.data.kinds.KINDS; by default a classification if there are classes, else a
+    regression."""
+
+    target_shape: tuple[int, ...] = ()
+    """Of one example's target, where all have the same."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.inputs, tuple) and all(isinstance(side, int) for side in self.inputs):
+            object.__setattr__(self, "inputs", InputSpec(self.inputs))
+        if not self.kind:
+            object.__setattr__(self, "kind", "classification" if self.classes else "regression")
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape (C, H, W) or (F,) of the numbers of an example, for a network that takes nothing else.
+
+        Raises UsageError where there are several inputs, sequences of different lengths, or ids.
+        """
+        only = self.only_input
+        if only.is_ragged:
+            raise UsageError("this network takes examples of one shape; the inputs are sequences of different lengths.")
+        if only.vocabulary is not None:
+            raise UsageError(
+                f"this network takes numbers; the inputs are {only.dtype}, which are ids (tokens, categories) and need "
+                "an embedding. Numbers become floats with .float()."
+            )
+        return only.shape
+
+    @property
+    def only_input(self) -> InputSpec:
+        """Raises UsageError where there are several inputs."""
+        if not isinstance(self.inputs, InputSpec):
+            names = ", ".join(named_parts(cast(Any, self.inputs)))
+            raise UsageError(f"this network takes one input; the task has several ({names}), so it needs its own.")
+        return self.inputs
+
+    @property
+    def input_specs(self) -> dict[str, InputSpec]:
+        """All inputs by name: "" for a single one."""
+        return cast(dict[str, InputSpec], named_parts(cast(Any, self.inputs)))
 
     @property
     def num_outputs(self) -> int:
-        """One logit per class, or one value for a regression."""
-        return len(self.classes) or 1
+        """One logit per class (and one more for a transcription's blank), or one value per number.
+
+        Raises UsageError where only the task's own loss can say.
+        """
+        count = num_outputs(self.kind, len(self.classes), self.target_shape)
+        if not count:
+            raise UsageError(
+                "the loss of this task is its own, so its model must know the number of outputs by itself."
+            )
+        return count
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "inputs": map_parts(asdict, self.inputs),
+            "classes": list(self.classes),
+            "kind": self.kind,
+            "target_shape": list(self.target_shape),
+        }
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Self:
+        """What `to_dict` described, after JSON too."""
+        if "input_shape" in plain:  # as version 0.1 wrote it
+            return cls(InputSpec(tuple(plain["input_shape"])), tuple(plain["classes"]))
+        inputs, shape = _input_specs_from(plain["inputs"]), tuple(plain["target_shape"])
+        return cls(inputs, tuple(plain["classes"]), plain["kind"], shape)
+
+
+def _input_specs_from(plain: Any) -> Any:
+    if isinstance(plain, list | tuple):
+        return tuple(map(_input_specs_from, plain))
+    if isinstance(plain.get("shape"), list | tuple) and "is_ragged" in plain:
+        return InputSpec(**plain | {name: tuple(plain[name]) for name in ("shape", "categories")})
+    return {name: _input_specs_from(each) for name, each in plain.items()}

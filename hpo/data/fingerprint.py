@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+
+from hpo.data.parts import Ragged, named_parts
 
 if TYPE_CHECKING:
     from hpo.data.examples import Dataset
+    from hpo.data.parts import Part
 
 MAX_BYTES = 2**30
 """Inputs that are read for a checksum: about a second of SHA-256. Of more, evenly spaced examples are read."""
@@ -23,14 +27,35 @@ def data_fingerprint(dataset: Dataset) -> str:
     in between. The order of the examples counts as well: the seed chooses the validation split by position. The test
     split stays sealed.
     """
-    inputs, targets = dataset.train.inputs, dataset.train.targets
-    digest = hashlib.sha256()
-    about = (tuple(inputs.shape), str(inputs.dtype), str(targets.dtype), dataset.classes, len(dataset.test))
-    digest.update(repr(about).encode())
-    digest.update(targets.contiguous().numpy().data)
-    for rows in torch.split(_rows(len(targets), inputs[:1].nbytes), _NUM_AT_ONCE):
-        digest.update(inputs.index_select(0, rows).numpy().data)
+    train, digest = dataset.train, hashlib.sha256()
+    inputs = named_parts(train.inputs)
+    targets = {} if train.targets is None else named_parts(train.targets)
+    digest.update(repr(_about(dataset, inputs, targets)).encode())
+    for part in targets.values():
+        _update(digest, part, torch.arange(len(part)))
+    for part in inputs.values():
+        bytes_per_example = part.nbytes // len(part)
+        _update(digest, part, _rows(len(part), bytes_per_example * len(inputs)))
     return digest.hexdigest()
+
+
+def _about(dataset: Dataset, inputs: dict[str, Part], targets: dict[str, Part]) -> tuple[Any, ...]:
+    if inputs.keys() == targets.keys() == {""} and not any(isinstance(p, Ragged) for p in (inputs[""], targets[""])):
+        first, wanted = inputs[""], targets[""]
+        assert not isinstance(first, Ragged), "seen above"
+        return tuple(first.shape), str(first.dtype), str(wanted.dtype), dataset.classes, len(dataset.test)
+    described = [[(name, str(part.dtype), len(part)) for name, part in named.items()] for named in (inputs, targets)]
+    return *described, dataset.kind, dataset.classes, len(dataset.test)
+
+
+def _update(digest: hashlib._Hash, part: Part, rows: Tensor) -> None:
+    for some in torch.split(rows, _NUM_AT_ONCE):
+        if isinstance(part, Ragged):
+            chosen = part.select(some)
+            digest.update(chosen.lengths.numpy().data)
+            digest.update(chosen.values.contiguous().numpy().data)
+        else:
+            digest.update(part.index_select(0, some).numpy().data)
 
 
 def _rows(num_examples: int, bytes_per_example: int) -> torch.Tensor:

@@ -60,7 +60,7 @@ class MappedImages:
         """The images of indices (B,), read now, into `out` where it is given; `dim` is 0."""
         return torch.index_select(self._images, dim, self.rows[index], out=out)
 
-    def select(self, indices: Tensor) -> MappedImages:
+    def select(self, indices: Tensor | slice) -> MappedImages:
         """Those of them alone; nothing is read."""
         return MappedImages(self.file, self.num_images, tuple(self.shape[1:]), self.rows[indices])
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hpo.config import TrainConfig
-from hpo.data.examples import Split
+from hpo.data.mapped import MappedImages
 from hpo.errors import UsageError
+
+if TYPE_CHECKING:
+    from hpo.data.examples import DataSpec, Split
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,16 @@ class Mixing:
     mixup: float
     cutmix: float
     num_classes: int
-    """0 for a regression."""
+    """0 where targets are numbers."""
 
     def check(self, split: Split) -> None:
         """Raise UsageError where the examples cannot be mixed so."""
-        if self.cutmix > 0 and split.inputs.ndim != 4:
+        inputs, targets = split.inputs, split.targets
+        if not isinstance(inputs, Tensor | MappedImages) or not is_image_or_number(inputs.dtype):
+            raise UsageError("mixup and cutmix are for one input of images or numbers: use 0.")
+        if not isinstance(targets, Tensor) or (targets.ndim > 1 and not targets.is_floating_point()):
+            raise UsageError("mixup and cutmix are for targets of one class or of numbers: use 0.")
+        if self.cutmix > 0 and inputs.ndim != 4:
             raise UsageError(f"cutmix={self.cutmix} is for images (C, H, W); this task's examples are vectors: use 0.")
 
     def draw(self, examples: Tensor, size: Sequence[int], epoch: int, generator: torch.Generator) -> Tensor:
@@ -55,15 +64,25 @@ class Mixing:
         values = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
         mixed = torch.lerp(values.roll(1, 0), values, own.to(values.dtype))
         if not self.num_classes:
-            return mixed, torch.lerp(targets.roll(1, 0), targets, own_share.to(targets.dtype))
+            share = own_share.to(targets.dtype).view(-1, *[1] * (targets.ndim - 1))
+            return mixed, torch.lerp(targets.roll(1, 0), targets, share)
         # Not functional.one_hot, which looks at the values and so waits for a GPU.
         shares = (targets[:, None] == torch.arange(self.num_classes, device=targets.device)).to(own_share.dtype)
         return mixed, torch.lerp(shares.roll(1, 0), shares, own_share[:, None])
 
 
-def build_mixing(config: TrainConfig, num_classes: int) -> Mixing | None:
-    """What `config` asks for; None where examples stay as they are."""
-    return Mixing(config.mixup, config.cutmix, num_classes) if config.mixup > 0 or config.cutmix > 0 else None
+def build_mixing(config: TrainConfig, spec: DataSpec) -> Mixing | None:
+    """What `config` asks for; None where examples stay as they are. Raises UsageError for targets that do not mix."""
+    if not (config.mixup > 0 or config.cutmix > 0):
+        return None
+    if spec.kind not in ("classification", "regression"):
+        raise UsageError(f"mixup and cutmix do not go with targets of the kind {spec.kind}: use 0.")
+    return Mixing(config.mixup, config.cutmix, len(spec.classes))
+
+
+def is_image_or_number(dtype: torch.dtype) -> bool:
+    """Whether values of this type can be added up; other integers are ids."""
+    return dtype.is_floating_point or dtype == torch.uint8
 
 
 def _rectangles(size: Sequence[int], area: Tensor, centre: Sequence[Tensor]) -> Tensor:

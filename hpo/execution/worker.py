@@ -49,6 +49,7 @@ from hpo.training.checkpoint import CheckpointFolder, save_weights
 from hpo.training.costs import measure_costs
 from hpo.training.cross_validation import fit_folds
 from hpo.training.device import free_memory, limit_memory
+from hpo.training.evaluation import choose_thresholds
 from hpo.training.loop import RunningTrial, run_loop
 from hpo.training.trained import BEST_WEIGHTS, TrialDescription
 from hpo.training.trainer import EpochResult, fit
@@ -219,11 +220,11 @@ def run_with_data(
         return run_trial(assignment, objective, data.splits, report)
     except (DeviceMemoryError, torch.OutOfMemoryError):
         places_its_folds = assignment.folds and device.type == "cuda"
-        if not (data.splits.train.targets.is_cuda or places_its_folds):
+        if not (data.splits.train.device.type == "cuda" or places_its_folds):
             raise
     # Out here the failed attempt's tensors are gone.
     _logger.warning("the device's memory does not hold the trial beside its data, which are streamed from now on")
-    if data.splits.train.targets.is_cuda:
+    if data.splits.train.device.type == "cuda":
         data.splits = data.splits.to("cpu")
     free_memory(device)
     return run_trial(assignment, objective, data.splits, report, is_streamed=True)
@@ -262,12 +263,14 @@ def run_trial(
     if result.best_epoch is None or result.best_value is None:
         return {}
     if not assignment.folds:
+        if splits.spec.kind == "multilabel":
+            choose_thresholds(model, splits.validation, config)
         _save(model, assignment, objective, splits.spec, result.best_epoch, result.best_value)
     elif assignment.costs:
         model = build(splits, config)
     else:
         return {}
-    return measure_costs(model, splits.train.inputs[:1].to(config.device), assignment.costs)
+    return measure_costs(model, splits.train.first(1, config.device)[0], assignment.costs)
 
 
 def refit(assignment: Assignment, objective: Objective, splits: Splits, *, num_epochs: int, value: float) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hpo.data.examples import DataSpec
-
 if TYPE_CHECKING:
     from torch import nn
+
+    from hpo.data.examples import DataSpec
 
 
 def mlp(

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from hpo.data.examples import DataSpec, Split
+from hpo.data.examples import DataSpec, InputSpec, Split
+from hpo.data.kinds import OF_CLASSES, read_greedily
+from hpo.data.parts import Padded, Ragged, map_parts, named_parts, to_device
 from hpo.errors import UsageError
 from hpo.models.pretrained import PretrainedNetwork, find_pretrained
-from hpo.objective import Objective
+from hpo.objective import NOTHING_OWN, Objective, Own
+
+if TYPE_CHECKING:
+    from hpo.data.parts import Batch, Part
 
 SAMPLE_SIZE = 4096
 """Images that the statistics of those in a file are taken from; a split is in random order."""
@@ -23,40 +28,63 @@ SAMPLE_SIZE = 4096
 class PreprocessedModel(nn.Module):
     """Raw examples in, predictions in the data's own terms out.
 
-    Takes (B, *input_shape): uint8 images as they are stored, or features in their own units. Inputs are normalised by
-    channel or by feature. Gives logits (B, num_classes), or for a regression values (B,) in the target's units. The
-    statistics are buffers: they are saved, loaded and moved with the weights.
+    Takes a batch as the task's splits have it: (B, *input_shape) uint8 images as they are stored or features in their
+    own units, sequences as `Padded`, or a mapping or tuple of several inputs. Floats and images are normalised by
+    channel or by feature, integers are not. Gives what the network does: logits (B, num_classes) of classes or labels;
+    numbers (B,) or (B, values) in the targets' units. The statistics are buffers: they are saved, loaded and moved with
+    the weights, and so are the parameters of a loss of the task's own.
     """
 
-    input_mean: Tensor  # (C, 1, 1) or (F,)
-    input_std: Tensor
-    target_mean: Tensor  # ()
+    target_mean: Tensor  # () or (values,)
     target_std: Tensor
+    thresholds: Tensor  # (num_classes,) logits from which on an example has each of several labels
 
-    def __init__(self, network: nn.Module, spec: DataSpec) -> None:
+    def __init__(self, network: nn.Module, spec: DataSpec, own: Own = NOTHING_OWN) -> None:
         super().__init__()
         self.network = network
         self.spec = spec
-        shape = (spec.input_shape[0], *[1] * (len(spec.input_shape) - 1))
-        self.register_buffer("input_mean", torch.zeros(shape))
-        self.register_buffer("input_std", torch.ones(shape))
-        self.register_buffer("target_mean", torch.zeros(()))
-        self.register_buffer("target_std", torch.ones(()))
+        self.own = own
+        if isinstance(own.loss, nn.Module):
+            self.own_loss = own.loss
+        for name, of_input in spec.input_specs.items():
+            if of_input.is_normalised:
+                self.register_buffer(_buffer("input_mean", name), torch.zeros(_statistics_shape(of_input)))
+                self.register_buffer(_buffer("input_std", name), torch.ones(_statistics_shape(of_input)))
+        shape = spec.target_shape if spec.kind in _KINDS_OF_NUMBERS else ()
+        self.register_buffer("target_mean", torch.zeros(shape))
+        self.register_buffer("target_std", torch.ones(shape))
+        if spec.kind == "multilabel":
+            self.register_buffer("thresholds", torch.zeros(len(spec.classes)))
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Name of each class, in the order of the logits; empty for a regression."""
+        """Name of each class, in the order of the logits; empty where targets are no classes."""
         return self.spec.classes
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        outputs = cast(Tensor, self.network(self._normalised(inputs)))
-        if self.classes:
+    def forward(self, inputs: Batch) -> Any:
+        outputs = self.network(self._normalised(inputs))
+        if self.spec.kind not in _KINDS_OF_NUMBERS:
             return outputs
-        return outputs.squeeze(-1) * self.target_std + self.target_mean
+        outputs = outputs if self.spec.target_shape else outputs.squeeze(-1)
+        return outputs * self.target_std + self.target_mean
 
-    def _normalised(self, inputs: Tensor) -> Tensor:
+    def _normalised(self, inputs: Batch) -> Any:
+        if isinstance(self.spec.inputs, InputSpec):
+            return self._one_normalised("", inputs)
+        names = iter(self.spec.input_specs)
+        return map_parts(lambda batch: self._one_normalised(next(names), batch), inputs)
+
+    def _one_normalised(self, name: str, batch: Tensor | Padded) -> Tensor | Padded:
+        mean = getattr(self, _buffer("input_mean", name), None)
+        if mean is None:
+            return batch
+        std = getattr(self, _buffer("input_std", name))
+        if isinstance(batch, Padded):
+            values = (batch.values - mean).to(mean.dtype).div_(std)
+            mask = batch.mask.view(*batch.mask.shape, *[1] * (values.ndim - 2))
+            return replace(batch, values=values * mask)  # what fills sequences up stays 0
         # The subtraction converts integers on its way; dividing in place spares a tensor as large as the batch.
-        return (inputs - self.input_mean).to(self.input_mean.dtype).div_(self.input_std)
+        return cast(Tensor, (batch - mean).to(mean.dtype).div_(std))
 
     def fit_statistics(self, train: Split) -> None:
         """Take mean and standard deviation from the training split; what does not vary is only centred.
@@ -65,60 +93,154 @@ class PreprocessedModel(nn.Module):
         in memory a random sample is taken. A network with a method `initialize_from_data` is then shown the first 512
         normalised examples.
         """
-        mean, std = self._input_statistics(train)
-        self.input_mean.copy_(mean.view_as(self.input_mean))
-        self.input_std.copy_(std.view_as(self.input_std))
-        if not self.classes:
-            mean, std = _statistics(train.targets[:, None])
-            self.target_mean.copy_(mean.squeeze())
-            self.target_std.copy_(std.squeeze())
+        for name, part in named_parts(train.inputs).items():
+            if hasattr(self, _buffer("input_mean", name)):
+                for of_part, statistic in zip(("input_mean", "input_std"), self._input_statistics(part), strict=True):
+                    buffer = getattr(self, _buffer(of_part, name))
+                    buffer.copy_(statistic.view_as(buffer))
+        if self.spec.kind in _KINDS_OF_NUMBERS:
+            assert isinstance(train.targets, Tensor), "they are numbers"
+            mean, std = _statistics(train.targets.view(len(train), -1))
+            self.target_mean.copy_(mean.view_as(self.target_mean))
+            self.target_std.copy_(std.view_as(self.target_std))
         if initialize := getattr(self.network, "initialize_from_data", None):
-            initialize(self._normalised(train.inputs[:512].to(self.input_mean.device)))
+            inputs, _ = train.first(512, self.target_mean.device)
+            initialize(self._normalised(inputs))
 
-    def _input_statistics(self, train: Split) -> tuple[Tensor, Tensor]:
+    def _input_statistics(self, part: Part) -> tuple[Tensor, Tensor]:
         if isinstance(self.network, PretrainedNetwork) and self.network.weights != "none":
             return torch.tensor(self.network.input_mean), torch.tensor(self.network.input_std)
-        if isinstance(train.inputs, Tensor):
-            return _known_statistics.of(train.inputs)
-        return _input_statistics(train.inputs[:SAMPLE_SIZE])
+        if isinstance(part, Tensor):
+            return _known_statistics.of(part)
+        if isinstance(part, Ragged):
+            return _statistics(part.values if part.values.ndim > 1 else part.values[:, None])
+        return _input_statistics(part[:SAMPLE_SIZE])
 
-    def _as_batch(self, inputs: Tensor | NDArray[Any]) -> Tensor:
-        batch = torch.as_tensor(inputs).to(self.input_mean.device)
-        if tuple(batch.shape[1:]) != self.spec.input_shape:
-            wanted = ", ".join(["B", *map(str, self.spec.input_shape)])
-            raise UsageError(f"the model takes a batch of shape ({wanted}), not {tuple(batch.shape)}.")
-        return batch
+    def _as_batch(self, inputs: Any) -> Batch:
+        """The inputs as a batch on the model's device. Raises UsageError for examples of another shape."""
+        if isinstance(self.spec.inputs, InputSpec):
+            return _as_batch(inputs, self.spec.inputs, self.target_mean.device)
+        specs = cast(Any, self.spec.inputs)
+        same = (
+            inputs.keys() == specs.keys()
+            if isinstance(inputs, Mapping) and isinstance(specs, Mapping)
+            else (isinstance(inputs, tuple | list) and isinstance(specs, tuple) and len(inputs) == len(specs))
+        )
+        if not same:
+            raise UsageError(f"the model takes several inputs: {', '.join(named_parts(specs))}.")
+        given = inputs if isinstance(inputs, Mapping) else tuple(inputs)
+        device = self.target_mean.device
+        return cast("Batch", map_parts(lambda spec, each: _as_batch(each, spec, device), specs, given))
 
     @torch.inference_mode()
-    def predict(self, inputs: Tensor | NDArray[Any]) -> list[str] | list[float]:
-        """Class name, or value, of each of a batch of raw examples (B, *input_shape), in evaluation mode.
+    def predict(self, inputs: Any) -> list[Any]:
+        """What the model says of each of a batch of raw examples, in evaluation mode.
 
-        Raises UsageError for examples of another shape.
+        A class name; the names of all labels that an example has; a number or several; a mask (H, W) of class indices;
+        a box x1 y1 x2 y2; the class name of each element; the classes that were read. Sequences are given as a list.
+        Raises UsageError for examples of another shape, and for a task whose outputs only its own loss understands.
         """
-        outputs = self(self._as_batch(inputs))
-        if not self.classes:
-            return cast(list[float], outputs.tolist())
-        return [self.classes[index] for index in outputs.argmax(1).tolist()]
+        if self.spec.kind == "own":
+            raise UsageError("only the task's own loss knows what its outputs mean; call the model itself.")
+        batch = self._as_batch(inputs)
+        outputs = self(batch)
+        match self.spec.kind:
+            case "classification":
+                return self._named(outputs.argmax(1).tolist())
+            case "multilabel":
+                given = (outputs > self.thresholds).tolist()
+                return [[name for name, has in zip(self.classes, row, strict=True) if has] for row in given]
+            case "segmentation":
+                return list(outputs.argmax(1).unbind())
+            case "tagging":
+                return [self._named(row) for row in _without_padding(outputs, batch)]
+            case "transcription":
+                logits, lengths = (outputs.values, outputs.lengths) if isinstance(outputs, Padded) else (outputs, None)
+                return [self._named(row) for row in read_greedily(logits.argmax(-1), lengths, len(self.classes))]
+            case _:
+                return cast(list[Any], outputs.tolist())
+
+    def _named(self, indices: list[int]) -> list[str]:
+        return [self.classes[index] for index in indices]
 
     @torch.inference_mode()
-    def probabilities(self, inputs: Tensor | NDArray[Any], *, dropout_samples: int = 0) -> Tensor:
-        """The probability of each class for a batch of raw examples: (B, num_classes), in evaluation mode.
+    def probabilities(self, inputs: Any, *, dropout_samples: int = 0) -> Tensor:
+        """The probability of each class for a batch of raw examples, in evaluation mode: (B, num_classes), for masks
+        (B, num_classes, H, W), for elements (B, L, num_classes). Those of several labels do not add up to 1.
 
         With `dropout_samples` it is the mean over that many passes, in which the dropout layers alone act as in
         training: Monte-Carlo dropout (Gal and Ghahramani 2016, arXiv:1506.02142), often slower to be sure of a mistake.
-        Raises UsageError for a regression, and for examples of another shape.
+        Raises UsageError where targets are no classes, and for examples of another shape.
         """
-        if not self.classes:
-            raise UsageError("a regression has no probabilities; call the model itself for its values.")
+        if self.spec.kind not in OF_CLASSES:
+            raise UsageError(f"a {self.spec.kind} has no probabilities; call the model itself for its values.")
         self.eval()
         batch = self._as_batch(inputs)
         if not dropout_samples:
-            return cast(Tensor, self(batch).softmax(1))
+            return self._shares(batch)
         for module in self.modules():
             module.training = isinstance(module, _DropoutNd)
-        mean = torch.stack([self(batch).softmax(1) for _ in range(dropout_samples)]).mean(0)
+        mean = torch.stack([self._shares(batch) for _ in range(dropout_samples)]).mean(0)
         self.eval()
         return mean
+
+    def _shares(self, batch: Batch) -> Tensor:
+        outputs = self(batch)
+        logits = cast(Tensor, outputs.values if isinstance(outputs, Padded) else outputs)
+        if self.spec.kind == "multilabel":
+            return logits.sigmoid()
+        return logits.softmax(1 if self.spec.kind in ("classification", "segmentation") else -1)
+
+
+_KINDS_OF_NUMBERS = ("regression", "box")
+
+
+def _buffer(statistic: str, input_name: str) -> str:
+    """Name of the buffer: that of an only input has no suffix."""
+    return f"{statistic}_{input_name.replace('.', '_')}" if input_name else statistic
+
+
+def _statistics_shape(of_input: InputSpec) -> tuple[int, ...]:
+    """(C, 1, 1) for images (C, H, W), (F,) for features and for the elements of sequences, () for single numbers."""
+    if of_input.is_ragged or not of_input.shape:
+        return of_input.shape
+    return of_input.shape[0], *[1] * (len(of_input.shape) - 1)
+
+
+def _as_batch(inputs: Any, spec: InputSpec, device: torch.device) -> Tensor | Padded:
+    if spec.is_ragged:
+        if not isinstance(inputs, Padded):
+            sequences = inputs if isinstance(inputs, Ragged) else Ragged.of(list(inputs))
+            inputs = sequences.padded(slice(None), slice(None))
+        batch, shape = inputs.values, tuple(inputs.values.shape[2:])
+        moved: Tensor | Padded = to_device(inputs, device)
+    else:
+        moved = batch = torch.as_tensor(inputs).to(device)
+        shape = tuple(batch.shape[1:])
+    if shape != spec.shape:
+        raise UsageError(f"the model takes a batch of shape {spec.describe()}, not {tuple(batch.shape)}.")
+    if (
+        spec.vocabulary is not None
+        and batch.numel()
+        and not 0 <= int(batch.min()) <= int(batch.max()) < spec.vocabulary
+    ):
+        raise UsageError(
+            f"the model takes integers from 0 to {spec.vocabulary - 1}, not {int(batch.min())} to {int(batch.max())}."
+        )
+    return moved
+
+
+def _without_padding(outputs: Any, batch: Batch) -> list[list[int]]:
+    """The best class of each element that a sequence has."""
+    best = (outputs.values if isinstance(outputs, Padded) else outputs).argmax(-1).tolist()
+    lengths = next((each.lengths.tolist() for each in _padded_in(batch)), [None] * len(best))
+    return [row[:length] for row, length in zip(best, lengths, strict=True)]
+
+
+def _padded_in(batch: Batch) -> list[Padded]:
+    found: list[Padded] = []
+    map_parts(lambda part: found.append(part) if isinstance(part, Padded) else None, batch)
+    return found
 
 
 class MirrorAveraged(nn.Module):
@@ -131,9 +253,17 @@ class MirrorAveraged(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.own = own_of(model)
 
     def forward(self, images: Tensor) -> Tensor:
         return cast(Tensor, self.model(images) + self.model(images.flip(-1))) / 2
+
+
+def own_of(model: nn.Module) -> Own:
+    """What the model's task brings of its own; nothing where the model is not a task's."""
+    own = getattr(model, "own", NOTHING_OWN)
+    assert isinstance(own, Own), "a model of a task"
+    return own
 
 
 def build_model(
@@ -147,9 +277,11 @@ def build_model(
     assert objective.model is not None, "the task has a model"
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would seed the GPUs as well
-        model = PreprocessedModel(objective.model(spec, **parameters), spec)
-    if pretrained and (network := find_pretrained(model)):
-        network.load_pretrained()
+        of_loss = objective.loss_parameters() - objective.model_parameters()
+        network = objective.model(spec, **{n: value for n, value in parameters.items() if n not in of_loss})
+        model = PreprocessedModel(network, spec, objective.own(parameters))
+    if pretrained and (found := find_pretrained(model)):
+        found.load_pretrained()
     return model
 
 
@@ -194,7 +326,7 @@ def _uint8_statistics(inputs: Tensor) -> tuple[Tensor, Tensor]:
 
 def _statistics(inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation over all dimensions but the second."""
-    values = inputs.double().transpose(0, 1).flatten(1)
+    values = inputs.double().view(len(inputs), *(inputs.shape[1:] or (1,))).transpose(0, 1).flatten(1)
     return values.mean(1), _safe(values.std(1, correction=0))
 
 

@@ -33,9 +33,9 @@ from hpo.search.winner import (
     how_far,
 )
 from hpo.training.comparison import Difference, compare_folds, compare_models
+from hpo.training.evaluation import evaluate, evaluate_classes
 from hpo.training.losses import target_scale
 from hpo.training.trained import CHECKPOINT
-from hpo.training.trainer import evaluate, evaluate_classes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -118,16 +118,18 @@ def _test_scores(winner: Winner, test: SealedSplit, prepared: Prepared, opened: 
         _refit(winner, prepared, opened)
     trained = load_trial(opened.store, study, winner.trial, request.machine.device, request.task.objective)
     examples, classes = _read_test_split(test), trained.model.classes
-    if classes:
-        scores, counts = evaluate_classes(trained.model, examples, trained.config, len(classes))
+    spec, is_classified = trained.model.spec, trained.model.spec.kind == "classification"
+    if is_classified:
+        scores, counts = evaluate_classes(trained.model, examples, trained.config, spec)
         if len(classes) <= MAX_CONFUSED:
             _record(study, TEST_CONFUSIONS, winner.trial, {"classes": classes, "counts": counts})
     else:
-        scores = evaluate(trained.model, examples, trained.config, num_classes=0)
-    del scores["loss"]  # of use in training alone
-    if classes and {"flip", "alternating_flip"} & {*augmentation_names(trained.config.augment)}:
+        scores = evaluate(trained.model, examples, trained.config, spec)
+    if study.settings.metric != "loss":
+        del scores["loss"]  # of use in training alone
+    if is_classified and {"flip", "alternating_flip"} & {*augmentation_names(trained.config.augment)}:
         # Apart from the others: it takes two passes, which the model that is loaded does not make.
-        both = evaluate(MirrorAveraged(trained.model), examples, trained.config, len(classes))
+        both = evaluate(MirrorAveraged(trained.model), examples, trained.config, spec)
         scores["accuracy_mirror_averaged"] = both["accuracy"]
     return scores
 
@@ -210,7 +212,7 @@ def _difference_on(
         (one.model, one.config),
         (other.model, other.config),
         splits.validation,
-        num_classes=len(splits.spec.classes),
+        spec=splits.spec,
         target_scale=target_scale(splits.train),
         seed=derive_seed(study.settings.seed, "comparison"),
     )

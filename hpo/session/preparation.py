@@ -104,11 +104,11 @@ def split(dataset: Dataset, request: Request) -> Splits:
     """The data as the study divides them. Raises UsageError where the examples do not suffice."""
     settings = request.settings
     if settings.folds:
-        check_folds(dataset.train, dataset.classes, settings.folds)
+        check_folds(dataset.train, dataset.spec, settings.folds)
     fraction = 1 / settings.folds if settings.folds else VALIDATION_FRACTION
     splits = split_dataset(dataset, validation_fraction=fraction, seed=settings.seed, limit=settings.limit)
     if settings.folds:  # with --limit there are fewer
-        check_folds(all_examples(splits), dataset.classes, settings.folds)
+        check_folds(all_examples(splits), splits.spec, settings.folds)
     return splits
 
 

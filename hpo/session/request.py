@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpo.config import COSTS, METRICS, TrainConfig
+from hpo.config import COSTS, TrainConfig
 from hpo.database import without_password
 from hpo.errors import StudyMismatchError, UnknownNameError, UsageError
 from hpo.execution.executors import Resources, check_executor
@@ -234,10 +234,10 @@ def _complete(task: Task, stored: StudySettings | None, given: Mapping[str, Any]
     known = {name: getattr(stored, name) for name in defaults} if stored else defaults
     chosen = known | dict(given)
     if "metric" not in given and "objectives" in given:
-        chosen["metric"] = _metric_of(given["objectives"]) or chosen["metric"]
-    if chosen["metric"] not in METRICS and not task.objective.train:
-        raise UnknownNameError("metric", chosen["metric"], METRICS)
-    chosen["objectives"] = _check_objectives(chosen["objectives"], chosen["metric"])
+        chosen["metric"] = _metric_of(given["objectives"], task) or chosen["metric"]
+    if chosen["metric"] not in task.objective.metric_names and not task.objective.train:
+        raise UnknownNameError("metric", chosen["metric"], task.objective.metric_names)
+    chosen["objectives"] = _check_objectives(chosen["objectives"], chosen["metric"], task)
     if chosen["objectives"]:
         _suit_several_objectives(chosen, given)
     check_folds_pruner(chosen["pruner"], chosen["folds"])
@@ -259,17 +259,17 @@ def _default_pruner(given: Mapping[str, Any]) -> str:
     return "model" if given.get("strategy") in (None, "priority") else "sha"
 
 
-def _metric_of(objectives: Sequence[str]) -> str | None:
+def _metric_of(objectives: Sequence[str], task: Task) -> str | None:
     """The metric that the first objective names, as `val/f1` does."""
     name = objectives[0].removeprefix("val/")
-    return name if name in METRICS else None
+    return name if name in task.objective.metric_names else None
 
 
-def _check_objectives(objectives: tuple[str, ...], metric: str) -> tuple[str, ...]:
+def _check_objectives(objectives: tuple[str, ...], metric: str, task: Task) -> tuple[str, ...]:
     """The objectives where there are several; none where the metric is the only one."""
     first = f"val/{metric}"
     for position, objective in enumerate(objectives):
-        if objective.removeprefix("val/") in METRICS and objective != first:
+        if objective.removeprefix("val/") in task.objective.metric_names and objective != first:
             other = objective.removeprefix("val/")
             raise UsageError(f"--objective {objective} needs --metric {other}: {metric} is what decides.")
         if objective not in (first, *COSTS):

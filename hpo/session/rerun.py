@@ -206,7 +206,7 @@ def _interval(
         (now.model, now.config),
         (earlier.model, earlier.config),
         splits.validation,
-        num_classes=len(splits.spec.classes),
+        spec=splits.spec,
         target_scale=target_scale(splits.train),
         seed=derive_seed(study.settings.seed, "comparison"),
     )

@@ -14,9 +14,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 from hpo.training.precision import autocast
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from hpo.config import TrainConfig
+    from hpo.data.parts import Batch
 
 
 class AveragedWeights:
@@ -49,7 +50,7 @@ class AveragedWeights:
             self._swa(self._parameters, self._model_parameters, epoch - self.first_epoch)
 
     @torch.no_grad()
-    def settle(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], precision: str) -> nn.Module:
+    def settle(self, model: nn.Module, batches: Iterable[tuple[Batch, Batch]], precision: str) -> nn.Module:
         """The averaged model, ready to be measured: with the buffers of `model`, but batch norms that have seen
         `batches` through the averaged weights. Without batch norms, `batches` are not touched."""
         for name, buffer in self.model.named_buffers():
@@ -59,7 +60,7 @@ class AveragedWeights:
         return self.model
 
 
-def _renew_batch_norms(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+def _renew_batch_norms(model: nn.Module, batches: Iterable[tuple[Batch, Batch]]) -> None:
     """Recompute the statistics of batch norms in a pass over `batches`.
 
     It is torch's update_bn, but for frozen norms, which stay in evaluation mode and keep theirs.

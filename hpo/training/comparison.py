@@ -6,21 +6,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hpo.data.batches import evaluation_batch_size, evaluation_batches
-from hpo.training.device import in_fitting_batches
+from hpo.data.parts import map_tensors
+from hpo.models.preprocessed import own_of
+from hpo.training.evaluation import outputs_and_targets
 from hpo.training.losses import loss_function
-from hpo.training.metrics import EpochMetrics
-from hpo.training.precision import has_convolutions
+from hpo.training.metrics import NEED_ALL, EpochMetrics
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from hpo.config import TrainConfig
-    from hpo.data.examples import Split
+    from hpo.data.examples import DataSpec, Split
+    from hpo.objective import Own
 
 NUM_RESAMPLES = 1000
 """Of the bootstrap: enough for the ends of a 95 % interval (Efron and Tibshirani, 1993, section 14)."""
@@ -43,28 +44,26 @@ def compare_models(
     other: tuple[nn.Module, TrainConfig],
     split: Split,
     *,
-    num_classes: int,
-    target_scale: float,
+    spec: DataSpec,
+    target_scale: float | Tensor,
     seed: int,
 ) -> Difference:
     """The metric of `one` less that of `other` on a split, as one's config names it; each model with its own config.
 
     The examples are paired: both models judge the same ones. For accuracy the interval is the normal one of the mean
     difference between paired answers (McNemar, 1947). For any other metric it is that of a percentile bootstrap over
-    the examples, which draws the same ones for both. `num_classes` is 0 for a regression; `target_scale` is that of the
-    training split, as in `trainer.evaluate`.
+    the examples, which draws the same ones for both. `target_scale` is that of the training split, as in
+    `trainer.evaluate`.
     """
     metric = one[1].metric
-    first, second = (
-        _Judged.by(model, config, split, num_classes, target_scale, metric) for model, config in (one, other)
-    )
-    if metric == "accuracy":
+    first, second = (_Judged.by(model, config, split, spec, target_scale, metric) for model, config in (one, other))
+    if metric == "accuracy" and spec.kind == "classification":
         return _difference_of_answers(first, second)
     draw = torch.Generator().manual_seed(seed)
-    count = len(first.targets)
+    count = len(split)
     differences = []
     for _ in range(NUM_RESAMPLES):
-        rows = torch.randint(count, (count,), generator=draw).to(first.targets.device)
+        rows = torch.randint(count, (count,), generator=draw)
         differences.append(first.value(rows) - second.value(rows))
     # A metric that some resample does not have, as auroc of one class, says nothing there.
     spread = torch.tensor([value for value in differences if math.isfinite(value)], dtype=torch.float64)
@@ -92,39 +91,36 @@ def compare_folds(one: Sequence[float], other: Sequence[float]) -> Difference:
 class _Judged:
     """What a model answers to the examples of a split, and how that is measured."""
 
-    outputs: Tensor
-    """(N, num_classes) logits, or (N,) values."""
-
-    targets: Tensor
-    """(N,)"""
-
+    outputs: Any
+    targets: Any
     config: TrainConfig
-    num_classes: int
-    target_scale: float
+    spec: DataSpec
+    target_scale: float | Tensor
+    own: Own
     metric: str
 
     @classmethod
-    @torch.inference_mode()
     def by(
-        cls, model: nn.Module, config: TrainConfig, split: Split, num_classes: int, target_scale: float, metric: str
+        cls,
+        model: nn.Module,
+        config: TrainConfig,
+        split: Split,
+        spec: DataSpec,
+        target_scale: float | Tensor,
+        metric: str,
     ) -> _Judged:
-        model = model.to(config.device).eval()
-        convolves_on_cpu = config.device == "cpu" and has_convolutions(model)
-        batch_size = evaluation_batch_size(split, config.batch_size, convolves_on_cpu=convolves_on_cpu)
+        outputs, targets = outputs_and_targets(model, split, config)
+        return cls(outputs, targets, config, spec, target_scale, own_of(model), metric)
 
-        def attempt(batch_size: int) -> tuple[Tensor, Tensor]:
-            batches = evaluation_batches(split, batch_size, config.device)
-            outputs, targets = zip(*((model(inputs), targets) for inputs, targets in batches), strict=True)
-            return torch.cat(outputs), torch.cat(targets)
-
-        outputs, targets = in_fitting_batches(attempt, batch_size)
-        return cls(outputs, targets, config, num_classes, target_scale, metric)
-
+    @torch.inference_mode()
     def value(self, rows: Tensor | None = None) -> float:
         """The metric over all examples, or over some of them by index (repeats count)."""
-        outputs, targets = (self.outputs, self.targets) if rows is None else (self.outputs[rows], self.targets[rows])
-        metrics = EpochMetrics(self.num_classes, targets.device, with_auroc=self.metric == "auroc")
-        loss = loss_function(self.config, self.num_classes, self.target_scale)
+        outputs, targets = self.outputs, self.targets
+        if rows is not None:
+            outputs, targets = map_tensors(lambda tensor: tensor[rows.to(tensor.device)], (outputs, targets))
+        needs_all = self.metric in (*NEED_ALL, *self.own.metrics)
+        metrics = EpochMetrics(self.spec, self.config.device, own=self.own, is_complete=needs_all)
+        loss = loss_function(self.config, self.spec, self.target_scale, self.own)
         metrics.update(outputs, targets, loss(outputs, targets))
         return float(metrics.compute()[self.metric])
 

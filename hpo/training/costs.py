@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
+
+    from hpo.data.parts import Batch
 
 
-def measure_costs(model: nn.Module, example: Tensor, names: Iterable[str]) -> dict[str, float]:
+def measure_costs(model: nn.Module, example: Batch, names: Iterable[str]) -> dict[str, float]:
     """The named costs (hpo.config.COSTS) of a model in evaluation mode; `example` is a batch of one, on its device.
 
     params   trainable parameters
@@ -20,12 +22,13 @@ def measure_costs(model: nn.Module, example: Tensor, names: Iterable[str]) -> di
     return {name: _COSTS[name](model, example) for name in names}
 
 
-def _count_parameters(model: nn.Module, example: Tensor) -> float:
-    return float(sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad))
+def _count_parameters(model: nn.Module, example: Batch) -> float:
+    network = getattr(model, "network", model)  # without a loss's own parameters
+    return float(sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad))
 
 
 @torch.inference_mode()
-def _measure_latency(model: nn.Module, example: Tensor) -> float:
+def _measure_latency(model: nn.Module, example: Batch) -> float:
     from torch.utils.benchmark import Timer  # it looks for compilers, and says what it misses
 
     timer = Timer("model(example)", globals={"model": model, "example": example}, num_threads=torch.get_num_threads())

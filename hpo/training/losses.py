@@ -5,56 +5,89 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
 
+from hpo.config import OWN
+from hpo.data.kinds import IGNORED, labels_of
+from hpo.data.parts import Padded
 from hpo.errors import UsageError
+from hpo.objective import NOTHING_OWN
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from hpo.config import TrainConfig
-    from hpo.data.examples import Split
+    from hpo.data.examples import DataSpec, Split
+    from hpo.objective import Own
 
-LossFunction = Callable[["Tensor", "Tensor"], "Tensor"]
-"""From outputs (B, num_outputs) and targets (B,) to the mean over the batch, a scalar on their device.
+LossFunction = Callable[[Any, Any], "Tensor"]
+"""From outputs and targets of a batch to the mean over its examples, a scalar on their device.
 
-Those for classes also take targets (B, num_classes): the share that an example has of each, when examples are mixed."""
+Those for one of several classes also take targets (B, num_classes): the share that an example has of each, when
+examples are mixed."""
 
-CLASSIFICATION_LOSSES = ("cross_entropy", "binary_cross_entropy", "focal")
+LOSSES_OF_KIND = {
+    "classification": ("cross_entropy", "binary_cross_entropy", "focal"),
+    "multilabel": ("binary_cross_entropy", "focal"),
+    "regression": ("mse", "mae", "huber", "log_cosh"),
+    "segmentation": ("cross_entropy", "dice", "focal"),
+    "box": ("huber", "mse", "mae", "iou", "giou"),
+    "tagging": ("cross_entropy", "focal"),
+    "transcription": ("ctc",),
+    "own": (),
+}
+"""The losses that fit each kind of target; a task's own loss fits any."""
 
 
-def training_loss(config: TrainConfig, train: Split, num_classes: int) -> LossFunction:
+def training_loss(config: TrainConfig, train: Split, spec: DataSpec, own: Own = NOTHING_OWN) -> LossFunction:
     """The loss that is minimised: `loss_function` with the class weights that `config` asks for.
 
     Raises UsageError for a loss, or weights, that do not fit the data.
     """
+    scale = target_scale(train)
     if config.class_weights == "none":
-        return loss_function(config, num_classes, target_scale(train))
-    if not num_classes:
-        raise UsageError("class_weights='balanced' is for classes; this task is a regression: use 'none'.")
-    weights = _balanced_weights(train, num_classes).to(config.device)
-    return loss_function(config, num_classes, target_scale(train), class_weights=weights)
+        return loss_function(config, spec, scale, own)
+    if spec.kind != "classification" or config.loss == OWN:
+        raise UsageError(
+            "class_weights='balanced' is for one of several classes and a loss of hpo's; this task has a "
+            f"{spec.kind if config.loss != OWN else 'loss of its own'}: use 'none'."
+        )
+    weights = _balanced_weights(train, len(spec.classes)).to(config.device)
+    return loss_function(config, spec, scale, own, class_weights=weights)
 
 
 def loss_function(
-    config: TrainConfig, num_classes: int, target_scale: float, *, class_weights: Tensor | None = None
+    config: TrainConfig,
+    spec: DataSpec,
+    target_scale: float | Tensor = 1.0,
+    own: Own = NOTHING_OWN,
+    *,
+    class_weights: Tensor | None = None,
 ) -> LossFunction:
-    """The loss that `config` names; `num_classes` is 0 for a regression. It is what an evaluation measures.
+    """The loss that `config` names, for the kind of target in `spec`. It is what an evaluation measures.
 
-    Those of a regression divide outputs and targets by `target_scale`, so that step sizes do not depend on the target's
+    Those of numbers divide outputs and targets by `target_scale`, so that step sizes do not depend on the targets'
     units: predicting the mean gives an `mse` of 1. Raises UsageError for a loss that does not fit the data.
     """
-    fitting = CLASSIFICATION_LOSSES if num_classes else tuple(_REGRESSION_LOSSES)
+    if config.loss == OWN:
+        if own.loss is None:
+            raise UsageError("loss='own' needs an Objective whose loss is a callable.")
+        return own.loss
+    fitting = LOSSES_OF_KIND[spec.kind]
     if config.loss not in fitting:
-        data = f"{num_classes} classes" if num_classes else "no classes (a regression)"
-        raise UsageError(f"loss '{config.loss}' does not fit data with {data}; use {' or '.join(fitting)}.")
-    if not num_classes:
+        data = {
+            "classification": f"{len(spec.classes)} classes",
+            "regression": "no classes (a regression)",
+        }.get(spec.kind, f"targets of the kind {spec.kind}")
+        advice = f"use {' or '.join(fitting)}" if fitting else "give the Objective a loss of its own"
+        raise UsageError(f"loss '{config.loss}' does not fit data with {data}; {advice}.")
+    if spec.kind in ("regression", "box"):
         # A tensor, so that a compiled step is the same for every fold.
-        scale = torch.tensor(target_scale, dtype=torch.float32, device=config.device)
-        return partial(_scaled, _REGRESSION_LOSSES[config.loss], scale)
+        scale = torch.as_tensor(target_scale, dtype=torch.float32, device=config.device)
+        return _LOSSES_OF_BOXES.get(config.loss) or partial(_scaled, _LOSSES_OF_NUMBERS[config.loss], scale)
 
     def as_tensor(value: float, *, matters: bool) -> Tensor | None:
         # A tensor, so that a compiled step is the same for every trial.
@@ -62,6 +95,12 @@ def loss_function(
 
     smoothing = as_tensor(config.label_smoothing, matters=config.label_smoothing > 0)
     gamma = as_tensor(config.focal_gamma, matters=config.loss == "focal")
+    if spec.kind == "multilabel":
+        return partial(_binary_cross_entropy_of_labels, smoothing, gamma)
+    if spec.kind in ("segmentation", "tagging"):
+        return _dice if config.loss == "dice" else partial(_cross_entropy_of_positions, smoothing, gamma)
+    if spec.kind == "transcription":
+        return _ctc
     if config.loss == "binary_cross_entropy":
         return partial(_binary_cross_entropy, smoothing, class_weights)
     if smoothing is gamma is class_weights is None:
@@ -114,20 +153,131 @@ def _balanced_weights(train: Split, num_classes: int) -> Tensor:
 
     King and Zeng 2001, https://doi.org/10.1093/oxfordjournals.pan.a004868; scikit-learn's "balanced".
     """
+    assert isinstance(train.targets, torch.Tensor), "they are classes"
     counts = torch.bincount(train.targets, minlength=num_classes)
     return len(train) / (num_classes * counts.clamp(min=1).float())
 
 
-def target_scale(train: Split) -> float:
-    """Standard deviation of a regression's training targets; 1 where they are all equal, and for class indices."""
-    if not train.targets.is_floating_point():
+def target_scale(train: Split) -> float | Tensor:
+    """Standard deviation of a regression's training targets, (values,) where there are several; else 1.
+
+    It is 1 as well where all targets are equal.
+    """
+    targets = train.targets
+    if not isinstance(targets, torch.Tensor) or not targets.is_floating_point() or targets.ndim > 2:
         return 1.0
-    return float(train.targets.double().std(correction=0)) or 1.0
+    deviation = targets.double().std(0, correction=0)
+    safe = torch.where(deviation > 0, deviation, 1.0)
+    return float(safe) if targets.ndim == 1 else safe.float()
 
 
 def _scaled(loss: LossFunction, scale: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
     # (B, 1) against (B,) would silently broadcast to (B, B).
     return loss(outputs.reshape(targets.shape).float() / scale, targets / scale)
+
+
+def _binary_cross_entropy_of_labels(
+    smoothing: Tensor | None, gamma: Tensor | None, outputs: Tensor, targets: Tensor
+) -> Tensor:
+    """Whether an example has each label (B, num_classes), each by itself; the mean over labels and examples.
+
+    With gamma it is the focal loss of Lin et al. 2017, arXiv:1708.02002, without its balance of positives.
+    """
+    wanted = targets.float()
+    wanted = wanted if smoothing is None else (1 - smoothing) * wanted + smoothing / 2
+    logits = outputs.float()
+    losses = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+    if gamma is not None:
+        share = logits.sigmoid()
+        lacking = (share * (1 - wanted) + (1 - share) * wanted).clamp(min=1e-6)
+        losses = losses * lacking**gamma
+    return losses.mean()
+
+
+def _cross_entropy_of_positions(smoothing: Tensor | None, gamma: Tensor | None, outputs: Any, targets: Any) -> Tensor:
+    """`_cross_entropy` of each pixel or element that has a label, the mean over all of them in the batch.
+
+    Outputs are (B, num_classes, H, W) for masks (B, H, W), or (B, L, num_classes) for labels (B, L).
+    """
+    logits, labels = outputs_by_position(outputs, targets)
+    is_counted = labels != IGNORED
+    log_shares = functional.log_softmax(logits.float(), dim=-1)
+    losses = -log_shares.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    surprise = losses
+    if smoothing is not None:
+        losses = (1 - smoothing) * losses - smoothing * log_shares.mean(-1)
+    if gamma is not None:
+        losses = losses * (-torch.expm1(-surprise)).clamp(min=1e-6) ** gamma
+    return torch.where(is_counted, losses, 0.0).sum() / is_counted.sum().clamp(min=1)
+
+
+def outputs_by_position(outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+    """Logits (..., num_classes) and labels (...) of pixels or elements; IGNORED is the label of those without one."""
+    labels = labels_of(targets)
+    logits = outputs.values if isinstance(outputs, Padded) else outputs
+    if labels.ndim == 3:
+        logits = logits.movedim(1, -1)
+    if logits.shape[:-1] != labels.shape:
+        raise UsageError(
+            f"the outputs of the model have the shape {tuple(logits.shape)}, which does not fit labels of the shape "
+            f"{tuple(labels.shape)}."
+        )
+    return logits, labels
+
+
+def _dice(outputs: Tensor, targets: Tensor) -> Tensor:
+    """1 less the mean over the classes of the soft Dice coefficient of a batch (Milletari et al. 2016,
+    arXiv:1606.04797, section 3)."""
+    logits, labels = outputs_by_position(outputs, targets)
+    is_counted = (labels != IGNORED).unsqueeze(-1)
+    shares = logits.float().softmax(-1) * is_counted
+    wanted = (labels.unsqueeze(-1) == torch.arange(logits.shape[-1], device=labels.device)).float()
+    common, total = ((part).flatten(0, -2).sum(0) for part in (shares * wanted, shares + wanted))
+    return 1 - ((2 * common + 1) / (total + 1)).mean()
+
+
+def _iou(outputs: Tensor, targets: Tensor) -> Tensor:
+    """1 less the intersection over union of boxes (B, 4), the mean (Yu et al. 2016, arXiv:1608.01471, without log)."""
+    return (1 - iou_of_pairs(outputs, targets)).mean()
+
+
+def _giou(outputs: Tensor, targets: Tensor) -> Tensor:
+    from torchvision.ops import generalized_box_iou_loss  # type: ignore[import-untyped]
+
+    loss: Tensor = generalized_box_iou_loss(_ordered(outputs.float()), targets.float(), reduction="mean")
+    return loss
+
+
+def iou_of_pairs(boxes: Tensor, others: Tensor) -> Tensor:
+    """Intersection over union of each box with the one in the same row: (B, 4) twice, x1 y1 x2 y2, to (B,)."""
+    boxes, others = _ordered(boxes.float()), others.float()
+    sides = (torch.minimum(boxes[:, 2:], others[:, 2:]) - torch.maximum(boxes[:, :2], others[:, :2])).clamp(min=0)
+    common = sides.prod(1)
+    areas = [(each[:, 2:] - each[:, :2]).prod(1) for each in (boxes, others)]
+    return common / (areas[0] + areas[1] - common).clamp(min=1e-6)
+
+
+def _ordered(boxes: Tensor) -> Tensor:
+    """The same boxes with x1 <= x2 and y1 <= y2, which the outputs of a network need not have."""
+    return torch.cat((torch.minimum(boxes[:, :2], boxes[:, 2:]), torch.maximum(boxes[:, :2], boxes[:, 2:])), dim=1)
+
+
+def _ctc(outputs: Any, targets: Padded) -> Tensor:
+    """Connectionist temporal classification (Graves et al. 2006, https://doi.org/10.1145/1143844.1143891).
+
+    Outputs are (B, T, num_classes + 1), or Padded of them where lengths differ; the last one is the blank. An example
+    whose outputs are too few for its classes counts with 0.
+    """
+    logits = outputs.values if isinstance(outputs, Padded) else outputs
+    num_steps = torch.full((len(logits),), logits.shape[1], device=logits.device)
+    return functional.ctc_loss(
+        logits.float().log_softmax(-1).transpose(0, 1),
+        targets.values,
+        outputs.lengths if isinstance(outputs, Padded) else num_steps,
+        targets.lengths,
+        blank=logits.shape[-1] - 1,
+        zero_infinity=True,
+    )
 
 
 def _log_cosh(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -136,9 +286,11 @@ def _log_cosh(outputs: Tensor, targets: Tensor) -> Tensor:
     return (error + functional.softplus(-2 * error) - math.log(2)).mean()
 
 
-_REGRESSION_LOSSES: dict[str, LossFunction] = {
+_LOSSES_OF_NUMBERS: dict[str, LossFunction] = {
     "mse": functional.mse_loss,
     "mae": functional.l1_loss,
     "huber": functional.huber_loss,  # Huber 1964, https://doi.org/10.1214/aoms/1177703732, quadratic up to 1
     "log_cosh": _log_cosh,
 }
+
+_LOSSES_OF_BOXES: dict[str, LossFunction] = {"iou": _iou, "giou": _giou}

@@ -9,16 +9,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import optim
 
+from hpo.errors import UsageError
 from hpo.models.pretrained import find_pretrained
+from hpo.objective import NOTHING_OWN
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from hpo.config import TrainConfig
+    from hpo.objective import Own
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> optim.Optimizer:
+def build_optimizer(model: nn.Module, config: TrainConfig, own: Own = NOTHING_OWN) -> optim.Optimizer:
     """The optimizer that `config` names, over all parameters of `model`, which must be on its device already.
+
+    Raises UsageError where a task's own is wanted and there is none, or it is no optimizer.
 
     The weight decay of AdamW, LAMB and Muon is decoupled (Loshchilov and Hutter 2019, arXiv:1711.05101): it shrinks the
     weights, and the averages do not see it. Elsewhere it is L2, a part of the gradient.
@@ -49,7 +54,18 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> optim.Optimizer:
                 Muon(matrices, config.lr, momentum=config.momentum, nesterov=nesterov),
                 optim.AdamW(others, lr=config.lr, betas=betas, eps=config.eps, fused=True),
             )
+        case "own":
+            return _build_own(groups, config, own)
     raise AssertionError(f"TrainConfig let optimizer {config.optimizer!r} pass")
+
+
+def _build_own(groups: list[dict[str, Any]], config: TrainConfig, own: Own) -> optim.Optimizer:
+    if own.optimizer is None:
+        raise UsageError("optimizer='own' needs an Objective with an optimizer.")
+    built = own.optimizer(groups, config)
+    if not isinstance(built, optim.Optimizer):
+        raise UsageError(f"the task's optimizer must give a torch.optim.Optimizer, not a {type(built).__name__}.")
+    return built
 
 
 def load_optimizer_state(optimizer: optim.Optimizer, state: dict[str, Any]) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from hpo.data.parts import tensors_of
 
 if TYPE_CHECKING:
     from hpo.training.losses import LossFunction
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Any, Any]
 
-_fastest: dict[tuple[str, tuple[int, ...], str], str] = {}
+_fastest: dict[tuple[str, tuple[tuple[int, ...], ...], str], str] = {}
 """What was measured in this process, by architecture, shape of the batch and device."""
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,7 +37,8 @@ def settle_precision(wanted: str, model: nn.Module, loss_function: LossFunction,
     if not (has_convolutions(model) and _multiplies_bf16(next(model.parameters()).device)):
         return "fp32"
     inputs, targets = batch()
-    key = (str(model), tuple(inputs.shape), str(inputs.device))
+    device = next(model.parameters()).device
+    key = (str(model), tuple(tuple(tensor.shape) for tensor in tensors_of(inputs)), str(device))
     if key not in _fastest:
         try:
             _fastest[key] = _measure_fastest(model, loss_function, inputs, targets)
@@ -44,12 +47,12 @@ def settle_precision(wanted: str, model: nn.Module, loss_function: LossFunction,
     return _fastest[key]
 
 
-def _measure_fastest(model: nn.Module, loss_function: LossFunction, inputs: Tensor, targets: Tensor) -> str:
+def _measure_fastest(model: nn.Module, loss_function: LossFunction, inputs: Any, targets: Any) -> str:
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    was_training = model.training
+    was_training, device = model.training, next(model.parameters()).device
     model.train()
     try:
-        with torch.random.fork_rng(devices=[inputs.device] if inputs.is_cuda else []):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             # In turn, so that what else the machine does falls on both; the first pass of each is not counted.
             seconds = [
                 [_seconds_a_pass(model, loss_function, inputs, targets, precision) for precision in ("fp32", "bf16")]
@@ -63,17 +66,16 @@ def _measure_fastest(model: nn.Module, loss_function: LossFunction, inputs: Tens
     return "bf16" if bf16 < 0.95 * fp32 else "fp32"
 
 
-def _seconds_a_pass(
-    model: nn.Module, loss_function: LossFunction, inputs: Tensor, targets: Tensor, precision: str
-) -> float:
+def _seconds_a_pass(model: nn.Module, loss_function: LossFunction, inputs: Any, targets: Any, precision: str) -> float:
     """The time of a forward and a backward pass."""
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    _synchronize(inputs.device)
+    device = weights[0].device
+    _synchronize(device)
     started = time.perf_counter()
-    with autocast(precision, inputs.device):
+    with autocast(precision, device):
         loss = loss_function(model(inputs), targets)
     torch.autograd.grad(loss, weights, allow_unused=True)
-    _synchronize(inputs.device)
+    _synchronize(device)
     return time.perf_counter() - started
 
 

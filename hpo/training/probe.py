@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from hpo.data.batches import evaluation_batches
-from hpo.data.examples import Split
+from hpo.data.parts import tensors_of
 from hpo.models.layers import SquaredReLU
 from hpo.training.device import in_fitting_batches
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from hpo.data.examples import Split
     from hpo.training.losses import LossFunction
 
 NUM_EXAMPLES = 128
@@ -46,12 +47,12 @@ class Probe:
         train: Split,
         loss_function: LossFunction,
         *,
-        target_scale: float = 1.0,
+        target_scale: float | Tensor = 1.0,
         num_at_a_time: int = NUM_EXAMPLES,
         device: str = "cpu",
     ) -> None:
         # A split that is streamed is not on the device.
-        self._examples = Split(train.inputs[:NUM_EXAMPLES].to(device), train.targets[:NUM_EXAMPLES].to(device))
+        self._examples = train.sample(NUM_EXAMPLES, device)
         self._loss_function = loss_function
         self._target_scale = target_scale
         self._num_at_a_time = max(1, num_at_a_time)
@@ -100,7 +101,7 @@ def relative_gradients(
     model: nn.Module,
     examples: Split,
     loss_function: LossFunction,
-    target_scale: float = 1.0,
+    target_scale: float | Tensor = 1.0,
     num_at_a_time: int = NUM_EXAMPLES,
 ) -> Tensor:
     """For each of the model's `layers` (L,), how much of the error at the outputs reaches it.
@@ -112,18 +113,24 @@ def relative_gradients(
     """
     weights = list(layers(model).values())
     gradients = [torch.zeros_like(weight) for weight in weights]
-    error = torch.zeros((), device=examples.targets.device)
+    error = torch.zeros((), device=examples.device)
     for inputs, targets in evaluation_batches(examples, num_at_a_time):
         outputs = model(inputs)
         loss = loss_function(outputs, targets)
-        if not (weights and outputs.requires_grad and loss.requires_grad):
+        leaving = [each for each in tensors_of(outputs) if each.requires_grad]
+        if not (weights and leaving and loss.requires_grad):
             return torch.empty(0)
-        at_outputs, *found = torch.autograd.grad(loss, [outputs, *weights], allow_unused=True, materialize_grads=True)
-        share = len(targets) / len(examples)
-        for gradient, part in zip(gradients, found, strict=True):
+        found = torch.autograd.grad(loss, [*leaving, *weights], allow_unused=True, materialize_grads=True)
+        size = len(tensors_of(targets)[0])
+        share = size / len(examples)
+        for gradient, part in zip(gradients, found[len(leaving) :], strict=True):
             gradient += share * part
         # The loss is a mean over the batch, and its gradient at an example's outputs has 1 / B in it.
-        error += share * (len(targets) * target_scale * at_outputs.reshape(len(targets), -1)).norm(dim=1).mean()
+        at_leaves = [
+            (size * target_scale * at_outputs).reshape(size if at_outputs.ndim else 1, -1).norm(dim=1).mean()
+            for at_outputs in found[: len(leaving)]
+        ]
+        error += share * torch.stack(at_leaves).norm()
     norms, sizes = (torch.stack([tensor.detach().norm() for tensor in tensors]) for tensors in (gradients, weights))
     relative = norms / sizes.clamp(min=torch.finfo(sizes.dtype).tiny)  # the weights may all be 0
     return torch.where(error > LEAST_ERROR, relative / error, math.nan)
@@ -150,9 +157,11 @@ def _units_watched(model: nn.Module) -> Iterator[list[Tensor]]:
 
     def watch(module: nn.Module, inputs: object, outputs: Tensor) -> None:
         nonlocal position
+        if outputs.ndim == 3:
+            return  # of a sequence, whose units may be its second or its third dimension
         answers = _ANSWERS[type(module)](outputs.detach())
         # The unit of an image is a channel; any of its pixels may answer.
-        found = answers.any(0).flatten(1).any(1) if answers.ndim == 4 else answers.any(0)
+        found = answers.any(0).flatten(1).any(1) if answers.ndim > 3 else answers.any(0)
         if position == len(alive):
             alive.append(found)
         else:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
+from hpo.data.parts import joined, map_tensors, tensors_of
 from hpo.errors import DeviceMemoryError
 from hpo.training.optimizers import FusedStep
 from hpo.training.precision import autocast
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from hpo.data.parts import Batch
     from hpo.training.losses import LossFunction
 
 _logger = logging.getLogger(__name__)
@@ -26,7 +29,7 @@ _logger = logging.getLogger(__name__)
 class StepResult(NamedTuple):
     """What a step measured, on the device and without a graph."""
 
-    outputs: Tensor  # (B, num_outputs)
+    outputs: Any  # what the model returned
     loss: Tensor  # () mean over the batch
     grad_norm: Tensor | None  # () before clipping; None where it was not asked for
 
@@ -91,8 +94,8 @@ class TrainingStep:
         self.has_stepped = False
         self._fused_step = None
 
-    def __call__(self, inputs: Tensor, targets: Tensor, *, measures_norm: bool = True) -> StepResult:
-        """Take in a batch (B, ...) with targets (B,).
+    def __call__(self, inputs: Batch, targets: Batch, *, measures_norm: bool = True) -> StepResult:
+        """Take in a batch.
 
         Without `measures_norm` the gradients' norm is computed only where clipping needs it.
         """
@@ -102,19 +105,19 @@ class TrainingStep:
             # Out here the failed attempt's tensors are gone; in an except block the traceback would hold them.
             self.num_parts = 2
             _logger.warning(
-                "the device's memory does not hold a batch of %d; it is taken in two halves from now on", len(targets)
+                "the device's memory does not hold a batch of %d; it is taken in two halves from now on", _size(targets)
             )
             gc.collect()
             torch.cuda.empty_cache()
             result = self._try(inputs, targets)
         if result is None:
             raise DeviceMemoryError(
-                f"out of memory (oom) even with half of batch_size={len(targets)} at a time; "
+                f"out of memory (oom) even with half of batch_size={_size(targets)} at a time; "
                 "choose a smaller batch or model."
             )
         return result
 
-    def _try(self, inputs: Tensor, targets: Tensor) -> StepResult | None:
+    def _try(self, inputs: Batch, targets: Batch) -> StepResult | None:
         known = set() if self.has_stepped else {*self.optimizer.state}
         try:
             result = self._step(inputs, targets)
@@ -130,7 +133,7 @@ class TrainingStep:
         self.has_stepped = True
         return result
 
-    def _step(self, inputs: Tensor, targets: Tensor) -> StepResult:
+    def _step(self, inputs: Batch, targets: Batch) -> StepResult:
         for parameter in self._parameters:  # what zero_grad does, without its record for the profiler
             parameter.grad = None
         outputs, loss = (
@@ -161,22 +164,26 @@ class TrainingStep:
             if not self.has_stepped and FusedStep.suits(self.optimizer):
                 self._fused_step = FusedStep(self.optimizer)
 
-    def _backward_in_parts(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _backward_in_parts(self, inputs: Batch, targets: Batch) -> tuple[Any, Tensor]:
+        batch, size = (inputs, targets), _size(targets)
+        bounds = [size * part // self.num_parts for part in range(self.num_parts + 1)]
         parts = [
-            self._backward(part, part_targets, share=len(part) / len(inputs))
-            for part, part_targets in zip(inputs.chunk(self.num_parts), targets.chunk(self.num_parts), strict=True)
+            self._backward(
+                *map_tensors(lambda tensor, begin=begin, end=end: tensor[begin:end], batch), share=(end - begin) / size
+            )
+            for begin, end in pairwise(bounds)
         ]
         outputs, losses = zip(*parts, strict=True)
-        return torch.cat(outputs), torch.stack(losses).sum()
+        return joined(outputs), torch.stack(losses).sum()
 
-    def _backward(self, inputs: Tensor, targets: Tensor, *, share: float = 1.0) -> tuple[Tensor, Tensor]:
+    def _backward(self, inputs: Batch, targets: Batch, *, share: float = 1.0) -> tuple[Any, Tensor]:
         """Outputs and loss of a part of the batch, which counts with its share of the examples."""
-        with autocast(self.precision, inputs.device):
+        with autocast(self.precision, self._parameters[0].device):
             outputs = self.model(inputs)
             loss = self.loss_function(outputs, targets)
         loss = loss if share == 1 else loss * share
         self._backpropagate(self.scaler.scale(loss) if self.scaler.is_enabled() else loss)
-        return outputs.detach(), loss.detach()
+        return outputs.detach() if type(outputs) is torch.Tensor else map_tensors(_detached, outputs), loss.detach()
 
     def _backpropagate(self, loss: Tensor) -> None:
         """`loss.backward()`; on a CPU without what torch does before it, which takes as long as a small layer.
@@ -191,6 +198,15 @@ class TrainingStep:
         torch.autograd.Variable._execution_engine.run_backward(
             (loss,), (self._one,), False, False, (), allow_unreachable=True, accumulate_grad=True
         )
+
+
+def _size(batch: Batch) -> int:
+    """Examples in a batch."""
+    return len(tensors_of(batch)[0])
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    return tensor.detach()
 
 
 def _scaler(model: nn.Module, precision: str) -> torch.amp.GradScaler:

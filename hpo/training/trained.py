@@ -39,14 +39,15 @@ class TrialDescription:
     """Checksums of the task's source files (hpo.sources); none where an earlier version trained."""
 
     def write(self, folder: Path) -> None:
-        write_atomically(folder / DESCRIPTION, json.dumps(asdict(self), indent=2).encode())
+        plain = asdict(self) | {"spec": self.spec and self.spec.to_dict()}
+        write_atomically(folder / DESCRIPTION, json.dumps(plain, indent=2).encode())
 
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Raises CheckpointError where the file is missing or damaged."""
         try:
             plain = json.loads((folder / DESCRIPTION).read_bytes())
-            spec = plain["spec"] and DataSpec(**{name: tuple(values) for name, values in plain["spec"].items()})
+            spec = plain["spec"] and DataSpec.from_dict(plain["spec"])
             return cls(**plain | {"spec": spec, "config": TrainConfig(**plain["config"])})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{folder / DESCRIPTION} is missing or damaged: {error}") from error

@@ -12,19 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hpo.config import derive_seed
-from hpo.data.batches import build_batches, evaluation_batch_size, evaluation_batches, place
+from hpo.config import config_fields, derive_seed
+from hpo.data.batches import build_batches, place
 from hpo.errors import CheckpointError, DeviceMemoryError, UsageError
+from hpo.models.preprocessed import own_of
 from hpo.models.pretrained import find_pretrained
 from hpo.training.averaging import AveragedWeights
 from hpo.training.captured import CapturedStep, wants_graph
 from hpo.training.checkpoint import CheckpointFolder, CheckpointWriter
 from hpo.training.compiled import CompiledStep, check_compile_mode, has_formula, settle_compile_mode
-from hpo.training.device import in_fitting_batches
-from hpo.training.losses import LossFunction, loss_function, target_scale, training_loss
+from hpo.training.evaluation import measure, read_all
+from hpo.training.losses import loss_function, target_scale, training_loss
 from hpo.training.metrics import EpochMetrics, check_metric
 from hpo.training.optimizers import build_optimizer, load_optimizer_state
-from hpo.training.precision import autocast, has_convolutions, settle_precision
+from hpo.training.precision import has_convolutions, settle_precision
 from hpo.training.probe import Probe
 from hpo.training.schedules import Plateau, Point, build_schedule
 from hpo.training.step import StepResult, TrainingStep
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     from hpo.config import TrainConfig
     from hpo.data.datasets import Splits
-    from hpo.data.examples import Split
+    from hpo.data.parts import Batch
 
 
 NORM_EVERY = 8
@@ -131,55 +132,29 @@ def fit(
             yield result
 
 
-def evaluate(
-    model: nn.Module, split: Split, config: TrainConfig, num_classes: int, *, target_scale: float = 1.0
-) -> dict[str, float]:
-    """Loss and metrics of `model`, left in evaluation mode, on any split; `num_classes` is 0 for a regression.
-
-    In fp32, as the model is deployed. A regression's loss is in units of `target_scale`, as in `fit` with
-    `losses.target_scale(splits.train)`; all other metrics are in the target's units.
-    """
-    return _read(_measure(model, split, config, num_classes, target_scale).compute())
-
-
-def evaluate_classes(
-    model: nn.Module, split: Split, config: TrainConfig, num_classes: int
-) -> tuple[dict[str, float], list[list[int]]]:
-    """The same of a classifier, and its confusion matrix: a row for each class, a column for what it is taken for."""
-    metrics = _measure(model, split, config, num_classes, target_scale=1.0)
-    assert metrics.confusion is not None, "there are classes"
-    return _read(metrics.compute()), metrics.confusion.long().tolist()
-
-
-def _measure(
-    model: nn.Module, split: Split, config: TrainConfig, num_classes: int, target_scale: float
-) -> EpochMetrics:
-    loss = loss_function(config, num_classes, target_scale)
-    return _evaluate(model.to(config.device), split, config, loss, num_classes, precision="fp32")
-
-
 class _Run:
     """A training under way: all that changes from epoch to epoch. The splits are where they stay."""
 
     def __init__(self, model: nn.Module, splits: Splits, config: TrainConfig, num_epochs: int | None) -> None:
         self.is_judged = num_epochs is None
         self.last_epoch = config.max_epochs if num_epochs is None else num_epochs
-        self.num_classes = len(splits.spec.classes)
-        check_metric(config.metric, self.num_classes)
+        self.spec, self.own = splits.spec, own_of(model)
+        check_metric(config.metric, self.spec, self.own)
         self.config = config
-        self.loss_function = loss_function(config, self.num_classes, target_scale(splits.train))
+        scale = target_scale(splits.train)
+        self.model = model.to(config.device)
+        self.loss_function = loss_function(config, self.spec, scale, self.own)
         self.splits = splits
         self.order, self.augmentation = torch.Generator(), torch.Generator()
         self.batches = build_batches(
-            self.splits.train, config, self.num_classes, order=self.order, augmentation=self.augmentation
+            self.splits.train, config, self.spec, order=self.order, augmentation=self.augmentation
         )
         check_fine_tuning(model, config)
-        self.model = model.to(config.device)
         if has_convolutions(model):
             self.model = self.model.to(memory_format=torch.channels_last)
-        self.optimizer = build_optimizer(self.model, config)
+        self.optimizer = build_optimizer(self.model, config, self.own)
         self.schedule = build_schedule(self.optimizer, config, config.max_epochs * len(self.batches))
-        loss = training_loss(config, splits.train, self.num_classes)
+        loss = training_loss(config, splits.train, self.spec, self.own)
         self.step: TrainingStep | CompiledStep | CapturedStep = TrainingStep(
             self.model,
             loss,
@@ -200,7 +175,7 @@ class _Run:
         self.probe = Probe(
             self.splits.train,
             self.loss_function,
-            target_scale=target_scale(splits.train),
+            target_scale=scale,
             num_at_a_time=config.batch_size // 2,  # without bf16 it takes twice the memory
             device=config.device,
         )
@@ -225,7 +200,7 @@ class _Run:
             candidate = self._candidate(epoch)
             validation = self._validate(candidate)
             probed = self.probe.measure(self.model)
-        metrics = _read(
+        metrics = read_all(
             {
                 **_prefixed("train/", train),
                 **_prefixed("val/", validation),
@@ -262,7 +237,7 @@ class _Run:
 
     def _train(self) -> tuple[dict[str, Tensor], Tensor]:
         """Metrics and the mean gradient norm of a pass over the training split, on the device."""
-        metrics = EpochMetrics(self.num_classes, self.config.device)
+        metrics = EpochMetrics(self.spec, self.config.device, own=self.own)
         points = self.schedule.compute_ahead(len(self.batches))
         if not isinstance(self.step, TrainingStep):
             self.step.prepare(points)
@@ -276,7 +251,7 @@ class _Run:
                 num_norms += 1
         return metrics.compute(), norm_sum / num_norms
 
-    def _steps(self, points: Sequence[Point]) -> Iterator[tuple[StepResult, Tensor]]:
+    def _steps(self, points: Sequence[Point]) -> Iterator[tuple[StepResult, Batch]]:
         """Each step of an epoch, and the targets of its batch."""
         if self._may_capture:
             yield from self._captured_steps(points)
@@ -312,8 +287,9 @@ class _Run:
     def _validate(self, candidate: nn.Module) -> dict[str, Tensor]:
         """Metrics of the validation split, on the device."""
         split, precision = self.splits.validation, self.step.precision
-        metrics = _evaluate(candidate, split, self.config, self.loss_function, self.num_classes, precision=precision)
-        return metrics.compute()
+        return measure(
+            candidate, split, self.config, self.loss_function, self.spec, self.own, precision=precision
+        ).compute()
 
     def _watch(self, epoch: int, metrics: dict[str, float]) -> dict[str, float]:
         """The symptoms by now; figures that follow from the others are added to the metrics."""
@@ -326,10 +302,12 @@ class _Run:
     def _may_capture(self) -> bool:
         """Whether a CUDA graph is wanted, and can make its batches.
 
-        Batches that are streamed are on their way while one is captured.
+        Batches that are streamed are on their way while one is captured, those of sequences have other shapes each
+        time, and a loss of the task's own may take anything.
         """
-        is_resident = self.splits.train.targets.is_cuda
-        return is_resident and self.is_captured_faster is not False and wants_graph(self.config.compile, self.model)
+        train = self.splits.train
+        is_fixed = train.is_plain and train.device.type == "cuda" and self.own.loss is None
+        return is_fixed and self.is_captured_faster is not False and wants_graph(self.config.compile, self.model)
 
     def _can_capture(self, step: TrainingStep) -> bool:
         return (step.has_stepped or self.has_optimizer_state) and has_formula(step)
@@ -337,10 +315,12 @@ class _Run:
     def _settle_compile_mode(self, step: TrainingStep, epoch: int, epoch_s: float) -> None:
         """After an epoch that was not compiled, as the first never is: it fills the optimizer's state and shows how
         long a step takes."""
+        # One count of steps serves all parameters; batches of one shape and a known loss make one graph.
+        is_fixed = self.splits.train.is_plain and self.own.loss is None
         self.compile_mode = settle_compile_mode(
-            "off" if self.config.thaw_epoch else self.config.compile,  # one count of steps serves all parameters
+            self.config.compile if is_fixed and not self.config.thaw_epoch else "off",
             step,
-            batch_shape=(self.config.batch_size, *self.splits.spec.input_shape),
+            batch_shape=(self.config.batch_size, *self.spec.input_shape) if is_fixed else (),
             is_mixed=self.batches.are_mixed,
             seconds_a_step=epoch_s / len(self.batches),
             steps_left=(self.last_epoch - epoch) * len(self.batches),
@@ -415,10 +395,8 @@ class _Run:
         return EpochResult(**state["result"])
 
     def _check_config(self, saved: Mapping[str, Any], checkpoint: CheckpointFolder) -> None:
-        current = _comparable(self.config)
-        changed = [
-            f"{name} {saved.get(name)} -> {current[name]}" for name in current if saved.get(name) != current[name]
-        ]
+        current, known = _comparable(self.config), config_fields() | dict(saved)  # an earlier version had fewer
+        changed = [f"{name} {known[name]} -> {current[name]}" for name in current if known[name] != current[name]]
         if changed:
             raise CheckpointError(
                 f"{checkpoint.path} holds a run with another config ({', '.join(changed)}); "
@@ -470,41 +448,5 @@ def _memory_explained() -> Iterator[None]:
         raise DeviceMemoryError(f"out of memory (oom): {reason}. Choose a smaller batch or model.") from error
 
 
-@torch.inference_mode()
-def _evaluate(
-    model: nn.Module,
-    split: Split,
-    config: TrainConfig,
-    loss_function: LossFunction,
-    num_classes: int,
-    *,
-    precision: str,
-) -> EpochMetrics:
-    """Loss and metrics on a split; leaves the model, which is on the config's device, in evaluation mode.
-
-    Batches that the device's memory does not hold are halved until it does. Raises DeviceMemoryError where it cannot
-    hold one example.
-    """
-    model.eval()
-    convolves_on_cpu = config.device == "cpu" and has_convolutions(model)
-    batch_size = evaluation_batch_size(split, config.batch_size, convolves_on_cpu=convolves_on_cpu)
-
-    def attempt(batch_size: int) -> EpochMetrics:
-        metrics = EpochMetrics(num_classes, config.device, with_auroc=True)
-        for inputs, targets in evaluation_batches(split, batch_size, config.device):
-            with autocast(precision, inputs.device):
-                outputs = model(inputs)
-                loss = loss_function(outputs, targets)
-            metrics.update(outputs, targets, loss)
-        return metrics
-
-    return in_fitting_batches(attempt, batch_size)
-
-
 def _prefixed(prefix: str, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: value for name, value in metrics.items()}
-
-
-def _read(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """Numbers from scalars on the device, all in one transfer: the only sync of an epoch."""
-    return dict(zip(metrics, torch.stack([value.double() for value in metrics.values()]).tolist(), strict=True))

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from hpo.data.examples import Split
+from hpo.data.examples import DataSpec, Split
 
 
 def assert_same(split: Split, other: Split) -> None:
     for one, two in ((split.inputs, other.inputs), (split.targets, other.targets)):
         assert one.dtype == two.dtype
         assert torch.equal(one, two)
+
+
+def of_classes(num_classes: int) -> DataSpec:
+    """The description of data of one feature and so many classes; 0 stands for a regression."""
+    return DataSpec((1,), tuple(map(str, range(num_classes))))

@@ -1,0 +1,121 @@
+"""What a model makes of a split: its loss and metrics, its outputs, and the thresholds that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hpo.data.batches import evaluation_batch_size, evaluation_batches
+from hpo.data.parts import joined
+from hpo.models.preprocessed import own_of
+from hpo.training.device import in_fitting_batches
+from hpo.training.losses import loss_function
+from hpo.training.metrics import EpochMetrics, best_thresholds
+from hpo.training.precision import autocast, has_convolutions
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from hpo.config import TrainConfig
+    from hpo.data.examples import DataSpec, Split
+    from hpo.objective import Own
+    from hpo.training.losses import LossFunction
+
+
+def evaluate(
+    model: nn.Module, split: Split, config: TrainConfig, spec: DataSpec, *, target_scale: float | Tensor = 1.0
+) -> dict[str, float]:
+    """Loss and metrics of `model`, left in evaluation mode, on any split of the data that `spec` describes.
+
+    In fp32, as the model is deployed. A loss of numbers is in units of `target_scale`, as in `fit` with
+    `losses.target_scale(splits.train)`; all other metrics are in the targets' units.
+    """
+    return read_all(_measured(model, split, config, spec, target_scale).compute())
+
+
+def evaluate_classes(
+    model: nn.Module, split: Split, config: TrainConfig, spec: DataSpec
+) -> tuple[dict[str, float], list[list[int]]]:
+    """The same of a classifier, and its confusion matrix: a row for each class, a column for what it is taken for."""
+    metrics = _measured(model, split, config, spec, target_scale=1.0)
+    assert metrics.confusion is not None, "there are classes"
+    return read_all(metrics.compute()), metrics.confusion.long().tolist()
+
+
+def choose_thresholds(model: nn.Module, split: Split, config: TrainConfig) -> None:
+    """Give a model of several labels the logits from which on an example has each: those of the best F1 on a split.
+
+    It is left in evaluation mode. Raises DeviceMemoryError as `fit` does.
+    """
+    outputs, targets = outputs_and_targets(model, split, config)
+    model.get_buffer("thresholds").copy_(best_thresholds(outputs, targets))
+
+
+def _measured(
+    model: nn.Module, split: Split, config: TrainConfig, spec: DataSpec, target_scale: float | Tensor
+) -> EpochMetrics:
+    model, own = model.to(config.device), own_of(model)
+    loss = loss_function(config, spec, target_scale, own)
+    return measure(model, split, config, loss, spec, own, precision="fp32")
+
+
+@torch.inference_mode()
+def measure(
+    model: nn.Module,
+    split: Split,
+    config: TrainConfig,
+    loss_function: LossFunction,
+    spec: DataSpec,
+    own: Own,
+    *,
+    precision: str,
+) -> EpochMetrics:
+    """Loss and metrics on a split; leaves the model, which is on the config's device, in evaluation mode.
+
+    Batches that the device's memory does not hold are halved until it does. Raises DeviceMemoryError where it cannot
+    hold one example.
+    """
+    model.eval()
+    batch_size = _batch_size(model, split, config)
+    thresholds = getattr(model, "thresholds", None)
+
+    def attempt(batch_size: int) -> EpochMetrics:
+        metrics = EpochMetrics(spec, config.device, own=own, is_complete=True, thresholds=thresholds)
+        for inputs, targets in evaluation_batches(split, batch_size, config.device):
+            with autocast(precision, torch.device(config.device)):
+                outputs = model(inputs)
+                loss = loss_function(outputs, targets)
+            metrics.update(outputs, targets, loss)
+        return metrics
+
+    return in_fitting_batches(attempt, batch_size)
+
+
+@torch.inference_mode()
+def outputs_and_targets(model: nn.Module, split: Split, config: TrainConfig) -> tuple[Any, Any]:
+    """What a model, moved to the config's device and left in evaluation mode, makes of a split, and what is right.
+
+    Outputs of sequences are padded to the longest of all. Raises DeviceMemoryError where the device's memory cannot
+    hold one example.
+    """
+    model = model.to(config.device).eval()
+    batch_size = _batch_size(model, split, config)
+
+    def attempt(batch_size: int) -> tuple[Any, Any]:
+        batches = evaluation_batches(split, batch_size, config.device)
+        outputs, targets = joined((model(inputs), targets) for inputs, targets in batches)
+        return outputs, targets
+
+    return in_fitting_batches(attempt, batch_size)
+
+
+def _batch_size(model: nn.Module, split: Split, config: TrainConfig) -> int:
+    convolves_on_cpu = config.device == "cpu" and has_convolutions(model)
+    return evaluation_batch_size(split, config.batch_size, convolves_on_cpu=convolves_on_cpu)
+
+
+def read_all(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """Numbers from scalars on the device, all in one transfer: the only sync of an epoch."""
+    return dict(zip(metrics, torch.stack([value.double() for value in metrics.values()]).tolist(), strict=True))
