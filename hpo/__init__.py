@@ -41,8 +41,12 @@ if TYPE_CHECKING:
     from hpo.home import find_data_dir as find_data_dir
     from hpo.models.networks import airnet as airnet
     from hpo.models.networks import convnet as convnet
+    from hpo.models.networks import convnet1d as convnet1d
     from hpo.models.networks import mlp as mlp
     from hpo.models.networks import pretrained as pretrained
+    from hpo.models.networks import recurrent as recurrent
+    from hpo.models.networks import tabular as tabular
+    from hpo.models.networks import transformer as transformer
     from hpo.models.preprocessed import PreprocessedModel as PreprocessedModel
     from hpo.objective import Objective as Objective
     from hpo.records import SearchOutcome as SearchOutcome
@@ -96,8 +100,12 @@ _MODULES = {
     "find_data_dir": "hpo.home",
     "airnet": "hpo.models.networks",
     "convnet": "hpo.models.networks",
+    "convnet1d": "hpo.models.networks",
     "mlp": "hpo.models.networks",
     "pretrained": "hpo.models.networks",
+    "recurrent": "hpo.models.networks",
+    "tabular": "hpo.models.networks",
+    "transformer": "hpo.models.networks",
     "PreprocessedModel": "hpo.models.preprocessed",
     "Dataset": "hpo.data.examples",
     "DataSpec": "hpo.data.examples",

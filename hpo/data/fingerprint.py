@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,10 +33,10 @@ def data_fingerprint(dataset: Dataset) -> str:
     targets = {} if train.targets is None else named_parts(train.targets)
     digest.update(repr(_about(dataset, inputs, targets)).encode())
     for part in targets.values():
-        _update(digest, part, torch.arange(len(part)))
+        _read(digest.update, part, torch.arange(len(part)))
     for part in inputs.values():
         bytes_per_example = part.nbytes // len(part)
-        _update(digest, part, _rows(len(part), bytes_per_example * len(inputs)))
+        _read(digest.update, part, _rows(len(part), bytes_per_example * len(inputs)))
     return digest.hexdigest()
 
 
@@ -48,14 +49,14 @@ def _about(dataset: Dataset, inputs: dict[str, Part], targets: dict[str, Part]) 
     return *described, dataset.kind, dataset.classes, len(dataset.test)
 
 
-def _update(digest: hashlib._Hash, part: Part, rows: Tensor) -> None:
+def _read(take: Callable[[memoryview], None], part: Part, rows: Tensor) -> None:
     for some in torch.split(rows, _NUM_AT_ONCE):
         if isinstance(part, Ragged):
             chosen = part.select(some)
-            digest.update(chosen.lengths.numpy().data)
-            digest.update(chosen.values.contiguous().numpy().data)
+            take(chosen.lengths.numpy().data)
+            take(chosen.values.contiguous().numpy().data)
         else:
-            digest.update(part.index_select(0, some).numpy().data)
+            take(part.index_select(0, some).numpy().data)
 
 
 def _rows(num_examples: int, bytes_per_example: int) -> torch.Tensor:

@@ -93,3 +93,51 @@ def pretrained(
         image_size=image_size,
         trainable_layers=trainable_layers,
     )
+
+
+def recurrent(
+    spec: DataSpec,
+    *,
+    cell: str = "lstm",
+    depth: int = 1,
+    width: int = 128,
+    bidirectional: bool = True,
+    dropout: float = 0.0,
+) -> nn.Module:
+    """An LSTM or GRU for sequences of ids or numbers; see hpo.models.sequences.Recurrent."""
+    from hpo.models.sequences import Recurrent
+
+    return Recurrent(spec, cell=cell, depth=depth, width=width, bidirectional=bidirectional, dropout=dropout)
+
+
+def transformer(
+    spec: DataSpec, *, depth: int = 2, width: int = 128, heads: int = 4, dropout: float = 0.1, causal: bool = False
+) -> nn.Module:
+    """A small transformer encoder for sequences of ids or numbers; see hpo.models.sequences.Transformer."""
+    from hpo.models.sequences import Transformer
+
+    return Transformer(spec, depth=depth, width=width, heads=heads, dropout=dropout, causal=causal)
+
+
+def convnet1d(
+    spec: DataSpec, *, width: int = 128, blocks: int = 3, kernel_size: int = 5, dropout: float = 0.0
+) -> nn.Module:
+    """A network of convolutions over time, for sequences of ids or numbers; see hpo.models.sequences.ConvNet1d."""
+    from hpo.models.sequences import ConvNet1d
+
+    return ConvNet1d(spec, width=width, blocks=blocks, kernel_size=kernel_size, dropout=dropout)
+
+
+def tabular(
+    spec: DataSpec,
+    *,
+    depth: int = 2,
+    width: int = 128,
+    embedding: int = 16,
+    residual: bool = False,
+    dropout: float = 0.0,
+) -> nn.Module:
+    """An MLP or ResNet for tables of numbers and categories; see hpo.models.tabular.Tabular."""
+    from hpo.models.tabular import Tabular
+
+    return Tabular(spec, depth=depth, width=width, embedding=embedding, residual=residual, dropout=dropout)
