@@ -111,7 +111,7 @@ class GpuTensor(torch.Tensor):
     """A CPU tensor that passes for one on cuda:0."""
 
     _cpu: torch.Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def of(cpu: torch.Tensor) -> GpuTensor:
@@ -121,7 +121,7 @@ class GpuTensor(torch.Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return _dispatch(func, args, kwargs or {})
 
     device = property(lambda self: CUDA)  # type: ignore[assignment]

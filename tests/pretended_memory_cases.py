@@ -59,7 +59,7 @@ def run(
     parameters = {"fails_in_evaluation": fails_in_evaluation}
     assignment = Assignment(
         number=number,
-        model_parameters=parameters,
+        model_parameters=parameters,  # type: ignore[arg-type]
         config=config,
         folder=folder / str(number),
         costs=("params",),

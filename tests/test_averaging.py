@@ -33,7 +33,7 @@ def test_an_average_keeps_its_share_of_itself_in_each_step_and_takes_the_buffers
     plain = nn.Sequential(nn.Linear(2, 2))
     plain.register_buffer("count", torch.tensor(1))
     average = AveragedWeights(plain, quick_config(ema_decay=0.9))
-    plain.count += 4
+    plain.count += 4  # type: ignore[assignment]
     assert average.settle(plain, (), "fp32").count == 5
 
 

@@ -62,7 +62,9 @@ def subject(
 ) -> Subject:
     train = train or points(classes=classes)
     validation = validation or points(200, seed=1, classes=classes)
-    of_kind = {"loss": "cross_entropy", "metric": "accuracy"} if classes else {"loss": "mse", "metric": "r2"}
+    of_kind: dict[str, Any] = (
+        {"loss": "cross_entropy", "metric": "accuracy"} if classes else {"loss": "mse", "metric": "r2"}
+    )
     objective = Objective(
         name="points",
         description="",
@@ -165,7 +167,7 @@ def test_what_the_network_gets_to_see_is_told() -> None:
         "feature 2 has values far from all others"
         in check_normalised(subject(train=changed(points(1000), a_value_far_out))).advice
     )
-    other = Split(points().inputs + 3, points().targets)
+    other = Split(points().inputs + 3, points().targets)  # type: ignore[arg-type]
     assert "of another kind" in check_normalised(subject(validation=other)).advice
 
 
@@ -193,8 +195,8 @@ def leak_of(train: Split, test: Split) -> tuple[str, int]:
 def test_training_examples_in_the_test_split_are_counted_without_opening_it() -> None:
     train, test = points(), points(200, seed=2)
     assert leak_of(train, test) == ("ok", 0)
-    assert leak_of(train, changed(test, lambda inputs, _: inputs[:1].copy_(train.inputs[:1]))) == ("warning", 1)
-    assert leak_of(train, changed(test, lambda inputs, _: inputs[:50].copy_(train.inputs[:50]))) == ("wrong", 50)
+    assert leak_of(train, changed(test, lambda inputs, _: inputs[:1].copy_(train.inputs[:1]))) == ("warning", 1)  # type: ignore[arg-type]
+    assert leak_of(train, changed(test, lambda inputs, _: inputs[:50].copy_(train.inputs[:50]))) == ("wrong", 50)  # type: ignore[arg-type]
 
 
 def test_coarse_features_repeat_by_themselves_but_images_do_not() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -21,11 +22,11 @@ class Column(torch.nn.Module):
 
     def __init__(self, half: int) -> None:
         super().__init__()
-        self.half = half
+        self.half = half  # type: ignore[assignment, method-assign]
         self.weight = torch.nn.Parameter(torch.zeros(()))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return inputs.chunk(2, dim=1)[self.half].squeeze(1) + self.weight
+        return inputs.chunk(2, dim=1)[self.half].squeeze(1) + self.weight  # type: ignore[call-overload]
 
 
 def compare(split: Split, metric: str, *, num_classes: int) -> Difference:
@@ -84,8 +85,14 @@ def test_folds_are_paired_and_their_interval_is_wide_because_they_share_examples
     assert found.high - found.value == pytest.approx((plain.high - found.value) * math.sqrt(1 + 4 / 3))
 
 
-def winner(**about: object) -> Winner:
-    told = {"trial": 0, "state": "complete", "value": 0.9514, "pruned": None, "num_examples": 288} | about
+def winner(**about: Any) -> Winner:
+    told: dict[str, Any] = {
+        "trial": 0,
+        "state": "complete",
+        "value": 0.9514,
+        "pruned": None,
+        "num_examples": 288,
+    } | about
     compared = Comparison(**{"gain": None, "low": None, "high": None} | told)
     return Winner(
         trial=6, configuration={}, metric="accuracy", validation=0.9722, best_epoch=9, folds=None, pruned=None,

@@ -80,7 +80,7 @@ def test_a_damaged_cache_is_noticed_and_rebuilt(
     (file,) = tmp_path.glob("pets.*.pt")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
-    file.write_bytes({"a flipped bit": content, "cut off": content[:-1], "empty": b""}[damage])
+    file.write_bytes({"a flipped bit": content, "cut off": content[:-1], "empty": b""}[damage])  # type: ignore[arg-type]
     with caplog.at_level(logging.WARNING):
         assert_same(cached_split(tmp_path, "pets", originals, convert), expected)
     assert f"{file} is damaged" in caplog.text

@@ -130,7 +130,7 @@ def test_each_role_opens_its_own_database_only() -> None:
 
 
 def opens(server: Postgres, role: str, password: str, database: str) -> bool:
-    address = {"host": "127.0.0.1", "port": server.port, "dbname": database}
+    address: dict[str, Any] = {"host": "127.0.0.1", "port": server.port, "dbname": database}
     try:
         with psycopg.connect(**address, user=role, password=password) as connection:
             connection.execute("CREATE TABLE mine ()")

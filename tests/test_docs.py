@@ -103,7 +103,7 @@ def test_what_is_shown_for_several_machines_runs_in_the_order_of_the_work(
     address = {"--storage": postgres.new_database(), "--tracking-uri": postgres.new_database()}
     for line in sorted(ON_SEVERAL_MACHINES):  # submit, then worker
         for option, url in address.items():
-            line = re.sub(rf"{option} \S+", lambda match, option=option, url=url: f"{option} {url}", line)
+            line = re.sub(rf"{option} \S+", lambda match, option=option, url=url: f"{option} {url}", line)  # type: ignore[misc]
         succeeds(line.replace("--trials 100", "--trials 2 --epochs 1"), monkeypatch)
 
 

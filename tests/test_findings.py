@@ -303,7 +303,7 @@ def test_what_goes_wrong_in_the_best_trial_is_told() -> None:
 
 
 def test_what_goes_wrong_in_many_other_trials_is_told_with_their_number() -> None:
-    study = with_symptoms([{}, *({"vanishing_layers": depth} for depth in (2, 4, 9)), *[{"exploding": 50.0}] * 2])
+    study = with_symptoms([{}, *({"vanishing_layers": depth} for depth in (2, 4, 9)), *[{"exploding": 50.0}] * 2])  # type: ignore[list-item]
 
     (finding,) = find_symptoms(study)
 
@@ -322,7 +322,7 @@ def test_every_symptom_has_its_sentence() -> None:
 
 
 def test_symptoms_of_a_few_trials_of_many_are_not_told() -> None:
-    assert list(find_symptoms(with_symptoms([*[{}] * 10, *[{"stalls_from": 3}] * 3]))) == []
+    assert list(find_symptoms(with_symptoms([*[{}] * 10, *[{"stalls_from": 3}] * 3]))) == []  # type: ignore[list-item]
     assert list(find_symptoms(with_symptoms([{}, {"stalls_from": 3}]))) == []
 
 

@@ -131,7 +131,7 @@ def test_binary_cross_entropy_learns_each_class_against_all_others() -> None:
     model.output.bias.data.fill_(3.0)  # a softmax would not mind it
     list(fit(model, splits, quick_config(loss="binary_cross_entropy", lr=0.1, max_epochs=20, metric="loss")))
     says_yes = model(splits.validation.inputs).sigmoid() > 0.5
-    assert (says_yes == functional.one_hot(splits.validation.targets, 4)).float().mean() > 0.9
+    assert (says_yes == functional.one_hot(splits.validation.targets, 4)).float().mean() > 0.9  # type: ignore[arg-type]
 
 
 def test_balanced_weights_give_each_class_the_same_part_of_the_loss() -> None:
@@ -159,8 +159,8 @@ def test_a_weighted_batch_in_two_parts_has_the_gradient_of_the_whole(loss: str) 
     weights = []
     for num_parts in (1, 2):
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
-        nn.init.zeros_(model[1].weight)
-        nn.init.zeros_(model[1].bias)
+        nn.init.zeros_(model[1].weight)  # type: ignore[arg-type]
+        nn.init.zeros_(model[1].bias)  # type: ignore[arg-type]
         step = TrainingStep(model, training_loss(config, splits.train, of_classes(4)), build_optimizer(model, config))
         step.num_parts = num_parts
         step(splits.train.inputs[:31].float() / 255, splits.train.targets[:31])
@@ -199,7 +199,7 @@ def test_outliers_spoil_the_mean_squared_error_and_leave_the_robust_losses_alone
     scale = target_scale(splits.train)
 
     def r2_of(loss: str) -> float:
-        *_, last = fit(Line(3, deviation=scale), splits, regression_config(loss=loss, max_epochs=15))
+        *_, last = fit(Line(3, deviation=scale), splits, regression_config(loss=loss, max_epochs=15))  # type: ignore[arg-type]
         return last.metrics["val/r2"]
 
     assert r2_of(loss) > 0.0 > r2_of("mse")

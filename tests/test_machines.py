@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -174,7 +175,7 @@ def test_two_machines_share_a_study(team: Team, tmp_path: Path) -> None:
     assert {f"trial {winner['trial']}"} == told
     assert winner["num_test_readings"] == 1
     assert len(json.loads(team.run(f"show {team.study_name} --json").out)["trials"]) == 7
-    third = {"storage": team.servers.storage, "tracking_uri": team.servers.tracking.uri}
+    third: dict[str, Any] = {"storage": team.servers.storage, "tracking_uri": team.servers.tracking.uri}
     assert hpo.load_best(team.study_name, home=tmp_path / "third", **third).classes == tuple("0123456789")
     assert {what.partition(" of ")[0] for what in team.gc("desk", keep=1)} == {"weights"}
     assert team.gc("desk", keep=1) == []
@@ -276,7 +277,7 @@ def test_outages_of_postgresql_and_of_mlflow_lose_nothing_and_a_machine_that_is_
         for machine in both:
             team.release(machine, 2)
         for worker in workers:
-            wait_until(lambda worker=worker: "the study's database does not answer" in worker.said, *workers)
+            wait_until(lambda worker=worker: "the study's database does not answer" in worker.said, *workers)  # type: ignore[misc]
         time.sleep(5)
         assert [len(team.footprints(machine)) for machine in both] == [2, 2]
     for machine in both:
@@ -292,7 +293,7 @@ def test_outages_of_postgresql_and_of_mlflow_lose_nothing_and_a_machine_that_is_
             team.reached(machine, 1, *workers, times=3)
             team.hold(machine, 2)
         for worker in workers:
-            wait_until(lambda worker=worker: "until MLflow takes it" in worker.said, *workers)
+            wait_until(lambda worker=worker: "until MLflow takes it" in worker.said, *workers)  # type: ignore[misc]
 
     anna, bert = workers
     for machine in both:

@@ -87,7 +87,7 @@ def test_the_confusion_matrix_has_a_row_for_each_class_and_a_column_for_what_it_
     counts = torch.tensor(evaluate_classes(model, splits.validation, quick_config(), of_classes(NUM_CLASSES))[1])
     assert counts.sum(1).equal(splits.validation.targets.bincount(minlength=NUM_CLASSES))
     by_hand = torch.zeros_like(counts)
-    for target, prediction in zip(splits.validation.targets, model(splits.validation.inputs).argmax(1), strict=True):
+    for target, prediction in zip(splits.validation.targets, model(splits.validation.inputs).argmax(1), strict=True):  # type: ignore[arg-type]
         by_hand[target, prediction] += 1
     assert counts.equal(by_hand)
 

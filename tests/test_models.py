@@ -77,14 +77,14 @@ def test_depth_is_the_number_of_hidden_layers() -> None:
 def test_a_hidden_layer_is_linear_norm_activation_dropout() -> None:
     model = MLP(DIGITS, depth=3, width=8, activation="gelu", norm="batch", dropout=0.3)
     for layer in model.hidden:
-        assert [type(module) for module in layer] == [nn.Linear, nn.BatchNorm1d, nn.GELU, nn.Dropout]
+        assert [type(module) for module in layer] == [nn.Linear, nn.BatchNorm1d, nn.GELU, nn.Dropout]  # type: ignore[attr-defined]
         assert layer[3].p == 0.3
 
 
 def test_a_norm_may_come_after_the_activation_and_the_bias_stays_then() -> None:
     model = MLP(DIGITS, depth=3, width=8, activation="gelu", norm="batch", norm_first=False)
     for layer in model.hidden:
-        assert [type(module) for module in layer][:3] == [nn.Linear, nn.GELU, nn.BatchNorm1d]
+        assert [type(module) for module in layer][:3] == [nn.Linear, nn.GELU, nn.BatchNorm1d]  # type: ignore[attr-defined]
         assert layer[0].bias is not None
     before, after = (ConvNet(DIGITS, width=16, norm_first=norm_first) for norm_first in (True, False))
     assert [type(m) for m in before.features.modules() if not list(m.children())][:3] == [
@@ -384,7 +384,7 @@ def test_an_airnet_learns_while_its_frozen_layer_stays() -> None:
     *_, last = fit(model, Splits(data, data, spec), config)
     assert last.best_value is not None
     assert last.best_value > 0.9
-    assert torch.equal(model.network.whitening.weight, before)
+    assert torch.equal(model.network.whitening.weight, before)  # type: ignore[arg-type]
 
 
 # --- Preprocessing
@@ -417,8 +417,8 @@ def test_statistics_of_bytes_equal_those_of_the_same_numbers(seed: int) -> None:
     images = torch.randint(256, (5, 2, 3, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     spec, labels = DataSpec((2, 3, 4), CLASSES), torch.zeros(5, dtype=torch.long)
     as_bytes, as_floats = (fitted(Echo(), spec, Split(inputs, labels)) for inputs in (images, images.float()))
-    assert torch.allclose(as_bytes.input_mean, as_floats.input_mean)
-    assert torch.allclose(as_bytes.input_std, as_floats.input_std)
+    assert torch.allclose(as_bytes.input_mean, as_floats.input_mean)  # type: ignore[arg-type]
+    assert torch.allclose(as_bytes.input_std, as_floats.input_std)  # type: ignore[arg-type]
 
 
 def test_features_are_normalised_one_by_one_however_far_from_zero() -> None:
@@ -450,7 +450,7 @@ def test_a_target_that_does_not_vary_is_predicted_as_it_is() -> None:
 def test_a_classification_leaves_its_logits_alone() -> None:
     inputs = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 9.0]])
     model = fitted(Echo(), DataSpec((2,), ("ham", "eggs")), Split(inputs, torch.tensor([1, 0, 1])))
-    assert (model.target_mean, model.target_std) == (0, 1)
+    assert (model.target_mean, model.target_std) == (0, 1)  # type: ignore[comparison-overlap]
     assert model.predict(inputs) == ["eggs", "ham", "eggs"]
     assert model.classes == ("ham", "eggs")
 
@@ -472,7 +472,7 @@ def test_a_model_takes_raw_examples_in_any_float_type(inputs: Tensor) -> None:
 def test_monte_carlo_dropout_is_the_mean_of_passes_with_dropout_and_nothing_else_of_a_training() -> None:
     torch.manual_seed(0)
     model = PreprocessedModel(MLP(DIGITS, norm="batch", dropout=0.4), DIGITS)
-    nn.init.normal_(model.network.output.weight, std=0.5)
+    nn.init.normal_(model.network.output.weight, std=0.5)  # type: ignore[arg-type]
     statistics = [norm.running_mean.clone() for norm in modules_of(model, nn.BatchNorm1d)]
     images = torch.randint(16, (6, 1, 8, 8), dtype=torch.uint8)
     plain = model.probabilities(images)
@@ -506,7 +506,7 @@ def test_weights_follow_from_the_seed_alone() -> None:
     same = build_model(task(MLP), DIGITS, {"width": 16}, seed=5)
     other = build_model(task(MLP), DIGITS, {"width": 16}, seed=2**63 - 1)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), same.parameters(), strict=True))
-    assert not torch.equal(first.network.output.weight, other.network.output.weight)
+    assert not torch.equal(first.network.output.weight, other.network.output.weight)  # type: ignore[arg-type]
 
 
 def test_building_a_model_leaves_the_global_generator_alone() -> None:

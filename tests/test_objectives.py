@@ -200,7 +200,7 @@ def test_digits_are_images_of_bytes_and_diabetes_a_regression_in_raw_units() -> 
     assert (diabetes.train.inputs.dtype, diabetes.train.targets.dtype) == (torch.float32, torch.float32)
     assert diabetes.classes == ()
     assert 25 <= diabetes.train.targets.min() < diabetes.train.targets.max() <= 346
-    assert diabetes.train.inputs[:, 0].max() > 50, "ages in years"
+    assert diabetes.train.inputs[:, 0].max() > 50, "ages in years"  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("name", ["fashion_mnist", "cifar10"])

@@ -183,7 +183,7 @@ def test_the_best_model_is_that_of_the_best_epoch_over_all_attempts(tmp_path: Pa
         state = trial.resume() or {"epoch": 0}
         for epoch in range(state["epoch"] + 1, trial.max_epochs + 1):
             trial.save_model({"weight": torch.tensor(float(epoch)), "name": "linear"})
-            go_on = trial.report(epoch, {"accuracy": torch.tensor(values[epoch - 1])})
+            go_on = trial.report(epoch, {"accuracy": torch.tensor(values[epoch - 1])})  # type: ignore[dict-item]
             trial.save({"epoch": epoch})
             if not go_on:
                 return

@@ -46,7 +46,7 @@ DATA = hold_out(INPUTS, (INPUTS[:, 0] > 0).long(), ["low", "high"])
 def task_of(space: Space = SPACE, data: Any = DATA, **given: Any) -> Task:
     given = {"name": "mine", "description": "mine", "load": lambda _: data, "model": mlp, "space": space} | given
     settings = {"max_epochs": 3, "patience": 3, "batch_size": 16, "compile": "off"} | given.pop("settings", {})
-    return Task(reference="mine", objective=Objective(settings=settings, **given), space=space)
+    return Task(reference="mine", objective=Objective(settings=settings, **given), space=space)  # type: ignore[arg-type]
 
 
 def trained(task: Task, folder: Path | None = None, epochs: int | None = None) -> tuple[Any, list[EpochResult]]:
@@ -92,7 +92,7 @@ def test_the_parameters_of_a_loss_are_trained_and_survive_an_interruption(tmp_pa
     assert results[-1].value < results[0].value
     assert [result.value for result in later] == [result.value for result in results]
     fresh = build_model(task.objective, DataSpec((6,), ("low", "high")), {}, seed=0)
-    assert not torch.equal(whole.own_loss.centres, fresh.own_loss.centres)
+    assert not torch.equal(whole.own_loss.centres, fresh.own_loss.centres)  # type: ignore[arg-type]
     assert torch.equal(whole.own_loss.centres, continued.own_loss.centres)
     assert begun.own_loss is not continued.own_loss
 
@@ -120,7 +120,7 @@ def margin_loss(outputs: Tensor, targets: Tensor, *, margin: float = 0.0) -> Ten
 @pytest.mark.parametrize(("loss", "keyword"), [(margin_loss, "margin"), (Centres, "scale")])
 def test_keywords_of_a_loss_are_searched_like_those_of_the_model(loss: Any, keyword: str) -> None:
     def space(default: float) -> Space:
-        return Space(Group("loss", **{keyword: Float(0.5, 2.0, default=default), "width": Choice(8, 16, default=8)}))
+        return Space(Group("loss", **{keyword: Float(0.5, 2.0, default=default), "width": Choice(8, 16, default=8)}))  # type: ignore[arg-type]
 
     values = [trained(task_of(space(default), loss=loss, metric="loss"))[1][0].value for default in (0.5, 2.0)]
     assert values[0] != values[1]
@@ -184,11 +184,11 @@ def test_metrics_of_a_task_are_measured_beside_the_named_ones_and_may_decide() -
 
 def test_a_metric_says_itself_whether_more_is_better_or_the_task_does() -> None:
     given = {"metrics": {"regret": Regret, "calibration": calibration}}
-    assert task_of(**given, metric="calibration").objective.better is Direction.MINIMIZE
+    assert task_of(**given, metric="calibration").objective.better is Direction.MINIMIZE  # type: ignore[arg-type]
     with pytest.raises(UsageError, match='must say whether a larger or a smaller regret is better: direction="max'):
-        assert task_of(**given, metric="regret").objective.better
+        assert task_of(**given, metric="regret").objective.better  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="it is known of accuracy: omit it"):
-        task_of(**given, metric="accuracy", direction="minimize")
+        task_of(**given, metric="accuracy", direction="minimize")  # type: ignore[arg-type]
 
 
 def rprop(groups: Any, config: TrainConfig) -> torch.optim.Optimizer:

@@ -128,14 +128,14 @@ def test_floats_and_images_are_normalised_and_integers_are_not() -> None:
         "raw": torch.tensor([10.0, 20.0, 30.0]),
     }
     data = Dataset(Split(inputs, torch.tensor([0, 1, 0])), test=None, classes=("a", "b"), normalise={"raw": False})  # type: ignore[arg-type]
-    assert data.spec.inputs["ids"].vocabulary == 8  # type: ignore[index]
+    assert data.spec.inputs["ids"].vocabulary == 8  # type: ignore[call-overload, index]
     model = PreprocessedModel(Echo(), data.spec)
     model.fit_statistics(data.train)
     batch, _ = data.train.batch(slice(None))
     model(batch)
     seen = model.network.seen
-    assert torch.equal(seen["ids"], inputs["ids"])
-    assert torch.equal(seen["raw"], inputs["raw"])
+    assert torch.equal(seen["ids"], inputs["ids"])  # type: ignore[arg-type]
+    assert torch.equal(seen["raw"], inputs["raw"])  # type: ignore[arg-type]
     sound = seen["sound"]
     assert sound.values[sound.mask].mean().item() == pytest.approx(0, abs=1e-6)
     assert sound.values[sound.mask].std(correction=0).item() == pytest.approx(1)

@@ -110,7 +110,7 @@ def test_a_confusion_matrix_shows_shares_of_the_class_and_its_counts_while_they_
 @pytest.mark.parametrize("direction", [*Direction])
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_plot_can_be_drawn_and_nothing_is_cut_off(study: str, direction: str, tmp_path: Path) -> None:
-    for name, figure in all_plots(STUDIES[study], direction).items():
+    for name, figure in all_plots(STUDIES[study], direction).items():  # type: ignore[arg-type]
         figure.savefig(tmp_path / f"{name}.png")
         renderer = FigureCanvasAgg(figure).get_renderer()
         for legend in figure.legends:
@@ -160,7 +160,7 @@ def test_the_best_so_far_never_gets_worse_and_ends_at_the_best(values: list[floa
     records = [record(number, "complete", {1: value}) for number, value in enumerate(values)]
     [axes] = plots.plot_history(records, metric="accuracy", direction=direction).axes
     line, _star = axes.lines
-    heights = [float(height) for height in line.get_ydata()]  # type: ignore[union-attr]
+    heights = [float(height) for height in line.get_ydata()]  # type: ignore[arg-type, union-attr]
     assert heights == sorted(heights, reverse=direction == "minimize")
     assert heights[-1] == (max(values) if direction == "maximize" else min(values))
 
@@ -207,7 +207,7 @@ def test_slices_show_every_parameter_that_is_searched_and_active_trials_alone() 
     assert list(panels) == [name for name in SPACE.parameters if name not in FIXED]
     scales = {name: axes.get_xscale() for name, axes in panels.items()}
     assert {name for name, scale in scales.items() if scale == "log"} == {"lr", "width", "weight_decay"}
-    drawn = {name: sum(len(points.get_offsets()) for points in axes.collections) for name, axes in panels.items()}
+    drawn = {name: sum(len(points.get_offsets()) for points in axes.collections) for name, axes in panels.items()}  # type: ignore[arg-type, misc]
     valued = [record for record in records if record.value is not None]
     assert drawn["lr"] == len(valued)
     assert drawn["momentum"] == sum(not record.inactive for record in valued) < len(valued)
@@ -218,7 +218,7 @@ def test_the_points_of_a_choice_stay_with_their_choice() -> None:
     figure = plots.plot_slices(records, SPACE, metric="accuracy", direction=Direction.MAXIMIZE)
     axes = next(axes for axes in figure.axes if axes.get_xlabel() == "nesterov")
     assert [label.get_text() for label in axes.get_xticklabels()] == ["true", "false"]
-    positions = [float(x) for points in axes.collections for x, _ in points.get_offsets()]  # type: ignore[misc]
+    positions = [float(x) for points in axes.collections for x, _ in points.get_offsets()]  # type: ignore[arg-type, misc, str-unpack]
     assert sorted(round(x) for x in positions) == sorted(0 if r.values["nesterov"] else 1 for r in records)
 
 

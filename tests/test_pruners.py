@@ -32,7 +32,7 @@ def run_curves(pruner: str, curves: list[list[float]]) -> list[tuple[str, int]]:
                 break
         study.tell(suggestion.number, state, value=max(curve[:epoch]))
         ends.append((study.trials()[-1].state, epoch))
-    return ends
+    return ends  # type: ignore[return-value]
 
 
 def test_sha_cuts_a_weak_trial_after_a_fifth_of_the_epochs_and_lets_the_best_run() -> None:

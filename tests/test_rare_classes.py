@@ -42,7 +42,7 @@ def test_accuracy_misleads_where_a_class_is_rare_and_macro_recall_shows_it() -> 
 
 
 def batches_of(split: Split, sampling: str, seed: int = 0) -> TrainingBatches:
-    generators = {name: torch.Generator().manual_seed(seed) for name in ("order", "augmentation")}
+    generators: dict[str, Any] = {name: torch.Generator().manual_seed(seed) for name in ("order", "augmentation")}
     return TrainingBatches(split, 50, augment="none", sampling=sampling, **generators)
 
 

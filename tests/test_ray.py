@@ -19,9 +19,11 @@ from dataclasses import replace
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, wait
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
+from helpers.warm import WarmPopen
 from hpo.objectives.digits import load
 
 from hpo.data.datasets import save_splits, split_dataset
@@ -114,7 +116,7 @@ class Cluster:
         environment = os.environ | {f"RAY_{name}": str(value) for name, value in settings.items()}
         # To a file: a pipe would be held open by the node's processes.
         with (self._folder / f"{index}.log").open("w+") as log:
-            pipes = {"stdout": log, "stderr": log}
+            pipes: dict[str, Any] = {"stdout": log, "stderr": log}
             process = subprocess.Popen(command, text=True, start_new_session=True, env=environment, **pipes)
             self._nodes.append(process)
             assert process.wait(START_S) == 0, log.seek(0) or log.read()
@@ -193,7 +195,7 @@ def cluster() -> Iterator[Cluster]:
 def connected(cluster: Cluster) -> Iterator[None]:
     """Ray as somebody has it who connected before; a pool neither connects again nor disconnects."""
     cluster.let_late_node_join()
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")  # type: ignore[arg-type]
     yield
     assert ray.is_initialized()
     wait_until(lambda: not cluster.workers())
@@ -216,8 +218,8 @@ def search(cluster: Cluster, home: Path, tmp_path: Path) -> Iterator[Callable[..
     def start(*options: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "hpo", "search", str(tmp_path / "held.py"), "--home", str(home)]
         command += ["--pruner", "none", "--executor", "ray", "--address", cluster.address, *options]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        processes.append(subprocess.Popen(command, text=True, **pipes))
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        processes.append(WarmPopen(command, text=True, **pipes))
         return processes[-1]
 
     yield start
@@ -301,7 +303,7 @@ def test_a_worker_that_falls_silent_is_replaced(setup: Setup, tmp_path: Path, mo
     with RayWorkers(replace(setup, silence_s=1), num_workers=1, address="auto", gpus_per_trial=0) as workers:
         wait_until(lambda: not list(workers.events(0.1)) and workers.has_room())
         (silent,) = workers._workers
-        silent.connection.send_bytes = lambda _: None  # type: ignore[method-assign]
+        silent.connection.send_bytes = lambda _: None  # type: ignore[assignment, method-assign, misc]
         workers.run(Assignment(number=7, model_parameters={}, config=config, folder=tmp_path))
         events: list[object] = []
         wait_until(lambda: bool(events.extend(workers.events(0.1)) or events))

@@ -19,7 +19,7 @@ def stepped(config: TrainConfig, model: nn.Module, gradient: float) -> None:
     """Take a step with a loss whose gradient is the same for every weight."""
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
-        return gradient * sum(parameter.sum() for parameter in model.parameters())
+        return gradient * sum(parameter.sum() for parameter in model.parameters())  # type: ignore[return-value]
 
     settings = {name: getattr(config, name) for name in ("clip_norm", "clip_value", "l1", "max_norm")}
     TrainingStep(model, loss, build_optimizer(model, config), **settings)(torch.ones(1, 3), torch.zeros(1))

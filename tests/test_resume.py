@@ -100,10 +100,10 @@ def test_a_run_that_was_over_yields_its_last_result_again_and_restores_the_best_
 ) -> None:
     splits, folder = image_splits(), CheckpointFolder(tmp_path)
     config = quick_config(max_epochs=len(accuracies), patience=patience)
-    *_, last = fit(Scripted(accuracies, splits.validation.targets), splits, config, checkpoint=folder)
+    *_, last = fit(Scripted(accuracies, splits.validation.targets), splits, config, checkpoint=folder)  # type: ignore[arg-type]
     assert last.epoch == 3
 
-    model = Scripted(accuracies, splits.validation.targets)
+    model = Scripted(accuracies, splits.validation.targets)  # type: ignore[arg-type]
     (again,) = fit(model, splits, config, checkpoint=folder)
     assert without_time(again) == without_time(last)
     assert model.epoch == 2

@@ -128,7 +128,7 @@ def test_cmaes_is_told_what_optunas_own_would_have_stored() -> None:
     ours = CmaEsSampler(seed=0)
     space = ours.infer_relative_search_space(study, study.trials[-1])
     restored = ours._optimizer(study, _SearchSpaceTransform(space, transform_0_1=True))
-    stored = optunas_cmaes()._restore_optimizer(study.trials)
+    stored = optunas_cmaes()._restore_optimizer(study.trials)  # type: ignore[attr-defined]
     assert restored.generation == stored.generation == 8
     for name in ("_mean", "_C", "_sigma", "_pc", "_p_sigma"):
         assert getattr(restored, name) == pytest.approx(getattr(stored, name), rel=1e-9, abs=1e-12), name

@@ -102,7 +102,7 @@ def test_more_trials_are_added_and_settings_that_are_not_given_again_stay_as_the
     [({}, "model"), ({"strategy": "priority"}, "model"), ({"strategy": "tpe"}, "sha"), ({"pruner": "none"}, "none")],
 )
 def test_the_model_prunes_what_the_model_proposes(given: Any, pruner: str, task: str, home: Path) -> None:
-    _, _, settings = agree(this_machine({"home": home}), task, StudyOptions(**given))
+    _, _, settings = agree(this_machine({"home": home}), task, StudyOptions(**given))  # type: ignore[typeddict-item]
 
     assert settings.pruner == pruner
 
@@ -293,7 +293,7 @@ def test_plots_and_findings_are_there_while_a_search_runs(
 ) -> None:
     """A store that does not take them for a while does not end the search."""
     seen: list[str] = []
-    write = session_search.write_summary
+    write = session_search.write_summary  # type: ignore[attr-defined]
 
     def watched(study: Study, summary: SummaryRun, winner: Winner | None) -> None:
         write(study, summary, winner)

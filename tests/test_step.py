@@ -37,9 +37,9 @@ def test_a_step_scales_gradients_down_to_the_global_norm(clip_norm: float) -> No
     splits, model = image_splits(), ImageNet()
     optimizer = build_optimizer(model, quick_config(optimizer="sgd", momentum=0.0, lr=1.0))
     before = weights_of(model)
-    step = TrainingStep(model, functional.cross_entropy, optimizer, clip_norm=clip_norm)(
-        splits.train.inputs, splits.train.targets
-    )
+    assert isinstance(splits.train.inputs, Tensor)
+    training_step = TrainingStep(model, functional.cross_entropy, optimizer, clip_norm=clip_norm)
+    step = training_step(splits.train.inputs, splits.train.targets)
     moved = torch.cat([(before[name] - p.detach()).flatten() for name, p in model.named_parameters()]).norm().item()
     grad_norm = step.grad_norm.item()
     assert grad_norm > 0.01
@@ -170,7 +170,7 @@ class Hungry(ImageNet):
 
     def __init__(self, most: int) -> None:
         super().__init__()
-        self.norm = nn.Identity()
+        self.norm = nn.Identity()  # type: ignore[assignment]
         self.most = most
 
     def forward(self, images: Tensor) -> Tensor:

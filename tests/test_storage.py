@@ -72,13 +72,13 @@ def url(database: str, postgres: Postgres) -> str:
 @pytest.fixture(params=["sqlite", "postgresql"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> StudyStorage:
     """An empty storage, of either kind."""
-    return open_storage(tmp_path, request.getfixturevalue("url") if request.param == "postgresql" else None)
+    return open_storage(tmp_path, request.getfixturevalue("url") if request.param == "postgresql" else None)  # type: ignore[return-value]
 
 
 @pytest.fixture
 def shared(tmp_path: Path, url: str) -> StudyStorage:
     """An empty storage in PostgreSQL."""
-    return open_storage(tmp_path, url)
+    return open_storage(tmp_path, url)  # type: ignore[return-value]
 
 
 def wait_until(condition: Callable[[], Any]) -> None:

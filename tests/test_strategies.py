@@ -80,7 +80,7 @@ def test_trial_0_is_the_default_configuration(strategy: str) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_draws_of_one_trial_do_not_repeat_each_other(strategy: str) -> None:
-    twins = Space(Group("twins", **{f"x{i}": Float(0.0, 1.0, default=0.5) for i in range(4)}))
+    twins = Space(Group("twins", **{f"x{i}": Float(0.0, 1.0, default=0.5) for i in range(4)}))  # type: ignore[arg-type]
     study = Study.open(InMemoryStorage(), "s", replace(SETTINGS, space=twins, strategy=strategy))
     study.ask()
 
@@ -97,7 +97,7 @@ def test_the_joint_model_keeps_every_parameter_whatever_becomes_of_the_trials(st
 
     trial = study._optuna.ask()
 
-    assert set(study._optuna.sampler.infer_relative_search_space(study._optuna, trial)) == set(SPACE.parameters)
+    assert set(study._optuna.sampler.infer_relative_search_space(study._optuna, trial)) == set(SPACE.parameters)  # type: ignore[arg-type]
 
 
 @settings(max_examples=25)
@@ -355,7 +355,7 @@ def test_a_grid_study_ends_with_its_last_point_even_if_one_failed(storage: BaseS
 
 
 def test_a_grid_too_large_to_be_listed_is_searched_all_the_same() -> None:
-    large = Space(Group("g", **{f"x{i}": Float(0.0, 1.0, default=0.5) for i in range(40)}))
+    large = Space(Group("g", **{f"x{i}": Float(0.0, 1.0, default=0.5) for i in range(40)}))  # type: ignore[arg-type]
     study = Study.open(InMemoryStorage(), "s", replace(SETTINGS, space=large, strategy="grid"))
 
     first = [study.ask().values["x0"] for _ in range(10)]

@@ -98,7 +98,7 @@ def test_tpe_takes_over_where_the_model_becomes_costly(monkeypatch: pytest.Monke
     for _ in range(12):
         trial = modelled.ask(distributions(LINE))
         modelled.tell(trial, trial.params["x"])
-    tpe = optuna.create_study(sampler=priority.TrialSeededSampler(lambda seed: TPESampler(seed=seed), 0))
+    tpe = optuna.create_study(sampler=priority.TrialSeededSampler(lambda seed: TPESampler(seed=seed), 0))  # type: ignore[attr-defined]
     tpe.add_trials(modelled.trials)
 
     assert modelled.ask(distributions(LINE)).params == tpe.ask(distributions(LINE)).params

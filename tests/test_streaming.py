@@ -88,7 +88,7 @@ def test_images_from_a_file_are_read_where_they_fit_into_memory(resident: Splits
     splits = split_dataset(dataset(mapped), validation_fraction=0.2, seed=0)
     for split, other in ((splits.train, resident.train), (splits.validation, resident.validation)):
         assert isinstance(split.inputs, Tensor)
-        assert torch.equal(split.inputs, other.inputs)
+        assert torch.equal(split.inputs, other.inputs)  # type: ignore[arg-type]
 
 
 def test_splits_that_stay_in_their_file_are_saved_without_their_images(
@@ -98,16 +98,16 @@ def test_splits_that_stay_in_their_file_are_saved_without_their_images(
     assert (tmp_path / "splits.pt").stat().st_size < resident.num_bytes / 2
     loaded = load_splits(tmp_path / "splits.pt")
     assert isinstance(loaded.train.inputs, MappedImages)
-    assert torch.equal(loaded.train.inputs[:], resident.train.inputs)
-    assert torch.equal(loaded.validation.targets, resident.validation.targets)
+    assert torch.equal(loaded.train.inputs[:], resident.train.inputs)  # type: ignore[arg-type]
+    assert torch.equal(loaded.validation.targets, resident.validation.targets)  # type: ignore[arg-type]
     assert loaded.num_bytes == resident.train.targets.nbytes + resident.validation.targets.nbytes
 
 
 def test_what_is_held_out_stays_in_its_file(images: Tensor, mapped: MappedImages) -> None:
     held, known = (hold_out(inputs, targets(), CLASSES) for inputs in (mapped, images))
     assert isinstance(held.train.inputs, MappedImages)
-    assert torch.equal(held.train.inputs[:], known.train.inputs[:])
-    assert torch.equal(held.test.open().inputs[:], known.test.open().inputs[:])
+    assert torch.equal(held.train.inputs[:], known.train.inputs[:])  # type: ignore[arg-type]
+    assert torch.equal(held.test.open().inputs[:], known.test.open().inputs[:])  # type: ignore[arg-type]
 
 
 class Net(nn.Module):

@@ -71,7 +71,7 @@ def test_a_study_made_with_other_settings_is_refused_and_every_difference_named(
 
 
 def written(storage: BaseStorage) -> list[str]:
-    with storage.engine.connect() as connection:
+    with storage.engine.connect() as connection:  # type: ignore[attr-defined]
         return list(connection.connection.driver_connection.iterdump())
 
 
@@ -144,7 +144,7 @@ def test_studies_that_hpo_did_not_make_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_study_whose_making_was_cut_off_is_made_by_the_next_command(storage: BaseStorage, study_name: str) -> None:
-    optuna.create_study(study_name=study_name, storage=storage, direction=SETTINGS.direction)
+    optuna.create_study(study_name=study_name, storage=storage, direction=SETTINGS.direction)  # type: ignore[arg-type]
 
     Study.open(storage, study_name, SETTINGS)
 

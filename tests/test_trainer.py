@@ -52,9 +52,9 @@ def test_the_training_data_are_shuffled_anew_in_each_epoch() -> None:
     def as_set(images: Tensor) -> set[bytes]:
         return {image.numpy().tobytes() for image in images}
 
-    assert as_set(first) == as_set(second) == as_set(splits.train.inputs)
+    assert as_set(first) == as_set(second) == as_set(splits.train.inputs)  # type: ignore[arg-type]
     assert not torch.equal(first, second)
-    assert not torch.equal(first, splits.train.inputs)
+    assert not torch.equal(first, splits.train.inputs)  # type: ignore[arg-type]
 
 
 def test_the_test_split_is_never_opened_by_a_training() -> None:
@@ -202,7 +202,7 @@ def test_a_regression_does_not_depend_on_the_units_of_its_target() -> None:
     for mean, deviation in ((0.0, 1.0), (5e3, 1e4)):
         splits = line_splits(mean=mean, deviation=deviation)
         scale = target_scale(splits.train)
-        results = list(fit(Line(3, mean, scale), splits, regression_config()))
+        results = list(fit(Line(3, mean, scale), splits, regression_config()))  # type: ignore[arg-type]
         curves.append([(result.value, result.metrics["val/loss"]) for result in results])
         assert results[-1].metrics["val/rmse"] == pytest.approx(0.1 * deviation, rel=0.2)
     for (r2, loss), (r2_scaled, loss_scaled) in zip(*curves, strict=True):
@@ -316,7 +316,7 @@ def test_a_training_without_a_reason_to_stop_has_max_epochs_epochs() -> None:
 
 def test_training_stops_early_and_the_model_has_the_best_weights() -> None:
     model, results = scripted([0.2, 0.6, 0.5, 0.6, 0.9], patience=2)
-    results = list(results)
+    results = list(results)  # type: ignore[assignment]
     assert [result.value for result in results] == pytest.approx([0.2, 0.6, 0.5, 0.6])
     assert [result.is_best for result in results] == [True, True, False, False]
     assert [result.best_epoch for result in results] == [1, 2, 2, 2]
@@ -391,7 +391,7 @@ def test_the_gradient_norm_is_measured_before_clipping_and_averaged_over_the_ste
     splits = image_splits()
     alike = Split(splits.train.inputs[:1].repeat(96, 1, 1, 1), splits.train.targets[:1].repeat(96))
     model = nn.Sequential(Float(), nn.Flatten(), nn.Linear(64, NUM_CLASSES))
-    functional.cross_entropy(model(alike.inputs), alike.targets).backward()
+    functional.cross_entropy(model(alike.inputs), alike.targets).backward()  # type: ignore[arg-type]
     expected = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm().item()
 
     config = quick_config(max_epochs=1, clip_norm=clip_norm, optimizer="sgd", lr=1e-12)

@@ -130,7 +130,7 @@ def test_photos_are_decoded_once_and_again_when_the_folder_changes(
     monkeypatch.setattr(photos_module, "_read", lambda path, side: (decoded.append(path), read(path, side))[1])
     first, again = (load_image_folder(folder, side=8) for _ in range(2))
     assert len(decoded) == 30
-    assert torch.equal(first.train.inputs[:], again.train.inputs[:])
+    assert torch.equal(first.train.inputs[:], again.train.inputs[:])  # type: ignore[arg-type]
     shutil.copy(folder / "red" / "00.jpg", folder / "red" / "50.jpg")
     assert len(load_image_folder(folder, side=8).train) == 24
     assert len(decoded) == 61
@@ -141,7 +141,7 @@ def test_a_file_of_photos_that_was_cut_off_is_made_anew(folder: Path) -> None:
     whole = load_image_folder(folder, side=8).train.inputs[:]
     (file,) = (folder / "hpo-cache").glob("*.bin")
     os.truncate(file, 1000)
-    assert torch.equal(load_image_folder(folder, side=8).train.inputs[:], whole)
+    assert torch.equal(load_image_folder(folder, side=8).train.inputs[:], whole)  # type: ignore[arg-type]
 
 
 def test_a_photo_to_predict_is_read_as_those_of_the_training(folder: Path) -> None:
@@ -382,7 +382,7 @@ def test_frozen_layers_keep_their_weights_and_the_statistics_of_their_norms(
     before, head = backbone_state(model), network_of(model).model.fc.weight.clone()
     assert len(list(fit(model, photo_splits(), config(max_epochs=2, **settings)))) == 2
     assert equal(before, backbone_state(model))
-    assert not torch.equal(head, network_of(model).model.fc.weight)
+    assert not torch.equal(head, network_of(model).model.fc.weight)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -426,7 +426,7 @@ def test_a_training_that_thaws_goes_on_bit_equal_after_any_epoch(
     for epoch in range(3):  # each epoch in a training of its own, which begins with the last saved result
         part = run(tmp_path / "pieces")
         pieces.append([next(part) for _ in range(2 if epoch else 1)][-1])
-        part.close()
+        part.close()  # type: ignore[attr-defined]
     assert pieces == whole
 
 

@@ -149,7 +149,7 @@ def test_cifar10_is_read_from_a_folder_of_images(image_dir: Path) -> None:
             paths = sorted((image_dir / "cifar10" / name).glob("*/*.[jp][pn]g"))
             assert split.inputs.dtype == torch.uint8
             assert split.targets.tolist() == [CIFAR10_CLASSES.index(path.parent.name) for path in paths]
-            for image, path in zip(split.inputs, paths, strict=True):
+            for image, path in zip(split.inputs, paths, strict=True):  # type: ignore[arg-type]
                 assert np.array_equal(image.permute(1, 2, 0), np.asarray(Image.open(path)))
 
 
@@ -319,7 +319,7 @@ def fashion_site(
 def test_fashion_mnist_is_downloaded_where_a_file_of_it_is_missing(fashion_site: Path, tmp_path: Path) -> None:
     for _ in ("nothing there", "one deleted"):
         dataset = load_fashion_mnist(tmp_path)
-        assert torch.equal(dataset.train.inputs[:, 0], torch.from_numpy(fashion_arrays("train")[0]))
+        assert torch.equal(dataset.train.inputs[:, 0], torch.from_numpy(fashion_arrays("train")[0]))  # type: ignore[call-overload]
         (tmp_path / "FashionMNIST/raw/train-images-idx3-ubyte").unlink()
 
 

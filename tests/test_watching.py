@@ -46,8 +46,8 @@ def test_a_relative_gradient_is_a_layers_gradient_beside_its_weights_and_the_err
     model, split = network(depth=1), classes_of_points(60)
     outputs = model(split.inputs)
     outputs.retain_grad()
-    functional.cross_entropy(outputs, split.targets).backward()
-    error = (functional.softmax(outputs, 1) - functional.one_hot(split.targets, 4)).norm(dim=1).mean()
+    functional.cross_entropy(outputs, split.targets).backward()  # type: ignore[arg-type]
+    error = (functional.softmax(outputs, 1) - functional.one_hot(split.targets, 4)).norm(dim=1).mean()  # type: ignore[arg-type]
     expected = [p.grad.norm() / p.norm() / error for p in model.parameters() if p.ndim > 1 and p.grad is not None]
 
     for num_at_a_time in (60, 17):
@@ -73,7 +73,7 @@ def test_a_relative_gradient_does_not_depend_on_the_units_of_a_regression() -> N
         def loss(outputs: Tensor, targets: Tensor, scale: float = scale) -> Tensor:
             return functional.mse_loss(outputs / scale, targets / scale)
 
-        split = Split(points, points[:, 0] * scale)
+        split = Split(points, points[:, 0] * scale)  # type: ignore[call-overload]
         measured.append(relative_gradients(InUnits(line, scale), split, loss, target_scale=scale))
     torch.testing.assert_close(*measured)
 
@@ -234,7 +234,7 @@ def splits_of(train: Split) -> Splits:
 
 
 def last_result(model: nn.Module, train: Split, **settings: Any) -> EpochResult:
-    quick = {
+    quick: dict[str, Any] = {
         "max_epochs": 12,
         "batch_size": 20,
         "optimizer": "adam",

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +69,13 @@ objective = Objective(
 def test_the_metric_that_is_given_decides_about_the_winner(tmp_path: Path, home: Path) -> None:
     path = tmp_path / "rare.py"
     path.write_text(RARE_TASK)
-    both = {"home": home, "trials": 2, "tries": ["class_weights=balanced"], "pruner": "none", "workers": 1}
+    both: dict[str, Any] = {
+        "home": home,
+        "trials": 2,
+        "tries": ["class_weights=balanced"],
+        "pruner": "none",
+        "workers": 1,
+    }
     outcome = run_search(str(path), metric="recall", **both)
     assert outcome.winner is not None
     assert outcome.winner.configuration == {"class_weights": "balanced"}

@@ -100,7 +100,7 @@ def own(loss: Any, **changes: Any) -> dict[str, Any]:
 
 BOXES = torch.tensor([[1.0, 1.0, 4.0, 4.0]]).repeat(NUM, 1)
 MASKS = torch.zeros(NUM, 8, 8, dtype=torch.int64)
-LABELS = torch.stack([label == CLASSES for label in range(3)], dim=1)
+LABELS = torch.stack([label == CLASSES for label in range(3)], dim=1)  # type: ignore[misc]
 LETTERS = [[row % 3, 1] for row in range(NUM)]
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

@@ -27,7 +27,7 @@ import torch
 from filelock import FileLock
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets import CIFAR10, FashionMNIST  # type: ignore[import-untyped]
+from torchvision.datasets import CIFAR10, FashionMNIST
 
 from hpo.data.cache import cached_split, ensure_converted
 from hpo.data.examples import Dataset, SealedSplit, Split

@@ -124,7 +124,7 @@ class DropBlock(nn.Module):
 
     def __init__(self, dropout: float, block_size: int) -> None:
         super().__init__()
-        from torchvision.ops import drop_block2d  # type: ignore[import-untyped]  # seconds that most can do without
+        from torchvision.ops import drop_block2d  # seconds that most can do without
 
         self.dropout, self.block_size = dropout, block_size
         self._drop: Callable[..., Tensor] = drop_block2d

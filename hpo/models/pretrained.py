@@ -14,7 +14,7 @@ from hpo.errors import DataError, UnknownNameError, UsageError
 from hpo.models.layers import initialize_output
 
 if TYPE_CHECKING:
-    from torchvision.models import WeightsEnum  # type: ignore[import-untyped]
+    from torchvision.models import WeightsEnum
 
 _AUXILIARY = ("AuxLogits", "aux1", "aux2")  # second heads of Inception and GoogLeNet, of use in their own training only
 
@@ -50,7 +50,7 @@ class PretrainedNetwork(nn.Module):
             raise UsageError(f"image_size={image_size} is not allowed: it must be at least 1, or 0 for the weights'.")
         if trainable_layers < -1:
             raise UsageError(f"trainable_layers={trainable_layers} is not allowed: it must be at least 0, or -1 (all).")
-        from torchvision.transforms import CenterCrop, Resize  # type: ignore[import-untyped]
+        from torchvision.transforms import CenterCrop, Resize
 
         self.architecture, self.weights, self.trainable_layers = architecture, weights, trainable_layers
         preset = self._torchvision_weights().transforms()
@@ -122,7 +122,7 @@ class PretrainedNetwork(nn.Module):
 
     def _torchvision_weights(self) -> WeightsEnum:
         """Those that are meant; of a file, those that say how its images are to be transformed."""
-        import torchvision  # type: ignore[import-untyped]
+        import torchvision
         from torchvision.models import get_model_weights, list_models
 
         available = list_models(module=torchvision.models)

@@ -242,7 +242,7 @@ def _iou(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _giou(outputs: Tensor, targets: Tensor) -> Tensor:
-    from torchvision.ops import generalized_box_iou_loss  # type: ignore[import-untyped]
+    from torchvision.ops import generalized_box_iou_loss
 
     loss: Tensor = generalized_box_iou_loss(_ordered(outputs.float()), targets.float(), reduction="mean")
     return loss

@@ -10,7 +10,7 @@ from hpo.data.examples import DataSpec, Split
 def assert_same(split: Split, other: Split) -> None:
     for one, two in ((split.inputs, other.inputs), (split.targets, other.targets)):
         assert one.dtype == two.dtype
-        assert torch.equal(one, two)
+        assert torch.equal(one, two)  # type: ignore[arg-type]
 
 
 def of_classes(num_classes: int) -> DataSpec:

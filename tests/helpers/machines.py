@@ -356,7 +356,12 @@ class Team:
 
     def submit(self, **options: Any) -> Study:
         """Queue the study. By default at random, with nothing pruned."""
-        chosen = {"study": self.study_name, "strategy": "random", "pruner": "none", "home": self.folder / "desk"}
+        chosen: dict[str, Any] = {
+            "study": self.study_name,
+            "strategy": "random",
+            "pruner": "none",
+            "home": self.folder / "desk",
+        }
         return submit_study("paced", **chosen | options)
 
     def start(self, machine: str, *arguments: object, lease_s: float | None = None, home: str = "") -> Process:

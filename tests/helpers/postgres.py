@@ -43,18 +43,18 @@ class Postgres:
         options = (
             f"-D {self._cluster} -U hpo --pwfile {password_file} --auth scram-sha-256 -E UTF8 --locale C --no-sync"
         )
-        subprocess.run(
-            [self._binaries / "initdb", *options.split()], check=True, stdout=subprocess.DEVNULL, **_as_user()
+        subprocess.run(  # type: ignore[call-overload]
+            [str(self._binaries / "initdb"), *options.split()], check=True, stdout=subprocess.DEVNULL, **_as_user()
         )
         self.start()
 
     def start(self) -> None:
         """Start the server and wait until it answers; after `kill` it recovers what was committed."""
-        command = [self._binaries / "postgres", "-D", self._cluster, "-p", str(self.port), "-k", ""]
+        command = [str(self._binaries / "postgres"), "-D", str(self._cluster), "-p", str(self.port), "-k", ""]
         for setting in ("listen_addresses=127.0.0.1", *self._settings):
             command += ["-c", setting]
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, **_as_user())
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, **_as_user())  # type: ignore[call-overload]
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:

@@ -183,7 +183,7 @@ class Searches:
 
     def run(self, *moods: str, **options: Any) -> SearchOutcome:
         """One search. By default a short one at random, in which nothing is pruned."""
-        chosen = {
+        chosen: dict[str, Any] = {
             "home": self.home,
             "overrides": (f"mood={','.join(moods or ['calm'])}",),
             "trials": 3,

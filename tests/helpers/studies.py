@@ -102,10 +102,10 @@ parameters = st.one_of(
     ),
     st.lists(st.sampled_from(["a", "b", "c", 1, 2, 0.5, True]), min_size=1, max_size=4, unique_by=str)
     .filter(lambda choices: not (1 in choices and any(choice is True for choice in choices)))
-    .map(lambda choices: Choice(*choices, default=choices[-1])),
+    .map(lambda choices: Choice(*choices, default=choices[-1])),  # type: ignore[arg-type]
 )
 spaces = st.lists(parameters, min_size=1, max_size=6).map(
-    lambda drawn: Space(*(Group(f"group {i}", **{f"p{i}": parameter}) for i, parameter in enumerate(drawn)))
+    lambda drawn: Space(*(Group(f"group {i}", **{f"p{i}": parameter}) for i, parameter in enumerate(drawn)))  # type: ignore[arg-type]
 )
 
 

@@ -75,14 +75,14 @@ class Scripted(nn.Module):
 
     def train(self, mode: bool = True) -> Scripted:
         if mode:
-            self.epoch += 1
+            self.epoch += 1  # type: ignore[assignment]
         return super().train(mode)
 
     def forward(self, images: Tensor) -> Tensor:
         zeros = self.weight.sum() * torch.ones(len(images), NUM_CLASSES)
         if self.training or len(images) != len(self.targets):
             return zeros
-        accuracy = self.accuracies[int(self.epoch) - 1]
+        accuracy = self.accuracies[int(self.epoch) - 1]  # type: ignore[arg-type]
         if math.isnan(accuracy):
             return zeros * math.nan
         num_right = round(accuracy * len(images))
@@ -113,7 +113,7 @@ def line_splits(num_examples: int = 200, mean: float = 0.0, deviation: float = 1
 
 
 def regression_config(**changes: Any) -> TrainConfig:
-    settings = {"loss": "mse", "metric": "r2", "batch_size": 10, "lr": 0.05, "optimizer": "adam"}
+    settings: dict[str, Any] = {"loss": "mse", "metric": "r2", "batch_size": 10, "lr": 0.05, "optimizer": "adam"}
     return TrainConfig(**(settings | changes))
 
 
@@ -144,5 +144,5 @@ class Float(nn.Module):
 
 def scripted(accuracies: list[float], **changes: Any) -> tuple[Scripted, Iterator[EpochResult]]:
     splits = image_splits()
-    model = Scripted(accuracies, splits.validation.targets)
+    model = Scripted(accuracies, splits.validation.targets)  # type: ignore[arg-type]
     return model, fit(model, splits, quick_config(max_epochs=len(accuracies), **changes))

@@ -79,13 +79,13 @@ class WarmPopen(subprocess.Popen[str]):
         streams = [own if own != -1 else inherited for own, inherited in ((p2cread, 0), (c2pwrite, 1), (errwrite, 2))]
         self._child_created = True
         self.pid = _ask(request, streams)
-        self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+        self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)  # type: ignore[attr-defined]
 
     def _internal_poll(self, _deadstate: int | None = None) -> int | None:  # type: ignore[override]
         if self.returncode is None:
             pid, status = self._try_wait(os.WNOHANG)
             if pid:
-                self._handle_exitstatus(status)
+                self._handle_exitstatus(status)  # type: ignore[attr-defined]
         return self.returncode
 
     def _try_wait(self, wait_flags: int) -> tuple[int, int]:
@@ -166,7 +166,7 @@ def serve(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
             return request, streams
 
 
-def become(request: dict[str, Any], streams: Sequence[int]) -> Callable[[], None]:
+def become(request: dict[str, Any], streams: Sequence[int]) -> Callable[[], object]:
     """Turn a forked process into the one that was asked for; what it does then."""
     if request["leads_a_group"]:
         os.setsid()
@@ -193,13 +193,13 @@ def become(request: dict[str, Any], streams: Sequence[int]) -> Callable[[], None
     if option == "-m":
         module, *arguments = arguments
         sys.argv[:] = [module, *arguments]
-        return lambda: runpy.run_module(module, run_name="__main__", alter_sys=True) and None
+        return lambda: runpy.run_module(module, run_name="__main__", alter_sys=True)
     if option == "-c":
         code, *arguments = arguments
         sys.argv[:] = [option, *arguments]
         return lambda: exec(compile(code, "<string>", "exec"), vars(main))
     sys.argv[:] = [option, *arguments]
-    return lambda: runpy.run_path(option, run_name="__main__") and None
+    return lambda: runpy.run_path(option, run_name="__main__")
 
 
 def _enter(namespace: str, hostname: str) -> None:
@@ -237,7 +237,7 @@ def _fork_the_workers_server_from_here() -> None:
             _send(ours, {"code": args[-1], "numbers": [*passed], "held_back": held_back}, passed)
         return server
 
-    util.spawnv_passfds = spawn_or_take
+    util.spawnv_passfds = spawn_or_take  # type: ignore[assignment]
 
 
 def _await_code(connection: socket.socket) -> None:
