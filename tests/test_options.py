@@ -24,7 +24,7 @@ from hpo.session.options import (
     kept_by_the_study,
 )
 from hpo.session.request import agree, this_machine
-from hpo.session.search import run_search
+from hpo.session.search import run_search, submit_study
 
 
 @pytest.mark.parametrize(
@@ -210,3 +210,9 @@ def test_looking_at_a_study_imports_none_of_the_code_that_others_added(
     monkeypatch.setattr("hpo.search.study._sampler", lambda settings: pytest.fail("the sampler was made"))
 
     assert len(values(home, "digits")) == 1
+
+
+def test_a_study_is_not_submitted_with_options_of_the_machines_that_train(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"submit_study takes no 'workers', .*: give it to join_search, or to `hpo"):
+        submit_study("digits", home=tmp_path, workers=2)  # type: ignore[call-arg]
+    assert list(tmp_path.iterdir()) == []

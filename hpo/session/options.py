@@ -359,6 +359,17 @@ def checked(given: Mapping[str, object]) -> SearchOptions:
     return found  # type: ignore[return-value]
 
 
+def require_submittable(given: Mapping[str, object]) -> None:
+    """Raise UsageError for options of the machines that will train, which queueing a study has no use for."""
+    submitted = {declared.name for declared in declarations(SubmitOptions)}
+    for declared in declarations(SearchOptions):
+        if declared.name in given and declared.name not in submitted:
+            raise UsageError(
+                f"submit_study takes no {declared.name!r}, which belongs to the machines that train: give it to "
+                "join_search, or to `hpo worker`."
+            )
+
+
 def kept_by_the_study(options: StudyOptions) -> dict[str, Any]:
     """The fields of StudySettings that were given; those left out are not there."""
     given: Mapping[str, object] = options

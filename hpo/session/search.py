@@ -20,7 +20,7 @@ from hpo.search.study import Study
 from hpo.search.winner import find_winner, front_rows
 from hpo.session.conclude import conclude, write_summary
 from hpo.session.opening import enqueue, open_search
-from hpo.session.options import SearchOptions, checked
+from hpo.session.options import SearchOptions, checked, require_submittable
 from hpo.session.preparation import prepare
 from hpo.session.request import agreed_tracking_uri, read_request, this_machine
 from hpo.terminal.notebook import notebook_progress
@@ -62,6 +62,7 @@ def submit_study(task: str, **options: Unpack[SubmitOptions]) -> Study:
     The keywords are the options of `hpo submit`. What is stored are names of registered tasks and spaces and checked
     settings, never code. Raises UsageError when something given is wrong.
     """
+    require_submittable(options)
     require_registered(OBJECTIVES, task)
     if space := options.get("space"):
         require_registered(SEARCH_SPACES, space)
