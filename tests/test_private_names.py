@@ -27,6 +27,7 @@ KNOWN = {
     "mlflow.store.db.utils._initialize_tables": 1,
     # PyTorch: base classes of layers, operations on lists of tensors, the fused optimizers, the engine of
     # autograd, the compiler, which types a CPU multiplies, and whether a tensor was changed in place.
+    # The fused optimizers and the engine were run with torch 2.9.0 and 2.15.0, the oldest allowed and the newest.
     "inputs._version": 1,
     "torch.nn.modules.batchnorm._BatchNorm": 1,
     "nn.modules.batchnorm._BatchNorm": 1,
