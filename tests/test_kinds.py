@@ -11,6 +11,7 @@ import torchmetrics.classification as reference
 from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics.text import CharErrorRate, Perplexity
+from torchvision.ops import generalized_box_iou_loss
 
 from hpo import (
     Dataset,
@@ -320,6 +321,9 @@ def test_the_loss_of_transcriptions_is_torchs_with_the_last_output_as_the_blank(
 def test_losses_of_boxes_are_zero_for_the_box_itself_and_grow_with_the_distance() -> None:
     box = torch.tensor([[1.0, 1.0, 3.0, 3.0]])
     near, far = box + 1, box + 9
+    boxes, others = (torch.rand(2, 50, 4) * 2 + torch.tensor([0, 0, 2, 2])).unbind()
+    wanted = generalized_box_iou_loss(boxes, others, reduction="mean").item()
+    assert loss_of("box", "giou")(boxes, others).item() == pytest.approx(wanted)
     assert iou_of_pairs(near, box).item() == pytest.approx(1 / 7)
     assert iou_of_pairs(box[:, [2, 3, 0, 1]], box).item() == 1  # corners in the other order are the same box
     for loss in ("iou", "giou", "huber"):

@@ -119,7 +119,8 @@ class Ragged:
         """Those of these rows alone, on the CPU."""
         lengths, starts = self.lengths[rows], self._starts[rows]
         within = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-        return Ragged(self.values[within + starts.repeat_interleave(lengths)], lengths, padding=self.padding)
+        index = (within + starts.repeat_interleave(lengths)).to(self.device)
+        return Ragged(self.values[index], lengths, padding=self.padding)
 
     def join(self, others: Ragged) -> Ragged:
         """These sequences and then others."""

@@ -242,19 +242,30 @@ def _iou(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _giou(outputs: Tensor, targets: Tensor) -> Tensor:
-    from torchvision.ops import generalized_box_iou_loss
-
-    loss: Tensor = generalized_box_iou_loss(_ordered(outputs.float()), targets.float(), reduction="mean")
-    return loss
+    """The same, and the share of the smallest box around both that neither covers (Rezatofighi et al. 2019,
+    arXiv:1902.09630). torchvision's picks out the boxes that meet, for which it waits for a GPU."""
+    boxes, others = _ordered(outputs.float()), targets.float()
+    common, union = _common_and_union(boxes, others)
+    around = torch.cat((torch.minimum(boxes[:, :2], others[:, :2]), torch.maximum(boxes[:, 2:], others[:, 2:])), dim=1)
+    enclosed = _area(around).clamp(min=1e-6)
+    return (1 - common / union + (enclosed - union) / enclosed).mean()
 
 
 def iou_of_pairs(boxes: Tensor, others: Tensor) -> Tensor:
     """Intersection over union of each box with the one in the same row: (B, 4) twice, x1 y1 x2 y2, to (B,)."""
-    boxes, others = _ordered(boxes.float()), others.float()
-    sides = (torch.minimum(boxes[:, 2:], others[:, 2:]) - torch.maximum(boxes[:, :2], others[:, :2])).clamp(min=0)
-    common = sides.prod(1)
-    areas = [(each[:, 2:] - each[:, :2]).prod(1) for each in (boxes, others)]
-    return common / (areas[0] + areas[1] - common).clamp(min=1e-6)
+    common, union = _common_and_union(_ordered(boxes.float()), others.float())
+    return common / union
+
+
+def _common_and_union(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    corners = torch.maximum(boxes[:, :2], others[:, :2]), torch.minimum(boxes[:, 2:], others[:, 2:])
+    width, height = (corners[1] - corners[0]).clamp(min=0).unbind(1)
+    common = width * height
+    return common, (_area(boxes) + _area(others) - common).clamp(min=1e-6)
+
+
+def _area(boxes: Tensor) -> Tensor:
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
 def _ordered(boxes: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class Probe:
         # A split that is streamed is not on the device.
         self._examples = train.sample(NUM_EXAMPLES, device)
         self._loss_function = loss_function
-        self._target_scale = target_scale
+        self._target_scale = _on_device(target_scale, device)
         self._num_at_a_time = max(1, num_at_a_time)
 
     def measure(self, model: nn.Module) -> dict[str, Tensor]:
@@ -113,7 +113,7 @@ def relative_gradients(
     """
     weights = list(layers(model).values())
     gradients = [torch.zeros_like(weight) for weight in weights]
-    error = torch.zeros((), device=examples.device)
+    error, target_scale = torch.zeros((), device=examples.device), _on_device(target_scale, examples.device)
     for inputs, targets in evaluation_batches(examples, num_at_a_time):
         outputs = model(inputs)
         loss = loss_function(outputs, targets)
@@ -134,6 +134,10 @@ def relative_gradients(
     norms, sizes = (torch.stack([tensor.detach().norm() for tensor in tensors]) for tensors in (gradients, weights))
     relative = norms / sizes.clamp(min=torch.finfo(sizes.dtype).tiny)  # the weights may all be 0
     return torch.where(error > LEAST_ERROR, relative / error, math.nan)
+
+
+def _on_device(scale: float | Tensor, device: torch.device | str) -> float | Tensor:
+    return scale.to(device) if isinstance(scale, torch.Tensor) else scale
 
 
 _ANSWERS: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {

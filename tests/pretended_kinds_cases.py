@@ -1,0 +1,145 @@
+"""Trials of each kind of target, and of inputs of every shape, on a pretended GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pretended_cuda import Seen, pretended_cuda
+from pretended_gpu_cases import BETWEEN_STEPS
+from torch import Tensor, nn
+
+from hpo import Dataset, DataSpec, Objective, Ragged, TrainConfig, convnet1d, hold_out, mlp, recurrent, split_dataset
+
+from hpo import tabular, transformer  # isort: skip
+from hpo.data import batches
+from hpo.execution.messages import Assignment, Decision
+from hpo.execution.worker import TrialData, run_with_data
+
+pytestmark = pytest.mark.pretended_gpu
+
+NUM = 75  # 48 of them are trained on
+GENERATOR = torch.Generator().manual_seed(0)
+FEATURES = torch.randn(NUM, 6, generator=GENERATOR)
+IMAGES = torch.randint(256, (NUM, 3, 8, 8), dtype=torch.uint8, generator=GENERATOR)
+CLASSES = torch.arange(NUM) % 3
+WORDS = [torch.randint(9, (3 + row % 4,), generator=GENERATOR) for row in range(NUM)]
+NAMES = ("a", "b", "c")
+
+
+class Pixels(nn.Conv2d):
+    def __init__(self, spec: DataSpec) -> None:
+        super().__init__(3, spec.num_outputs, 3, padding=1)
+
+
+class Squared(nn.Module):
+    """A loss with a weight of its own, for data without targets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, outputs: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        return (self.weight * outputs["again"] - inputs).square().mean()
+
+
+class Again(nn.Linear):
+    def __init__(self, spec: DataSpec) -> None:
+        super().__init__(6, 6)
+
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"again": super().forward(inputs)}
+
+
+class Distance:
+    higher_is_better = False
+
+    def __init__(self) -> None:
+        self.sum: Any = 0.0
+
+    def update(self, outputs: dict[str, Tensor], inputs: Tensor) -> None:
+        self.sum = self.sum + (outputs["again"] - inputs).norm()
+
+    def compute(self) -> Tensor:
+        return self.sum  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Case:
+    data: Dataset
+    model: Any
+    loss: Any
+    metric: str
+    parameters: dict[str, Any]
+    waits_in_each_step: frozenset[tuple[str, str]] = frozenset()
+    metrics: tuple[Any, ...] = ()
+
+
+def boxes() -> Tensor:
+    corners = torch.rand(NUM, 2, generator=GENERATOR)
+    return torch.cat((corners, corners + 1 + torch.rand(NUM, 2, generator=GENERATOR)), dim=1)
+
+
+WIDTH = {"width": 8}
+CASES = {
+    "several labels": Case(
+        hold_out(FEATURES, FEATURES[:, :3] > 0, NAMES), mlp, "binary_cross_entropy", "average_precision", WIDTH
+    ),
+    "several numbers": Case(hold_out(FEATURES, FEATURES[:, :2]), mlp, "huber", "r2", WIDTH),
+    "masks": Case(hold_out(IMAGES, IMAGES[:, 0].long() % 2, NAMES[:2]), Pixels, "cross_entropy", "mean_iou", {}),
+    "masks by Dice": Case(hold_out(IMAGES, IMAGES[:, 0] % 2, NAMES[:2]), Pixels, "dice", "dice", {}),
+    "boxes": Case(hold_out(FEATURES, boxes(), kind="box"), mlp, "giou", "mean_iou", WIDTH),
+    "classes of sequences": Case(
+        hold_out(Ragged.of(WORDS), CLASSES, NAMES), transformer, "cross_entropy", "auroc", WIDTH
+    ),
+    "classes of elements": Case(
+        hold_out(Ragged.of(WORDS), Ragged.of([each % 3 for each in WORDS]), NAMES),
+        convnet1d, "cross_entropy", "perplexity", WIDTH,
+    ),
+    "transcriptions": Case(
+        hold_out(Ragged.of(WORDS), Ragged.of([each[:2] % 3 for each in WORDS]), NAMES, kind="transcription"),
+        recurrent, "ctc", "character_error_rate", WIDTH,
+        # Edits are counted on the CPU after an evaluation, batch by batch.
+        frozenset({("tolist", "training/metrics.py:<listcomp>"), ("tolist", "data/kinds.py:read_greedily")}),
+    ),
+    "two inputs": Case(
+        hold_out({"numbers": FEATURES, "kinds": CLASSES}, CLASSES, NAMES), tabular, "cross_entropy", "f1", WIDTH
+    ),
+    "no targets": Case(hold_out(FEATURES, None), Again, Squared, "distance", {}, metrics=(("distance", Distance),)),
+}  # fmt: skip
+
+
+def trained(case: Case, folder: Path, *, batch_size: int, is_streamed: bool) -> Seen:
+    objective = Objective(
+        name="pretended", description="", load=lambda _: case.data, model=case.model, loss=case.loss,
+        metric=case.metric, metrics=dict(case.metrics),
+    )  # fmt: skip
+    judged_by: dict[str, Any] = objective.judged_by
+    config = TrainConfig(max_epochs=2, batch_size=batch_size, lr=1e-3, device="cuda", compile="off", **judged_by)
+    assignment = Assignment(
+        number=0, model_parameters=case.parameters, config=config, folder=folder, costs=("params", "latency")
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "_SMALL_EXAMPLE", 0)
+        if is_streamed:
+            patch.setattr(batches, "DEVICE_SHARE", 0.0)
+        with pretended_cuda() as seen:
+            data = TrialData(split_dataset(case.data, seed=0))
+            run_with_data(assignment, objective, data, lambda result: Decision.GO_ON)
+    return seen
+
+
+@pytest.mark.parametrize("is_streamed", [False, True], ids=["resident", "streamed"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_trial_of_each_kind_waits_between_epochs_alone_and_leaves_nothing(
+    name: str, is_streamed: bool, tmp_path: Path
+) -> None:
+    case = CASES[name]
+    few = trained(case, tmp_path / "few", batch_size=24, is_streamed=is_streamed)
+    many = trained(case, tmp_path / "many", batch_size=8, is_streamed=is_streamed)
+    more = {wait for wait, count in many.waits.items() if count > few.waits[wait] and "costs.py" not in wait[1]}
+    assert more == case.waits_in_each_step
+    assert many.waits.keys() <= BETWEEN_STEPS.keys() | more
