@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpo import Dataset, Float, Group, HpoError, Objective, Ragged, Space, hold_out, mlp, split_dataset
+from hpo import Dataset, Float, Group, HpoError, Objective, Ragged, Space, Split, hold_out, mlp, split_dataset
 from hpo.checks.compatibility import check_task
 from hpo.task import Task, check_parameters, check_ranges, load_dataset
 
@@ -331,6 +331,33 @@ def test_what_a_task_gives_wrong_is_told_in_one_line_before_the_first_trial(name
     with pytest.raises(HpoError, match=message) as raised:
         prepared(**given)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets", "message"),
+    [
+        (
+            FEATURES[:, :3],
+            CLASSES,
+            r"test split are float32 \(B, 3\), but those of the training split float32 \(B, 4\)",
+        ),
+        (FEATURES.byte(), CLASSES, r"test split are uint8 \(B, 4\), but those of the training split float32"),
+        ({"one": FEATURES}, CLASSES, "the test split has the inputs one, not "),
+        (FEATURES, CLASSES + 1, "the targets are from 1 to 3; 3 classes have the indices from 0"),
+    ],
+)
+def test_a_test_split_of_another_kind_is_told_when_it_is_opened(inputs: Any, targets: Tensor, message: str) -> None:
+    spec = hold_out(FEATURES, CLASSES, NAMES).spec
+    with pytest.raises(HpoError, match=message):
+        Split(inputs, targets).require_like(spec)
+
+
+def test_a_test_split_may_hold_no_id_that_the_model_has_no_room_for() -> None:
+    words = hold_out(Ragged.of(WORDS), CLASSES, NAMES)
+    words.test.open().require_like(words.spec)
+    Split(FEATURES.double(), CLASSES).require_like(hold_out(FEATURES, CLASSES, NAMES).spec)
+    with pytest.raises(HpoError, match="hold the integer 9, which no other example has; give the Dataset a larger"):
+        Split(Ragged.of([[9]]), CLASSES[:1]).require_like(words.spec)
 
 
 def test_a_right_task_is_not_told_anything() -> None:

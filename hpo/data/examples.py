@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpo.data.kinds import infer_kind, num_outputs
+from hpo.data.kinds import infer_kind, num_outputs, require_sound_targets
 from hpo.data.mapped import MappedImages
 from hpo.data.parts import Examples, Ragged, map_parts, named_parts, parts, select, taken, to_device
 from hpo.errors import DataError, UsageError
@@ -96,6 +96,26 @@ class Split:
     def first(self, num_examples: int, device: torch.device | str) -> tuple[Batch, Batch]:
         """The first examples as a batch, on a device."""
         return to_device(self.batch(slice(0, num_examples)), device)
+
+    def require_like(self, spec: DataSpec) -> None:
+        """Raise DataError where the examples of a test split are not of the kind that a model was made for."""
+        given, wanted = named_parts(self.inputs), spec.input_specs
+        if given.keys() != wanted.keys():
+            raise DataError(f"the test split has the inputs {', '.join(given)}, not {', '.join(wanted)}.")
+        for name, part in given.items():
+            found, known = InputSpec.of(part), wanted[name]
+            of_name = f" of the input {name}" if name else ""
+            if not found.is_like(known):
+                raise DataError(
+                    f"the examples{of_name} of the test split are {found.dtype} {found.describe()}, but those of the "
+                    f"training split {known.dtype} {known.describe()}."
+                )
+            if found.vocabulary and known.vocabulary and found.vocabulary > known.vocabulary:
+                raise DataError(
+                    f"the examples{of_name} of the test split hold the integer {found.vocabulary - 1}, which no other "
+                    "example has; give the Dataset a larger vocabulary."
+                )
+        require_sound_targets(spec.kind, self.targets, spec.classes)
 
     def fingerprints(self) -> list[bytes]:
         """A hash of the inputs of each example: equal inputs have equal hashes."""
@@ -250,6 +270,11 @@ class InputSpec:
             categories=columns,
             is_normalised=normalise and found is None,
         )
+
+    def is_like(self, other: InputSpec) -> bool:
+        """Whether a model for the other takes it: floats of any precision are alike."""
+        types = {"float" if "float" in each.dtype else each.dtype for each in (self, other)}
+        return len(types) == 1 and (self.shape, self.is_ragged) == (other.shape, other.is_ragged)
 
     def describe(self) -> str:
         """As in messages: "int64 (B, length)"."""

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from hpo.data.datasets import Splits
-    from hpo.data.examples import SealedSplit, Split
+    from hpo.data.examples import DataSpec, SealedSplit, Split
     from hpo.execution.observer import Observer
     from hpo.objective import Objective
     from hpo.records import TrialRecord
@@ -117,8 +117,8 @@ def _test_scores(winner: Winner, test: SealedSplit, prepared: Prepared, opened: 
     if study.settings.folds:
         _refit(winner, prepared, opened)
     trained = load_trial(opened.store, study, winner.trial, request.machine.device, request.task.objective)
-    examples, classes = _read_test_split(test), trained.model.classes
-    spec, is_classified = trained.model.spec, trained.model.spec.kind == "classification"
+    spec, classes = trained.model.spec, trained.model.classes
+    examples, is_classified = _read_test_split(test, spec), spec.kind == "classification"
     if is_classified:
         scores, counts = evaluate_classes(trained.model, examples, trained.config, spec)
         if len(classes) <= MAX_CONFUSED:
@@ -246,9 +246,11 @@ def _record(study: Study, key: str, trial: int, fact: Mapping[str, Any]) -> None
     study.record(key, {**(study.recorded(key) or {}), str(trial): fact})
 
 
-def _read_test_split(test: SealedSplit) -> Split:
+def _read_test_split(test: SealedSplit, spec: DataSpec) -> Split:
     try:
-        return test.open()
+        examples = test.open()
+        examples.require_like(spec)
+        return examples
     except HpoError:
         raise
     except Exception as error:  # reading is a stranger's code and may raise anything
