@@ -17,11 +17,12 @@ def build(width: int) -> nn.Module:
 
 
 def accuracy(model: nn.Module, part: torch.Tensor) -> float:
-    return (model(images[part]).argmax(1) == digits[part]).float().mean().item()
+    device = next(model.parameters()).device
+    return (model(images[part].to(device)).argmax(1).cpu() == digits[part]).float().mean().item()
 
 
 def train(trial: hpo.Trial) -> None:
-    model, epoch = build(trial.parameters["width"]), 0
+    model, epoch = build(trial.parameters["width"]).to(trial.device), 0
     optimizer = torch.optim.SGD(model.parameters(), lr=trial.parameters["lr"], momentum=0.9)
     if state := trial.resume():  # what was saved before this trial was interrupted or killed
         model.load_state_dict(state["model"])
@@ -30,7 +31,8 @@ def train(trial: hpo.Trial) -> None:
     while epoch < trial.max_epochs:
         epoch += 1
         for batch in TRAIN[torch.randperm(len(TRAIN))].split(64):
-            loss = nn.functional.cross_entropy(model(images[batch]), digits[batch])
+            outputs = model(images[batch].to(trial.device))
+            loss = nn.functional.cross_entropy(outputs, digits[batch].to(trial.device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

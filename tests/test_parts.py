@@ -158,6 +158,12 @@ def test_a_vocabulary_covers_all_examples_and_is_given_where_more_may_come() -> 
         hold_out(words, torch.zeros(20), vocabulary=5)
 
 
+def test_what_version_0_1_wrote_beside_its_checkpoints_is_read() -> None:
+    written = {"input_shape": [1, 8, 8], "classes": ["a", "b"]}
+    assert DataSpec.from_dict(written) == DataSpec((1, 8, 8), ("a", "b"), "classification")
+    assert DataSpec.from_dict({"input_shape": [6], "classes": []}).kind == "regression"
+
+
 def test_what_a_model_takes_is_checked_when_it_predicts() -> None:
     data = mixed_data()
     model = PreprocessedModel(Echo(), data.spec).eval()

@@ -14,6 +14,7 @@ from helpers import warm
 from helpers.moody import runs, study, values
 
 import hpo
+from hpo import DataSpec, InputSpec
 from hpo.errors import CheckpointError, StudyMismatchError, UsageError
 from hpo.plugins import load_objective
 from hpo.records import SearchOutcome
@@ -149,7 +150,8 @@ def test_the_description_beside_the_weights_holds_all_that_was_set(
     search(trials=1, seed=3)
     (described,) = home.glob("artifacts/moody/*/artifacts/checkpoint/trial.json")
     description = json.loads(described.read_text())
-    assert description["spec"] == {"input_shape": [1, 8, 8], "classes": list("0123456789")}
+    spec = DataSpec.from_dict(description["spec"])
+    assert spec == DataSpec(InputSpec((1, 8, 8), "uint8"), tuple("0123456789"), "classification")
     assert description["model_parameters"] == {"width": 32, "mood": "calm"}
     assert description["config"]["lr"] == 0.1
     assert description["config"]["max_epochs"] == 3
