@@ -170,7 +170,8 @@ class _Block1d(nn.Module):
 class Elements(nn.Module):
     """The elements of sequences as features (B, L, width), with their lengths (B,) and mask (B, L).
 
-    Ids get an embedding, normal with a deviation of 0.02 at first; numbers a linear layer.
+    Ids get an embedding, normal with a deviation of 0.02 at first and multiplied by the root of the width, so that
+    positions do not drown it (Vaswani et al. 2017, section 3.4); numbers a linear layer.
     """
 
     def __init__(self, spec: DataSpec, width: int) -> None:
@@ -191,13 +192,14 @@ class Elements(nn.Module):
             self.embedding = nn.Linear(element[0] if element else 1, width)
         self.has_features = bool(element)
         self.is_of_ids = given.vocabulary is not None
+        self.scale = math.sqrt(width) if self.is_of_ids else 1.0
 
     def forward(self, inputs: Tensor | Padded) -> tuple[Tensor, Tensor, Tensor]:
         if not isinstance(inputs, Padded):
             inputs = Padded(inputs, torch.full((len(inputs),), inputs.shape[1], device=inputs.device))
         values = inputs.values if self.is_of_ids or self.has_features else inputs.values.unsqueeze(-1)
         mask = inputs.mask
-        return self.embedding(values) * mask.unsqueeze(-1), inputs.lengths, mask
+        return self.embedding(values) * (self.scale * mask.unsqueeze(-1)), inputs.lengths, mask
 
 
 class Head(nn.Module):
