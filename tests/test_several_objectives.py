@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import studies
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.storages import InMemoryStorage
@@ -39,19 +40,7 @@ SPACE = Space(
     Group("step size", lr=Float(1e-4, 1.0, log=True, default=1e-2)),
     Group("architecture", depth=Int(1, 20, default=8), norm=Choice("none", "batch", default="none")),
 )
-SETTINGS = StudySettings(
-    task="digits",
-    space=SPACE,
-    seed=0,
-    strategy="priority",
-    pruner="none",
-    max_epochs=3,
-    metric="accuracy",
-    direction=Direction.MAXIMIZE,
-    limit=None,
-    planned_trials=40,
-    objectives=("val/accuracy", "params"),
-)
+SETTINGS = replace(studies.SETTINGS, space=SPACE, planned_trials=40, objectives=("val/accuracy", "params"))
 
 
 # --- the front --------------------------------------------------------------------------------------------------------

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import studies
 from optuna.storages import InMemoryStorage
 
 from hpo.config import Direction
 from hpo.errors import UnknownNameError, UsageError
-from hpo.search.settings import StudySettings
 from hpo.search.storage import open_storage
 from hpo.search.study import Study
 from hpo.search.warm_start import MIN_DISTANCE, NUM_CONFIGURATIONS, best_configurations, translate
@@ -29,18 +29,7 @@ SPACE = Space(
         depth=Int(1, 8, default=4),
     ),
 )
-SETTINGS = StudySettings(
-    task="digits",
-    space=SPACE,
-    seed=0,
-    strategy="random",
-    pruner="none",
-    max_epochs=3,
-    metric="accuracy",
-    direction=Direction.MAXIMIZE,
-    limit=None,
-    planned_trials=20,
-)
+SETTINGS = replace(studies.SETTINGS, space=SPACE, strategy="random")
 
 
 def a_study(configurations: list[dict[str, Value]], **changes: Any) -> Study:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hpo.checks.verdicts import Subject, Verdict
-from hpo.data.parts import Padded, tensors_of
+from hpo.data.parts import tensors_of, values_and_lengths
 from hpo.training.probe import EXPLODED, VANISHED, backward_in_evaluation_mode, layers, relative_gradients
 
 if TYPE_CHECKING:
@@ -51,9 +51,7 @@ def check_forward(subject: Subject) -> Verdict:
 
 def _depends_on_others(model: PreprocessedModel, sample: Split, outputs: Any) -> bool:
     """Whether the first example has other outputs alone; of a sequence those of its own elements count."""
-    together, alone = (
-        each.values if isinstance(each, Padded) else each for each in (outputs, model(sample.batch(slice(0, 1))[0]))
-    )
+    together, alone = (values_and_lengths(each)[0] for each in (outputs, model(sample.batch(slice(0, 1))[0])))
     if not isinstance(together, torch.Tensor) or together.ndim < 2:
         return False
     own, alone = together[0], alone[0]

@@ -48,6 +48,11 @@ class Padded:
         return torch.arange(self.values.shape[1], device=self.values.device) < self.lengths[:, None]
 
 
+def values_and_lengths(batch: Any) -> tuple[Tensor, Tensor | None]:
+    """The values of a batch, and the lengths of its sequences; None where all are of the same."""
+    return (batch.values, batch.lengths) if isinstance(batch, Padded) else (batch, None)
+
+
 class Ragged:
     """Sequences of different lengths, one after the other in one tensor; a batch of them is `Padded`."""
 

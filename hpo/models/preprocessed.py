@@ -13,7 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from hpo.data.examples import DataSpec, InputSpec, Split
 from hpo.data.kinds import OF_CLASSES, read_greedily
-from hpo.data.parts import Padded, Ragged, map_parts, named_parts, to_device
+from hpo.data.parts import Padded, Ragged, map_parts, named_parts, to_device, values_and_lengths
 from hpo.errors import UsageError
 from hpo.models.pretrained import PretrainedNetwork, find_pretrained
 from hpo.objective import NOTHING_OWN, Objective, Own
@@ -155,7 +155,7 @@ class PreprocessedModel(nn.Module):
             case "tagging":
                 return [self._named(row) for row in _without_padding(outputs, batch)]
             case "transcription":
-                logits, lengths = (outputs.values, outputs.lengths) if isinstance(outputs, Padded) else (outputs, None)
+                logits, lengths = values_and_lengths(outputs)
                 return [self._named(row) for row in read_greedily(logits.argmax(-1), lengths, len(self.classes))]
             case _:
                 return cast(list[Any], outputs.tolist())
@@ -185,8 +185,7 @@ class PreprocessedModel(nn.Module):
         return mean
 
     def _shares(self, batch: Batch) -> Tensor:
-        outputs = self(batch)
-        logits = cast(Tensor, outputs.values if isinstance(outputs, Padded) else outputs)
+        logits, _ = values_and_lengths(self(batch))
         if self.spec.kind == "multilabel":
             return logits.sigmoid()
         return logits.softmax(1 if self.spec.kind in ("classification", "segmentation") else -1)
@@ -232,7 +231,7 @@ def _as_batch(inputs: Any, spec: InputSpec, device: torch.device) -> Tensor | Pa
 
 def _without_padding(outputs: Any, batch: Batch) -> list[list[int]]:
     """The best class of each element that a sequence has."""
-    best = (outputs.values if isinstance(outputs, Padded) else outputs).argmax(-1).tolist()
+    best = values_and_lengths(outputs)[0].argmax(-1).tolist()
     lengths = next((each.lengths.tolist() for each in _padded_in(batch)), [None] * len(best))
     return [row[:length] for row, length in zip(best, lengths, strict=True)]
 

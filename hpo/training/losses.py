@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from hpo.config import OWN
 from hpo.data.kinds import IGNORED, labels_of
-from hpo.data.parts import Padded
+from hpo.data.parts import Padded, values_and_lengths
 from hpo.errors import UsageError
 from hpo.objective import NOTHING_OWN
 
@@ -213,8 +213,7 @@ def _cross_entropy_of_positions(smoothing: Tensor | None, gamma: Tensor | None, 
 
 def outputs_by_position(outputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
     """Logits (..., num_classes) and labels (...) of pixels or elements; IGNORED is the label of those without one."""
-    labels = labels_of(targets)
-    logits = outputs.values if isinstance(outputs, Padded) else outputs
+    labels, (logits, _) = labels_of(targets), values_and_lengths(outputs)
     if labels.ndim == 3:
         logits = logits.movedim(1, -1)
     if logits.shape[:-1] != labels.shape:
@@ -279,12 +278,12 @@ def _ctc(outputs: Any, targets: Padded) -> Tensor:
     Outputs are (B, T, num_classes + 1), or Padded of them where lengths differ; the last one is the blank. An example
     whose outputs are too few for its classes counts with 0.
     """
-    logits = outputs.values if isinstance(outputs, Padded) else outputs
-    num_steps = torch.full((len(logits),), logits.shape[1], device=logits.device)
+    logits, lengths = values_and_lengths(outputs)
+    lengths = torch.full((len(logits),), logits.shape[1], device=logits.device) if lengths is None else lengths
     return functional.ctc_loss(
         logits.float().log_softmax(-1).transpose(0, 1),
         targets.values,
-        outputs.lengths if isinstance(outputs, Padded) else num_steps,
+        lengths,
         targets.lengths,
         blank=logits.shape[-1] - 1,
         zero_infinity=True,

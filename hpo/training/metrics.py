@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from hpo.data.kinds import IGNORED, read_greedily
-from hpo.data.parts import Padded, tensors_of
+from hpo.data.parts import Padded, tensors_of, values_and_lengths
 from hpo.errors import UnknownNameError, UsageError
 from hpo.objective import NOTHING_OWN
 from hpo.training.losses import iou_of_pairs, outputs_by_position
@@ -394,9 +394,9 @@ class TranscriptMetrics:
 
     def update(self, outputs: Any, targets: Padded) -> None:
         """Take in logits (B, T, num_classes + 1), or Padded of them, and the classes written."""
-        logits = outputs.values if isinstance(outputs, Padded) else outputs
+        logits, lengths = values_and_lengths(outputs)
         self._blank = logits.shape[-1] - 1
-        self._all.append((logits.argmax(-1), outputs.lengths if isinstance(outputs, Padded) else None, targets))
+        self._all.append((logits.argmax(-1), lengths, targets))
 
     def compute(self) -> dict[str, Tensor]:
         from torchmetrics.functional.text import char_error_rate
