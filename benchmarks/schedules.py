@@ -10,7 +10,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-from hpo.config import SCHEDULES, TrainConfig
+from hpo.config import TrainConfig
+from hpo.methods import SCHEDULES
 from hpo.training.optimizers import build_optimizer
 from hpo.training.schedules import Plateau, build_schedule
 

@@ -9,9 +9,8 @@ from enum import StrEnum
 from typing import Any
 
 from hpo.errors import UnknownNameError, UsageError
+from hpo.methods import OPTIMIZERS, SCHEDULES
 
-OPTIMIZERS = ("sgd", "adam", "adamw", "nadam", "adamax", "adagrad", "rmsprop", "lamb", "muon")
-SCHEDULES = ("constant", "step", "exponential", "cosine", "cosine_restarts", "one_cycle", "plateau")
 AUGMENTATIONS = (
     "flip",
     "alternating_flip",
@@ -102,7 +101,7 @@ class TrainConfig:
     """Peak learning rate, above 0."""
 
     optimizer: str = "adamw"
-    """One of OPTIMIZERS, or "own" for the one that the task brings."""
+    """One of hpo.methods.OPTIMIZERS, or "own" for the one that the task brings."""
 
     momentum: float = 0.9
     """Momentum of SGD, RMSprop and Muon, in [0, 1)."""
@@ -123,7 +122,7 @@ class TrainConfig:
     """Weight decay (decoupled in AdamW, LAMB and Muon, L2 elsewhere), at least 0; biases and norms are spared."""
 
     schedule: str = "cosine"
-    """One of SCHEDULES, stepped once a step; plateau's rate falls at the end of epochs."""
+    """One of hpo.methods.SCHEDULES, stepped once a step; plateau's rate falls at the end of epochs."""
 
     warmup_fraction: float = 0.05
     """Share of all steps over which the rate first rises linearly, in [0, 1); one-cycle has its own rise."""

@@ -19,13 +19,14 @@ from torch import nn
 
 from hpo.checks.checklist import whole_list
 from hpo.checks.verdicts import Subject
-from hpo.config import AUGMENTATIONS, OPTIMIZERS, SCHEDULES, TrainConfig
+from hpo.config import AUGMENTATIONS, TrainConfig
 from hpo.data import batches
 from hpo.data.datasets import Splits
 from hpo.data.examples import DataSpec, SealedSplit, Split
 from hpo.data.mapped import MappedImages
 from hpo.execution.messages import Assignment, Decision
 from hpo.execution.worker import refit, run_trial
+from hpo.methods import OPTIMIZERS, SCHEDULES
 from hpo.models import networks, preprocessed
 from hpo.models.preprocessed import MirrorAveraged, build_model
 from hpo.objective import Objective

@@ -66,6 +66,18 @@ def test_the_docs_name_every_setting_of_the_trainer() -> None:
     assert [name for name in config_fields() if name not in NOT_TUNABLE and f"`{name}`" not in guide] == []
 
 
+def test_the_docs_show_the_table_of_optimizers_and_that_of_schedules() -> None:
+    from hpo.methods import OPTIMIZERS, SCHEDULES
+
+    guide = (ROOT / "docs" / "training.md").read_text()
+    for title, methods in (("Optimizers", OPTIMIZERS), ("Schedules", SCHEDULES)):
+        section = guide.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+        rows = [line for line in section.splitlines() if line.startswith("| `")]
+        shown = [f"| `{name}` | {method.does} | {method.suits} |" for name, method in methods.items()]
+        assert sorted(rows) == sorted(shown)
+        assert all(callable(method.load()) for method in methods.values())
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_leads_to_a_file(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):

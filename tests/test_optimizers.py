@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hpo.config import OPTIMIZERS, TrainConfig
+from hpo.config import TrainConfig
 from hpo.errors import UsageError
+from hpo.methods import OPTIMIZERS
 from hpo.training.compiled import settle_compile_mode
 from hpo.training.optimizers import FusedStep, Lamb, Muon, build_optimizer
 from hpo.training.step import TrainingStep

@@ -24,8 +24,9 @@ from helpers.training import (
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from hpo.config import AUGMENTATIONS, CLASS_WEIGHTS, OPTIMIZERS, SAMPLINGS, SCHEDULES, TrainConfig
+from hpo.config import AUGMENTATIONS, CLASS_WEIGHTS, SAMPLINGS, TrainConfig
 from hpo.errors import CheckpointError
+from hpo.methods import OPTIMIZERS, SCHEDULES
 from hpo.training.checkpoint import CheckpointFolder
 from hpo.training.losses import LOSSES_OF_KIND
 from hpo.training.trainer import fit
@@ -35,9 +36,9 @@ resumable_configs = st.builds(
     quick_config,
     max_epochs=st.just(4),
     batch_size=st.sampled_from([20, 48]),
-    optimizer=st.sampled_from(OPTIMIZERS),
+    optimizer=st.sampled_from([*OPTIMIZERS]),
     beta1=st.sampled_from([0.9, 0.5]),
-    schedule=st.sampled_from(SCHEDULES),
+    schedule=st.sampled_from([*SCHEDULES]),
     warmup_fraction=st.sampled_from([0.05, 0.4]),
     plateau_patience=st.just(1),
     augment=st.lists(st.sampled_from(AUGMENTATIONS), max_size=3).map(lambda names: "+".join(names) or "none"),

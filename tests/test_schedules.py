@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from hpo.config import OPTIMIZERS, SCHEDULES, TrainConfig
+from hpo.config import TrainConfig
 from hpo.errors import UsageError
+from hpo.methods import OPTIMIZERS, SCHEDULES
 from hpo.training.optimizers import build_optimizer
 from hpo.training.schedules import build_schedule
 from hpo.training.trainer import fit
@@ -35,8 +36,8 @@ def rates(config: TrainConfig, num_steps: int) -> tuple[list[float], list[float]
 
 
 @given(
-    schedule=st.sampled_from(SCHEDULES),
-    optimizer=st.sampled_from(OPTIMIZERS),
+    schedule=st.sampled_from([*SCHEDULES]),
+    optimizer=st.sampled_from([*OPTIMIZERS]),
     num_steps=st.integers(1, 60),
     warmup_fraction=st.floats(0, 1, exclude_max=True),
     momentum=st.floats(0, 0.99),

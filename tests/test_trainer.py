@@ -30,10 +30,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hpo.config import AUGMENTATIONS, OPTIMIZERS, SCHEDULES, TrainConfig
+from hpo.config import AUGMENTATIONS, TrainConfig
 from hpo.data.datasets import split_dataset
 from hpo.data.examples import Dataset, SealedSplit, Split
 from hpo.errors import UnknownNameError, UsageError
+from hpo.methods import OPTIMIZERS, SCHEDULES
 from hpo.training.checkpoint import CheckpointFolder
 from hpo.training.evaluation import evaluate
 from hpo.training.losses import target_scale

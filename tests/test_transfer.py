@@ -24,12 +24,13 @@ from torchvision.models import ResNet18_Weights, get_model
 
 import hpo
 from hpo.cli import main
-from hpo.config import OPTIMIZERS, TrainConfig
+from hpo.config import TrainConfig
 from hpo.data import photos as photos_module
 from hpo.data.datasets import Splits
 from hpo.data.examples import DataSpec, Split
 from hpo.data.photos import load_image_folder, read_photos
 from hpo.errors import DataError, UnknownNameError, UsageError
+from hpo.methods import OPTIMIZERS
 from hpo.models.preprocessed import PreprocessedModel, build_model
 from hpo.models.pretrained import PretrainedNetwork, _layers, find_pretrained
 from hpo.objective import Objective

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import optim
 
+from hpo.config import OWN
 from hpo.errors import UsageError
+from hpo.methods import OPTIMIZERS
 from hpo.models.pretrained import find_pretrained
 from hpo.objective import NOTHING_OWN
 
@@ -29,34 +31,18 @@ def build_optimizer(model: nn.Module, config: TrainConfig, own: Own = NOTHING_OW
     weights, and the averages do not see it. Elsewhere it is L2, a part of the gradient.
     """
     groups = _parameter_groups(model, config)
-    nesterov = config.nesterov and config.momentum > 0
-    betas = (config.beta1, config.beta2)
-    match config.optimizer:
-        case "sgd":
-            return optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
-        case "adam":
-            return optim.Adam(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
-        case "adamw":
-            return optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
-        case "nadam":
-            return optim.NAdam(groups, lr=config.lr, betas=betas, eps=config.eps)
-        case "adamax":
-            return optim.Adamax(groups, lr=config.lr, betas=betas, eps=config.eps)
-        case "adagrad":
-            return optim.Adagrad(groups, lr=config.lr, eps=config.eps)
-        case "rmsprop":
-            return optim.RMSprop(groups, lr=config.lr, momentum=config.momentum, eps=config.eps)
-        case "lamb":
-            return Lamb(groups, lr=config.lr, betas=betas, eps=config.eps)
-        case "muon":
-            matrices, others = _split_off_matrices(groups)
-            return MuonWithAdamW(
-                Muon(matrices, config.lr, momentum=config.momentum, nesterov=nesterov),
-                optim.AdamW(others, lr=config.lr, betas=betas, eps=config.eps, fused=True),
-            )
-        case "own":
-            return _build_own(groups, config, own)
-    raise AssertionError(f"TrainConfig let optimizer {config.optimizer!r} pass")
+    if config.optimizer == OWN:
+        return _build_own(groups, config, own)
+    method = OPTIMIZERS[config.optimizer]
+    offered = {
+        "momentum": config.momentum,
+        "nesterov": config.nesterov and config.momentum > 0,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "fused": True,
+    }
+    built: optim.Optimizer = method.load()(groups, lr=config.lr, **{name: offered[name] for name in method.settings})
+    return built
 
 
 def _build_own(groups: list[dict[str, Any]], config: TrainConfig, own: Own) -> optim.Optimizer:
@@ -267,6 +253,22 @@ def _orthogonalised(matrices: Tensor) -> Tensor:
         gram = found @ found.mT
         found = torch.baddbmm(found, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), found, beta=3.4445)
     return found.mT if is_tall else found
+
+
+def muon_with_adamw(
+    groups: list[dict[str, Any]],
+    lr: float,
+    momentum: float,
+    nesterov: bool,
+    betas: tuple[float, float],
+    eps: float,
+) -> MuonWithAdamW:
+    """Muon for the matrices of hidden layers and AdamW for all else."""
+    matrices, others = _split_off_matrices(groups)
+    return MuonWithAdamW(
+        Muon(matrices, lr, momentum=momentum, nesterov=nesterov),
+        optim.AdamW(others, lr=lr, betas=betas, eps=eps, fused=True),
+    )
 
 
 class MuonWithAdamW(optim.Optimizer):

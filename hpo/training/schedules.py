@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from hpo.config import Direction
+from hpo.methods import SCHEDULES
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -35,18 +36,8 @@ class Point(NamedTuple):
 
 def build_schedule(optimizer: Optimizer, config: TrainConfig, num_steps: int) -> Schedule | Plateau:
     """The schedule that `config` names, stretched over the `num_steps` (at least 1) of the whole training."""
-    if config.schedule == "one_cycle":
-        return _one_cycle(optimizer, config, num_steps)
-    num_warmup_steps = min(int(config.warmup_fraction * num_steps), num_steps - 1)
-    if config.schedule == "plateau":
-        return Plateau(optimizer, config, num_warmup_steps)
-
-    def rate(peak: float, step: int) -> float:
-        if step < num_warmup_steps:
-            return peak * _rise(step, num_warmup_steps)
-        return peak * _fall(config, step - num_warmup_steps, num_steps - num_warmup_steps)
-
-    return Schedule(optimizer, num_steps, rate)
+    built: Schedule | Plateau = SCHEDULES[config.schedule].load()(optimizer, config, num_steps)
+    return built
 
 
 class Schedule:
@@ -163,22 +154,59 @@ def _rise(step: int, num_steps: int) -> float:
     return (step + 1) / (num_steps + 1)
 
 
-def _fall(config: TrainConfig, step: int, num_steps: int) -> float:
-    """The part of the peak at a step after the warm-up, from 1 at step 0 to the curve's end at `num_steps`."""
-    progress = step / num_steps
-    match config.schedule:
-        case "constant":
-            return 1.0
-        case "step":
-            # At one half and at three quarters, as He et al. 2016, arXiv:1512.03385, section 4.2.
-            return math.pow(config.decay_factor, (progress >= 0.5) + (progress >= 0.75))
-        case "exponential":
-            return math.pow(config.decay_factor, progress)
-        case "cosine":
-            return _cosine(progress)
-        case "cosine_restarts":
-            return _cosine(_progress_in_cycle(step, num_steps, config.num_cycles))
-    raise AssertionError(f"TrainConfig let schedule {config.schedule!r} pass")
+# What builds each schedule, by its name in hpo.methods.
+
+
+def constant(optimizer: Optimizer, config: TrainConfig, num_steps: int) -> Schedule:
+    return _warmed_up(optimizer, config, num_steps, lambda step, num_steps: 1.0)
+
+
+def step(optimizer: Optimizer, config: TrainConfig, num_steps: int) -> Schedule:
+    """Falls at one half and at three quarters, as in He et al. 2016, arXiv:1512.03385, section 4.2."""
+
+    def fall(step: int, num_steps: int) -> float:
+        return math.pow(config.decay_factor, (step / num_steps >= 0.5) + (step / num_steps >= 0.75))
+
+    return _warmed_up(optimizer, config, num_steps, fall)
+
+
+def exponential(optimizer: Optimizer, config: TrainConfig, num_steps: int) -> Schedule:
+    return _warmed_up(
+        optimizer, config, num_steps, lambda step, num_steps: math.pow(config.decay_factor, step / num_steps)
+    )
+
+
+def cosine(optimizer: Optimizer, config: TrainConfig, num_steps: int) -> Schedule:
+    return _warmed_up(optimizer, config, num_steps, lambda step, num_steps: _cosine(step / num_steps))
+
+
+def cosine_restarts(optimizer: Optimizer, config: TrainConfig, num_steps: int) -> Schedule:
+    def fall(step: int, num_steps: int) -> float:
+        return _cosine(_progress_in_cycle(step, num_steps, config.num_cycles))
+
+    return _warmed_up(optimizer, config, num_steps, fall)
+
+
+def plateau(optimizer: Optimizer, config: TrainConfig, num_steps: int) -> Plateau:
+    return Plateau(optimizer, config, _num_warmup_steps(config, num_steps))
+
+
+def _warmed_up(
+    optimizer: Optimizer, config: TrainConfig, num_steps: int, fall: Callable[[int, int], float]
+) -> Schedule:
+    """A linear warm-up, then `fall`: the share of the peak at a step after it, of that many."""
+    num_warmup_steps = _num_warmup_steps(config, num_steps)
+
+    def rate(peak: float, step: int) -> float:
+        if step < num_warmup_steps:
+            return peak * _rise(step, num_warmup_steps)
+        return peak * fall(step - num_warmup_steps, num_steps - num_warmup_steps)
+
+    return Schedule(optimizer, num_steps, rate)
+
+
+def _num_warmup_steps(config: TrainConfig, num_steps: int) -> int:
+    return min(int(config.warmup_fraction * num_steps), num_steps - 1)
 
 
 def _cosine(progress: float) -> float:
@@ -194,7 +222,7 @@ def _progress_in_cycle(step: int, num_steps: int, num_cycles: int) -> float:
     return (units - ((1 << cycle) - 1) * num_steps) / ((1 << cycle) * num_steps)
 
 
-def _one_cycle(optimizer: Optimizer, config: TrainConfig, num_steps: int) -> Schedule:
+def one_cycle(optimizer: Optimizer, config: TrainConfig, num_steps: int) -> Schedule:
     """Up to the peak rate over 30 % of the steps and down to nearly 0, momentum the other way round (arXiv:1708.07120).
 
     The points are those of torch's OneCycleLR with `num_steps + 1` of them, so that the last step leads to the end. The
