@@ -7,7 +7,7 @@ import logging
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from hpo.session.options import (
     MachineOptions,
     SearchOptions,
     StoreOptions,
+    StudyOptions,
     SubmitOptions,
     WorkerOptions,
     declarations,
@@ -76,23 +77,25 @@ def _click_option(declared: Declaration) -> Callable[[Command], Command]:
         option.flag,
         name,
         type=Duration() if option.is_duration else _CLICK_TYPES[declared.type],
-        multiple=declared.type == Sequence[str],
+        multiple=declared.type in _REPEATABLE,
         metavar=option.metavar,
         help=option.help,
     )
 
 
+_REPEATABLE: tuple[Any, ...] = (Sequence[str], Sequence[str] | Mapping[str, object])
+
 _CLICK_TYPES: dict[Any, Any] = {
     int | None: int,
     float | None: float,
     str | None: str,
-    Sequence[str]: str,
+    **dict.fromkeys(_REPEATABLE, str),
     Path | None: click.Path(path_type=Path),
 }
 
 # No `trials`, and no executor: one training runs here.
 _OF_A_TRAINING = [
-    *("fixed", "epochs", "seed", "limit", "space", "metric"),
+    *("fixed", "epochs", "seed", "limit", "data_options", "space", "metric"),
     *("device", "precision", "compile", "deterministic", "data_dir", "home", "tracking_uri"),
 ]
 
@@ -229,6 +232,7 @@ def space(task: str, overrides: tuple[str, ...], space: str | None, as_json: boo
 @click.option("--space", metavar="NAME|FILE", help="Check this space instead of the task's own.")
 @click.option("--limit", type=int, metavar="N", help="Use only N training examples. [default: all]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@take(StudyOptions, only=["data_options"])
 @take(MachineOptions, only=["data_dir"])
 @home_option
 @tracking_option

@@ -27,6 +27,9 @@ AUGMENTATIONS = (
 OWN = "own"
 """The name of a loss or an optimizer that the task itself brings."""
 
+AUTO = "auto"
+"""The name of the loss and the metric that are usual for the kind of target that the data turn out to have."""
+
 LOSSES = (
     "cross_entropy",
     "binary_cross_entropy",
@@ -82,6 +85,17 @@ METRICS = {
     "character_error_rate": Direction.MINIMIZE,
 }
 """What can be optimised on the validation split, and whether more of it is better."""
+
+USUAL = {
+    "classification": ("cross_entropy", "accuracy"),
+    "multilabel": ("binary_cross_entropy", "f1"),
+    "regression": ("mse", "r2"),
+    "segmentation": ("cross_entropy", "mean_iou"),
+    "box": ("huber", "mean_iou"),
+    "tagging": ("cross_entropy", "accuracy"),
+    "transcription": ("ctc", "character_error_rate"),
+}
+"""By kind of target, the loss and the metric that `auto` stands for."""
 
 COSTS = ("params", "latency")
 """What can be minimised beside the metric: trainable parameters, and milliseconds of a forward pass of one example."""

@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo.config import LOSSES, METRICS, OWN, Direction
+from hpo.config import AUTO, LOSSES, METRICS, OWN, Direction
 from hpo.errors import UnknownNameError, UsageError
 
 if TYPE_CHECKING:
@@ -55,8 +54,11 @@ class Objective:
     description: str
     """One line for `hpo tasks`."""
 
-    load: Callable[[Path], Dataset] | None = None
-    """Read the data set below the data directory; raises DataError when it is missing or damaged."""
+    load: Callable[..., Dataset] | None = None
+    """`load(data_dir)` reads the data set below the data directory; raises DataError when it is missing or damaged.
+
+    Further keywords of type str, int, float or bool are options, which `--data-option NAME=VALUE` gives:
+    `def load(data_dir: Path, *, label: str, rows: int = 1000)`. One without a default must be given."""
 
     model: Callable[..., nn.Module] | None = None
     """`model(spec, **parameters)`: a network from normalised inputs to outputs, such as (B, *spec.input_shape) to
@@ -66,14 +68,16 @@ class Objective:
     examples before the training. `hpo.mlp`, `hpo.convnet`, `hpo.airnet` and `hpo.pretrained` are such functions."""
 
     loss: str | Callable[..., Any] = "cross_entropy"
-    """One of `hpo.config.LOSSES`, or a loss of your own: a function `(outputs, targets) -> scalar` that gives the mean
+    """One of `hpo.config.LOSSES`; "auto" for the usual one of the kind of target that the data have; or a loss of your
+    own: a function `(outputs, targets) -> scalar` that gives the mean
     over the batch, or an `nn.Module` (the class, or an instance of which each trial gets a copy).
 
     Its other keywords can be searched like the model's; the parameters of a module are trained with the model's. Where
     the data have no targets, the inputs stand for them. Outputs are whatever the model returns."""
 
     metric: str = "accuracy"
-    """The metric to optimise on the validation split: one of `hpo.config.METRICS`, or a name in `metrics`."""
+    """The metric to optimise on the validation split: one of `hpo.config.METRICS`, "auto" for the usual one of
+    the kind of target, or a name in `metrics`."""
 
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """Metrics of your own by name: a class of torchmetrics or another factory, called without arguments, of objects
@@ -110,8 +114,8 @@ class Objective:
             raise UsageError(f"task '{self.name}' needs load= and model=, or a training loop of its own, train=.")
         if self.test is not None:
             raise UsageError(f"test= of task '{self.name}' is for a training loop of its own, train=; omit it.")
-        if isinstance(self.loss, str) and self.loss not in LOSSES:
-            raise UnknownNameError("loss", self.loss, LOSSES)
+        if isinstance(self.loss, str) and self.loss not in (AUTO, *LOSSES):
+            raise UnknownNameError("loss", self.loss, [AUTO, *LOSSES])
         if not isinstance(self.loss, str) and not callable(self.loss):
             raise UsageError(
                 f"loss={self.loss!r} is not allowed: it must be the name of a loss, a function or an nn.Module."
@@ -119,7 +123,7 @@ class Objective:
         self._check_metrics()
 
     def _check_metrics(self) -> None:
-        if self.metric not in self.metric_names:
+        if self.metric not in (AUTO, *self.metric_names):
             raise UnknownNameError("metric", str(self.metric), self.metric_names)
         for name, factory in self.metrics.items():
             if not callable(factory):
@@ -162,6 +166,11 @@ class Objective:
             )
 
     @property
+    def is_for_any_kind(self) -> bool:
+        """Whether the loss or the metric follows from the kind of target, which the data alone show."""
+        return AUTO in (self.loss, self.metric)
+
+    @property
     def better(self) -> Direction:
         """Whether a larger or a smaller metric is better.
 
@@ -184,8 +193,10 @@ class Objective:
 
     @property
     def judged_by(self) -> dict[str, str]:
-        """The fields of a TrainConfig that follow from what the task minimises, measures and brings of its own."""
+        """The fields of a TrainConfig that follow from what the task minimises, measures and brings of its own; not
+        those that only the data can tell."""
         fields = {"loss": self.loss if isinstance(self.loss, str) else OWN, "metric": self.metric}
+        fields = {name: value for name, value in fields.items() if value != AUTO}
         if self.metric in self.metrics:
             fields["metric_direction"] = self.better.value
         return fields | ({"optimizer": OWN} if self.optimizer else {})

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo.config import TrainConfig, config_fields
+from hpo.config import AUTO, USUAL, TrainConfig, config_fields
+from hpo.data_options import Given, as_written, read_options
 from hpo.errors import DataError, HpoError, SpaceError, UnknownNameError, UsageError
 from hpo.objective import Objective
 from hpo.space import Space, Value, parse_assignments
@@ -32,6 +33,12 @@ class Task:
 
     objective: Objective
     space: Space
+
+    data_options: Mapping[str, Any] = field(default_factory=dict)
+    """What was given of the options that the objective's `load` declares."""
+
+    dataset: Dataset | None = None
+    """The data, if they had to be read to know the loss or the metric."""
 
     def train_config(self, values: Mapping[str, Value], **settings: Any) -> TrainConfig:
         """Settings of the trainer for one configuration: the task's own, those given, then the searched ones.
@@ -82,6 +89,33 @@ class Task:
         fixed.train_config(fixed.space.defaults())
         return fixed
 
+    def with_data_options(self, given: Given) -> Task:
+        """The task with options of its data. Raises UsageError for one that is unknown, missing or of another type."""
+        return replace(self, data_options=read_options(self.objective.name, self.objective.load, given))
+
+    @property
+    def written_data_options(self) -> tuple[str, ...]:
+        """The options of the data that were given, as `--data-option` takes them."""
+        return as_written(self.data_options)
+
+    def suited_to_data(self, data_dir: Path) -> Task:
+        """The task with the loss and the metric that are usual for its kind of target, if it leaves them to the data.
+
+        The data are read only if the kind decides. Raises DataError if that fails or the kind has no usual loss.
+        """
+        if not self.objective.is_for_any_kind:
+            return self
+        dataset = load_dataset(self, data_dir)
+        kind = dataset.spec.kind
+        if kind not in USUAL:
+            raise DataError(
+                f"the data of task '{self.objective.name}' have targets of the kind {kind}, which has no usual loss; "
+                "give the Objective a loss and a metric."
+            )
+        usual = dict(zip(("loss", "metric"), USUAL[kind], strict=True))
+        changes: dict[str, Any] = {n: value for n, value in usual.items() if getattr(self.objective, n) == AUTO}
+        return replace(self, objective=replace(self.objective, **changes), dataset=dataset)
+
     def judged_by(self, metric: str) -> Task:
         """The task with another metric that decides; a training loop of its own has one only."""
         if metric == self.objective.metric:
@@ -113,13 +147,15 @@ def _parse_setting(name: str, text: str) -> Value:
 
 
 def load_dataset(task: Task, data_dir: Path) -> Dataset:
-    """The task's data; whatever goes wrong while they are read is told as a DataError."""
+    """The task's data, read with its data options unless they have been; what goes wrong is told as a DataError."""
     from hpo.data.examples import Dataset, SealedSplit  # they import torch, which `hpo tasks` can do without
 
+    if task.dataset is not None:
+        return task.dataset
     name = task.objective.name
     assert task.objective.load is not None, "a training loop of the task's own reads its data itself"
     try:
-        dataset = task.objective.load(data_dir)
+        dataset = task.objective.load(data_dir, **task.data_options)
     except HpoError:
         raise
     except (Exception, SystemExit) as error:  # reading is a stranger's code and may raise anything

@@ -16,6 +16,7 @@ from hpo.checks.own_loop import check_loop
 from hpo.checks.speed import check_speed
 from hpo.checks.verdicts import Subject, Verdict, as_markdown
 from hpo.data.datasets import VALIDATION_FRACTION, split_dataset
+from hpo.data_options import FLAG, Given, as_written, declared_options
 from hpo.errors import UsageError
 from hpo.home import Home, check_study_name, find_data_dir
 from hpo.plots.checks import plot_checklist
@@ -28,6 +29,7 @@ from hpo.training.device import choose_device
 if TYPE_CHECKING:
     from hpo.data.examples import SealedSplit
     from hpo.space import Value
+    from hpo.task import Task
     from hpo.tracking.runs import SummaryRun
 
 QUICK_CHECKS: dict[str, Callable[[Subject], Verdict]] = {
@@ -49,6 +51,8 @@ class Checklist:
     configuration: dict[str, Value]
     """The default configuration, which was checked."""
     device: str
+    data_options: list[str]
+    """The options of the task's data, as `--data-option` takes them; with the defaults of those that were not given."""
     verdicts: list[Verdict]
     picture: Path | None
     """None for a task with a training loop of its own: nothing of it is drawn."""
@@ -68,6 +72,7 @@ def run_check(
     overrides: Sequence[str] = (),
     space: str | None = None,
     limit: int | None = None,
+    data_options: Given = (),
     device: str = "auto",
     data_dir: Path | None = None,
     home: Path | None = None,
@@ -82,13 +87,14 @@ def run_check(
     found = load_task(task, space).narrow(tuple(overrides))
     name, chosen_device = check_study_name(found.objective.name), choose_device(device)
     if found.objective.train:
-        for option, given in (("--limit", limit), ("--data-dir", data_dir)):
+        for option, given in (("--limit", limit), ("--data-dir", data_dir), (FLAG, " ".join(data_options) or None)):
             if given is not None:
                 raise UsageError(
                     f"{option} {given} is not for task '{name}': its training loop reads its data; omit it."
                 )
         checks = check_loop(found, chosen_device)
     else:
+        found = found.with_data_options(data_options).suited_to_data(find_data_dir(data_dir))
         dataset = load_dataset(found, find_data_dir(data_dir))
         splits = split_dataset(dataset, validation_fraction=VALIDATION_FRACTION, seed=0, limit=limit)
         check_task(found, splits)
@@ -109,9 +115,15 @@ def run_check(
         task=name,
         configuration=found.space.active(found.space.defaults()),
         device=chosen_device,
+        data_options=_options_in_use(found),
         verdicts=verdicts,
         picture=None if found.objective.train else store.download(run.run_id, "checklist.png"),
     )
+
+
+def _options_in_use(task: Task) -> list[str]:
+    declared = declared_options(task.objective.load)
+    return list(as_written({name: task.data_options.get(name, each.default) for name, each in declared.items()}))
 
 
 def quick_part(subject: Subject) -> list[Verdict]:

@@ -64,6 +64,9 @@ class StudySettings:
     fixed: tuple[str, ...] = field(default=(), metadata=_written("--set"))
     """The settings of the trainer that were fixed, as they were written: `patience=20`."""
 
+    data_options: tuple[str, ...] = field(default=(), metadata=_written("--data-option"))
+    """What was given of the options of the task's data: `label=price`."""
+
     objectives: tuple[str, ...] = field(default=(), metadata=_written("--objective"))
     """Where there are several: the metric as `val/METRIC`, then some of hpo.config.COSTS. Empty for just the metric."""
 
@@ -87,7 +90,7 @@ class StudySettings:
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Self:
         """The settings that `to_dict` described."""
-        tuples = {name: tuple(stored.get(name, ())) for name in ("overrides", "objectives", "fixed")}
+        tuples = {name: tuple(stored.get(name, ())) for name in ("overrides", "objectives", "fixed", "data_options")}
         return cls(
             **stored | tuples | {"space": Space.from_dict(stored["space"]), "direction": Direction(stored["direction"])}
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, get_type_hints
 
+from hpo.data_options import FLAG, as_written
 from hpo.errors import UnknownNameError, UsageError
 
 
@@ -116,6 +117,16 @@ class StudyOptions(TypedDict, total=False):
             metavar="N",
             kept="limit",
             at_least=1,
+            of_trainer=True,
+        ),
+    ]
+    data_options: Annotated[
+        Sequence[str] | Mapping[str, object],
+        Option(
+            FLAG,
+            "Option that the task's data declare, such as label=price; hpo tasks lists them. Repeatable.",
+            metavar="NAME=VALUE",
+            kept="data_options",
             of_trainer=True,
         ),
     ]
@@ -378,11 +389,13 @@ def kept_by_the_study(options: StudyOptions) -> dict[str, Any]:
         for declared in declarations(StudyOptions)
         if declared.option.kept
     }
-    return {
-        name: tuple(value) if isinstance(value, list | tuple) else value
-        for name, value in fields.items()
-        if value not in (None, (), [])
-    }
+    return {name: _as_kept(value) for name, value in fields.items() if value not in (None, (), [], {})}
+
+
+def _as_kept(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return as_written(value)
+    return tuple(value) if isinstance(value, list | tuple) else value
 
 
 def defaults_of_a_study() -> dict[str, Any]:

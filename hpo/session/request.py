@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -189,10 +189,25 @@ def agree(machine: Machine, task: str | Objective, options: StudyOptions) -> tup
         _require_no_code_of_others(earlier.settings, given)
     if earlier and earlier.settings.space_reference and space is None:
         found = load_task(task, earlier.settings.space_reference)
+    if not found.objective.train:
+        found = _with_data_options(found, name, earlier.settings if earlier else None, given)
+        found = found.suited_to_data(machine.data_dir)
     settings = _complete(found, earlier.settings if earlier else None, given)
     if earlier:
         require_same_settings(name, earlier.settings, settings)  # before the data is read, which may take long
     return found.narrow(settings.overrides).fix(settings.fixed).judged_by(settings.metric), name, settings
+
+
+def _with_data_options(task: Task, study: str, stored: StudySettings | None, given: dict[str, Any]) -> Task:
+    """The task with the options of its data as given, or as the study has them; `given` gets them as the study keeps
+    them. Raises StudyMismatchError if they differ."""
+    so_far = stored.data_options if stored else ()
+    found = task.with_data_options(given.get("data_options", so_far))
+    if "data_options" in given:
+        given["data_options"] = found.written_data_options
+        if stored:  # before the data are read
+            require_same_settings(study, stored, replace(stored, data_options=given["data_options"]))
+    return found
 
 
 def check_options_of_loop(objective: Objective, options: Mapping[str, object]) -> None:
@@ -226,6 +241,7 @@ def _complete(task: Task, stored: StudySettings | None, given: Mapping[str, Any]
     defaults: dict[str, Any] = defaults_of_a_study() | {
         "overrides": (),
         "fixed": (),
+        "data_options": (),
         "objectives": (),
         "max_epochs": task.train_config({}).max_epochs,
         "metric": task.objective.metric,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hpo.checks.compatibility import check_task
 from hpo.config import derive_seed
 from hpo.data.datasets import VALIDATION_FRACTION, split_dataset
+from hpo.data_options import Given
 from hpo.errors import UsageError
 from hpo.execution.local import num_cores
 from hpo.execution.messages import Assignment, Setup
@@ -37,6 +38,7 @@ def train_once(
     epochs: int | None = None,
     seed: int | None = None,
     limit: int | None = None,
+    data_options: Given = (),
     space: str | None = None,
     metric: str | None = None,
     tell: Callable[[EpochResult], None] = lambda result: None,
@@ -50,7 +52,10 @@ def train_once(
     """
     machine = this_machine(machine_options)  # type: ignore[arg-type]
     found = load_task(task, space)
-    check_options_of_loop(found.objective, {**machine_options, "fixed": fixed, "limit": limit, "metric": metric})
+    of_trainer = {"fixed": fixed, "limit": limit, "metric": metric, "data_options": data_options}
+    check_options_of_loop(found.objective, {**machine_options, **of_trainer})
+    if not found.objective.train:
+        found = found.with_data_options(data_options).suited_to_data(machine.data_dir)
     found = found.narrow(tuple(overrides)).fix(fixed).judged_by(metric or found.objective.metric)
     _require_one_value_each(found.space, overrides)
     name, seed = check_study_name(found.objective.name), seed or 0

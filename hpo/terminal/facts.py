@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hpo.config import AUTO
+from hpo.data_options import declared_options
 from hpo.errors import HpoError, UsageError
 from hpo.home import Home, find_storage
 from hpo.plugins import OBJECT, OBJECTIVES, load_task, registered
@@ -39,7 +41,8 @@ def _task_row(name: str) -> dict[str, Any]:
         "task": name,
         "description": task.objective.description,
         "metric": task.objective.metric,
-        "direction": task.objective.better,
+        "direction": None if task.objective.metric == AUTO else task.objective.better,
+        "data_options": [each.describe() for each in declared_options(task.objective.load).values()],
         "epochs": task.train_config({}).max_epochs,
         "parameters": len(task.space.parameters),
     }
@@ -98,6 +101,7 @@ def study_facts(name: str, home: Path | None, storage: str | None = None, top: i
             "limit": study.settings.limit,
             "folds": study.settings.folds,
             "fixed": study.settings.fixed,
+            "data_options": study.settings.data_options,
             "searched_by": searchers,
             "now": _describe_now(study, searchers),
             "counts": study.counts(),

@@ -81,8 +81,9 @@ def print_tasks(console: Console, rows: list[dict[str, Any]]) -> None:
         if "broken" in row:
             table.add_row(row["task"], f"broken: {row['broken']}", style="red")
         else:
-            goal = f"{row['metric']} ({row['direction']})"
-            table.add_row(row["task"], row["description"], goal, str(row["epochs"]), str(row["parameters"]))
+            goal = f"{row['metric']} ({row['direction']})" if row["direction"] else "depends on the data"
+            options = f"; --data-option {', '.join(row['data_options'])}" if row["data_options"] else ""
+            table.add_row(row["task"], row["description"] + options, goal, str(row["epochs"]), str(row["parameters"]))
     console.print(table)
 
 
@@ -119,6 +120,8 @@ def print_study(console: Console, facts: dict[str, Any]) -> None:
         f"strategy {facts['strategy']}, "
         f"pruner {facts['pruner']}, {facts['epochs']} epochs, seed {facts['seed']}; {describe_counts(facts['counts'])}"
     )
+    if facts["data_options"]:
+        console.print(f"Data options: {', '.join(facts['data_options'])}", soft_wrap=True)
     if facts["fixed"]:
         console.print(f"Fixed with --set: {', '.join(facts['fixed'])}")
     for line in facts["made_with"]:
@@ -173,6 +176,8 @@ def print_checklist(console: Console, checklist: Checklist) -> None:
     """The last words of `hpo check`."""
     counts = Counter(verdict.state for verdict in checklist.verdicts)
     console.print(", ".join(f"{counts[state]} {state}" for state in STYLES if counts[state]) + ".")
+    if checklist.data_options:
+        console.print(f"Data options: {', '.join(checklist.data_options)}", soft_wrap=True)
     if checklist.picture:
         console.print(f"Picture: {checklist.picture}", soft_wrap=True)
 
