@@ -42,6 +42,11 @@ LOSSES = (
     "iou",
     "giou",
     "ctc",
+    "kl_divergence",
+    "triplet",
+    "contrastive",
+    "info_nce",
+    "vae",
 )
 CLASS_WEIGHTS = ("none", "balanced")
 SAMPLINGS = ("uniform", "balanced")
@@ -83,6 +88,9 @@ METRICS = {
     "dice": Direction.MAXIMIZE,
     "perplexity": Direction.MINIMIZE,
     "character_error_rate": Direction.MINIMIZE,
+    "recall_at_1": Direction.MAXIMIZE,
+    "recall_at_5": Direction.MAXIMIZE,
+    "kl_divergence": Direction.MINIMIZE,
 }
 """What can be optimised on the validation split, and whether more of it is better."""
 
@@ -198,6 +206,16 @@ class TrainConfig:
     focal_gamma: float = 2.0
     """How far focal loss passes over examples that are right already, at least 0; at 0 it is cross-entropy."""
 
+    margin: float = 0.2
+    """How much closer triplet loss wants what is alike than what is not; how far apart contrastive loss wants what is
+    not. Embeddings have length 1, so no two are farther apart than 2; above 0."""
+
+    temperature: float = 0.1
+    """What info_nce divides cosine similarities by, above 0; a small one looks at the nearest examples alone."""
+
+    kl_weight: float = 1.0
+    """What vae multiplies the divergence of the latent distribution by, at least 0."""
+
     class_weights: str = "none"
     """One of CLASS_WEIGHTS: "balanced" makes every class count alike in the training loss, however rare it is."""
 
@@ -265,6 +283,7 @@ class TrainConfig:
             "mixup",
             "cutmix",
             "focal_gamma",
+            "kl_weight",
             "min_delta",
             "stop_after",
             "thaw_epoch",
@@ -276,7 +295,7 @@ class TrainConfig:
         self._require("backbone_lr_factor", 0 < self.backbone_lr_factor <= 1, "in (0, 1]")
         self._require("decay_factor", 0 < self.decay_factor < 1, "in (0, 1)")
         self._require("augment_strength", 0 < self.augment_strength <= 1, "in (0, 1]")
-        for name in ("lr", "eps"):
+        for name in ("lr", "eps", "margin", "temperature"):
             self._require(name, 0 < getattr(self, name) < math.inf, "above 0 and finite")
 
     @property

@@ -72,6 +72,7 @@ BETWEEN_STEPS = {
         "item",
         "models/layers.py:scale_to_unit_variance",
     ): "layers that are initialised one after the other, once a trial",
+    ("index on the CPU", "data/parts.py:select_part"): "the examples that are watched, in two views, once a trial",
     ("item", "training/losses.py:target_scale"): "the deviation of the targets, once a trial",
     ("item", "training/step.py:state_dict"): "the scale of fp16, in the checkpoint of an epoch",
     ("synchronize", "training/costs.py:_measure_latency"): "the measured latency",

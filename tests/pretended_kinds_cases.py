@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,16 @@ class Again(nn.Linear):
         return {"again": super().forward(inputs)}
 
 
+class Latent(nn.Module):
+    def __init__(self, spec: DataSpec) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(6, 4), nn.Linear(2, 6)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        mean, log_variance = self.encoder(inputs).chunk(2, dim=1)
+        return self.decoder(mean + torch.randn_like(mean)), mean, log_variance
+
+
 class Distance:
     higher_is_better = False
 
@@ -76,6 +86,7 @@ class Case:
     parameters: dict[str, Any]
     waits_in_each_step: frozenset[tuple[str, str]] = frozenset()
     metrics: tuple[Any, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def boxes() -> Tensor:
@@ -108,6 +119,19 @@ CASES = {
     "two inputs": Case(
         hold_out({"numbers": FEATURES, "kinds": CLASSES}, CLASSES, NAMES), tabular, "cross_entropy", "f1", WIDTH
     ),
+    "soft labels": Case(
+        hold_out(FEATURES, FEATURES[:, :3].softmax(1), NAMES, kind="soft_labels"), mlp, "kl_divergence", "accuracy",
+        WIDTH,
+    ),
+    "embeddings": Case(hold_out(FEATURES, CLASSES, kind="embedding"), mlp, "triplet", "recall_at_1", WIDTH),
+    "instances": Case(
+        hold_out(IMAGES, None, kind="instances"), mlp, "info_nce", "recall_at_5", WIDTH,
+        settings={"augment": "crop+flip"},
+    ),
+    "reconstructions": Case(hold_out(FEATURES, None, kind="reconstruction"), mlp, "mse", "mae", WIDTH),
+    "a variational autoencoder": Case(
+        hold_out(FEATURES, None, kind="reconstruction"), Latent, "vae", "mse", {}
+    ),
     "no targets": Case(hold_out(FEATURES, None), Again, Squared, "distance", {}, metrics=(("distance", Distance),)),
 }  # fmt: skip
 
@@ -117,7 +141,7 @@ def trained(case: Case, folder: Path, *, batch_size: int, is_streamed: bool) -> 
         name="pretended", description="", load=lambda _: case.data, model=case.model, loss=case.loss,
         metric=case.metric, metrics=dict(case.metrics),
     )  # fmt: skip
-    judged_by: dict[str, Any] = objective.judged_by
+    judged_by: dict[str, Any] = objective.judged_by | case.settings
     config = TrainConfig(max_epochs=2, batch_size=batch_size, lr=1e-3, device="cuda", compile="off", **judged_by)
     assignment = Assignment(
         number=0, model_parameters=case.parameters, config=config, folder=folder, costs=("params", "latency")

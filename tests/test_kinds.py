@@ -356,7 +356,7 @@ def test_a_model_of_several_labels_gets_its_thresholds_from_the_validation_split
     task = task_of(labelled, mlp, "binary_cross_entropy", "f1")
     model, _ = trained(task, data)
     choose_thresholds(model, splits.validation, task.train_config({}))
-    outputs, labels = outputs_and_targets(model, splits.validation, task.train_config({}))
+    outputs, labels = outputs_and_targets(model, splits.validation, task.train_config({}), "multilabel")
     assert torch.equal(model.thresholds, best_thresholds(outputs, labels))
     assert "thresholds" in model.state_dict()
 

@@ -12,7 +12,7 @@ from hpo.config import OWN, config_fields
 from hpo.data.batches import build_batches
 from hpo.data.datasets import Splits
 from hpo.data.kinds import labels_of
-from hpo.data.parts import Padded, map_tensors
+from hpo.data.parts import Padded, map_tensors, tensors_of
 from hpo.errors import DataError, SpaceError, UsageError, in_one_line
 from hpo.models.preprocessed import build_model
 from hpo.space import Choice, Value, format_value
@@ -76,7 +76,7 @@ def _check_model(task: Task, splits: Splits) -> None:
         model.fit_statistics(splits.train)
         outputs = model(inputs)
     if config.loss != OWN:
-        _check_outputs(task, splits.spec, outputs, targets)
+        _check_outputs(task, splits.spec, outputs, targets, config.loss)
     check_fine_tuning(model, config)
     with _blamed_on(task, "the loss", "the default configuration"):
         loss = training_loss(config, splits.train, splits.spec, model.own)(outputs, targets)
@@ -89,9 +89,11 @@ def _check_model(task: Task, splits: Splits) -> None:
         build_optimizer(model, config, model.own)
 
 
-def _check_outputs(task: Task, spec: DataSpec, outputs: Any, targets: Any) -> None:
+def _check_outputs(task: Task, spec: DataSpec, outputs: Any, targets: Any, loss: str) -> None:
     """Raise UsageError where a model's outputs for two examples do not fit the kind of target."""
     name, kind = task.objective.name, spec.kind
+    if kind == "reconstruction":
+        outputs = _reconstruction_in(name, outputs, has_latent=loss == "vae")
     tensor = outputs.values if isinstance(outputs, Padded) and kind in ("tagging", "transcription") else outputs
     if not isinstance(tensor, torch.Tensor):
         raise UsageError(
@@ -105,6 +107,20 @@ def _check_outputs(task: Task, spec: DataSpec, outputs: Any, targets: Any) -> No
         )
 
 
+def _reconstruction_in(name: str, outputs: Any, *, has_latent: bool) -> Any:
+    """The reconstruction among the outputs. Raises UsageError where the loss `vae` would not find what it takes."""
+    tensors = tensors_of(outputs)
+    if not has_latent:
+        return outputs
+    if len(tensors) != 3 or tensors[1].shape != tensors[2].shape or tensors[1].ndim != 2:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+        raise UsageError(
+            f"loss 'vae' takes three outputs: the reconstruction, and mean and log-variance (B, size) of the latent "
+            f"distribution; the model of task '{name}' returns {shapes}."
+        )
+    return tensors[0]
+
+
 def _wanted_shape(spec: DataSpec, outputs: torch.Tensor, targets: Any) -> tuple[int, ...]:
     match spec.kind:
         case "regression" | "box":
@@ -113,6 +129,10 @@ def _wanted_shape(spec: DataSpec, outputs: torch.Tensor, targets: Any) -> tuple[
             return 2, spec.num_outputs, *targets.shape[1:]
         case "tagging":
             return *labels_of(targets).shape, spec.num_outputs
+        case "embedding" | "instances":  # their size is the network's choice
+            return 2, outputs.shape[-1]
+        case "reconstruction":
+            return (2, spec.num_outputs) if outputs.ndim == 2 else (2, *spec.input_shape)
         case "transcription":  # how many steps is the network's choice
             return 2, outputs.shape[1] if outputs.ndim == 3 else 1, spec.num_outputs
         case _:

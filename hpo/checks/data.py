@@ -98,6 +98,16 @@ def check_targets(subject: Subject) -> Verdict:
         case "segmentation" | "tagging" | "transcription":
             assert isinstance(targets, Tensor | Ragged), "they are labels"
             return _check_labels(subject, targets.values if isinstance(targets, Ragged) else targets)
+        case "soft_labels":
+            assert isinstance(targets, Tensor), "they are shares"
+            return _check_labels(subject, targets.argmax(1))
+        case "embedding":
+            assert isinstance(targets, Tensor), "they are numbers"
+            counts = Counter(targets.tolist()).values()
+            text = f"{len(counts)} groups of {min(counts)} to {max(counts)} training examples that are alike"
+            return Verdict(state="ok", text=text)
+        case "instances" | "reconstruction":
+            return Verdict(state="ok", text="none: the inputs alone")
         case _:
             return Verdict(state="ok", text="none" if targets is None else "known to the task's own loss alone")
 

@@ -59,6 +59,7 @@ _LEARNED = {
     "segmentation": ("mean_iou", 0.9),
     "box": ("mean_iou", 0.8),
     "tagging": ("accuracy", 0.99),
+    "soft_labels": ("accuracy", 0.99),
 }
 """By kind of target, the metric that tells whether a batch was learned by heart, and from which value on it was."""
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hpo.config import OWN, TrainConfig
+from hpo.data.batches import num_views
 from hpo.data.datasets import Splits
 from hpo.data.kinds import labels_of
 from hpo.models.preprocessed import PreprocessedModel, build_model
@@ -79,7 +80,7 @@ class Subject:
 
     @property
     def target_scale(self) -> float | Tensor:
-        return target_scale(self.splits.train)
+        return target_scale(self.splits.train, self.spec.kind)
 
     def loss_of(self, model: PreprocessedModel) -> LossFunction:
         """The loss of the task, without what regularizes it; one of its own has the weights of this model's."""
@@ -88,11 +89,11 @@ class Subject:
 
     def sample(self, num_examples: int) -> Split:
         """At most this many training examples, on the device; the classes are in proportion."""
-        return self.splits.train.sample(num_examples, self.config.device)
+        return self.splits.train.sample(num_examples, self.config.device, num_views(self.spec))
 
     def batch(self, size: int) -> tuple[Batch, Batch]:
         """A batch of training examples and their targets, on the device."""
-        return self.splits.train.first(size, self.config.device)
+        return self.sample(size).batch(slice(None))
 
     def small_sample(self) -> Split:
         """As many training examples as a large network takes seconds for on a CPU."""
@@ -128,15 +129,20 @@ class Subject:
     def loss_of_knowing_nothing(self, targets: Batch) -> float | None:
         """What the loss is where every class has the same chance, or where the mean is predicted; None where only the
         task's own loss could say, or where it depends on the number of outputs."""
-        if self.config.loss == OWN or self.spec.kind in ("own", "transcription"):
+        if self.config.loss == OWN or self.spec.kind in _WITHOUT_REFERENCE:
             return None
         loss = self.loss_of(self._untrained)
         if self.spec.kind in ("regression", "box"):
             return loss(targets.mean(0).expand_as(targets), targets).item()
+        if self.spec.kind == "soft_labels":
+            return loss(torch.zeros_like(targets), targets).item()
         labels, num_classes = labels_of(targets), len(self.spec.classes)
         shape = list(labels.shape) if self.spec.kind == "multilabel" else [*labels.shape, num_classes]
         outputs = torch.zeros(shape, device=labels.device)
         return loss(outputs.movedim(-1, 1) if self.spec.kind == "segmentation" else outputs, targets).item()
+
+
+_WITHOUT_REFERENCE = ("own", "transcription", "embedding", "instances", "reconstruction")
 
 
 def in_few_lines(verdicts: Sequence[Verdict], task: str) -> list[str]:

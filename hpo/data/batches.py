@@ -80,9 +80,11 @@ class TrainingBatches:
         augment_strength: float = 0.5,
         mixing: Mixing | None = None,
         sampling: str = "uniform",
+        num_views: int = 1,
         device: torch.device | str | None = None,
     ) -> None:
-        """With a `sampling` of "balanced" each class is drawn equally often, so that rare examples are repeated.
+        """With a `sampling` of "balanced" each class is drawn equally often, so that rare examples are repeated. With
+        several views each example is as many times in its batch, one after the other, augmented each time anew.
 
         The batches are on `device`, by default where the split is.
         """
@@ -98,6 +100,7 @@ class TrainingBatches:
         self._order = order
         self._augmentation = augmentation
         self._augmentations = _augmentations(augment, augment_strength, split)
+        self._num_views = num_views
         self._mixing = mixing
         if mixing:
             mixing.check(split)
@@ -134,20 +137,21 @@ class TrainingBatches:
         return self._changed(*self._split.batch(rows), draws)
 
     def _changed(self, inputs: Batch, targets: Batch, draws: Sequence[Tensor]) -> tuple[Batch, Batch]:
-        if not draws:
-            return inputs, targets
-        assert isinstance(inputs, Tensor), "other inputs are not augmented"
-        for augmentation, of_batch in zip(self._augmentations, draws, strict=False):  # the mixing's come last
-            inputs = augmentation.apply(inputs, of_batch)
+        if self._num_views > 1:
+            return _in_views(self._augmentations, inputs, targets, draws)
+        if self._augmentations:
+            inputs = _augmented(self._augmentations, inputs, draws)
         if not self._mixing:
             return inputs, targets
+        assert isinstance(inputs, Tensor), "other inputs are not mixed"
         assert isinstance(targets, Tensor), "other targets are not mixed"
         return self._mixing.apply(inputs, targets, draws[-1])
 
     def _draw_epoch(self) -> tuple[list[tuple[Tensor, Tensor]], *tuple[tuple[Tensor, ...], ...]]:
         """For each batch its rows, on the CPU and where the split is, and the draws of augmentations and mixing."""
         order = self._draw_order()[: len(self) * self._batch_size]
-        changes: list[Augmentation | Mixing] = [*self._augmentations, *([self._mixing] if self._mixing else [])]
+        augmentations = self._augmentations * self._num_views
+        changes: list[Augmentation | Mixing] = [*augmentations, *([self._mixing] if self._mixing else [])]
         size = _image_size(self._split) if changes else ()
         draws = [change.draw(order, size, self.epoch, self._augmentation).to(self._device) for change in changes]
         there = order.to(self._split.device)
@@ -178,6 +182,10 @@ def build_batches(
     split: Split, config: TrainConfig, spec: DataSpec, *, order: torch.Generator, augmentation: torch.Generator
 ) -> TrainingBatches:
     """The training batches that `config` asks for, on its device. Raises UsageError where they do not fit the data."""
+    if spec.kind == "instances" and config.augment == "none":
+        raise UsageError(
+            "targets of the kind instances need augment=...: without it two views of an example would be the same."
+        )
     return TrainingBatches(
         split,
         config.batch_size,
@@ -187,8 +195,34 @@ def build_batches(
         augment_strength=config.augment_strength,
         mixing=build_mixing(config, spec),
         sampling=config.sampling,
+        num_views=num_views(spec),
         device=config.device,
     )
+
+
+def num_views(spec: DataSpec) -> int:
+    """How many times each example is in a batch: twice where one is to be found again by the other."""
+    return 2 if spec.kind == "instances" else 1
+
+
+def _augmented(augmentations: Sequence[Augmentation], inputs: Batch, draws: Sequence[Tensor]) -> Batch:
+    """Each augmentation in turn, by its draws; there may be more of these."""
+    assert isinstance(inputs, Tensor), "other inputs are not augmented"
+    for augmentation, of_batch in zip(augmentations, draws, strict=False):
+        inputs = augmentation.apply(inputs, of_batch)
+    return inputs
+
+
+def _in_views(
+    augmentations: Sequence[Augmentation], inputs: Batch, targets: Batch, draws: Sequence[Tensor]
+) -> tuple[Batch, Batch]:
+    """The views of an example one after the other, so that each half of a batch holds whole examples."""
+    size = len(augmentations)
+    views = [
+        (_augmented(augmentations, inputs, draws[first : first + size]), targets)
+        for first in range(0, len(draws), size)
+    ]
+    return map_tensors(lambda *of_views: torch.stack(of_views, dim=1).flatten(0, 1), *views)
 
 
 def _balanced_chances(split: Split) -> Tensor:
@@ -223,6 +257,17 @@ def evaluation_batches(
     """Every example once, in order, on `device` (by default where the split is); the last batch may be smaller."""
     rows = [slice(first, first + batch_size) for first in range(0, len(split), batch_size)]
     return _fetched(split, [(some, some) for some in rows], torch.device(device or split.device))
+
+
+def evaluation_views(split: Split, config: TrainConfig, batch_size: int) -> Iterator[tuple[Batch, Batch]]:
+    """Every example in two views, in order, on the device of `config`, by draws that are the same each time."""
+    augmentations, device = _augmentations(config.augment, config.augment_strength, split), torch.device(config.device)
+    rows, generator = torch.arange(len(split)), torch.Generator().manual_seed(0)
+    size = _image_size(split)
+    draws = [each.draw(rows, size, 1, generator).to(device) for _ in range(2) for each in augmentations]
+    in_batches = (torch.split(drawn, batch_size) for drawn in draws)
+    for (inputs, targets), *drawn in zip(evaluation_batches(split, batch_size, device), *in_batches, strict=True):
+        yield _in_views(augmentations, inputs, targets, drawn)
 
 
 def evaluation_batch_size(split: Split, training_batch_size: int, *, convolves_on_cpu: bool) -> int:

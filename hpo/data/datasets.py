@@ -20,7 +20,7 @@ from hpo.config import derive_seed
 from hpo.data.examples import Dataset, DataSpec, SealedSplit, Split, Vocabulary
 from hpo.data.kinds import require_sound_targets, strata
 from hpo.data.mapped import MappedImages
-from hpo.data.parts import Ragged, map_parts, named_parts
+from hpo.data.parts import Ragged, is_image_or_number, map_parts, named_parts
 from hpo.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -175,9 +175,12 @@ def hold_out(
     """A data set whose test split is taken out of its own examples, for data that come without an official one.
 
     Stratified by class, or by the rarest of several labels; the other arguments are those of `Dataset`. The same
-    examples are held out for ever: a study's seed has no part in it.
+    examples are held out for ever: a study's seed has no part in it. With a `kind` of "instances" and no targets each
+    example is numbered.
     """
     whole = Split(inputs, targets)
+    if kind == "instances" and targets is None:
+        whole = Split(inputs, torch.arange(len(whole)))
     given: dict[str, Any] = {"classes": tuple(classes), "kind": kind, "vocabulary": vocabulary, "normalise": normalise}
     spec = Dataset(whole, SealedSplit(lambda: whole, 0), **given).spec
     _require_sound(whole, spec)
@@ -221,6 +224,10 @@ def _require_sound(split: Split, spec: DataSpec) -> None:
     for name, part in named_parts(split.inputs).items():
         _require_sound_input(f"the data's inputs{f' ({name})' if name else ''}", part)
     require_sound_targets(spec.kind, split.targets, spec.classes)
+    if spec.kind == "reconstruction" and not (
+        isinstance(split.inputs, Tensor) and is_image_or_number(split.inputs.dtype)
+    ):
+        raise DataError("a reconstruction is of one tensor of images or floats; other inputs need a loss of their own.")
 
 
 def _require_sound_input(name: str, part: Part) -> None:

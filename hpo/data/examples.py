@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
+from math import prod
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
@@ -89,8 +90,11 @@ class Split:
         inputs = taken(self.inputs, rows, there)
         return inputs, inputs if self.targets is None else taken(self.targets, rows, there)
 
-    def sample(self, num_examples: int, device: torch.device | str) -> Split:
-        """A split of the first examples alone, on a device."""
+    def sample(self, num_examples: int, device: torch.device | str, num_copies: int = 1) -> Split:
+        """A split of the first examples alone, on a device; with several copies each of them follows itself."""
+        if num_copies > 1:
+            rows = torch.arange(min(len(self), max(1, num_examples // num_copies))).repeat_interleave(num_copies)
+            return self.select(rows).in_memory().to(device)
         return self.select(slice(0, num_examples)).in_memory().to(device)
 
     def first(self, num_examples: int, device: torch.device | str) -> tuple[Batch, Batch]:
@@ -357,10 +361,13 @@ class DataSpec:
 
     @property
     def num_outputs(self) -> int:
-        """One logit per class (and one more for a transcription's blank), or one value per number.
+        """One logit per class (and one more for a transcription's blank), one value per number, or per value of the
+        inputs for a reconstruction. Embeddings have 64, but a model of the task's own may return any number.
 
         Raises UsageError where only the task's own loss can say.
         """
+        if self.kind == "reconstruction":
+            return prod(self.input_shape)
         count = num_outputs(self.kind, len(self.classes), self.target_shape)
         if not count:
             raise UsageError(

@@ -1,12 +1,16 @@
 """Kinds of target: what they are called, what targets of each must look like, and by what their examples are divided.
 
 classification   one of several classes             int64 (N,)
+soft_labels      a share for each class             floats (N, classes) that add up to 1
 multilabel       any number of the classes          bool, 0/1 integers or floats (N, classes)
 regression       one number, or several             floats (N,) or (N, values)
 segmentation     a class for each pixel             int64 or uint8 (N, H, W)
 box              one box, x1 y1 x2 y2               floats (N, 4)
 tagging          a class for each element           int64 (N, L), or Ragged int64
 transcription    a sequence of classes, shorter than the input (CTC)       Ragged int64
+embedding        what is to be close and what apart int64 (N,): examples with the same number are alike
+instances        the same without labels            int64 (N,), a number of its own for each example
+reconstruction   the inputs themselves              None
 own              whatever the task's own loss takes, or nothing
 """
 
@@ -28,17 +32,24 @@ if TYPE_CHECKING:
 
 KINDS = (
     "classification",
+    "soft_labels",
     "multilabel",
     "regression",
     "segmentation",
     "box",
     "tagging",
     "transcription",
+    "embedding",
+    "instances",
+    "reconstruction",
     "own",
 )
 
-OF_CLASSES = ("classification", "multilabel", "segmentation", "tagging", "transcription")
+OF_CLASSES = ("classification", "soft_labels", "multilabel", "segmentation", "tagging", "transcription")
 """Those whose task names classes."""
+
+EMBEDDING_SIZE = 64
+"""Values of an embedding by a network of hpo's; a model of the task's own may return any number."""
 
 IGNORED = -100
 """A label that is not counted, neither in losses nor in metrics: torch's own `ignore_index`."""
@@ -66,6 +77,8 @@ def num_outputs(kind: str, num_classes: int, target_shape: Sequence[int]) -> int
         return num_classes + 1  # the last is CTC's blank
     if kind in OF_CLASSES:
         return num_classes
+    if kind in ("embedding", "instances"):
+        return EMBEDDING_SIZE
     return {"regression": target_shape[0] if target_shape else 1, "box": 4}.get(kind, 0)
 
 
@@ -76,6 +89,10 @@ def require_sound_targets(kind: str, targets: Examples | None, classes: Sequence
     _require_sound_classes(kind, classes)
     if kind == "own":
         return
+    if kind == "reconstruction":
+        if targets is not None:
+            raise DataError("the targets of a reconstruction are the inputs themselves: give None as targets.")
+        return
     if not isinstance(targets, Tensor | Ragged):
         raise DataError(f"targets of the kind {kind} must be a tensor, not {_described(targets)}.")
     _CHECKS[kind](targets, classes)
@@ -84,10 +101,12 @@ def require_sound_targets(kind: str, targets: Examples | None, classes: Sequence
 def strata(kind: str, targets: Examples | None, num_classes: int) -> NDArray[Any] | None:
     """For each example the group (N,) that both splits shall have in proportion; None where there is none.
 
-    It is its class, or of several labels the rarest that it has.
+    It is its class, or of several labels the rarest that it has, or the class with the largest share.
     """
     if kind == "classification" and isinstance(targets, Tensor):
         return targets.numpy()
+    if kind == "soft_labels" and isinstance(targets, Tensor):
+        return targets.argmax(1).numpy()
     if kind == "multilabel" and isinstance(targets, Tensor):
         has_label = targets.bool()
         rarity = has_label.sum(0).argsort(stable=True)
@@ -131,6 +150,41 @@ def _require_classification(targets: Tensor | Ragged, classes: Sequence[str]) ->
     if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.ndim != 1:
         raise DataError(f"targets must be the classes' indices, int64 of shape (N,), not {_described(targets)}.")
     _require_indices(targets, classes)
+
+
+def _require_soft_labels(targets: Tensor | Ragged, classes: Sequence[str]) -> None:
+    wanted = f"floats of shape (N, {len(classes)}), a share for each class"
+    if not isinstance(targets, Tensor) or not targets.is_floating_point() or targets.shape[1:] != (len(classes),):
+        raise DataError(f"soft labels must be {wanted}, not {_described(targets)}.")
+    sums = targets.sum(1)
+    if not (targets >= 0).all() or not torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+        row = int((~((targets >= 0).all(1) & ((sums - 1).abs() <= 1e-3))).nonzero()[0])
+        raise DataError(
+            f"soft labels must be {wanted}, at least 0 and 1 in all; those of example {row} add up to {sums[row]:g}."
+        )
+
+
+def _require_embedding(targets: Tensor | Ragged, classes: Sequence[str]) -> None:
+    if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.ndim != 1:
+        raise DataError(
+            "the targets of an embedding must be int64 of shape (N,), the same number for examples that are alike, "
+            f"not {_described(targets)}."
+        )
+    if len(targets) and _num_different(targets) == len(targets):
+        raise DataError(
+            "no two examples have the same target, so nothing says which are alike; without labels use "
+            "kind='instances'."
+        )
+
+
+def _require_instances(targets: Tensor | Ragged, classes: Sequence[str]) -> None:
+    if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.ndim != 1:
+        raise DataError(
+            f"targets of the kind instances must be torch.arange(N), not {_described(targets)}; with None, "
+            "hpo.hold_out makes them."
+        )
+    if _num_different(targets) < len(targets):
+        raise DataError("two examples have the same target; what has labels is of kind='embedding'.")
 
 
 def _require_multilabel(targets: Tensor | Ragged, classes: Sequence[str]) -> None:
@@ -203,6 +257,10 @@ def _require_indices(labels: Tensor, classes: Sequence[str], ignored: int | None
         )
 
 
+def _num_different(targets: Tensor) -> int:
+    return len(set(targets.tolist()))
+
+
 def _is_binary(targets: Tensor) -> bool:
     return bool(((targets == 0) | (targets == 1)).all())
 
@@ -217,6 +275,9 @@ def _described(targets: object) -> str:
 
 _CHECKS = {
     "classification": _require_classification,
+    "soft_labels": _require_soft_labels,
+    "embedding": _require_embedding,
+    "instances": _require_instances,
     "multilabel": _require_multilabel,
     "regression": _require_regression,
     "segmentation": _require_segmentation,

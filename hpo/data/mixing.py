@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hpo.config import TrainConfig
 from hpo.data.mapped import MappedImages
+from hpo.data.parts import is_image_or_number
 from hpo.errors import UsageError
 
 if TYPE_CHECKING:
@@ -78,11 +79,6 @@ def build_mixing(config: TrainConfig, spec: DataSpec) -> Mixing | None:
     if spec.kind not in ("classification", "regression"):
         raise UsageError(f"mixup and cutmix do not go with targets of the kind {spec.kind}: use 0.")
     return Mixing(config.mixup, config.cutmix, len(spec.classes))
-
-
-def is_image_or_number(dtype: torch.dtype) -> bool:
-    """Whether values of this type can be added up; other integers are ids."""
-    return dtype.is_floating_point or dtype == torch.uint8
 
 
 def _rectangles(size: Sequence[int], area: Tensor, centre: Sequence[Tensor]) -> Tensor:

@@ -144,6 +144,11 @@ Batch = Any
 """What a model or a loss gets: Tensor, Padded, or a mapping or tuple of them."""
 
 
+def is_image_or_number(dtype: torch.dtype) -> bool:
+    """Whether values of this type can be added up; other integers are ids."""
+    return dtype.is_floating_point or dtype == torch.uint8
+
+
 def named_parts(examples: Examples, name: str = "") -> dict[str, Part]:
     """All parts by name: "" for a single one, else what leads there, such as "image" or "0.left"."""
     if isinstance(examples, Mapping | tuple):

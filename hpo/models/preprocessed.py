@@ -5,15 +5,26 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 from torch.nn.modules.dropout import _DropoutNd
 
 from hpo.data.examples import DataSpec, InputSpec, Split
 from hpo.data.kinds import OF_CLASSES, read_greedily
-from hpo.data.parts import Padded, Ragged, map_parts, named_parts, to_device, values_and_lengths
+from hpo.data.parts import (
+    Padded,
+    Ragged,
+    map_parts,
+    map_tensors,
+    named_parts,
+    tensors_of,
+    to_device,
+    values_and_lengths,
+)
 from hpo.errors import UsageError
 from hpo.models.pretrained import PretrainedNetwork, find_pretrained
 from hpo.objective import NOTHING_OWN, Objective, Own
@@ -63,10 +74,23 @@ class PreprocessedModel(nn.Module):
 
     def forward(self, inputs: Batch) -> Any:
         outputs = self.network(self._normalised(inputs))
+        if self.spec.kind == "reconstruction":
+            return self._restored(outputs)
         if self.spec.kind not in _KINDS_OF_NUMBERS:
             return outputs
         outputs = outputs if self.spec.target_shape else outputs.squeeze(-1)
         return outputs * self.target_std + self.target_mean
+
+    def _restored(self, outputs: Any) -> Any:
+        """Reconstructions in the inputs' units: the outputs, or the first of several tensors."""
+        std = getattr(self, "input_std", None)
+        if std is None:
+            return outputs
+        first, shape = tensors_of(outputs)[0], self.spec.input_shape
+        if first[0].numel() != prod(shape):
+            return outputs  # whoever checks a task says so
+        restored = (first.reshape(-1, *shape) * std + self.input_mean).view_as(first)
+        return map_tensors(lambda tensor: restored if tensor is first else tensor, outputs)
 
     def _normalised(self, inputs: Batch) -> Any:
         if isinstance(self.spec.inputs, InputSpec):
@@ -137,7 +161,8 @@ class PreprocessedModel(nn.Module):
         """What the model says of each of a batch of raw examples, in evaluation mode.
 
         A class name; the names of all labels that an example has; a number or several; a mask (H, W) of class indices;
-        a box x1 y1 x2 y2; the class name of each element; the classes that were read. Sequences are given as a list.
+        a box x1 y1 x2 y2; the class name of each element; the classes that were read; an embedding (size,) of length 1;
+        a reconstruction. Sequences are given as a list.
         Raises UsageError for examples of another shape, and for a task whose outputs only its own loss understands.
         """
         if self.spec.kind == "own":
@@ -145,13 +170,17 @@ class PreprocessedModel(nn.Module):
         batch = self._as_batch(inputs)
         outputs = self(batch)
         match self.spec.kind:
-            case "classification":
+            case "classification" | "soft_labels":
                 return self._named(outputs.argmax(1).tolist())
             case "multilabel":
                 given = (outputs > self.thresholds).tolist()
                 return [[name for name, has in zip(self.classes, row, strict=True) if has] for row in given]
             case "segmentation":
                 return list(outputs.argmax(1).unbind())
+            case "embedding" | "instances":
+                return list(normalize(outputs, dim=1).unbind())
+            case "reconstruction":
+                return list(tensors_of(outputs)[0].unbind())
             case "tagging":
                 return [self._named(row) for row in _without_padding(outputs, batch)]
             case "transcription":
@@ -188,7 +217,7 @@ class PreprocessedModel(nn.Module):
         logits, _ = values_and_lengths(self(batch))
         if self.spec.kind == "multilabel":
             return logits.sigmoid()
-        return logits.softmax(1 if self.spec.kind in ("classification", "segmentation") else -1)
+        return logits.softmax(1 if self.spec.kind in ("classification", "soft_labels", "segmentation") else -1)
 
 
 _KINDS_OF_NUMBERS = ("regression", "box")

@@ -213,7 +213,7 @@ def _difference_on(
         (other.model, other.config),
         splits.validation,
         spec=splits.spec,
-        target_scale=target_scale(splits.train),
+        target_scale=target_scale(splits.train, splits.spec.kind),
         seed=derive_seed(study.settings.seed, "comparison"),
     )
 

@@ -207,6 +207,6 @@ def _interval(
         (earlier.model, earlier.config),
         splits.validation,
         spec=splits.spec,
-        target_scale=target_scale(splits.train),
+        target_scale=target_scale(splits.train, splits.spec.kind),
         seed=derive_seed(study.settings.seed, "comparison"),
     )

@@ -12,6 +12,7 @@ import torch
 
 from hpo.data.parts import map_tensors
 from hpo.models.preprocessed import own_of
+from hpo.training.embeddings import RetrievalMetrics
 from hpo.training.evaluation import outputs_and_targets
 from hpo.training.losses import loss_function
 from hpo.training.metrics import NEED_ALL, EpochMetrics
@@ -50,15 +51,19 @@ def compare_models(
 ) -> Difference:
     """The metric of `one` less that of `other` on a split, as one's config names it; each model with its own config.
 
-    The examples are paired: both models judge the same ones. For accuracy the interval is the normal one of the mean
-    difference between paired answers (McNemar, 1947). For any other metric it is that of a percentile bootstrap over
-    the examples, which draws the same ones for both. `target_scale` is that of the training split, as in
-    `trainer.evaluate`.
+    The examples are paired: both models judge the same ones. For accuracy, and for the recall of embeddings, the
+    interval is the normal one of the mean difference between paired answers (McNemar, 1947). For any other metric it is
+    that of a percentile bootstrap over the examples, which draws the same ones for both. `target_scale` is that of the
+    training split, as in `trainer.evaluate`.
     """
     metric = one[1].metric
     first, second = (_Judged.by(model, config, split, spec, target_scale, metric) for model, config in (one, other))
     if metric == "accuracy" and spec.kind == "classification":
-        return _difference_of_answers(first, second)
+        right, right_too = ((each.outputs.argmax(1) == each.targets).double() for each in (first, second))
+        return _difference_of_answers(right - right_too)
+    if metric.startswith("recall_at_"):
+        # Drawn again, an example would find its own copy.
+        return _difference_of_answers(_hits(first) - _hits(second))
     draw = torch.Generator().manual_seed(seed)
     count = len(split)
     differences = []
@@ -109,7 +114,7 @@ class _Judged:
         target_scale: float | Tensor,
         metric: str,
     ) -> _Judged:
-        outputs, targets = outputs_and_targets(model, split, config)
+        outputs, targets = outputs_and_targets(model, split, config, spec.kind)
         return cls(outputs, targets, config, spec, target_scale, own_of(model), metric)
 
     @torch.inference_mode()
@@ -117,18 +122,37 @@ class _Judged:
         """The metric over all examples, or over some of them by index (repeats count)."""
         outputs, targets = self.outputs, self.targets
         if rows is not None:
+            rows = self._rows_of_outputs(rows)
             outputs, targets = map_tensors(lambda tensor: tensor[rows.to(tensor.device)], (outputs, targets))
         needs_all = self.metric in (*NEED_ALL, *self.own.metrics)
         metrics = EpochMetrics(self.spec, self.config.device, own=self.own, is_complete=needs_all)
-        loss = loss_function(self.config, self.spec, self.target_scale, self.own)
-        metrics.update(outputs, targets, loss(outputs, targets))
+        loss = torch.zeros((), device=self.config.device)
+        if self.metric == "loss":
+            loss = loss_function(self.config, self.spec, self.target_scale, self.own)(outputs, targets)
+        metrics.update(outputs, targets, loss)
         return float(metrics.compute()[self.metric])
 
+    def _rows_of_outputs(self, rows: Tensor) -> Tensor:
+        """Where the outputs for these examples are. Among embeddings a copy would be alike to itself, so each is there
+        once, which makes the interval wider."""
+        if self.spec.kind not in ("embedding", "instances"):
+            return rows
+        once = torch.tensor(sorted(set(rows.tolist())))
+        return once if self.spec.kind == "embedding" else torch.stack((2 * once, 2 * once + 1), dim=1).flatten()
 
-def _difference_of_answers(first: _Judged, second: _Judged) -> Difference:
-    """The difference of accuracies: the mean of what each example adds to it, which is 1, 0 or -1."""
-    right, right_too = ((each.outputs.argmax(1) == each.targets).double() for each in (first, second))
-    gains = right - right_too
+
+def _hits(judged: _Judged) -> Tensor:
+    """Whether each example that counts finds one that is alike, among all."""
+    metrics = RetrievalMetrics()
+    metrics.update(judged.outputs, judged.targets)
+    counts, *found = metrics.hits()
+    hits: Tensor = found[1] if judged.metric == "recall_at_5" else found[0]
+    chosen: Tensor = hits[counts]
+    return chosen.double()
+
+
+def _difference_of_answers(gains: Tensor) -> Difference:
+    """The mean of what each example adds to the difference, which is 1, 0 or -1."""
     mean = float(gains.mean())
     width = _Z * float(gains.std(correction=0)) / math.sqrt(len(gains))
     return Difference(mean, mean - width, mean + width)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hpo.data.batches import evaluation_batch_size, evaluation_batches
+from hpo.data.batches import evaluation_batch_size, evaluation_batches, evaluation_views
 from hpo.data.parts import joined
 from hpo.models.preprocessed import own_of
 from hpo.training.device import in_fitting_batches
@@ -49,7 +49,7 @@ def choose_thresholds(model: nn.Module, split: Split, config: TrainConfig) -> No
 
     It is left in evaluation mode. Raises DeviceMemoryError as `fit` does.
     """
-    outputs, targets = outputs_and_targets(model, split, config)
+    outputs, targets = outputs_and_targets(model, split, config, "multilabel")
     model.get_buffer("thresholds").copy_(best_thresholds(outputs, targets))
 
 
@@ -78,12 +78,12 @@ def measure(
     hold one example.
     """
     model.eval()
-    batch_size = _batch_size(model, split, config)
+    batch_size = _batch_size(model, split, config, spec.kind)
     thresholds = getattr(model, "thresholds", None)
 
     def attempt(batch_size: int) -> EpochMetrics:
         metrics = EpochMetrics(spec, config.device, own=own, is_complete=True, thresholds=thresholds)
-        for inputs, targets in evaluation_batches(split, batch_size, config.device):
+        for inputs, targets in _batches(split, config, spec.kind, batch_size):
             with autocast(precision, torch.device(config.device)):
                 outputs = model(inputs)
                 loss = loss_function(outputs, targets)
@@ -94,24 +94,32 @@ def measure(
 
 
 @torch.inference_mode()
-def outputs_and_targets(model: nn.Module, split: Split, config: TrainConfig) -> tuple[Any, Any]:
+def outputs_and_targets(model: nn.Module, split: Split, config: TrainConfig, kind: str) -> tuple[Any, Any]:
     """What a model, moved to the config's device and left in evaluation mode, makes of a split, and what is right.
 
-    Outputs of sequences are padded to the longest of all. Raises DeviceMemoryError where the device's memory cannot
-    hold one example.
+    Of the kind `instances` each example is there in two views, one after the other. Outputs of sequences are padded to
+    the longest of all. Raises DeviceMemoryError where the device's memory cannot hold one example.
     """
     model = model.to(config.device).eval()
-    batch_size = _batch_size(model, split, config)
+    batch_size = _batch_size(model, split, config, kind)
 
     def attempt(batch_size: int) -> tuple[Any, Any]:
-        batches = evaluation_batches(split, batch_size, config.device)
+        batches = _batches(split, config, kind, batch_size)
         outputs, targets = joined((model(inputs), targets) for inputs, targets in batches)
         return outputs, targets
 
     return in_fitting_batches(attempt, batch_size)
 
 
-def _batch_size(model: nn.Module, split: Split, config: TrainConfig) -> int:
+def _batches(split: Split, config: TrainConfig, kind: str, batch_size: int) -> Iterator[tuple[Any, Any]]:
+    if kind == "instances":
+        return evaluation_views(split, config, batch_size)
+    return evaluation_batches(split, batch_size, config.device)
+
+
+def _batch_size(model: nn.Module, split: Split, config: TrainConfig, kind: str) -> int:
+    if kind in ("embedding", "instances"):
+        return config.batch_size  # their losses depend on who is in a batch
     convolves_on_cpu = config.device == "cpu" and has_convolutions(model)
     return evaluation_batch_size(split, config.batch_size, convolves_on_cpu=convolves_on_cpu)
 

@@ -12,9 +12,10 @@ from torch.nn import functional
 
 from hpo.config import OWN
 from hpo.data.kinds import IGNORED, labels_of
-from hpo.data.parts import Padded, values_and_lengths
+from hpo.data.parts import Padded, tensors_of, values_and_lengths
 from hpo.errors import UsageError
 from hpo.objective import NOTHING_OWN
+from hpo.training.embeddings import contrastive, info_nce, triplet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,14 +30,21 @@ LossFunction = Callable[[Any, Any], "Tensor"]
 Those for one of several classes also take targets (B, num_classes): the share that an example has of each, when
 examples are mixed."""
 
+SAMPLE_SIZE = 4096
+"""Examples of a reconstruction that its scale is taken from."""
+
 LOSSES_OF_KIND = {
     "classification": ("cross_entropy", "binary_cross_entropy", "focal"),
+    "soft_labels": ("cross_entropy", "kl_divergence"),
     "multilabel": ("binary_cross_entropy", "focal"),
     "regression": ("mse", "mae", "huber", "log_cosh"),
     "segmentation": ("cross_entropy", "dice", "focal"),
     "box": ("huber", "mse", "mae", "iou", "giou"),
     "tagging": ("cross_entropy", "focal"),
     "transcription": ("ctc",),
+    "embedding": ("triplet", "contrastive", "info_nce"),
+    "instances": ("info_nce", "triplet", "contrastive"),
+    "reconstruction": ("mse", "mae", "huber", "log_cosh", "vae"),
     "own": (),
 }
 """The losses that fit each kind of target; a task's own loss fits any."""
@@ -47,7 +55,7 @@ def training_loss(config: TrainConfig, train: Split, spec: DataSpec, own: Own = 
 
     Raises UsageError for a loss, or weights, that do not fit the data.
     """
-    scale = target_scale(train)
+    scale = target_scale(train, spec.kind)
     if config.class_weights == "none":
         return loss_function(config, spec, scale, own)
     if spec.kind != "classification" or config.loss == OWN:
@@ -84,17 +92,24 @@ def loss_function(
         }.get(spec.kind, f"targets of the kind {spec.kind}")
         advice = f"use {' or '.join(fitting)}" if fitting else "give the Objective a loss of its own"
         raise UsageError(f"loss '{config.loss}' does not fit data with {data}; {advice}.")
-    if spec.kind in ("regression", "box"):
+    if spec.kind in ("regression", "box", "reconstruction"):
         # A tensor, so that a compiled step is the same for every fold.
         scale = torch.as_tensor(target_scale, dtype=torch.float32, device=config.device)
+        if config.loss == "vae":
+            return partial(_vae, scale, torch.tensor(config.kl_weight, device=config.device))
         return _LOSSES_OF_BOXES.get(config.loss) or partial(_scaled, _LOSSES_OF_NUMBERS[config.loss], scale)
 
     def as_tensor(value: float, *, matters: bool) -> Tensor | None:
         # A tensor, so that a compiled step is the same for every trial.
         return torch.tensor(value, device=config.device) if matters else None
 
+    if spec.kind in ("embedding", "instances"):
+        number = config.temperature if config.loss == "info_nce" else config.margin
+        return partial(_LOSSES_OF_EMBEDDINGS[config.loss], torch.tensor(number, device=config.device))
     smoothing = as_tensor(config.label_smoothing, matters=config.label_smoothing > 0)
     gamma = as_tensor(config.focal_gamma, matters=config.loss == "focal")
+    if spec.kind == "soft_labels":
+        return _kl_divergence if config.loss == "kl_divergence" else partial(_cross_entropy, smoothing, None, None)
     if spec.kind == "multilabel":
         return partial(_binary_cross_entropy_of_labels, smoothing, gamma)
     if spec.kind in ("segmentation", "tagging"):
@@ -158,17 +173,43 @@ def _balanced_weights(train: Split, num_classes: int) -> Tensor:
     return len(train) / (num_classes * counts.clamp(min=1).float())
 
 
-def target_scale(train: Split) -> float | Tensor:
+def target_scale(train: Split, kind: str = "regression") -> float | Tensor:
     """Standard deviation of a regression's training targets, (values,) where there are several; else 1.
 
-    It is 1 as well where all targets are equal.
+    For a reconstruction it is that of all values of the inputs, of the first `SAMPLE_SIZE` examples. It is 1 as well
+    where all targets are equal.
     """
     targets = train.targets
+    if kind == "reconstruction":
+        assert isinstance(train.inputs, torch.Tensor), "they are images or numbers"
+        return float(train.inputs[:SAMPLE_SIZE].double().std(correction=0)) or 1.0
+    if kind not in ("regression", "box"):
+        return 1.0
     if not isinstance(targets, torch.Tensor) or not targets.is_floating_point() or targets.ndim > 2:
         return 1.0
     deviation = targets.double().std(0, correction=0)
     safe = torch.where(deviation > 0, deviation, 1.0)
     return float(safe) if targets.ndim == 1 else safe.float()
+
+
+def _kl_divergence(outputs: Tensor, targets: Tensor) -> Tensor:
+    """What the shares (B, num_classes) of a model lack to those that are wanted, in nats (Kullback and Leibler 1951,
+    https://doi.org/10.1214/aoms/1177729694). Its gradient is that of the cross-entropy, but it can reach 0."""
+    shares = targets.float()
+    return (torch.xlogy(shares, shares) - shares * outputs.float().log_softmax(1)).sum(1).mean()
+
+
+def _vae(scale: Tensor, kl_weight: Tensor, outputs: Any, inputs: Tensor) -> Tensor:
+    """The negative of the bound of a variational autoencoder, in nats for each example, without its constant.
+
+    Outputs are three tensors in any structure: the reconstruction, and mean and logarithm of the variance of the
+    latent distribution, both (B, size). The inputs are taken to be normal around their reconstruction with a deviation
+    of `scale`. Kingma and Welling 2014, arXiv:1312.6114, equation 10; `kl_weight` is the beta of Higgins et al. 2017.
+    """
+    reconstruction, mean, log_variance = (tensor.float() for tensor in tensors_of(outputs))
+    error = (reconstruction.reshape(inputs.shape) - inputs).flatten(1) / scale
+    divergence = (mean.square() + log_variance.exp() - log_variance - 1).sum(1) / 2
+    return (error.square().sum(1) / 2 + kl_weight * divergence).mean()
 
 
 def _scaled(loss: LossFunction, scale: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -302,5 +343,7 @@ _LOSSES_OF_NUMBERS: dict[str, LossFunction] = {
     "huber": functional.huber_loss,  # Huber 1964, https://doi.org/10.1214/aoms/1177703732, quadratic up to 1
     "log_cosh": _log_cosh,
 }
+
+_LOSSES_OF_EMBEDDINGS = {"triplet": triplet, "contrastive": contrastive, "info_nce": info_nce}
 
 _LOSSES_OF_BOXES: dict[str, LossFunction] = {"iou": _iou, "giou": _giou}

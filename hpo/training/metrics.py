@@ -15,6 +15,7 @@ from hpo.data.kinds import IGNORED, read_greedily
 from hpo.data.parts import Padded, tensors_of, values_and_lengths
 from hpo.errors import UnknownNameError, UsageError
 from hpo.objective import NOTHING_OWN
+from hpo.training.embeddings import RetrievalMetrics
 from hpo.training.losses import iou_of_pairs, outputs_by_position
 
 if TYPE_CHECKING:
@@ -29,18 +30,22 @@ HELD_EXAMPLES = 2048
 
 METRICS_OF_KIND = {
     "classification": ("accuracy", "precision", "recall", "f1", "precision_weighted", "f1_weighted", "auroc"),
+    "soft_labels": ("kl_divergence", "accuracy"),
     "multilabel": ("f1", "precision", "recall", "accuracy", "exact_match", "average_precision"),
     "regression": ("mse", "rmse", "mae", "r2"),
     "segmentation": ("mean_iou", "dice", "accuracy"),
     "box": ("mean_iou", "mae"),
     "tagging": ("accuracy", "perplexity"),
     "transcription": ("character_error_rate", "exact_match"),
+    "embedding": ("recall_at_1", "recall_at_5"),
+    "instances": ("recall_at_1", "recall_at_5"),
+    "reconstruction": ("mse", "rmse", "mae"),
     "own": (),
 }
 """The metrics of each kind of target; the loss, and metrics of a task's own, go with any."""
 
 
-NEED_ALL = ("auroc", "average_precision", "character_error_rate", "exact_match")
+NEED_ALL = ("auroc", "average_precision", "character_error_rate", "exact_match", "recall_at_1", "recall_at_5")
 """Those that come with complete metrics alone; see `EpochMetrics`."""
 
 
@@ -133,6 +138,12 @@ def _build_metrics(
     match spec.kind:
         case "classification":
             return [ConfusionMetrics(num_classes, device), *([AreaUnderCurve()] if is_complete else [])]
+        case "soft_labels":
+            return [ShareMetrics(device)]
+        case "embedding" | "instances":
+            return [RetrievalMetrics()] if is_complete else []
+        case "reconstruction":
+            return [ReconstructionMetrics(device)]
         case "multilabel":
             counts = LabelMetrics(num_classes, device, thresholds)
             return [counts, *([AveragePrecision()] if is_complete else [])]
@@ -411,6 +422,43 @@ class TranscriptMetrics:
         exact = sum(map(operator.eq, texts, wanted)) / len(wanted)
         rate = char_error_rate(texts, wanted)
         return {"character_error_rate": rate.to(self._device), "exact_match": torch.tensor(exact, device=self._device)}
+
+
+class ShareMetrics:
+    """Mean Kullback-Leibler divergence from the shares that are wanted, and how often both have the same largest."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self._num_examples = 0
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Take in logits and shares, both (B, num_classes)."""
+        shares = targets.double()
+        divergence = torch.xlogy(shares, shares) - shares * outputs.double().log_softmax(1)
+        self._sums += torch.stack((divergence.sum(), (outputs.argmax(1) == targets.argmax(1)).sum()))
+        self._num_examples += len(targets)
+
+    def compute(self) -> dict[str, Tensor]:
+        divergence, right = self._sums / self._num_examples
+        return {"kl_divergence": divergence, "accuracy": right}
+
+
+class ReconstructionMetrics:
+    """MSE, RMSE and MAE of all values of the inputs, in their units."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self._num_values = 0
+
+    def update(self, outputs: Any, targets: Tensor) -> None:
+        """Take in outputs, of several tensors the first, and the inputs (B, ...)."""
+        error = tensors_of(outputs)[0].detach().reshape(targets.shape).double() - targets
+        self._sums += torch.stack((error.square().sum(), error.abs().sum()))
+        self._num_values += targets.numel()
+
+    def compute(self) -> dict[str, Tensor]:
+        mse, mae = self._sums / self._num_values
+        return {"mse": mse, "rmse": mse.sqrt(), "mae": mae}
 
 
 class RegressionMetrics:

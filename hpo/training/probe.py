@@ -39,7 +39,7 @@ class Probe:
 
     So it draws no random numbers, leaves batch norms and gradients alone, and needs no sync with the device. It costs
     about as much as a step with 128 examples. `num_at_a_time` keeps it within the memory of a training step;
-    `target_scale` is that of the losses.
+    `target_scale` is that of the losses, and each example is there as often as in a batch.
     """
 
     def __init__(
@@ -49,10 +49,11 @@ class Probe:
         *,
         target_scale: float | Tensor = 1.0,
         num_at_a_time: int = NUM_EXAMPLES,
+        num_views: int = 1,
         device: str = "cpu",
     ) -> None:
         # A split that is streamed is not on the device.
-        self._examples = train.sample(NUM_EXAMPLES, device)
+        self._examples = train.sample(NUM_EXAMPLES, device, num_views)
         self._loss_function = loss_function
         self._target_scale = _on_device(target_scale, device)
         self._num_at_a_time = max(1, num_at_a_time)

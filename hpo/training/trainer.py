@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hpo.config import config_fields, derive_seed
-from hpo.data.batches import build_batches, place
+from hpo.data.batches import build_batches, num_views, place
 from hpo.errors import CheckpointError, DeviceMemoryError, UsageError
 from hpo.models.preprocessed import own_of
 from hpo.models.pretrained import find_pretrained
@@ -141,7 +141,7 @@ class _Run:
         self.spec, self.own = splits.spec, own_of(model)
         check_metric(config.metric, self.spec, self.own)
         self.config = config
-        scale = target_scale(splits.train)
+        scale = target_scale(splits.train, splits.spec.kind)
         self.model = model.to(config.device)
         self.loss_function = loss_function(config, self.spec, scale, self.own)
         self.splits = splits
@@ -177,6 +177,7 @@ class _Run:
             self.loss_function,
             target_scale=scale,
             num_at_a_time=config.batch_size // 2,  # without bf16 it takes twice the memory
+            num_views=num_views(self.spec),
             device=config.device,
         )
         self.symptoms = Symptoms()
@@ -320,7 +321,7 @@ class _Run:
         self.compile_mode = settle_compile_mode(
             self.config.compile if is_fixed and not self.config.thaw_epoch else "off",
             step,
-            batch_shape=(self.config.batch_size, *self.spec.input_shape) if is_fixed else (),
+            batch_shape=(self.config.batch_size, *self.spec.only_input.shape) if is_fixed else (),
             is_mixed=self.batches.are_mixed,
             seconds_a_step=epoch_s / len(self.batches),
             steps_left=(self.last_epoch - epoch) * len(self.batches),

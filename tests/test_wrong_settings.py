@@ -1,0 +1,76 @@
+"""Named losses, strategies and augmentations that do not fit: each is told in one line before the first trial."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_wrong_tasks import CLASSES, FEATURES, IMAGES, LABELS, NAMES, NUM, WORDS, fixed, prepared
+
+from hpo import HpoError, Ragged
+
+EMBEDDED: dict[str, Any] = {"classes": [], "loss": "info_nce", "metric": "recall_at_1", "given": {"kind": "embedding"}}
+UNLABELLED: dict[str, Any] = EMBEDDED | {"inputs": IMAGES, "targets": None, "given": {"kind": "instances"}}
+AGAIN: dict[str, Any] = {
+    "targets": None, "classes": [], "loss": "mse", "metric": "mse", "given": {"kind": "reconstruction"}
+}  # fmt: skip
+SHARES: dict[str, Any] = {"loss": "kl_divergence", "metric": "kl_divergence", "given": {"kind": "soft_labels"}}
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a loss of embeddings for classes": ({"loss": "triplet"}, "loss 'triplet' does not fit data with 3 classes; use"),
+    "a loss of classes for embeddings": (
+        EMBEDDED | {"loss": "cross_entropy"},
+        "does not fit data with targets of the kind embedding; use triplet or contrastive or info_nce",
+    ),
+    "a metric of classes for embeddings": (EMBEDDED | {"metric": "accuracy"}, "no embedding metric 'accuracy'"),
+    "embeddings of which no two are alike": (
+        EMBEDDED | {"targets": torch.arange(NUM)},
+        "no two examples have the same target, .* use kind='instances'",
+    ),
+    "embeddings with classes": (EMBEDDED | {"classes": NAMES}, "kind embedding have no classes"),
+    "embeddings of floats": (EMBEDDED | {"targets": CLASSES.float()}, "of an embedding must be int64 of shape"),
+    "outputs of embeddings with three dimensions": (
+        EMBEDDED | {"model": fixed(4, 4)},
+        r"outputs of shape \(2, 4, 4\) for 2 examples, not \(2, 4\)",
+    ),
+    "a temperature of 0": (EMBEDDED | {"settings": {"temperature": 0.0}}, "temperature=0.0 is not allowed"),
+    "a margin below 0": (EMBEDDED | {"settings": {"margin": -1.0}}, "margin=-1.0 is not allowed: it must be above 0"),
+    "instances without augmentation": (UNLABELLED, "kind instances need augment=.*two views of an example"),
+    "instances with labels": (
+        UNLABELLED | {"targets": CLASSES, "settings": {"augment": "crop"}},
+        "two examples have the same target; what has labels is of kind='embedding'",
+    ),
+    "instances whose inputs cannot be augmented": (
+        UNLABELLED | {"inputs": FEATURES, "settings": {"augment": "crop"}},
+        "augment='crop' is for images",
+    ),
+    "a reconstruction of targets": (AGAIN | {"targets": FEATURES}, "are the inputs themselves: give None"),
+    "a reconstruction of sequences": (
+        AGAIN | {"inputs": lambda: Ragged.of(WORDS), "model": fixed(3)},
+        "a reconstruction is of one tensor of images or floats",
+    ),
+    "a reconstruction of another size": (AGAIN | {"model": fixed(3)}, r"outputs of shape \(2, 3\) .* not \(2, 4\)"),
+    "a vae without its latent distribution": (
+        AGAIN | {"loss": "vae"},
+        r"loss 'vae' takes three outputs: .* the model of task 'mine' returns \(2, 4\)",
+    ),
+    "a divergence below 0": (AGAIN | {"settings": {"kl_weight": -1.0}}, "kl_weight=-1.0 is not allowed"),
+    "soft labels that are classes": (SHARES, r"soft labels must be floats of shape \(N, 3\), a share for each class"),
+    "soft labels that do not add up": (
+        SHARES | {"targets": LABELS.float() * 0.9},
+        "at least 0 and 1 in all; those of example 0 add up to 0.9",
+    ),
+    "mixing of soft labels": (
+        SHARES | {"targets": LABELS.float(), "settings": {"mixup": 0.2}},
+        "mixup and cutmix do not go with targets of the kind soft_labels",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_does_not_fit_is_told_in_one_line_before_the_first_trial(name: str) -> None:
+    given, message = WRONG[name]
+    with pytest.raises(HpoError, match=message) as raised:
+        prepared(**given)
+    assert "\n" not in str(raised.value)
