@@ -19,6 +19,7 @@ from hpo.session.options import (
     Declaration,
     MachineOptions,
     SearchOptions,
+    SessionOptions,
     StoreOptions,
     StudyOptions,
     SubmitOptions,
@@ -318,6 +319,49 @@ def rerun(as_json: bool, **request: Any) -> None:
     console = _console(stderr=as_json)
     found = rerun_trial(tell=lambda result: print_epoch(console, result), **request)
     _print_json(found.to_dict()) if as_json else print_rerun(console, found)
+
+
+@cli.command()
+@click.argument("study")
+@click.option(
+    "--plan",
+    "confirm",
+    default="quick",
+    show_default=True,
+    metavar="PLAN",
+    help="quick (the best 3 configurations with 3 seeds), full (5 with 5), or 4x10.",
+)
+@take(SessionOptions)
+@json_option
+def confirm(as_json: bool, **request: Any) -> None:
+    """Train the best configurations of STUDY again with new seeds.
+
+    The configuration with the best mean becomes the winner. One that is clearly behind gets no further seeds. If the
+    winner changes, the test split is read once more, and every report says how often it was read.
+
+    \b
+    hpo confirm digits
+    """
+    from hpo.session.search import resume_study
+
+    _run(resume_study, as_json, **request)
+
+
+@cli.command()
+@click.argument("study")
+@take(SessionOptions)
+@json_option
+def refit(as_json: bool, **request: Any) -> None:
+    """Train the winner of STUDY on training and validation examples together.
+
+    It is trained for the epochs that the search found, and tested once. With --folds a search does that by itself.
+
+    \b
+    hpo refit digits
+    """
+    from hpo.session.search import resume_study
+
+    _run(resume_study, as_json, refit=True, **request)
 
 
 @cli.command()

@@ -127,7 +127,7 @@ def record_session(study: Study, now: Provenance, *, accept_changes: bool) -> No
     """
     accepted = require_unchanged(study, now, accept_changes=accept_changes)
     known: list[dict[str, Any]] = study.recorded(PROVENANCE) or []
-    plain = asdict(replace(now, first_trial=len(study.trials()), accepted=accepted))
+    plain = asdict(replace(now, first_trial=study.num_numbered, accepted=accepted))
     if not known or any(plain[name] != known[-1].get(name) for name in _COMPARED):
         study.record(PROVENANCE, [*known, plain])
 

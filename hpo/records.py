@@ -69,6 +69,9 @@ class TrialRecord:
     symptoms: dict[str, float] = field(default_factory=dict)
     """What went wrong in its training by its last epoch; see `hpo.training.symptoms`."""
 
+    repeats: int | None = None
+    """Trial whose configuration this one trains again with another seed; None for a trial of the search."""
+
 
 def describe_pruning(num_steps: int, of: int, *, folds: bool) -> str:
     """`pruned after 3 of 20 epochs`."""
@@ -146,6 +149,9 @@ class Winner:
     """The best trial by its validation score, and what the test split says of it."""
 
     trial: int
+    """The training whose model is used: the best trial, or if its configuration was confirmed the best repeat of it."""
+    searched: int
+    """The trial of the search that found the configuration; `trial` itself without a confirmation."""
     configuration: dict[str, Any]
     metric: str
     validation: float
@@ -164,6 +170,13 @@ class Winner:
     """A `Comparison` with the default configuration, as plain data; None until the search has reached its end."""
     num_test_readings: int
     """How often this study has read the test split: once for each winner that it had at an end."""
+    test_interval: tuple[float, float] | None = None
+    """Bounds of the 95 % interval of the metric on the test split, over its examples; None until it is tested, and
+    where only the task's own `test` has the examples."""
+    is_refit: bool = False
+    """Whether the model was trained on training and validation examples together."""
+    confirmation: dict[str, Any] | None = None
+    """The race between the best configurations, as plain data; None where none was asked for."""
     has_test: bool = True
     """Whether it ever will: the `Objective` of a training loop of its own may have no `test`."""
 
@@ -188,7 +201,7 @@ class SearchOutcome:
     front: list[dict[str, Any]] = field(default_factory=list)
     """The Pareto front, the best metric first; empty with one objective."""
     trials: tuple[TrialRecord, ...] = ()
-    """Every trial of the study, by number."""
+    """Every trial of the study, by number; then the repeats that confirm configurations."""
 
     @property
     def all_diverged(self) -> bool:
@@ -212,6 +225,7 @@ class SearchOutcome:
             {
                 "number": trial.number,
                 "state": trial.state,
+                "repeats": trial.repeats,
                 "stage": trial.stage,
                 "value": trial.value,
                 "best_epoch": trial.best_epoch,
@@ -240,7 +254,8 @@ def outcome_as_html(outcome: SearchOutcome) -> str:
     winner = outcome.winner
     scores = {f"validation {winner.metric}": winner.validation}
     scores |= {f"test {name}": score for name, score in (winner.test or {}).items()}
-    rows = {"best": f"trial {winner.trial}, epoch {winner.best_epoch}"}
+    repeat = "" if winner.trial == winner.searched else f", a repeat of trial {winner.searched}"
+    rows = {"best": f"trial {winner.trial}{repeat}, epoch {winner.best_epoch}"}
     rows |= {name: f"{score:.4f}" for name, score in scores.items()}
     rows |= {
         name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in winner.configuration.items()

@@ -95,8 +95,8 @@ def winner(**about: Any) -> Winner:
     } | about
     compared = Comparison(**{"gain": None, "low": None, "high": None} | told)
     return Winner(
-        trial=6, configuration={}, metric="accuracy", validation=0.9722, best_epoch=9, folds=None, pruned=None,
-        test=None, confusion=None, comparison=vars(compared), num_test_readings=0,
+        trial=6, searched=6, configuration={}, metric="accuracy", validation=0.9722, best_epoch=9, folds=None,
+        pruned=None, test=None, confusion=None, comparison=vars(compared), num_test_readings=0,
     )  # fmt: skip
 
 

@@ -187,6 +187,7 @@ def test_an_outcome_without_a_result_is_shown_and_a_hostile_name_is_escaped() ->
     assert "trials" not in empty.to_dict()
     winner = Winner(
         trial=0,
+        searched=0,
         configuration={"<b>": 1},
         metric="accuracy",
         validation=0.5,

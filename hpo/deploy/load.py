@@ -14,11 +14,11 @@ from hpo.models.preprocessed import PreprocessedModel, build_model
 from hpo.plugins import OBJECTIVES, load_objective, require_registered
 from hpo.search.storage import read_storage
 from hpo.search.study import Study
-from hpo.search.winner import TEST_READINGS
+from hpo.search.winner import TEST_READINGS, find_winner
 from hpo.sources import changed_sources, source_checksums
 from hpo.tracking.store import home_store_uri, open_store
 from hpo.training.checkpoint import load_weights
-from hpo.training.trained import BEST_WEIGHTS, CHECKPOINT, TrialDescription
+from hpo.training.trained import BEST_WEIGHTS, CHECKPOINT, REFIT, TrialDescription
 from hpo.trial import TrainedTrial, loop_seed
 
 _logger = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ def load_best(
 ) -> Any:
     """Return the best model of a study, or of another `trial` whose weights were kept, in eval mode on `device`.
 
+    With a confirmation that is the best training of the confirmed configuration, and after a refit the refitted model.
+
     It is a `PreprocessedModel`; or, if the task has a training loop of its own, what that gave to `trial.save_model`:
     the state dict of a module, or the dictionary itself.
 
@@ -57,19 +59,17 @@ def load_best(
     opened = Study.load(read_storage(home, storage), study)
     if storage is not None and task is None:
         require_registered(OBJECTIVES, opened.task_reference)
-    best = opened.best()
-    if best is None:
+    winner = find_winner(opened)
+    if winner is None:
         raise UsageError(f"study '{study}' has no finished trial yet; continue it with `hpo search`.")
-    if trial is not None and all(record.number != trial for record in opened.trials()):
-        raise UsageError(f"study '{study}' has no trial {trial}; `hpo show {study}` lists its trials.")
-    number = best.number if trial is None else trial
+    number = winner.trial if trial is None else opened.trial(trial).number
     if opened.settings.folds and str(number) not in (opened.recorded(TEST_READINGS) or {}):
         raise UsageError(
             f"trial {number} of study '{study}' has no model of its own: with --folds the winner alone gets one, "
             "trained on all examples when the search has all its trials."
         )
     store = open_store(home, find_runs(opened, home, tracking_uri, is_shared=storage is not None))
-    folder = _download(store, opened, number)
+    folder = _download(store, opened, number, is_refit=winner.is_refit and trial is None)
     if TrialDescription.read(folder).spec is None:
         return _saved_model(folder, device)
     return load_from_folder(folder, opened, number, device, task).model
@@ -122,13 +122,19 @@ class LoadedTrial:
 
 
 def load_trial(
-    store: TrackingStore, study: Study, number: int, device: str = "cpu", task: str | Objective | None = None
+    store: TrackingStore,
+    study: Study,
+    number: int,
+    device: str = "cpu",
+    task: str | Objective | None = None,
+    *,
+    is_refit: bool = False,
 ) -> LoadedTrial:
-    """The best checkpoint of one trial, rebuilt from what its MLflow run holds.
+    """The best checkpoint of one trial, rebuilt from what its MLflow run holds; or what it became when it was refit.
 
     Which task's code is imported is told by the study, not by the run, which may come from a server of many people.
     """
-    return load_from_folder(_download(store, study, number), study, number, device, task)
+    return load_from_folder(_download(store, study, number, is_refit=is_refit), study, number, device, task)
 
 
 def load_trained_trial(store: TrackingStore, study: Study, number: int, device: str = "cpu") -> TrainedTrial:
@@ -148,8 +154,8 @@ def load_trained_trial(store: TrackingStore, study: Study, number: int, device: 
     )
 
 
-def _download(store: TrackingStore, study: Study, number: int) -> Path:
-    return store.download(store.find_trial_run(study.name, number, study.id), CHECKPOINT)
+def _download(store: TrackingStore, study: Study, number: int, *, is_refit: bool = False) -> Path:
+    return store.download(store.find_trial_run(study.name, number, study.id), REFIT if is_refit else CHECKPOINT)
 
 
 def _saved_model(folder: Path, device: str = "cpu") -> dict[str, Any]:

@@ -138,7 +138,7 @@ class Coordinator:
                     shutil.rmtree(folder)
 
     def _standing(self) -> Standing:
-        best = self._study.best()
+        best, race = self._study.best(), self._study.race
         return Standing(
             study=self._study.name,
             metric=f"mean {self._study.settings.metric}" if self._study.settings.folds else self._study.settings.metric,
@@ -146,6 +146,8 @@ class Coordinator:
             num_trials=self._study.num_trials,
             counts=self._study.counts(),
             best=None if best is None or best.value is None else (best.number, best.value),
+            num_repeats=race.plan.num_trainings,
+            num_repeated=sum(contender.num_ended for contender in race.contenders),
         )
 
     def _goes_on(self) -> bool:
@@ -169,7 +171,9 @@ class Coordinator:
         self._study.requeue(number for number in begun if number not in self._attempts)
         if self._num_remaining() == 0 and self._study.counts()["running"] == 0:
             self._study.continue_finalists()
-        return self._study.ask(self._session.id) if self._num_remaining() else None
+        if self._num_remaining():
+            return self._study.ask(self._session.id)
+        return self._study.ask_repeat(self._session.id) if self._study.has_searched else None
 
     def _num_remaining(self) -> int:
         return self._study.remaining(self._study.num_trials)
@@ -216,6 +220,8 @@ class Coordinator:
 
     def _open_run(self, suggestion: Suggestion) -> TrialRun:
         tags = {"hpo.stage": suggestion.stage}
+        if suggestion.repeats is not None:
+            tags["hpo.repeats"] = str(suggestion.repeats)
         return self._runs.trial_run(
             suggestion.number, attempt=suggestion.attempt, params=suggestion.active_values, tags=tags
         )
@@ -285,7 +291,8 @@ class Coordinator:
         """MLflow's spool first, Optuna second: after a kill in between the trial simply ends again."""
         # A trial that cannot win has no value in the table of runs, which is sorted by it, and needs no weights.
         value = self._value_of(attempt) if attempt.state in ELIGIBLE else None
-        outdone = [] if value is None else self._best.add(attempt.number, value, attempt.costs)
+        repeats = attempt.suggestion.repeats
+        outdone = [] if value is None else self._best.add(attempt.number, value, attempt.costs, repeats=repeats)
         logged_value = value
         if attempt.suggestion.pruned and attempt.state in ("diverged", "failed"):  # it had a value when it was pruned
             outdone, logged_value = [attempt.number], math.nan

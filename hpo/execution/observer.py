@@ -26,6 +26,10 @@ class Standing:
     """Its trials, by state."""
     best: tuple[int, float] | None
     """Number and value of the best of them."""
+    num_repeats: int = 0
+    """Trainings that confirm the best configurations when all trials have run, at most."""
+    num_repeated: int = 0
+    """Those that have ended."""
 
 
 class Observer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,10 @@ if TYPE_CHECKING:
 
 
 class BestTrials:
-    """The trials whose weights stay in MLflow: the best `keep`, the default, and with several objectives the front."""
+    """The trials whose weights stay in MLflow: the best `keep`, the default, and with several objectives the front.
+
+    Of the repeats that confirm a configuration the best one stays.
+    """
 
     def __init__(self, study: Study, keep: int) -> None:
         direction = study.settings.direction
@@ -21,12 +25,20 @@ class BestTrials:
         # The winner is compared with the default configuration, trial 0, which a grid alone lacks.
         self._spared = {0} if study.settings.strategy != "grid" else set()
         self._losses = {trial.number: losses(trial, direction) for trial in ranked(study.trials(), direction)}
+        self._repeats: dict[int, dict[int, float]] = defaultdict(dict)
+        for repeat in ranked(study.repeats(), direction):
+            assert repeat.repeats is not None, "it repeats a trial"
+            self._repeats[repeat.repeats][repeat.number] = losses(repeat, direction)[0]
         self.outdone = self._drop_outdone()
         """The trials that have weights, or had, and were not among the best when this was made."""
 
-    def add(self, number: int, value: float, costs: Mapping[str, float]) -> list[int]:
-        """The numbers of trials that are no longer kept, this one perhaps."""
-        self._losses[number] = (self._direction.loss(value), *costs.values())
+    def add(self, number: int, value: float, costs: Mapping[str, float], *, repeats: int | None = None) -> list[int]:
+        """The numbers of trials that are no longer kept, this one perhaps; `repeats` is the trial that it confirms."""
+        loss = self._direction.loss(value)
+        if repeats is None:
+            self._losses[number] = (loss, *costs.values())
+        else:
+            self._repeats[repeats][number] = loss
         return self._drop_outdone()
 
     def remove(self, number: int) -> None:
@@ -38,6 +50,10 @@ class BestTrials:
         outdone = sorted(set(self._losses) - {*best, *pareto_front(self._losses), *self._spared})
         for number in outdone:
             del self._losses[number]
+        for own in self._repeats.values():
+            for number in sorted(own, key=lambda number: (own[number], number))[1:]:
+                del own[number]
+                outdone.append(number)
         return outdone
 
 

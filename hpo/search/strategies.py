@@ -19,7 +19,8 @@ from hpo import extensions
 from hpo.config import derive_seed
 from hpo.errors import UsageError
 from hpo.extensions import accepts, call, find_factory
-from hpo.search.internals import SearchSpaceTransform, direction_of, set_system_attr
+from hpo.search.confirmation import REPEATS
+from hpo.search.internals import SearchSpaceTransform, all_trials, direction_of, set_system_attr
 from hpo.search.priority import PrioritySampler
 from hpo.search.wrappers import DefaultFirstSampler, TrialSeededSampler
 from hpo.space import Choice, Float, Int
@@ -188,7 +189,7 @@ class GridSampler(BaseSampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Value:
-        return self._point(trial.number)[param_name]
+        return self._point(trial.number - _num_repeats_before(study, trial))[param_name]
 
     def _point(self, number: int) -> dict[str, Value]:
         index = (self._offset + number * self._stride) % self._size
@@ -197,6 +198,11 @@ class GridSampler(BaseSampler):
             index, digit = divmod(index, len(values))
             point[name] = values[digit]
         return point
+
+
+def _num_repeats_before(study: Study, trial: FrozenTrial) -> int:
+    """Numbers that confirmations have taken: they are no points of the grid."""
+    return sum(REPEATS in other.user_attrs for other in all_trials(study) if other.number < trial.number)
 
 
 def grid_size(space: Space) -> int:

@@ -14,12 +14,13 @@ from uuid import uuid4
 
 import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
 
 from hpo.config import Direction, derive_seed
-from hpo.errors import HpoError, StoreError, StudyMismatchError, UnknownNameError
+from hpo.errors import HpoError, StoreError, StudyMismatchError, UnknownNameError, UsageError
 from hpo.records import EndState, TrialRecord, TrialState, describe_pruning, losses, pareto_front, ranked
+from hpo.search.confirmation import REPEATS, Race, find_plan
 from hpo.search.encoding import distribution
 from hpo.search.finalists import finalists, is_spared
 from hpo.search.internals import trial_id
@@ -44,6 +45,8 @@ _NUM_TRIALS = "num_trials"
 _TASK_REFERENCE = "task_reference"
 _TRACKING_URI = "tracking_uri"
 _HAS_TEST = "has_test"
+_CONFIRM = "confirm"
+_REFIT = "refit"
 _ID = "id"
 _ATTEMPT = "attempt"
 _OWNER = "owner"
@@ -55,6 +58,8 @@ _DIVERGED = "diverged"
 _WAS_PRUNED = "was_pruned"
 _SYMPTOMS = "symptoms"
 _CONTINUED = "continued"
+
+_WAITING: tuple[TrialState, ...] = ("queued", "interrupted")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +86,9 @@ class Suggestion:
 
     pruned: str | None = None
     """How far it came before it was pruned, if it is continued after that: `pruned after 3 of 20 epochs`."""
+
+    repeats: int | None = None
+    """The trial whose configuration it trains again with another seed; None for a trial of the search."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +167,39 @@ class Study:
 
         It belongs to `owner`, a session's id, until it is told or adopted by another.
         """
-        handle = self._optuna.ask(self._distributions)
+        return self._begin(self._optuna.ask(self._distributions), owner)
+
+    @_explained()
+    def ask_repeat(self, owner: str = "") -> Suggestion | None:
+        """The next training that confirms a configuration, one that was interrupted first; None if none is missing.
+
+        The caller holds the study's lock, and the search has all its trials.
+        """
+        race = self.race
+        numbers = [repeat.number for each in race.running for repeat in each.repeats if repeat.state in _WAITING]
+        if not numbers:
+            if race.next is None:
+                return None
+            numbers = [self._queue_repeat(race.next.trial)]
+        waiting = trial_id(self._trials()[numbers[0]])
+        self._storage.set_trial_state_values(waiting, OptunaState.RUNNING)
+        return self._begin(optuna.Trial(self._optuna, waiting), owner)
+
+    def _queue_repeat(self, record: TrialRecord) -> int:
+        """Queue a training of this configuration with a seed of its own; the number of the new trial."""
+        number = len(self._trials())
+        about = {REPEATS: record.number, _STAGE: f"confirms trial {record.number}"}
+        self._optuna.add_trial(
+            create_trial(
+                state=OptunaState.WAITING,
+                params=record.values,
+                distributions=self._distributions,
+                user_attrs=about | {_INACTIVE: list(record.inactive)},
+            )
+        )
+        return number
+
+    def _begin(self, handle: optuna.Trial, owner: str) -> Suggestion:
         handle.set_user_attr(_OWNER, owner)
         values = {name: handle.params[name] for name in self.settings.space.parameters}
         active_values = self.settings.space.active(values)
@@ -176,6 +216,7 @@ class Study:
             stage=self._stage(handle),
             seed=self.trial_seed(handle.number),
             pruned=self._describe_pruning(handle.user_attrs),
+            repeats=handle.user_attrs.get(REPEATS),
         )
 
     def _describe_pruning(self, attributes: Mapping[str, Any]) -> str | None:
@@ -230,10 +271,9 @@ class Study:
             running.reported.add(step)
         if math.isnan(value) or self.settings.costs or step >= self.settings.num_steps:
             return False
-        if _CONTINUED in running.handle.user_attrs or not running.handle.should_prune():
+        if {_CONTINUED, REPEATS} & running.handle.user_attrs.keys() or not running.handle.should_prune():
             return False
-        trials = self.trials()
-        return not is_spared(trials[number], trials, self.settings)
+        return not is_spared(self.trial(number), self.trials(), self.settings)
 
     def pruning_reason(self, number: int, step: int) -> str:
         """Why `report` has said that a trial is to stop after an epoch, or a fold, in words for the user."""
@@ -294,7 +334,7 @@ class Study:
 
     def finalists(self) -> list[TrialRecord]:
         """The pruned trials that are continued to their end when the study has all its trials, the best first."""
-        totals = [trial.user_attrs[_CONTINUED]["total"] for trial in self._trials() if _CONTINUED in trial.user_attrs]
+        totals = [trial.user_attrs[_CONTINUED]["total"] for trial in self._searched() if _CONTINUED in trial.user_attrs]
         return finalists(self.trials(), self.settings, num_continued=totals.count(self.num_trials))
 
     @_explained()
@@ -310,8 +350,19 @@ class Study:
 
     @property
     def is_done(self) -> bool:
-        """Whether the study has all the trials that it was last asked for, and each that may win has run to its end."""
+        """Whether it has all the trials that it was last asked for, and has confirmed what was to be confirmed."""
+        return self.has_searched and self.race.is_done
+
+    @property
+    def has_searched(self) -> bool:
+        """Whether it has all these trials, and each that may win has run to its end."""
         return self.remaining(self.num_trials) == 0 and self.counts()["running"] == 0 and not self.finalists()
+
+    @property
+    def race(self) -> Race:
+        """The confirmation of the best configurations, as far as it has come."""
+        plan = find_plan(self.recorded(_CONFIRM) or "none")
+        return Race.of(plan, self.trials(), self.repeats(), self.settings.direction)
 
     def estimated_mean(self, number: int) -> float:
         """What the folds that a trial has say of its mean over all, when there is a complete trial to compare with.
@@ -319,10 +370,9 @@ class Study:
         It is the best complete trial's mean and the mean difference to it in the same folds: with folds of which some
         are easier than others, the mean of the first few says little.
         """
-        trials = self.trials()
-        best = ranked([trial for trial in trials if trial.state == "complete"], self.settings.direction)[0]
+        best = ranked([trial for trial in self.trials() if trial.state == "complete"], self.settings.direction)[0]
         assert best.value is not None, "a complete trial has a value"
-        return best.value + fmean(value - best.curve[fold] for fold, value in trials[number].curve.items())
+        return best.value + fmean(value - best.curve[fold] for fold, value in self.trial(number).curve.items())
 
     def _mark_diverged(self, running: _RunningTrial) -> None:
         # TPE ranks pruned trials by how far they came: one that diverged in epoch 30 would beat all that were pruned in
@@ -384,13 +434,29 @@ class Study:
         return _num_finished(self.counts())
 
     def counts(self) -> dict[TrialState, int]:
-        """Number of trials in each state, 0 where there are none."""
-        counted = Counter(_state(trial) for trial in self._trials())
+        """Number of the search's trials in each state, 0 where there are none."""
+        counted = Counter(_state(trial) for trial in self._searched())
         return {state: counted[state] for state in get_args(TrialState)}
 
     def trials(self) -> list[TrialRecord]:
-        """Every trial, by number."""
-        return [self._record(trial) for trial in self._trials()]
+        """Every trial of the search, by number."""
+        return [self._record(trial) for trial in self._searched()]
+
+    def repeats(self) -> list[TrialRecord]:
+        """The trainings that confirm configurations, by number. They are numbered as trials are."""
+        return [self._record(trial) for trial in self._trials() if REPEATS in trial.user_attrs]
+
+    def trial(self, number: int) -> TrialRecord:
+        """A trial of the search or a repeat. Raises UsageError where there is none of that number."""
+        trials = self._trials()
+        if not 0 <= number < len(trials):
+            raise UsageError(f"study '{self.name}' has no trial {number}; `hpo show {self.name}` lists its trials.")
+        return self._record(trials[number])
+
+    @property
+    def num_numbered(self) -> int:
+        """Trials and repeats that have a number; the next one gets this."""
+        return len(self._trials())
 
     def best(self) -> TrialRecord | None:
         """The trial with the best epoch, complete or pruned, the earliest of equals; None while there is none."""
@@ -420,9 +486,23 @@ class Study:
         return int(self.recorded(_NUM_TRIALS) or self.settings.planned_trials)
 
     def remember_session(
-        self, *, num_trials: int, task_reference: str, tracking_uri: str | None, has_test: bool = True
+        self,
+        *,
+        num_trials: int,
+        task_reference: str,
+        tracking_uri: str | None,
+        has_test: bool = True,
+        confirm: str | None = None,
+        refit: bool = False,
     ) -> None:
-        """Keep what a session was given and the next one, or a reader, wants to know."""
+        """Keep what a session was given and the next one, or a reader, wants to know.
+
+        Without `confirm` the plan of before stays, and so does a `refit` that was asked for.
+        """
+        if confirm is not None:
+            self.record(_CONFIRM, confirm)
+        if refit:
+            self.record(_REFIT, refit)
         self.record(_NUM_TRIALS, num_trials)
         self.record(_TASK_REFERENCE, task_reference)
         self.record(_TRACKING_URI, tracking_uri)
@@ -432,6 +512,11 @@ class Study:
     def has_test(self) -> bool:
         """Whether its winner can be tested; a training loop of the task's own may come without a test."""
         return self.recorded(_HAS_TEST) is not False
+
+    @property
+    def is_refit(self) -> bool:
+        """Whether its winner is trained on training and validation examples together before it is tested."""
+        return bool(self.recorded(_REFIT) or self.settings.folds)
 
     @property
     def task_reference(self) -> str:
@@ -455,6 +540,9 @@ class Study:
 
     def _trials(self) -> list[FrozenTrial]:
         return self._storage.get_all_trials(self._study_id, deepcopy=False)
+
+    def _searched(self) -> list[FrozenTrial]:
+        return [trial for trial in self._trials() if REPEATS not in trial.user_attrs]
 
     def _stage(self, trial: optuna.Trial | FrozenTrial) -> str:
         if _STAGE in trial.user_attrs:
@@ -487,6 +575,7 @@ class Study:
             pruned_after=trial.user_attrs.get(_CONTINUED, {}).get("after"),
             costs=self._costs(trial),
             symptoms=trial.user_attrs.get(_SYMPTOMS, {}),
+            repeats=trial.user_attrs.get(REPEATS),
         )
 
     def _costs(self, trial: FrozenTrial) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hpo.records import Comparison, Winner, describe_pruning
+from hpo.search.confirmation import best_repeat
 
 if TYPE_CHECKING:
     from hpo.records import TrialRecord
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from hpo.search.study import Study
 
 TEST_READINGS = "test_readings"
+TEST_INTERVALS = "test_intervals"
+REFITS = "refits"
 TEST_CONFUSIONS = "test_confusions"
 COMPARISONS = "comparisons"
 
@@ -21,28 +24,42 @@ MAX_CONFUSED = 50
 
 def find_winner(study: Study) -> Winner | None:
     """The winner as far as it is known; None while no trial has finished. Reads no data."""
-    best = study.best()
-    if best is None:
+    race = study.race
+    found = study.best()
+    if found is None:
         return None
+    confirmed = race.winner if study.has_searched else None
+    best = best_repeat(confirmed, study.settings.direction) if confirmed else found
     assert best.value is not None, "the best trial has a value"
     assert best.best_epoch is not None, "the best trial has a best epoch"
     readings: dict[str, dict[str, float]] = study.recorded(TEST_READINGS) or {}
     comparisons: dict[str, dict[str, Any]] = study.recorded(COMPARISONS) or {}
     confusions: dict[str, dict[str, Any]] = study.recorded(TEST_CONFUSIONS) or {}
+    is_refit = str(best.number) in (study.recorded(REFITS) or {})
+    reading = reading_of(best.number, is_refit=is_refit)
     return Winner(
         trial=best.number,
+        searched=best.number if best.repeats is None else best.repeats,
         configuration={name: value for name, value in best.values.items() if name not in best.inactive},
         metric=study.settings.metric,
         validation=best.value,
         best_epoch=best.best_epoch,
         folds=study.settings.folds,
         pruned=how_far(best, study.settings),
-        test=readings.get(str(best.number)),
+        test=readings.get(reading),
+        test_interval=(study.recorded(TEST_INTERVALS) or {}).get(reading),
+        is_refit=is_refit,
+        confirmation=race.to_dict() if race.contenders and study.has_searched else None,
         comparison=comparisons.get(str(best.number)),
-        confusion=confusions.get(str(best.number)),
+        confusion=confusions.get(reading),
         num_test_readings=len(readings),
         has_test=study.has_test,
     )
+
+
+def reading_of(trial: int, *, is_refit: bool) -> str:
+    """The key that a reading of the test split is recorded under."""
+    return f"{trial} refit" if is_refit else str(trial)
 
 
 def how_far(trial: TrialRecord, settings: StudySettings) -> str | None:
@@ -56,7 +73,7 @@ def describe_comparison(winner: Winner) -> str:
     """`default 0.9514 (trial 0); gain 0.0208, 95 % interval 0.0035 to 0.0382`, and whether that tells them apart."""
     assert winner.comparison is not None, "the winner was compared"
     found = Comparison(**winner.comparison)
-    if found.trial == winner.trial:
+    if found.trial == winner.searched:
         return "The winner is the default configuration"
     if found.value is None:
         return f"The default configuration (trial {found.trial}) {found.state}"
@@ -85,3 +102,46 @@ def front_rows(study: Study) -> list[dict[str, Any]]:
         }
         for trial in study.front()
     ]
+
+
+def describe_training(winner: Winner) -> str:
+    """`trial 23, a repeat of trial 12, epoch 9`, and how far it came and what was trained on all examples."""
+    parts = [f"trial {winner.trial}"]
+    if winner.trial != winner.searched:
+        parts.append(f"a repeat of trial {winner.searched}")
+    if winner.folds:
+        parts.append(f"trained on all examples for {winner.best_epoch} epochs")
+    else:
+        parts.append(f"epoch {winner.best_epoch}")
+    if winner.is_refit:
+        parts.append("then trained on training and validation examples together")
+    return ", ".join(parts + ([winner.pruned] if winner.pruned else []))
+
+
+def describe_confirmation(winner: Winner) -> str:
+    """`mean 0.9312, standard deviation 0.0021, over 3 new seeds; trial 12, the best of the search, has mean 0.9275`."""
+    assert winner.confirmation is not None, "it was asked for"
+    if not winner.confirmation["is_done"]:
+        return "not finished yet: the winner so far is the best trial of the search"
+    rows = {row["trial"]: row for row in winner.confirmation["configurations"]}
+    chosen, luckiest = rows.get(winner.searched), next(iter(rows.values()))
+    if chosen is None or chosen["mean"] is None:
+        return "none of the new trainings has a result; the winner is the best trial of the search"
+    text = _mean_of(chosen)
+    if luckiest is chosen:
+        return f"{text}; the best trial of the search stays ahead of {_others(len(rows) - 1)}"
+    lucky = (
+        f"trial {luckiest['trial']}, the best of the search with {luckiest['searched']:.4f}, has {_mean_of(luckiest)}"
+    )
+    return f"{text}; {lucky}"
+
+
+def _mean_of(row: dict[str, Any]) -> str:
+    if row["num_diverged"]:
+        return f"diverged with {row['num_diverged']} of {len(row['repeats'])} new seeds"
+    spread = "" if row["std"] is None else f", standard deviation {row['std']:.4f}"
+    return f"mean {row['mean']:.4f}{spread} over {len(row['values'])} new seeds"
+
+
+def _others(number: int) -> str:
+    return "the other configuration" if number == 1 else f"the other {number} configurations"

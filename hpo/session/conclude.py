@@ -8,6 +8,7 @@ import time
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -25,17 +26,22 @@ from hpo.search.importances import describe_share, importances
 from hpo.search.winner import (
     COMPARISONS,
     MAX_CONFUSED,
+    REFITS,
     TEST_CONFUSIONS,
+    TEST_INTERVALS,
     TEST_READINGS,
     describe_comparison,
+    describe_confirmation,
+    describe_training,
     find_winner,
     front_rows,
     how_far,
+    reading_of,
 )
-from hpo.training.comparison import Difference, compare_folds, compare_models
+from hpo.training.comparison import Difference, compare_folds, compare_models, score_interval
 from hpo.training.evaluation import evaluate, evaluate_classes
 from hpo.training.losses import target_scale
-from hpo.training.trained import CHECKPOINT
+from hpo.training.trained import CHECKPOINT, REFIT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -64,7 +70,7 @@ _POLL_S = 0.5
 def conclude(prepared: Prepared, opened: Opened, observer: Observer) -> Winner | None:
     """Find the winner when all trials have run, test it once, and write the summary; else the winner so far."""
     study, session, coordinator = opened.study, opened.session, opened.coordinator
-    ending = "training the winner on all examples" if study.settings.folds else "testing the winner"
+    ending = "training the winner on all examples" if study.is_refit else "testing the winner"
     observer.note("drawing the plots" + (f" and {ending}" if coordinator.is_done else ""))
     opened.runs.flush()
     coordinator.remove_old_checkpoints()
@@ -90,41 +96,58 @@ def _await_others(session: Session) -> None:
 def tested_winner(prepared: Prepared, opened: Opened) -> Winner | None:
     """The winner with its test scores, and compared with the default configuration on the validation split.
 
-    The test split is opened only if this winner has not been tested before. What has been cross-validated has no model
-    before it is trained on all examples; where that is cut short it is trained again. The caller holds the study's
+    The test split is opened only if this winner has not been tested before. What has been cross-validated, or is to be
+    refit, is trained on all examples first; where that is cut short it is trained again. The caller holds the study's
     lock, so that no two sessions test at once.
     """
     study, store, task = opened.study, opened.store, prepared.request.task
     device = prepared.request.machine.device
     winner = find_winner(study)
     if winner is not None and winner.comparison is None:
-        compared = compare_with_default(study, store, prepared.splits, winner.trial, device, task.objective)
+        compared = compare_with_default(study, store, prepared.splits, winner, device, task.objective)
         if compared:
-            _record(study, COMPARISONS, winner.trial, asdict(compared))
+            _record(study, COMPARISONS, str(winner.trial), asdict(compared))
+    if winner is not None and study.is_refit and not (winner.is_refit or study.settings.folds):
+        _refit(winner, prepared, opened, REFIT)
+        _record(study, REFITS, str(winner.trial), True)
+        winner = find_winner(study)
     if winner is None or winner.test is not None or not task.has_test:
         return find_winner(study)
     if prepared.test is None:
         scores = _scores_of_own_test(task.objective, load_trained_trial(store, study, winner.trial, device))
     else:
         scores = _test_scores(winner, prepared.test, prepared, opened)
-    _record(study, TEST_READINGS, winner.trial, scores)
+    _record(study, TEST_READINGS, reading_of(winner.trial, is_refit=winner.is_refit), scores)
     return find_winner(study)
 
 
 def _test_scores(winner: Winner, test: SealedSplit, prepared: Prepared, opened: Opened) -> dict[str, float]:
     """Open the test split, and judge the winner by it."""
     study, request = opened.study, prepared.request
+    reading = reading_of(winner.trial, is_refit=winner.is_refit)
     if study.settings.folds:
-        _refit(winner, prepared, opened)
-    trained = load_trial(opened.store, study, winner.trial, request.machine.device, request.task.objective)
+        _refit(winner, prepared, opened, CHECKPOINT)
+    device, task = request.machine.device, request.task.objective
+    trained = load_trial(opened.store, study, winner.trial, device, task, is_refit=winner.is_refit)
     spec, classes = trained.model.spec, trained.model.classes
     examples, is_classified = _read_test_split(test, spec), spec.kind == "classification"
     if is_classified:
         scores, counts = evaluate_classes(trained.model, examples, trained.config, spec)
         if len(classes) <= MAX_CONFUSED:
-            _record(study, TEST_CONFUSIONS, winner.trial, {"classes": classes, "counts": counts})
+            _record(study, TEST_CONFUSIONS, reading, {"classes": classes, "counts": counts})
     else:
         scores = evaluate(trained.model, examples, trained.config, spec)
+    assert prepared.splits is not None, "a task with a test split has others"
+    ends = score_interval(
+        trained.model,
+        trained.config,
+        examples,
+        spec=spec,
+        target_scale=target_scale(prepared.splits.train),
+        seed=derive_seed(study.settings.seed, "test interval"),
+    )
+    if all(map(math.isfinite, ends)):
+        _record(study, TEST_INTERVALS, reading, ends)
     if study.settings.metric != "loss":
         del scores["loss"]  # of use in training alone
     if is_classified and {"flip", "alternating_flip"} & {*augmentation_names(trained.config.augment)}:
@@ -151,7 +174,7 @@ def _scores_of_own_test(objective: Objective, trained: TrainedTrial) -> dict[str
 
 
 def compare_with_default(
-    study: Study, store: TrackingStore, splits: Splits | None, winner: int, device: str, task: Objective
+    study: Study, store: TrackingStore, splits: Splits | None, winner: Winner, device: str, task: Objective
 ) -> Comparison | None:
     """What a winner gains over the default configuration; None where the study has no trial of that.
 
@@ -161,16 +184,15 @@ def compare_with_default(
     default = study.default_trial
     if default is None:
         return None
-    records = study.trials()
     difference, num_examples = None, 0
-    if default.state in ELIGIBLE and default.number != winner:
+    if default.state in ELIGIBLE and default.number != winner.searched:
         if study.settings.folds:
-            difference = _difference_in_folds(records[winner], default)
+            difference = _difference_in_folds(study.trial(winner.trial), default)
         elif splits is None:
-            difference = Difference(_value(records[winner]) - _value(default), math.nan, math.nan)
+            difference = Difference(winner.validation - _value(default), math.nan, math.nan)
         else:
             num_examples = len(splits.validation)
-            difference = _difference_on(splits, study, store, (winner, default.number), device, task)
+            difference = _difference_on(splits, study, store, (winner.trial, default.number), device, task)
     gains = (
         [study.settings.direction.gain(end, over=0.0) for end in (difference.low, difference.high)]
         if difference and math.isfinite(difference.low)
@@ -218,10 +240,10 @@ def _difference_on(
     )
 
 
-def _refit(winner: Winner, prepared: Prepared, opened: Opened) -> None:
-    """Train the winner of a cross-validation on all examples, and give its run the model."""
+def _refit(winner: Winner, prepared: Prepared, opened: Opened, artifact: str) -> None:
+    """Train the winner on training and validation examples together, and give its run the model."""
     request, study, store = prepared.request, opened.study, opened.store
-    assert prepared.splits is not None, "folds are of splits"
+    assert prepared.splits is not None, "the shared trainer has splits"
     config = request.task.train_config(
         winner.configuration,
         max_epochs=study.settings.max_epochs,
@@ -236,14 +258,21 @@ def _refit(winner: Winner, prepared: Prepared, opened: Opened) -> None:
             assignment,
             request.task.objective,
             prepared.splits,
-            num_epochs=winner.best_epoch,
+            num_epochs=_epochs_found(winner, study),
             value=winner.validation,
         )
-        store.upload(store.find_trial_run(study.name, winner.trial, study.id), Path(folder), CHECKPOINT)
+        store.upload(store.find_trial_run(study.name, winner.trial, study.id), Path(folder), artifact)
 
 
-def _record(study: Study, key: str, trial: int, fact: Mapping[str, Any]) -> None:
-    study.record(key, {**(study.recorded(key) or {}), str(trial): fact})
+def _epochs_found(winner: Winner, study: Study) -> int:
+    """The epochs that the winning configuration needs: the mean of its new trainings, if it was confirmed."""
+    confirmed = study.race.winner
+    epochs = [repeat.best_epoch for repeat in confirmed.repeats if repeat.best_epoch] if confirmed else []
+    return round(fmean(epochs)) if epochs else winner.best_epoch
+
+
+def _record(study: Study, key: str, of: str, fact: Any) -> None:
+    study.record(key, {**(study.recorded(key) or {}), of: fact})
 
 
 def _read_test_split(test: SealedSplit, spec: DataSpec) -> Split:
@@ -307,15 +336,11 @@ def _in_words(study: Study, winner: Winner) -> str:
     rows = "".join(f"| {name} | {value} |\n" for name, value in winner.configuration.items())
     untested = "not evaluated yet" if winner.has_test else "none"
     test = untested if winner.test is None else ", ".join(f"{k} {v:.4f}" for k, v in winner.test.items())
-    judged = (
-        f"the mean of {winner.folds} folds; trained on all examples for {winner.best_epoch} epochs"
-        if winner.folds
-        else f"on the validation split at epoch {winner.best_epoch}"
-    )
-    judged += f", {winner.pruned}" if winner.pruned else ""
+    judged = f"the mean of {winner.folds} folds" if winner.folds else "on the validation split"
     compared = f" {describe_comparison(winner)}." if winner.comparison else ""
+    compared += f" Confirmation: {describe_confirmation(winner)}." if winner.confirmation else ""
     return (
-        f"**Winner: trial {winner.trial}**, {winner.metric} {winner.validation:.4f} {judged}; "
+        f"**Winner: {describe_training(winner)}**, {winner.metric} {winner.validation:.4f} {judged}; "
         f"test split: {test}.{compared}\n\n| parameter | value |\n| --- | --- |\n{rows}\n"
         f'Load it: `hpo.load_best("{study.name}")`. Plots, settings and search space are in the artifacts.\n\n'
         f"{'. '.join(describe_provenance(study))}."

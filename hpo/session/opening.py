@@ -103,6 +103,8 @@ def _open_study(prepared: Prepared, database: Storage, session: Session, store: 
         task_reference=request.task.reference,
         tracking_uri=None if store.is_in_home or machine.is_shared else store.uri,
         has_test=request.task.has_test,
+        confirm=request.confirm,
+        refit=request.refit,
     )
     study.requeue(number for number, owner in study.owners().items() if owner in gone or not machine.is_shared)
     enqueue(study, request.proposals)

@@ -77,6 +77,23 @@ class StudyOptions(TypedDict, total=False):
         ),
     ]
     study: Annotated[str | None, Option("--study", "Name of the study. [default: the task's name]", metavar="NAME")]
+    confirm: Annotated[
+        str | None,
+        Option(
+            "--confirm",
+            "Train the best configurations again with new seeds, and choose by their mean: none, quick (3 "
+            "configurations with 3 seeds), full (5 with 5) or 4x10. [default: none]",
+            metavar="PLAN",
+        ),
+    ]
+    refit: Annotated[
+        bool,
+        Option(
+            "--refit",
+            "Train the winner on training and validation examples together before it is tested.",
+            of_trainer=True,
+        ),
+    ]
     strategy: Annotated[
         str | None,
         Option(

@@ -17,6 +17,7 @@ from hpo.execution.hooks import check_url
 from hpo.home import Home, check_study_name, find_data_dir, find_storage
 from hpo.objective import Objective
 from hpo.plugins import SEARCH_SPACES, load_task, require_registered
+from hpo.search.confirmation import find_plan
 from hpo.search.priority import TRIED_BY_HAND
 from hpo.search.pruners import check_first_rung, check_folds_pruner
 from hpo.search.settings import StudySettings
@@ -86,6 +87,10 @@ class Request:
     """The study's new total of trials; None leaves it as it is."""
     proposals: Sequence[Proposal]
     """What is tried first."""
+    confirm: str | None = None
+    """How the best configurations are confirmed, as `--confirm` has it; None leaves it as it is."""
+    refit: bool = False
+    """Whether the winner is trained on training and validation examples together; False leaves it as it is."""
     machine: Machine
 
 
@@ -93,6 +98,8 @@ def read_request(task: str | Objective, options: SearchOptions) -> Request:
     """What the options of a search ask for. Raises UsageError where they make no sense; nothing is written."""
     options = checked(options)
     machine = this_machine(options)
+    if (confirm := options.get("confirm")) is not None:
+        find_plan(confirm)
     found, name, settings = agree(machine, task, options)
     return Request(
         task=found,
@@ -100,6 +107,8 @@ def read_request(task: str | Objective, options: SearchOptions) -> Request:
         settings=settings,
         trials=options.get("trials"),
         proposals=find_proposals(machine, name, settings, options.get("tries") or (), options.get("warm_starts") or ()),
+        confirm=confirm,
+        refit=options["refit"],
         machine=machine,
     )
 

@@ -134,10 +134,7 @@ def _request(machine: Machine, name: str) -> tuple[Request, Study]:
 
 
 def _find_trial(study: Study, number: int) -> TrialRecord:
-    trials = study.trials()
-    if not 0 <= number < len(trials):
-        raise UsageError(f"study '{study.name}' has no trial {number}; `hpo show {study.name}` lists its trials.")
-    record = trials[number]
+    record = study.trial(number)
     if record.state not in (*ELIGIBLE, "diverged") or not record.curve:
         raise UsageError(f"trial {number} of study '{study.name}' is {record.state}: there is nothing to compare with.")
     return record

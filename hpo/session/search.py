@@ -78,6 +78,8 @@ def submit_study(task: str, **options: Unpack[SubmitOptions]) -> Study:
             task_reference=task,
             tracking_uri=None,
             has_test=request.task.has_test,
+            confirm=request.confirm,
+            refit=request.refit,
         )
         enqueue(study, request.proposals)
         return study
@@ -97,6 +99,18 @@ def join_search(study: str, *, observer: Observer | None = None, **options: Unpa
     # Whoever can write to the database must not choose what code runs here.
     require_registered(OBJECTIVES, task)
     return _search(read_request(task, asked), observer or Observer())
+
+
+def resume_study(*, observer: Observer | None = None, **options: Unpack[SearchOptions]) -> SearchOutcome:
+    """Resume the `study` of that name, whose task it knows: to confirm or to refit its winner.
+
+    Raises UsageError where the task can no longer be found; then resume it with `run_search`.
+    """
+    machine, name = this_machine(options), options.get("study") or ""
+    task = Study.load(read_storage(machine.home.path, machine.storage), name).task_reference
+    if machine.is_shared:  # whoever can write to the database must not choose what code runs here
+        require_registered(OBJECTIVES, task)
+    return _search(read_request(task, options), observer or Observer())
 
 
 def _search(request: Request, observer: Observer) -> SearchOutcome:
@@ -177,5 +191,5 @@ def _outcome(request: Request, opened: Opened, winner: Winner | None) -> SearchO
         winner=winner,
         to_continue=tuple(trial.number for trial in study.finalists()) if not study.remaining(study.num_trials) else (),
         front=front_rows(study),
-        trials=tuple(study.trials()),
+        trials=(*study.trials(), *study.repeats()),
     )

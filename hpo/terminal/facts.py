@@ -112,6 +112,8 @@ def study_facts(name: str, home: Path | None, storage: str | None = None, top: i
             "importances_note": rated.note,
             "findings": [asdict(finding) for finding in findings(study)],
             "trials": [asdict(trial) for trial in trials],
+            "confirmation": study.race.to_dict() if study.race.contenders else None,
+            "repeats": [asdict(repeat) for repeat in study.repeats()],
         }
     )
     return facts

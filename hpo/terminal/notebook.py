@@ -86,7 +86,7 @@ class NotebookProgress(Observer):
     ) -> None:
         assert self._tally is not None, "a search starts before its trials end"
         self._running.pop(suggestion.number, None)
-        if self._tally.add(suggestion.number, state, result):
+        if self._tally.add(suggestion, state, result):
             self._best = format_configuration(suggestion.active_values)
         if state == "failed":
             self._found.append(f"trial {suggestion.number} failed: {reason}")

@@ -50,25 +50,31 @@ class Tally:
         self.num_trials = start.num_trials
         self.counts = Counter(start.counts)
         self.best = start.best
+        self.num_repeats = start.num_repeats
+        self.num_repeated = start.num_repeated
         self._direction = start.direction
         self._started = time.monotonic()
-        self._finished_before = self.num_finished
+        self._ended_before = self._num_ended
 
     def catch_up(self, standing: Standing) -> None:
         """Take over where the study stands: other machines have moved it, or pruned trials are continued."""
         self.counts = Counter(standing.counts)
         self.best = standing.best
         self.num_trials = standing.num_trials
+        self.num_repeated = standing.num_repeated
 
-    def add(self, number: int, state: EndState, result: EpochResult | None) -> bool:
-        """Count a trial that ended; True when it is the best so far."""
+    def add(self, suggestion: Suggestion, state: EndState, result: EpochResult | None) -> bool:
+        """Count a trial that ended; True when it is the best so far. A repeat is counted apart."""
+        if suggestion.repeats is not None:
+            self.num_repeated += state != "interrupted"
+            return False
         self.counts[state] += 1
         value = result.best_value if result else None
         if state not in ELIGIBLE or value is None:
             return False
         if self.best is not None and self._direction.gain(value, over=self.best[1]) <= 0:
             return False
-        self.best = number, value
+        self.best = suggestion.number, value
         return True
 
     @property
@@ -78,15 +84,20 @@ class Tally:
     @property
     def seconds_left(self) -> float | None:
         """Estimated from the trials of this session, on all machines; None before the first one has ended."""
-        num_ended = self.num_finished - self._finished_before
+        num_ended = self._num_ended - self._ended_before
         if num_ended <= 0:
             return None
         seconds_a_trial = (time.monotonic() - self._started) / num_ended
-        return seconds_a_trial * max(0, self.num_trials - self.num_finished)
+        return seconds_a_trial * max(0, self.num_trials + self.num_repeats - self._num_ended)
+
+    @property
+    def _num_ended(self) -> int:
+        return self.num_finished + self.num_repeated
 
     def describe_counts(self) -> str:
         parts = [f"{self.num_finished}/{self.num_trials} trials"]
         parts += [f"{self.counts[state]} {state}" for state in ("pruned", "diverged", "failed") if self.counts[state]]
+        parts += [f"{self.num_repeated} of at most {self.num_repeats} repeats"] if self.num_repeated else []
         return ", ".join(parts)
 
     def describe_best(self) -> str:
@@ -116,6 +127,8 @@ class ProgressLines(Observer):
         if self._tally.num_finished:
             so_far = f"{self._tally.describe_counts()}, {self._tally.describe_best()}"
             self._print(f"resuming study '{start.study}': {so_far}")
+        if start.num_repeats:
+            self._print(_describe_repeats(start))
 
     def study_moved(self, standing: Standing) -> None:
         assert self._tally is not None, "a search starts before others are seen"
@@ -129,10 +142,11 @@ class ProgressLines(Observer):
         self, suggestion: Suggestion, state: EndState, result: EpochResult | None, reason: str | None
     ) -> None:
         assert self._tally is not None, "a search starts before its trials end"
-        self._tally.add(suggestion.number, state, result)
+        self._tally.add(suggestion, state, result)
         score = _score(self._tally.metric, state, result, reason)
+        repeats = "" if suggestion.repeats is None else f"repeats trial {suggestion.repeats}: "
         self._print(
-            f"trial {suggestion.number:<4} {state:<11} {score:<28}"
+            f"trial {suggestion.number:<4} {state:<11} {repeats + score:<28}"
             f" {self._tally.describe_best()}, {self._tally.describe_counts()}, {self._tally.describe_time_left()}"
         )
 
@@ -163,6 +177,8 @@ class ProgressStatus(Observer):
     def search_started(self, start: Standing) -> None:
         self._tally = Tally(start)
         self._note = ""
+        if start.num_repeats:
+            self._say(_describe_repeats(start), "dim")
 
     def trial_started(self, suggestion: Suggestion) -> None:
         if suggestion.pruned:
@@ -183,7 +199,7 @@ class ProgressStatus(Observer):
     ) -> None:
         assert self._tally is not None, "a search starts before its trials end"
         self._running.pop(suggestion.number, None)
-        if self._tally.add(suggestion.number, state, result):
+        if self._tally.add(suggestion, state, result):
             score = _score(self._tally.metric, state, result, reason)
             self._say(f"trial {suggestion.number}: {score}, the best so far", "green")
             self._say(f"  {format_configuration(suggestion.active_values)}", "dim")
@@ -214,6 +230,10 @@ class ProgressStatus(Observer):
 
 def _describe_continuation(suggestion: Suggestion) -> str:
     return f"continuing trial {suggestion.number}, {suggestion.pruned}, to its end"
+
+
+def _describe_repeats(start: Standing) -> str:
+    return f"when all trials have run, at most {start.num_repeats} trainings with new seeds confirm the best of them"
 
 
 def _score(metric: str, state: EndState, result: EpochResult | None, reason: str | None) -> str:

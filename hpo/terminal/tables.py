@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from hpo.home import Home
 from hpo.records import Winner
+from hpo.search.confirmation import PLANS
 from hpo.search.importances import describe_share
-from hpo.search.winner import describe_comparison
+from hpo.search.winner import describe_comparison, describe_confirmation, describe_training
 from hpo.space import Group, Parameter, Space, describe_conditions, format_value
 from hpo.terminal.words import (
     ESTIMATED,
@@ -22,6 +25,7 @@ from hpo.terminal.words import (
     format_cell,
     format_configuration,
     format_cost,
+    format_duration,
     format_score,
 )
 
@@ -63,7 +67,21 @@ def print_outcome(console: Console, outcome: SearchOutcome) -> None:
     elif outcome.winner is None:
         console.print(f"No trial has a result, so there is no winner; the reasons: hpo show {outcome.study}{home}")
     else:
+        if outcome.winner.confirmation is None:
+            console.print(_how_to_confirm(outcome, home), soft_wrap=True)
         console.print(f"Next: hpo ui {outcome.study}{home}", soft_wrap=True)
+
+
+def _how_to_confirm(outcome: SearchOutcome, home: str) -> str:
+    """What it takes to know whether the winner was lucky, and how long about."""
+    plan = PLANS["quick"]
+    times = [trial.duration_s for trial in outcome.trials if trial.state == "complete" and trial.duration_s]
+    about = f" of about {format_duration(fmean(times))}" if times else ""
+    return (
+        f"To see whether the winner was lucky: hpo confirm {outcome.study}{home}, which trains the best "
+        f"{plan.configurations} configurations again with {plan.seeds} new seeds each (at most {plan.num_trainings} "
+        f"trainings{about})"
+    )
 
 
 def _what_is_missing(outcome: SearchOutcome) -> str:
@@ -145,9 +163,28 @@ def print_study(console: Console, facts: dict[str, Any]) -> None:
         console.print(f"{ESTIMATED}: estimated from the folds that were trained")
     if facts["pruned_winner"]:
         console.print(facts["pruned_winner"])
+    if facts["confirmation"]:
+        _print_confirmation(console, facts["confirmation"], facts["metric"])
     _print_importances(console, facts["importances"], facts["importances_note"])
     for finding in facts["findings"]:
         console.print(f"- {finding['text']}")
+
+
+def _print_confirmation(console: Console, race: dict[str, Any], metric: str) -> None:
+    """The best configurations with the values that the search saw, and those of the new trainings."""
+    title = f"Confirmation with {race['seeds']} new seeds" + ("" if race["is_done"] else ", not finished")
+    table = _table(
+        "trial", f"{metric} in the search", "mean of new seeds", "standard deviation", "values", "", title=title
+    )
+    for row in race["configurations"]:
+        diverged = f"{row['num_diverged']} diverged" if row["num_diverged"] else ""
+        table.add_row(
+            str(row["trial"]),
+            *(format_score(row[name]) for name in ("searched", "mean", "std")),
+            " ".join(map(format_score, row["values"])),
+            ", ".join(filter(None, (diverged, "clearly behind" if row["is_behind"] else ""))),
+        )
+    console.print(table)
 
 
 def watch_study(console: Console, read: Callable[[], dict[str, Any]]) -> None:
@@ -291,11 +328,11 @@ def _print_front(console: Console, rows: list[dict[str, Any]]) -> None:
 
 def _print_winner(console: Console, winner: Winner) -> None:
     table = Table.grid(padding=(0, 2))
-    epoch = f"trained on all examples for {winner.best_epoch} epochs" if winner.folds else f"epoch {winner.best_epoch}"
-    pruned = f", {winner.pruned}" if winner.pruned else ""
-    table.add_row("Best", f"trial {winner.trial}, {epoch}{pruned}")
+    table.add_row("Best", describe_training(winner))
     table.add_row("Configuration", format_configuration(winner.configuration))
     table.add_row("Validation", f"{winner.metric} {winner.validation:.4f}{_over_folds(winner.folds)}")
+    if winner.confirmation:
+        table.add_row("Confirmed", describe_confirmation(winner))
     if winner.comparison:
         table.add_row("Default", describe_comparison(winner))
     table.add_row("Test", _describe_test(winner))
@@ -311,11 +348,20 @@ def _describe_test(winner: Winner) -> str:
         return "none: the task's Objective has no test="
     if winner.test is None:
         return "not evaluated yet: the test split is read once, when the search is complete"
-    scores = ", ".join(f"{name} {format_score(value)}" for name, value in winner.test.items())
+    scores = ", ".join(_describe_score(winner, name, value) for name, value in winner.test.items())
     times = (
         "once" if winner.num_test_readings == 1 else f"{winner.num_test_readings} times, once for each winner so far"
     )
-    return f"{scores} (the test split was read {times})"
+    optimism = winner.validation - winner.test.get(winner.metric, math.nan)
+    difference = f"; validation less test: {optimism:.4f}" if math.isfinite(optimism) else ""
+    return f"{scores} (the test split was read {times}{difference})"
+
+
+def _describe_score(winner: Winner, name: str, value: float) -> str:
+    interval = ""
+    if name == winner.metric and winner.test_interval:
+        interval = " (95 % interval {} to {})".format(*map(format_score, winner.test_interval))
+    return f"{name} {format_score(value)}{interval}"
 
 
 def _configuration(trial: dict[str, Any]) -> str:

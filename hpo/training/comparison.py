@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ NUM_RESAMPLES = 1000
 
 _Z = 1.96
 """97.5 % quantile of the normal distribution."""
+
+_ENDS = torch.tensor([0.025, 0.975], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,39 @@ def compare_models(
     if metric.startswith("recall_at_"):
         # Drawn again, an example would find its own copy.
         return _difference_of_answers(_hits(first) - _hits(second))
-    draw = torch.Generator().manual_seed(seed)
-    count = len(split)
-    differences = []
-    for _ in range(NUM_RESAMPLES):
-        rows = torch.randint(count, (count,), generator=draw)
-        differences.append(first.value(rows) - second.value(rows))
-    # A metric that some resample does not have, as auroc of one class, says nothing there.
-    spread = torch.tensor([value for value in differences if math.isfinite(value)], dtype=torch.float64)
-    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    low, high = torch.quantile(spread, ends).tolist() if len(spread) else (-math.inf, math.inf)
+    low, high = _bootstrapped(lambda rows: first.value(rows) - second.value(rows), len(split), seed)
     return Difference(first.value() - second.value(), low, high)
+
+
+def score_interval(
+    model: nn.Module, config: TrainConfig, split: Split, *, spec: DataSpec, target_scale: float | Tensor, seed: int
+) -> tuple[float, float]:
+    """The 95 % interval of the config's metric on a split, over its examples.
+
+    For accuracy and recall at k, which are shares of the examples, it is Wilson's (1927), which holds near 0 and 1 too;
+    for any other metric that of a percentile bootstrap. Infinite ends mean that no resample has the metric.
+    """
+    judged = _Judged.by(model, config, split, spec, target_scale, config.metric)
+    if (config.metric == "accuracy" and spec.kind == "classification") or config.metric.startswith("recall_at_"):
+        return _wilson(judged.value(), len(split))
+    return _bootstrapped(judged.value, len(split), seed)
+
+
+def _wilson(share: float, count: int) -> tuple[float, float]:
+    """Ends of the score interval of a proportion (Wilson, 1927, https://doi.org/10.2307/2276774)."""
+    centre = (share + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
+    width = _Z / (1 + _Z**2 / count) * math.sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2))
+    return centre - width, centre + width
+
+
+def _bootstrapped(value: Callable[[Tensor], float], count: int, seed: int) -> tuple[float, float]:
+    """Ends of the percentile bootstrap of a value over `count` examples, which are drawn by index."""
+    draw = torch.Generator().manual_seed(seed)
+    values = [value(torch.randint(count, (count,), generator=draw)) for _ in range(NUM_RESAMPLES)]
+    # A metric that some resample does not have, as auroc of one class, says nothing there.
+    spread = torch.tensor([each for each in values if math.isfinite(each)], dtype=torch.float64)
+    low, high = torch.quantile(spread, _ENDS).tolist() if len(spread) else (-math.inf, math.inf)
+    return low, high
 
 
 def compare_folds(one: Sequence[float], other: Sequence[float]) -> Difference:

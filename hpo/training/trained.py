@@ -16,6 +16,8 @@ from hpo.space import Value
 CHECKPOINT = "checkpoint"  # folder of a run's artifacts that holds the next two
 
 
+REFIT = "refit"  # the same for a winner that was trained on training and validation examples together
+
 BEST_WEIGHTS = "best.pt"
 
 
