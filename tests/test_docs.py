@@ -90,7 +90,7 @@ def shortened(arguments: str) -> list[str]:
     if words[0] == "search":
         words = re.sub(r"--trials \d+", "--trials 2", arguments).split()
         words += [] if "--epochs" in words else ["--epochs", "1"]
-    return words
+    return [*words, "--plan", "1x1"] if words[0] == "confirm" else words
 
 
 SERVERS = [line for line in documented_commands() if line.startswith("ui")]  # tests/test_tracking.py starts one
@@ -103,7 +103,7 @@ RUNNABLE = [line for line in documented_commands() if line not in (*SERVERS, *ON
 def test_every_command_that_is_shown_runs(arguments: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPO_HOME", str(home))
     monkeypatch.chdir(ROOT)
-    if arguments.startswith(("best", "show", "gc", "rerun")) or "--warm-start" in arguments:
+    if arguments.startswith(("best", "show", "gc", "rerun", "confirm", "refit")) or "--warm-start" in arguments:
         succeeds("search digits --trials 1 --epochs 1", monkeypatch)
     succeeds(arguments, monkeypatch)
 
