@@ -230,6 +230,7 @@ def space(task: str, overrides: tuple[str, ...], space: str | None, as_json: boo
 @cli.command()
 @click.argument("task")
 @click.option("-p", "overrides", multiple=True, metavar="NAME=VALUES", help="Check other values: lr=0.1. Repeatable.")
+@take(SearchOptions, only=["fixed"])
 @click.option("--space", metavar="NAME|FILE", help="Check this space instead of the task's own.")
 @click.option("--limit", type=int, metavar="N", help="Use only N training examples. [default: all]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")

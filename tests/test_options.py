@@ -98,11 +98,16 @@ def test_what_cannot_be_fixed_is_told(assignment: str, error: type[Exception], m
         load_task("digits").fix([assignment])
 
 
+def test_a_check_takes_the_settings_that_a_search_would(home: Path) -> None:
+    shown = CliRunner().invoke(cli, ["check", "digits", "--set", "batch_size=5000", "--home", str(home)])
+    assert "batch_size 5000 is larger than the" in str(shown.exception)
+
+
 def test_what_was_fixed_is_kept_by_the_study_and_shown(home: Path) -> None:
     options: Any = {"home": home, "trials": 1, "epochs": 1, "workers": 1, "device": "cpu", "limit": 400}
     run_search("digits", **options, fixed=["patience=20", "optimizer=lamb"])
 
-    machine = this_machine({"home": home})
+    machine = this_machine(checked({"home": home}))
     task, _, settings = agree(machine, "digits", {})
     assert settings.fixed == ("patience=20", "optimizer=lamb")
     assert task.train_config(task.space.defaults()).patience == 20

@@ -36,7 +36,7 @@ from hpo.search.storage import open_storage
 from hpo.search.study import Study, Suggestion
 from hpo.session import conclude
 from hpo.session import search as session_search
-from hpo.session.options import StudyOptions
+from hpo.session.options import StudyOptions, checked
 from hpo.session.request import agree, this_machine
 from hpo.session.search import run_search
 from hpo.terminal.progress import ProgressLines
@@ -102,7 +102,7 @@ def test_more_trials_are_added_and_settings_that_are_not_given_again_stay_as_the
     [({}, "model"), ({"strategy": "priority"}, "model"), ({"strategy": "tpe"}, "sha"), ({"pruner": "none"}, "none")],
 )
 def test_the_model_prunes_what_the_model_proposes(given: Any, pruner: str, task: str, home: Path) -> None:
-    _, _, settings = agree(this_machine({"home": home}), task, StudyOptions(**given))  # type: ignore[typeddict-item]
+    _, _, settings = agree(this_machine(checked({"home": home})), task, StudyOptions(**given))  # type: ignore[typeddict-item]
 
     assert settings.pruner == pruner
 

@@ -28,6 +28,7 @@ from hpo.search.storage import open_storage
 from hpo.search.strategies import STRATEGIES
 from hpo.search.study import Study
 from hpo.session.clean import clean_study
+from hpo.session.options import checked
 from hpo.session.request import agree, this_machine
 from hpo.session.search import run_search
 from hpo.space import Choice, Float, Group, Int, Space
@@ -179,7 +180,7 @@ def test_every_cost_can_be_measured_and_asking_for_none_measures_none() -> None:
 
 
 def test_the_first_objective_names_the_metric_where_none_was_given(home: Path) -> None:
-    _, _, settings = agree(this_machine({"home": home}), "digits", {"objectives": ("val/f1", "latency")})
+    _, _, settings = agree(this_machine(checked({"home": home})), "digits", {"objectives": ("val/f1", "latency")})
 
     assert (settings.metric, settings.objectives) == ("f1", ("val/f1", "latency"))
 

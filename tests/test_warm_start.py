@@ -16,6 +16,7 @@ from hpo.errors import UnknownNameError, UsageError
 from hpo.search.storage import open_storage
 from hpo.search.study import Study
 from hpo.search.warm_start import MIN_DISTANCE, NUM_CONFIGURATIONS, best_configurations, translate
+from hpo.session.options import checked
 from hpo.session.request import Proposal, find_proposals, this_machine
 from hpo.session.search import run_search
 from hpo.space import Choice, Float, Group, Int, Space, Value
@@ -141,7 +142,7 @@ def propose(tmp_path: Path) -> Callable[..., list[Proposal]]:
         study.tell(study.ask().number, "complete", value=0.5, best_epoch=1)
 
     def run(*sources: str, strategy: str = "priority") -> list[Proposal]:
-        machine = this_machine({"home": tmp_path, "device": "cpu"})
+        machine = this_machine(checked({"home": tmp_path, "device": "cpu"}))
         return find_proposals(machine, "now", replace(SETTINGS, strategy=strategy), ("lr=0.1",), sources)
 
     return run

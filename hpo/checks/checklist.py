@@ -70,6 +70,7 @@ def run_check(
     task: str,
     *,
     overrides: Sequence[str] = (),
+    fixed: Sequence[str] = (),
     space: str | None = None,
     limit: int | None = None,
     data_options: Given = (),
@@ -87,14 +88,21 @@ def run_check(
     found = load_task(task, space).narrow(tuple(overrides))
     name, chosen_device = check_study_name(found.objective.name), choose_device(device)
     if found.objective.train:
-        for option, given in (("--limit", limit), ("--data-dir", data_dir), (FLAG, " ".join(data_options) or None)):
+        of_the_trainer = {
+            "--set": " ".join(fixed) or None,
+            "--limit": limit,
+            "--data-dir": data_dir,
+            FLAG: " ".join(data_options) or None,
+        }
+        for option, given in of_the_trainer.items():
             if given is not None:
                 raise UsageError(
-                    f"{option} {given} is not for task '{name}': its training loop reads its data; omit it."
+                    f"{option} {given} is for the shared trainer, and task '{name}' has a training loop of its own "
+                    "(train=); omit it."
                 )
         checks = check_loop(found, chosen_device)
     else:
-        found = found.with_data_options(data_options).suited_to_data(find_data_dir(data_dir))
+        found = found.with_data_options(data_options).suited_to_data(find_data_dir(data_dir)).fix(fixed)
         dataset = load_dataset(found, find_data_dir(data_dir))
         splits = split_dataset(dataset, validation_fraction=VALIDATION_FRACTION, seed=0, limit=limit)
         check_task(found, splits)

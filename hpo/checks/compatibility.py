@@ -24,19 +24,19 @@ from hpo.training.trainer import check_fine_tuning
 
 if TYPE_CHECKING:
     from hpo.data.examples import DataSpec
+    from hpo.objective import Own
 
 
 def check_task(task: Task, splits: Splits) -> None:
     """Raise UsageError where a metric, a batch size or the model of the task does not fit its data."""
-    for loss in _possible_values(task, "loss"):
-        _check_setting(task, splits, "loss", loss)
-    check_metric(task.objective.metric, splits.spec, task.objective.own(task.space.defaults()))
+    own = task.objective.own(task.space.defaults())
+    _check_losses(task, splits, own, "loss")
+    check_metric(task.objective.metric, splits.spec, own)
     _check_batch_sizes(task, splits)
     _check_model(task, splits)
     _check_choices(task, splits)
-    for name in ("class_weights", "sampling", "augment", "mixup", "cutmix"):
-        for value in _possible_values(task, name):
-            _check_setting(task, splits, name, value)
+    _check_losses(task, splits, own, "class_weights")
+    _check_batches(task, splits)
 
 
 def _possible_values(task: Task, name: str) -> tuple[Value, ...]:
@@ -58,12 +58,19 @@ def _check_batch_sizes(task: Task, splits: Splits) -> None:
             )
 
 
-def _check_setting(task: Task, splits: Splits, name: str, value: Value) -> None:
-    """Every loss, sampling and augmentation that may be drawn must fit the data."""
-    config = task.train_config({name: value}, batch_size=1)
-    training_loss(config, splits.train, splits.spec, task.objective.own(task.space.defaults()))
+def _check_losses(task: Task, splits: Splits, own: Own, name: str) -> None:
+    """Every loss, or weight of classes, that may be drawn must fit the data."""
+    for value in _possible_values(task, name):
+        training_loss(task.train_config({name: value}, batch_size=1), splits.train, splits.spec, own)
+
+
+def _check_batches(task: Task, splits: Splits) -> None:
+    """Every sampling and augmentation that may be drawn must fit the data."""
     generator = torch.Generator()
-    build_batches(splits.train, config, splits.spec, order=generator, augmentation=generator)
+    for name in ("sampling", "augment", "mixup", "cutmix"):
+        for value in _possible_values(task, name):
+            config = task.train_config({name: value}, batch_size=1)
+            build_batches(splits.train, config, splits.spec, order=generator, augmentation=generator)
 
 
 def _check_model(task: Task, splits: Splits) -> None:

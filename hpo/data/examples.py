@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from hashlib import blake2b
 from math import prod
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -184,7 +185,7 @@ class Dataset:
     """Whether floats and images are given to the network with mean 0 and deviation 1; by name where inputs are several.
     Integers other than uint8 never are."""
 
-    @property
+    @cached_property  # integer inputs are scanned for it
     def spec(self) -> DataSpec:
         """Raises DataError where the data are not made of tensors and the like, one row for each example."""
         _require_rows(self.train)

@@ -26,7 +26,6 @@ from hpo.search.study import Study, check_strategy, read_settings, require_same_
 from hpo.search.warm_start import best_configurations
 from hpo.session.options import (
     SearchOptions,
-    SessionOptions,
     StudyOptions,
     checked,
     declarations,
@@ -94,10 +93,14 @@ class Request:
     machine: Machine
 
 
-def read_request(task: str | Objective, options: SearchOptions) -> Request:
-    """What the options of a search ask for. Raises UsageError where they make no sense; nothing is written."""
-    options = checked(options)
-    machine = this_machine(options)
+def read_request(task: str | Objective, given: Mapping[str, object]) -> Request:
+    """What the options of a search ask for. Raises UsageError if they make no sense; nothing is written."""
+    options = checked(given)
+    return request_for(this_machine(options), task, options)
+
+
+def request_for(machine: Machine, task: str | Objective, options: SearchOptions) -> Request:
+    """The same for a machine that is known, and options of `checked`."""
     if (confirm := options.get("confirm")) is not None:
         find_plan(confirm)
     found, name, settings = agree(machine, task, options)
@@ -113,11 +116,10 @@ def read_request(task: str | Objective, options: SearchOptions) -> Request:
     )
 
 
-def this_machine(given: SessionOptions) -> Machine:
-    """What a session searches with: as given, or as the environment and the machine say. Raises UsageError."""
-    options = checked(given)
-    executor, device = options["executor"] or "local", options["device"] or "auto"
-    _check_executor(executor, options, device)
+def this_machine(options: Mapping[str, Any]) -> Machine:
+    """What a session searches with, by options of `checked`, the environment and the machine. Raises UsageError."""
+    executor = options["executor"]
+    _check_executor(executor, options)
     trainer: dict[str, Any] = {
         name: value
         for name, value in (
@@ -128,7 +130,7 @@ def this_machine(given: SessionOptions) -> Machine:
         if value is not None
     }
     TrainConfig(**trainer)  # raises where one of them is not allowed
-    chosen_device = choose_device(device)
+    chosen_device = choose_device(options["device"])
     if executor == "local":
         check_compile_mode(options["compile"] or "auto", options["precision"] or "auto", chosen_device)
     machine = Machine(
@@ -137,7 +139,7 @@ def this_machine(given: SessionOptions) -> Machine:
         tracking_uri=options["tracking_uri"],
         data_dir=find_data_dir(options["data_dir"]),
         device=chosen_device,
-        keep=options["keep"] or 1,
+        keep=options["keep"],
         timeout_s=options["timeout"],
         joins=options["join"],
         accepts_changes=options["accept_changes"],
@@ -164,9 +166,9 @@ def _address(notify: str | None) -> str | None:
     return check_url(notify) if notify else None
 
 
-def _check_executor(executor: str, options: SearchOptions, device: str) -> None:
+def _check_executor(executor: str, options: Mapping[str, Any]) -> None:
     check_executor(executor)
-    address, gpus_per_trial = options["address"], options["gpus_per_trial"]
+    device, address, gpus_per_trial = options["device"], options["address"], options["gpus_per_trial"]
     for option, given in (("--address", address), ("--gpus-per-trial", gpus_per_trial)):
         if executor == "local" and given is not None:
             raise UsageError(f"{option} {given} is for --executor ray; omit it.")

@@ -19,6 +19,7 @@ from hpo.records import ELIGIBLE, Rerun
 from hpo.search.storage import read_storage
 from hpo.search.study import Study
 from hpo.session.alone import ended, log_model, run_alone
+from hpo.session.options import checked
 from hpo.session.preparation import SILENCE_S, read_data, split, task_code
 from hpo.session.request import Request, agree, agreed_tracking_uri, this_machine
 from hpo.tracking.runs import begin_run
@@ -48,7 +49,7 @@ def rerun_trial(
     goes as far as the trial came. Nothing of the study changes. Raises UsageError where something given is wrong, and
     SearchError where the training fails.
     """
-    machine = this_machine(machine_options)  # type: ignore[arg-type]
+    machine = this_machine(checked(machine_options))
     request, opened = _request(machine, study)
     record = _find_trial(opened, trial)
     dataset = read_data(request)

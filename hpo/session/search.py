@@ -22,7 +22,7 @@ from hpo.session.conclude import conclude, write_summary
 from hpo.session.opening import enqueue, open_search
 from hpo.session.options import SearchOptions, checked, require_submittable
 from hpo.session.preparation import prepare
-from hpo.session.request import agreed_tracking_uri, read_request, this_machine
+from hpo.session.request import agreed_tracking_uri, read_request, request_for, this_machine
 from hpo.terminal.notebook import notebook_progress
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def submit_study(task: str, **options: Unpack[SubmitOptions]) -> Study:
     require_registered(OBJECTIVES, task)
     if space := options.get("space"):
         require_registered(SEARCH_SPACES, space)
-    request = read_request(task, checked({**options, "device": "cpu", "join": True}))
+    request = read_request(task, {**options, "device": "cpu", "join": True})
     machine = request.machine
     agreed_tracking_uri(machine, None)  # those who join will need one, too
     database = open_storage(machine.home.path, machine.storage)
@@ -93,12 +93,12 @@ def join_search(study: str, *, observer: Observer | None = None, **options: Unpa
     The keywords are the options of `hpo worker`. The study names its task, which must be registered on this machine
     too. Raises UsageError before any trial when something given is wrong.
     """
-    asked = checked({**options, "join": True, "study": study})
-    machine = this_machine(asked)
+    checked_options = checked({**options, "join": True, "study": study})
+    machine = this_machine(checked_options)
     task = Study.load(read_storage(machine.home.path, machine.storage), study).task_reference
     # Whoever can write to the database must not choose what code runs here.
     require_registered(OBJECTIVES, task)
-    return _search(read_request(task, asked), observer or Observer())
+    return _search(request_for(machine, task, checked_options), observer or Observer())
 
 
 def resume_study(*, observer: Observer | None = None, **options: Unpack[SearchOptions]) -> SearchOutcome:

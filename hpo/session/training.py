@@ -19,6 +19,7 @@ from hpo.plugins import load_task
 from hpo.provenance import Provenance
 from hpo.records import Training
 from hpo.session.alone import ended, log_model, run_alone
+from hpo.session.options import checked
 from hpo.session.preparation import SILENCE_S, task_code
 from hpo.session.request import check_options_of_loop, this_machine
 from hpo.task import load_dataset
@@ -50,7 +51,7 @@ def train_once(
     this seed would. Raises UsageError where something given is wrong, before anything is written, and SearchError where
     the training fails.
     """
-    machine = this_machine(machine_options)  # type: ignore[arg-type]
+    machine = this_machine(checked(machine_options))
     found = load_task(task, space)
     of_trainer = {"fixed": fixed, "limit": limit, "metric": metric, "data_options": data_options}
     check_options_of_loop(found.objective, {**machine_options, **of_trainer})

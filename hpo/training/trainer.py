@@ -257,26 +257,25 @@ class _Run:
         if self._may_capture:
             yield from self._captured_steps(points)
             return
-        assert not isinstance(self.step, CapturedStep), "it may not be captured"
-        for index, (inputs, targets) in enumerate(self.batches):
-            result = self.step(inputs, targets, measures_norm=index % NORM_EVERY == 0)
-            if self.average:
-                self.average.end_step()
-            yield result, targets
+        for index, batch in enumerate(self.batches):
+            yield self._step(*batch, measures_norm=_measures_norm(index))
 
-    def _captured_steps(self, points: Sequence[Point]) -> Iterator[tuple[StepResult, Tensor]]:
+    def _captured_steps(self, points: Sequence[Point]) -> Iterator[tuple[StepResult, Batch]]:
         for index, drawn in enumerate(self.batches.drawn()):
             if isinstance(self.step, TrainingStep) and self._can_capture(self.step):
                 self.step = CapturedStep(self.step, self.batches.make, self.average, is_faster=self.is_captured_faster)
                 self.step.prepare(points[index:])
             if isinstance(self.step, CapturedStep):
-                yield self.step(*drawn, measures_norm=index % NORM_EVERY == 0)
-                continue
-            inputs, targets = self.batches.make(*drawn)
-            result = self.step(inputs, targets, measures_norm=index % NORM_EVERY == 0)
-            if self.average:
-                self.average.end_step()
-            yield result, targets
+                yield self.step(*drawn, measures_norm=_measures_norm(index))
+            else:
+                yield self._step(*self.batches.make(*drawn), measures_norm=_measures_norm(index))
+
+    def _step(self, inputs: Batch, targets: Batch, *, measures_norm: bool) -> tuple[StepResult, Batch]:
+        assert not isinstance(self.step, CapturedStep), "it makes its batches itself"
+        result = self.step(inputs, targets, measures_norm=measures_norm)
+        if self.average:
+            self.average.end_step()
+        return result, targets
 
     def _candidate(self, epoch: int) -> nn.Module:
         """What is measured, and kept where it is the best."""
@@ -403,6 +402,11 @@ class _Run:
                 f"{checkpoint.path} holds a run with another config ({', '.join(changed)}); "
                 "use the config it was started with, or another folder."
             )
+
+
+def _measures_norm(index: int) -> bool:
+    """Whether the norm of the gradients is measured in a step of an epoch."""
+    return index % NORM_EVERY == 0
 
 
 def check_fine_tuning(model: nn.Module, config: TrainConfig) -> None:
