@@ -49,6 +49,8 @@ LOSSES = (
     "vae",
 )
 CLASS_WEIGHTS = ("none", "balanced")
+CURRICULA = ("none", "given", "loss")
+PACINGS = ("linear", "root")
 SAMPLINGS = ("uniform", "balanced")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 COMPILE_MODES = ("auto", "off", "step", "graph")
@@ -118,6 +120,9 @@ class TrainConfig:
 
     batch_size: int = 128
     """Examples a step, at least 1; the last, smaller batch of an epoch is dropped."""
+
+    accumulate: int = 1
+    """Batches whose gradients are averaged for one step, which so takes in `batch_size * accumulate` examples."""
 
     lr: float = 1e-3
     """Peak learning rate, above 0."""
@@ -222,6 +227,26 @@ class TrainConfig:
     sampling: str = "uniform"
     """One of SAMPLINGS: "balanced" draws every class equally often, with replacement; "uniform" each example once."""
 
+    curriculum: str = "none"
+    """One of CURRICULA: whether epochs draw from the easiest examples at first, by a difficulty that the task gives or
+    by the loss of each example after the epoch before. An epoch has as many steps as ever."""
+
+    curriculum_start: float = 0.3
+    """Share of the examples that the first epoch draws from, in (0, 1]."""
+
+    curriculum_until: float = 0.5
+    """Share of `max_epochs`, in (0, 1], after which all examples are drawn."""
+
+    curriculum_pacing: str = "linear"
+    """One of PACINGS: how the share of examples grows."""
+
+    progressive_start: float = 1.0
+    """Size of images (their sides) or of sequences (the longest) in the first epoch, as a share in (0, 1]; 1 turns it
+    off. The size grows in four stages."""
+
+    progressive_until: float = 0.5
+    """Share of `max_epochs`, in (0, 1], after which they have their full size."""
+
     metric: str = "accuracy"
     """One of METRICS, or a metric of the task's own: it decides about stopping and the best epoch, measured on the
     validation split."""
@@ -262,6 +287,8 @@ class TrainConfig:
             ("loss", (*LOSSES, OWN)),
             ("class_weights", CLASS_WEIGHTS),
             ("sampling", SAMPLINGS),
+            ("curriculum", CURRICULA),
+            ("curriculum_pacing", PACINGS),
             ("precision", PRECISIONS),
             ("compile", COMPILE_MODES),
         ):
@@ -272,7 +299,7 @@ class TrainConfig:
         if self.metric not in METRICS and not self.metric_direction:
             raise UnknownNameError("metric", self.metric, METRICS)
         augmentation_names(self.augment)
-        for name in ("max_epochs", "batch_size", "num_cycles", "plateau_patience", "patience"):
+        for name in ("max_epochs", "batch_size", "accumulate", "num_cycles", "plateau_patience", "patience"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in (
             "weight_decay",
@@ -292,7 +319,14 @@ class TrainConfig:
         for name in ("momentum", "beta1", "beta2", "warmup_fraction", "label_smoothing", "ema_decay", "swa_start"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._require("swa_start", self.swa_start == 0 or self.ema_decay == 0, "0 where ema_decay averages the weights")
-        self._require("backbone_lr_factor", 0 < self.backbone_lr_factor <= 1, "in (0, 1]")
+        for name in (
+            "backbone_lr_factor",
+            "curriculum_start",
+            "curriculum_until",
+            "progressive_start",
+            "progressive_until",
+        ):
+            self._require(name, 0 < getattr(self, name) <= 1, "in (0, 1]")
         self._require("decay_factor", 0 < self.decay_factor < 1, "in (0, 1)")
         self._require("augment_strength", 0 < self.augment_strength <= 1, "in (0, 1]")
         for name in ("lr", "eps", "margin", "temperature"):

@@ -34,6 +34,7 @@ class Own:
     loss: Callable[[Any, Any], Any] | None = None
     metrics: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     optimizer: Callable[..., Any] | None = None
+    difficulty: Callable[[Any, Any], Any] | None = None
 
 
 NOTHING_OWN = Own()
@@ -88,6 +89,10 @@ class Objective:
     """An optimizer of your own: `optimizer(groups, config)`, from the parameters in groups as torch.optim takes them
     (with `weight_decay` and `lr`) and the trial's TrainConfig. It is the trial's where `optimizer` is "own", which is
     then the default."""
+
+    difficulty: Callable[[Any, Any], Any] | None = None
+    """`difficulty(inputs, targets)`: a tensor (N,) with a number for each example of a split, larger for harder ones,
+    from its inputs and targets as the split holds them. A `curriculum` of "given" goes by it."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `TrainConfig` that differ from their defaults for this task, such as max_epochs."""
@@ -203,7 +208,8 @@ class Objective:
 
     def own(self, parameters: Mapping[str, Any]) -> Own:
         """What the task brings of its own, with the parameters of one configuration; a loss with weights is new."""
-        return Own(None if isinstance(self.loss, str) else self._build_loss(parameters), self.metrics, self.optimizer)
+        loss = None if isinstance(self.loss, str) else self._build_loss(parameters)
+        return Own(loss, self.metrics, self.optimizer, self.difficulty)
 
     def _build_loss(self, parameters: Mapping[str, Any]) -> Callable[[Any, Any], Any]:
         assert not isinstance(self.loss, str), "it has no name"

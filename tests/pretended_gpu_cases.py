@@ -66,6 +66,7 @@ BETWEEN_STEPS = {
     ("bincount", "models/preprocessed.py:<listcomp>"): "the statistics of images, once a trial",
     ("bincount", "training/losses.py:_balanced_weights"): "the weights of the classes, once a trial",
     ("copy to the host", "data/batches.py:_balanced_chances"): "the classes, to draw them alike",
+    ("copy to the host", "training/trainer.py:_measure_difficulty"): "the losses of a curriculum, once an epoch",
     ("copy to the host", "training/checkpoint.py:_on_device"): "the weights of the trial",
     ("copy to the host", "training/optimizers.py:load_optimizer_state"): "a resumed training",
     (
@@ -166,6 +167,9 @@ def configurations() -> dict[str, dict[str, Any]]:
             "thaw_epoch": 2,
             "backbone_lr_factor": 0.1,
         },
+        "accumulated": {"accumulate": 2, "num_examples": 96},
+        "curriculum": {"curriculum": "loss", "curriculum_until": 1.0, "max_epochs": 3},
+        "growing": {**CONV, "progressive_start": 0.5, "progressive_until": 1.0, "augment": "flip"},
         "folds": {"folds": 2},
     }
     return found
@@ -224,7 +228,8 @@ def train(
 ) -> Any:
     """What a GPU would have seen of a trial in a worker, from the splits to the costs, and of the winner's test."""
     settings = dict(case)
-    splits = make_splits(is_regression=settings.get("metric") == "r2")
+    num_examples = settings.pop("num_examples", 48)
+    splits = make_splits(is_regression=settings.get("metric") == "r2", num_examples=num_examples)
     model, parameters = settings.pop("model", "mlp"), settings.pop("parameters", {})
     parameters = {"width": 16} | parameters if model == "mlp" else parameters
     costs, folds = settings.pop("costs", ("params",)), settings.pop("folds", None)

@@ -61,6 +61,41 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         SHARES | {"targets": LABELS.float() * 0.9},
         "at least 0 and 1 in all; those of example 0 add up to 0.9",
     ),
+    "more accumulated examples than there are": (
+        {"settings": {"batch_size": 20, "accumulate": 3}},
+        "batch_size 20 times accumulate 3 is larger than the 38 training examples",
+    ),
+    "no accumulated batch": ({"settings": {"accumulate": 0}}, "accumulate=0 is not allowed: it must be at least 1"),
+    "a curriculum that nobody gives": (
+        {"settings": {"curriculum": "given"}},
+        "curriculum='given' needs an Objective with difficulty=",
+    ),
+    "an unknown curriculum": ({"settings": {"curriculum": "losses"}}, "did you mean 'loss'"),
+    "a curriculum by losses that are not known for each example": (
+        {"inputs": lambda: Ragged.of(WORDS), "model": fixed(3), "settings": {"curriculum": "loss"}},
+        "curriculum='loss' needs a loss of hpo's that is known for each example",
+    ),
+    "a difficulty that raises": (
+        {"settings": {"curriculum": "given"}, "difficulty": lambda inputs, targets: inputs.lengths},
+        "the task's difficulty fails with the training split: AttributeError",
+    ),
+    "a difficulty for each value": (
+        {"settings": {"curriculum": "given"}, "difficulty": lambda inputs, targets: inputs},
+        r"difficulty must give a tensor of shape \(38,\), not a tensor of shape \(38, 4\)",
+    ),
+    "a difficulty that is not finite": (
+        {"settings": {"curriculum": "given"}, "difficulty": lambda inputs, targets: inputs[:, 0] / 0},
+        "difficulty must be finite",
+    ),
+    "a curriculum without examples": (
+        {"settings": {"curriculum_start": 0.0}},
+        r"curriculum_start=0.0 is not allowed: it must be in \(0, 1\]",
+    ),
+    "growing vectors": ({"settings": {"progressive_start": 0.5}}, "is for one input of images or of sequences"),
+    "growing images for a network of one size": (
+        {"inputs": IMAGES, "settings": {"progressive_start": 0.5}},
+        "the model of task 'mine' fails with images of 4x4, as progressive_start=0.5 begins",
+    ),
     "mixing of soft labels": (
         SHARES | {"targets": LABELS.float(), "settings": {"mixup": 0.2}},
         "mixup and cutmix do not go with targets of the kind soft_labels",

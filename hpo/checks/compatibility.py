@@ -12,9 +12,10 @@ from hpo.config import OWN, config_fields
 from hpo.data.batches import build_batches
 from hpo.data.datasets import Splits
 from hpo.data.kinds import labels_of
+from hpo.data.pacing import build_growth
 from hpo.data.parts import Padded, map_tensors, tensors_of
 from hpo.errors import DataError, SpaceError, UsageError, in_one_line
-from hpo.models.preprocessed import build_model
+from hpo.models.preprocessed import PreprocessedModel, build_model
 from hpo.space import Choice, Value, format_value
 from hpo.task import Task
 from hpo.training.losses import training_loss
@@ -47,10 +48,16 @@ def _possible_values(task: Task, name: str) -> tuple[Value, ...]:
 
 def _check_batch_sizes(task: Task, splits: Splits) -> None:
     """Every batch size that may be drawn must fit, or trials would fail one by one."""
-    sizes, num_examples = _possible_values(task, "batch_size"), len(splits.train)
+    times = max(int(value) for value in _possible_values(task, "accumulate"))
+    sizes, num_examples = _possible_values(task, "batch_size"), len(splits.train) // times
     fitting = [str(size) for size in sizes if int(size) <= num_examples]
     for size in sizes:
         if int(size) > num_examples:
+            if times > 1:
+                raise SpaceError(
+                    f"batch_size {size} times accumulate {times} is larger than the {len(splits.train)} training "
+                    "examples; allow smaller ones only, or add examples."
+                )
             narrowed = f"allow smaller ones only, as -p batch_size={','.join(fitting)}, raise --limit"
             advice = narrowed if fitting else f"take at most {num_examples}, as --set batch_size={num_examples}"
             raise SpaceError(
@@ -61,16 +68,24 @@ def _check_batch_sizes(task: Task, splits: Splits) -> None:
 def _check_losses(task: Task, splits: Splits, own: Own, name: str) -> None:
     """Every loss, or weight of classes, that may be drawn must fit the data."""
     for value in _possible_values(task, name):
-        training_loss(task.train_config({name: value}, batch_size=1), splits.train, splits.spec, own)
+        config = task.train_config({name: value, "batch_size": 1, "accumulate": 1})
+        training_loss(config, splits.train, splits.spec, own)
 
 
 def _check_batches(task: Task, splits: Splits) -> None:
-    """Every sampling and augmentation that may be drawn must fit the data."""
+    """Every sampling, augmentation and curriculum that may be drawn must fit the data."""
     generator = torch.Generator()
-    for name in ("sampling", "augment", "mixup", "cutmix"):
+    for name in ("sampling", "augment", "mixup", "cutmix", "curriculum", "progressive_start"):
         for value in _possible_values(task, name):
-            config = task.train_config({name: value}, batch_size=1)
-            build_batches(splits.train, config, splits.spec, order=generator, augmentation=generator)
+            config = task.train_config({name: value, "batch_size": 1, "accumulate": 1})
+            build_batches(
+                splits.train,
+                config,
+                splits.spec,
+                order=generator,
+                augmentation=generator,
+                difficulty=task.objective.difficulty,
+            )
 
 
 def _check_model(task: Task, splits: Splits) -> None:
@@ -92,8 +107,21 @@ def _check_model(task: Task, splits: Splits) -> None:
         metrics = EpochMetrics(splits.spec, "cpu", own=model.own, is_complete=True)
         metrics.update(map_tensors(torch.Tensor.detach, outputs), targets, loss.detach())
         metrics.compute()
+    _check_smaller_examples(task, splits, model)
     with _blamed_on(task, "the optimizer", "the default configuration"):
         build_optimizer(model, config, model.own)
+
+
+def _check_smaller_examples(task: Task, splits: Splits, model: PreprocessedModel) -> None:
+    """Let the model see two examples as small as those of the first epoch."""
+    for start in _possible_values(task, "progressive_start"):
+        growth = build_growth(task.train_config({"progressive_start": start}), splits.train, splits.spec)
+        if growth is None:
+            continue
+        smaller, _ = growth.apply(*splits.train.batch(slice(0, 2)), epoch=1)
+        size = growth.describe(1, splits.train)
+        with _blamed_on(task, "the model", f"{size}, as progressive_start={start} begins"), torch.inference_mode():
+            model(smaller)
 
 
 def _check_outputs(task: Task, spec: DataSpec, outputs: Any, targets: Any, loss: str) -> None:

@@ -138,7 +138,7 @@ def check_baseline(subject: Subject) -> Verdict:
     # What scores like chance does not get beyond three standard errors by accident.
     num = len(splits.validation)
     margin = 3 * math.sqrt(max(naive * (1 - naive), 0.0) / num) if subject.spec.classes else 9 / num
-    num_steps = last.epoch * (len(splits.train) // config.batch_size)
+    num_steps = last.epoch * (len(splits.train) // (config.batch_size * config.accumulate))
     if not network > naive + margin and last.epoch < subject.config.max_epochs and num_steps < ENOUGH_STEPS:
         advice = (
             f"only {num_steps} steps fit into the time limit, too few to tell; run on a GPU or with a smaller network"
@@ -159,7 +159,8 @@ def _as_fits_the_time(subject: Subject) -> tuple[Splits, int]:
     """As many examples and epochs as a few seconds allow, of the 5 000 but no more than the task has."""
     splits, batch_size = subject.splits, subject.config.batch_size
     num_steps = max(1, int(TRAINING_S / seconds_a_step(subject, batch_size)))
-    num_examples = min(len(splits.train), max(batch_size, min(NUM_EXAMPLES, num_steps * batch_size)))
+    least = batch_size * subject.config.accumulate
+    num_examples = min(len(splits.train), max(least, min(NUM_EXAMPLES, num_steps * batch_size)))
     max_epochs = min(subject.config.max_epochs, max(1, num_steps * batch_size // num_examples))
     train, validation = (
         split.sample(number, "cpu") for split, number in ((splits.train, num_examples), (splits.validation, 2_000))

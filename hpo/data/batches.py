@@ -15,6 +15,7 @@ from torch import Tensor
 from hpo.data.augment import Augmentation, build_augmentations
 from hpo.data.mapped import MappedImages
 from hpo.data.mixing import Mixing, build_mixing
+from hpo.data.pacing import Curriculum, Difficulty, Growth, build_curriculum, build_growth
 from hpo.data.parts import Padded, Ragged, map_parts, map_tensors, parts, tensors_of
 from hpo.errors import UsageError
 
@@ -81,21 +82,30 @@ class TrainingBatches:
         mixing: Mixing | None = None,
         sampling: str = "uniform",
         num_views: int = 1,
+        accumulate: int = 1,
+        curriculum: Curriculum | None = None,
+        growth: Growth | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         """With a `sampling` of "balanced" each class is drawn equally often, so that rare examples are repeated. With
-        several views each example is as many times in its batch, one after the other, augmented each time anew.
+        several views each example is as many times in its batch, one after the other, augmented each time anew. A batch
+        is one of a step, of `accumulate` times `batch_size` examples. A `curriculum` says which examples are drawn, and
+        `growth` how large they are.
 
         The batches are on `device`, by default where the split is.
         """
-        if batch_size > len(split):
+        if batch_size * accumulate > len(split):
+            times = f" times accumulate={accumulate}" if accumulate > 1 else ""
             raise UsageError(
-                f"batch_size={batch_size} is larger than the training split of {len(split)} examples; "
+                f"batch_size={batch_size}{times} is larger than the training split of {len(split)} examples; "
                 f"choose at most {len(split)}."
             )
         self.epoch = 1
         self._split = split
-        self._batch_size = batch_size
+        self._batch_size = batch_size * accumulate
+        self._part_size = batch_size
+        self.curriculum = curriculum
+        self._growth = growth
         self._device = torch.device(device or split.device)
         self._order = order
         self._augmentation = augmentation
@@ -112,7 +122,7 @@ class TrainingBatches:
 
     def first(self) -> tuple[Batch, Batch]:
         """The first examples of the split as a batch, as they are; nothing is drawn."""
-        return self._split.first(self._batch_size, self._device)
+        return self._split.first(self._part_size, self._device)
 
     @property
     def are_mixed(self) -> bool:
@@ -137,6 +147,10 @@ class TrainingBatches:
         return self._changed(*self._split.batch(rows), draws)
 
     def _changed(self, inputs: Batch, targets: Batch, draws: Sequence[Tensor]) -> tuple[Batch, Batch]:
+        inputs, targets = self._augmented_or_mixed(inputs, targets, draws)
+        return self._growth.apply(inputs, targets, self.epoch) if self._growth else (inputs, targets)
+
+    def _augmented_or_mixed(self, inputs: Batch, targets: Batch, draws: Sequence[Tensor]) -> tuple[Batch, Batch]:
         if self._num_views > 1:
             return _in_views(self._augmentations, inputs, targets, draws)
         if self._augmentations:
@@ -159,11 +173,25 @@ class TrainingBatches:
         return list(zip(rows, rows_there, strict=True)), *in_batches
 
     def _draw_order(self) -> Tensor:
-        if self._chances is None:
-            order = torch.randperm(len(self._split), generator=self._order)
+        pool = self.curriculum.pool(self.epoch, self._order) if self.curriculum else None
+        if self._chances is not None:
+            chances = (
+                self._chances
+                if pool is None
+                else torch.zeros_like(self._chances).index_copy_(0, pool, self._chances[pool])
+            )
+            order = torch.multinomial(chances, len(self._split), replacement=True, generator=self._order)
+        elif pool is not None:
+            order = self._repeated(pool)
         else:
-            order = torch.multinomial(self._chances, len(self._split), replacement=True, generator=self._order)
+            order = torch.randperm(len(self._split), generator=self._order)
         return order if self._lengths is None else self._grouped(order)
+
+    def _repeated(self, pool: Tensor) -> Tensor:
+        """As many rows as there are examples: all of the pool in a new order, again and again."""
+        num_rounds = -(-len(self._split) // len(pool))
+        rounds = [pool[torch.randperm(len(pool), generator=self._order)] for _ in range(num_rounds)]
+        return torch.cat(rounds)[: len(self._split)]
 
     def _grouped(self, order: Tensor) -> Tensor:
         """The order with sequences of similar lengths in the same batch, which saves padding.
@@ -179,9 +207,18 @@ class TrainingBatches:
 
 
 def build_batches(
-    split: Split, config: TrainConfig, spec: DataSpec, *, order: torch.Generator, augmentation: torch.Generator
+    split: Split,
+    config: TrainConfig,
+    spec: DataSpec,
+    *,
+    order: torch.Generator,
+    augmentation: torch.Generator,
+    difficulty: Difficulty | None = None,
 ) -> TrainingBatches:
-    """The training batches that `config` asks for, on its device. Raises UsageError where they do not fit the data."""
+    """The training batches that `config` asks for, on its device. Raises UsageError where they do not fit the data.
+
+    `difficulty` is the task's own, for a curriculum.
+    """
     if spec.kind == "instances" and config.augment == "none":
         raise UsageError(
             "targets of the kind instances need augment=...: without it two views of an example would be the same."
@@ -196,6 +233,9 @@ def build_batches(
         mixing=build_mixing(config, spec),
         sampling=config.sampling,
         num_views=num_views(spec),
+        accumulate=config.accumulate,
+        curriculum=build_curriculum(config, split, spec, difficulty),
+        growth=build_growth(config, split, spec),
         device=config.device,
     )
 

@@ -11,7 +11,7 @@ from hpo.data.batches import evaluation_batch_size, evaluation_batches, evaluati
 from hpo.data.parts import joined
 from hpo.models.preprocessed import own_of
 from hpo.training.device import in_fitting_batches
-from hpo.training.losses import loss_function
+from hpo.training.losses import loss_function, one_by_one
 from hpo.training.metrics import EpochMetrics, best_thresholds
 from hpo.training.precision import autocast, has_convolutions
 
@@ -109,6 +109,20 @@ def outputs_and_targets(model: nn.Module, split: Split, config: TrainConfig, kin
         return outputs, targets
 
     return in_fitting_batches(attempt, batch_size)
+
+
+@torch.inference_mode()
+def losses_of_examples(
+    model: nn.Module, split: Split, config: TrainConfig, loss_function: LossFunction, kind: str
+) -> Tensor:
+    """The loss of each example (N,), on the config's device, by a model that is left in evaluation mode."""
+    model.eval()
+
+    def attempt(batch_size: int) -> Tensor:
+        batches = evaluation_batches(split, batch_size, config.device)
+        return torch.cat([one_by_one(loss_function, model(inputs), targets) for inputs, targets in batches])
+
+    return in_fitting_batches(attempt, _batch_size(model, split, config, kind))
 
 
 def _batches(split: Split, config: TrainConfig, kind: str, batch_size: int) -> Iterator[tuple[Any, Any]]:

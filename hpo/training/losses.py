@@ -123,6 +123,14 @@ def loss_function(
     return partial(_cross_entropy, smoothing, gamma, class_weights)
 
 
+def one_by_one(loss: LossFunction, outputs: Tensor, targets: Tensor) -> Tensor:
+    """The loss of each example (B,), by a loss that is the mean over them."""
+    if loss is functional.cross_entropy:
+        return functional.cross_entropy(outputs, targets, reduction="none")
+    alone: Callable[[Tensor, Tensor], Tensor] = torch.vmap(lambda output, target: loss(output[None], target[None]))
+    return alone(outputs, targets)
+
+
 def _cross_entropy(
     smoothing: Tensor | None, gamma: Tensor | None, class_weights: Tensor | None, outputs: Tensor, targets: Tensor
 ) -> Tensor:

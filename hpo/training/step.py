@@ -55,8 +55,12 @@ class TrainingStep:
         l1: float = 0.0,
         max_norm: float = 0.0,
         precision: str = "fp32",
+        num_parts: int = 1,
     ) -> None:
-        """Numbers of 0 leave gradients and weights as they are; TrainConfig says what others do."""
+        """Numbers of 0 leave gradients and weights as they are; TrainConfig says what others do.
+
+        A batch is taken in `num_parts` parts, whose gradients are added up by their share of the examples.
+        """
         self.model = model
         self.loss_function = loss_function
         self.optimizer = optimizer
@@ -66,7 +70,7 @@ class TrainingStep:
         self.l1 = l1
         self.max_norm = max_norm
         self.precision = precision
-        self.num_parts = 1
+        self.num_parts = self._wanted_parts = num_parts
         """Parts that a batch is taken in."""
         self.scaler = _scaler(model, precision)
         self.has_stepped = False
@@ -101,18 +105,19 @@ class TrainingStep:
         """
         self._measures_norm = measures_norm or self.clip_norm > 0 or self.clip_value > 0
         result = self._try(inputs, targets)
-        if result is None and self.num_parts == 1:
+        if result is None and self.num_parts == self._wanted_parts:
             # Out here the failed attempt's tensors are gone; in an except block the traceback would hold them.
-            self.num_parts = 2
+            self.num_parts *= 2
             _logger.warning(
-                "the device's memory does not hold a batch of %d; it is taken in two halves from now on", _size(targets)
+                "the device's memory does not hold a batch of %d; it is taken in two halves from now on",
+                _size(targets) // self._wanted_parts,
             )
             gc.collect()
             torch.cuda.empty_cache()
             result = self._try(inputs, targets)
         if result is None:
             raise DeviceMemoryError(
-                f"out of memory (oom) even with half of batch_size={_size(targets)} at a time; "
+                f"out of memory (oom) even with half of batch_size={_size(targets) // self._wanted_parts} at a time; "
                 "choose a smaller batch or model."
             )
         return result

@@ -21,7 +21,7 @@ from hpo.training.averaging import AveragedWeights
 from hpo.training.captured import CapturedStep, wants_graph
 from hpo.training.checkpoint import CheckpointFolder, CheckpointWriter
 from hpo.training.compiled import CompiledStep, check_compile_mode, has_formula, settle_compile_mode
-from hpo.training.evaluation import measure, read_all
+from hpo.training.evaluation import losses_of_examples, measure, read_all
 from hpo.training.losses import loss_function, target_scale, training_loss
 from hpo.training.metrics import EpochMetrics, check_metric
 from hpo.training.optimizers import build_optimizer, load_optimizer_state
@@ -147,7 +147,12 @@ class _Run:
         self.splits = splits
         self.order, self.augmentation = torch.Generator(), torch.Generator()
         self.batches = build_batches(
-            self.splits.train, config, self.spec, order=self.order, augmentation=self.augmentation
+            self.splits.train,
+            config,
+            self.spec,
+            order=self.order,
+            augmentation=self.augmentation,
+            difficulty=self.own.difficulty,
         )
         check_fine_tuning(model, config)
         if has_convolutions(model):
@@ -164,6 +169,7 @@ class _Run:
             l1=config.l1,
             max_norm=config.max_norm,
             precision=settle_precision(config.precision, self.model, loss, self.batches.first),
+            num_parts=config.accumulate,
         )
         check_compile_mode(config.compile, self.step.precision, config.device)
         self.compile_mode = "off"
@@ -191,6 +197,7 @@ class _Run:
         started = time.perf_counter()
         if self.compile_mode == "step" and isinstance(self.step, TrainingStep):
             self.step = CompiledStep(self.step)
+        self._measure_difficulty(epoch)
         self._seed(epoch)
         self._thaw(epoch)
         deterministic = self.config.deterministic
@@ -222,6 +229,15 @@ class _Run:
         self.order.manual_seed(derive_seed(self.config.seed, "order", epoch))
         self.augmentation.manual_seed(derive_seed(self.config.seed, "augmentation", epoch))
         self.batches.epoch = epoch
+
+    def _measure_difficulty(self, epoch: int) -> None:
+        """For a curriculum by losses: those of all training examples, with the weights that the epoch begins with."""
+        curriculum = self.batches.curriculum
+        if self.config.curriculum != "loss" or curriculum is None or epoch == 1 or curriculum.pace.share(epoch) == 1:
+            return
+        with _algorithms(deterministic=self.config.deterministic), _memory_explained():
+            losses = losses_of_examples(self.model, self.splits.train, self.config, self.loss_function, self.spec.kind)
+        curriculum.difficulty = losses.double().cpu()
 
     def _thaw(self, epoch: int) -> None:
         """Let frozen layers train from `thaw_epoch` on, after a resume too."""
@@ -305,9 +321,13 @@ class _Run:
         Batches that are streamed are on their way while one is captured, those of sequences have other shapes each
         time, and a loss of the task's own may take anything.
         """
-        train = self.splits.train
-        is_fixed = train.is_plain and train.device.type == "cuda" and self.own.loss is None
+        is_fixed = self._has_fixed_batches and self.splits.train.device.type == "cuda"
         return is_fixed and self.is_captured_faster is not False and wants_graph(self.config.compile, self.model)
+
+    @property
+    def _has_fixed_batches(self) -> bool:
+        """Whether all batches have one shape, and the loss is one of hpo's."""
+        return self.splits.train.is_plain and self.own.loss is None and self.config.progressive_start == 1
 
     def _can_capture(self, step: TrainingStep) -> bool:
         return (step.has_stepped or self.has_optimizer_state) and has_formula(step)
@@ -316,7 +336,7 @@ class _Run:
         """After an epoch that was not compiled, as the first never is: it fills the optimizer's state and shows how
         long a step takes."""
         # One count of steps serves all parameters; batches of one shape and a known loss make one graph.
-        is_fixed = self.splits.train.is_plain and self.own.loss is None
+        is_fixed = self._has_fixed_batches
         self.compile_mode = settle_compile_mode(
             self.config.compile if is_fixed and not self.config.thaw_epoch else "off",
             step,
