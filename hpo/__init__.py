@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from hpo.data.parts import Ragged as Ragged
     from hpo.data.photos import load_image_folder as load_image_folder
     from hpo.data.photos import read_photos as read_photos
+    from hpo.data.tables import load_table as load_table
+    from hpo.data.texts import load_texts as load_texts
     from hpo.data.vision import load_cifar10 as load_cifar10
     from hpo.data.vision import load_fashion_mnist as load_fashion_mnist
     from hpo.deploy.load import load_best as load_best
@@ -81,6 +83,8 @@ _MODULES = {
     "Ragged": "hpo.data.parts",
     "load_image_folder": "hpo.data.photos",
     "read_photos": "hpo.data.photos",
+    "load_table": "hpo.data.tables",
+    "load_texts": "hpo.data.texts",
     "load_cifar10": "hpo.data.vision",
     "load_fashion_mnist": "hpo.data.vision",
     "load_best": "hpo.deploy.load",

@@ -179,6 +179,9 @@ class Winner:
     """The race between the best configurations, as plain data; None where none was asked for."""
     has_test: bool = True
     """Whether it ever will: the `Objective` of a training loop of its own may have no `test`."""
+    baselines: dict[str, Any] | None = None
+    """For a table, the `scores` in a `metric` of models that are not networks, on the same splits; None until the
+    search has reached its end."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,8 @@ from hpo import objectives, search_spaces
 from hpo.config import TrainConfig, config_fields
 from hpo.data.augment import build_augmentations
 from hpo.data.datasets import split_dataset
-from hpo.data.examples import Dataset, DataSpec, SealedSplit, Split
+from hpo.data.examples import Dataset, DataSpec, InputSpec, SealedSplit, Split
+from hpo.data.parts import Ragged, map_parts
 from hpo.models.preprocessed import build_model
 from hpo.objective import Objective
 from hpo.space import Choice, Float, Int, Parameter, Space
@@ -30,6 +31,16 @@ SPECS = {
     "diabetes": DataSpec((10,)),
     "airnet": DataSpec((3, 32, 32), tuple("0123456789")),
     "image_folder": DataSpec((3, 256, 256), tuple("0123456789")),
+    "table": DataSpec(
+        {
+            "numbers": InputSpec((5,)),
+            "categories": InputSpec((2,), "int64", vocabulary=40, categories=(3, 40), is_normalised=False),
+        },
+        tuple("0123456789"),
+    ),
+    "text_folder": DataSpec(
+        InputSpec((), "int64", is_ragged=True, vocabulary=90, is_normalised=False), tuple("0123456789")
+    ),
 }
 ARGUMENTS = {
     "depth": (1, 2),
@@ -45,6 +56,9 @@ ARGUMENTS = {
     "weights": ("default", "none"),
     "image_size": (64, 96),
     "trainable_layers": (0, 1),
+    "residual": (True, False),
+    "embedding": (4, 8),
+    "network": ("recurrent", "convnet1d"),
 }
 NUM_TRAIN = {
     "digits": 1149,
@@ -53,6 +67,8 @@ NUM_TRAIN = {
     "airnet": 40_000,
     "diabetes": 282,
     "image_folder": 128,
+    "text_folder": 500,
+    "table": 282,  # of the 442 patients of diabetes
 }
 NUM_DRAWN = {"image_folder": 4}
 """Configurations that are tried; of large networks few."""
@@ -81,9 +97,21 @@ def draw(space: Space, seed: int) -> dict[str, Any]:
 def settings_and_arguments(name: str, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     objective = objective_of(name)
     searched = {key: value for key, value in values.items() if key in config_fields()}
-    judged_by = {"loss": objective.loss, "metric": objective.metric}
     arguments = {key: value for key, value in values.items() if key not in config_fields()}
-    return {**objective.settings, **judged_by, **searched}, arguments
+    return {**objective.settings, **objective.judged_by, **searched}, arguments
+
+
+def examples_of(spec: DataSpec) -> Any:
+    """Two examples, as a batch."""
+
+    def batch(of_input: InputSpec) -> Any:
+        if of_input.is_ragged:
+            return Ragged.of([[1, 2, 3], [4]]).padded(slice(None), slice(None))
+        if of_input.vocabulary is not None:
+            return torch.randint(min(of_input.categories), (2, *of_input.shape))
+        return torch.rand(2, *of_input.shape)
+
+    return map_parts(batch, spec.inputs)
 
 
 def test_every_task_has_a_space_of_the_same_name() -> None:
@@ -137,7 +165,7 @@ def test_the_whole_space_is_valid_for_trainer_and_model(name: str) -> None:
         settings, arguments = settings_and_arguments(name, draw(space_of(name), seed))
         TrainConfig(**settings)
         model = build_model(objective_of(name), spec, arguments, seed=seed, pretrained=False)
-        assert model(torch.rand(2, *spec.input_shape)).shape == ((2, 10) if spec.classes else (2,))
+        assert model(examples_of(spec)).shape == ((2, 10) if spec.classes else (2,))
 
 
 @pytest.mark.parametrize("name", NAMES)

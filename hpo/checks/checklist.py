@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hpo.checks.compatibility import check_task
-from hpo.checks.data import check_duplicates, check_inputs, check_leak, check_normalised, check_targets
+from hpo.checks.data import (
+    check_duplicates,
+    check_inputs,
+    check_leak,
+    check_normalised,
+    check_preprocessing,
+    check_targets,
+)
 from hpo.checks.learning import check_baseline, check_learning_rate, check_one_batch
 from hpo.checks.network import check_first_loss, check_forward, check_gradients
 from hpo.checks.own_loop import check_loop
@@ -31,6 +38,12 @@ if TYPE_CHECKING:
     from hpo.space import Value
     from hpo.task import Task
     from hpo.tracking.runs import SummaryRun
+
+
+def _quick_checks(subject: Subject) -> dict[str, Callable[[Subject], Verdict]]:
+    """Those of QUICK_CHECKS, after what preprocessing has found in the raw examples."""
+    return {"columns": check_preprocessing, **QUICK_CHECKS} if subject.spec.preprocessing else QUICK_CHECKS
+
 
 QUICK_CHECKS: dict[str, Callable[[Subject], Verdict]] = {
     "inputs": check_inputs,
@@ -106,7 +119,7 @@ def run_check(
         dataset = load_dataset(found, find_data_dir(data_dir))
         splits = split_dataset(dataset, validation_fraction=VALIDATION_FRACTION, seed=0, limit=limit)
         check_task(found, splits)
-        checks = whole_list(Subject.of(found, splits, chosen_device), dataset.test)
+        checks = whole_list(Subject.of(found, splits, chosen_device), dataset.test_for(splits.spec))
     store = open_store(Home.find(home).path, tracking_uri)
     run = begin_run(store, name, "check", found.objective.description)
     state: Literal["complete", "failed", "interrupted"] = "interrupted"
@@ -136,7 +149,7 @@ def _options_in_use(task: Task) -> list[str]:
 
 def quick_part(subject: Subject) -> list[Verdict]:
     """What a search checks before its first trial."""
-    return list(_judged(subject, QUICK_CHECKS))
+    return list(_judged(subject, _quick_checks(subject)))
 
 
 def whole_list(subject: Subject, test: SealedSplit) -> Iterator[Verdict]:
@@ -144,7 +157,7 @@ def whole_list(subject: Subject, test: SealedSplit) -> Iterator[Verdict]:
     yield from _judged(
         subject,
         {
-            **QUICK_CHECKS,
+            **_quick_checks(subject),
             "duplicates": check_duplicates,
             "test leak": partial(check_leak, test=test),
             "one batch": check_one_batch,

@@ -13,6 +13,7 @@ from hpo.checks.verdicts import Subject, Verdict
 from hpo.data.datasets import class_counts
 from hpo.data.kinds import IGNORED, labels_of
 from hpo.data.parts import Padded, Ragged, map_parts, named_parts, parts, tensors_of
+from hpo.data.preprocessing import IGNORED as BY_REQUEST
 
 if TYPE_CHECKING:
     from hpo.data.examples import SealedSplit, Split
@@ -35,6 +36,20 @@ OUTLIER = 20.0
 
 LEAK = 0.01
 """Share of the test split above which copies of training examples falsify its result."""
+
+
+def check_preprocessing(subject: Subject) -> Verdict:
+    """What was found in raw examples, and what of them the model does not get."""
+    preprocessing = subject.spec.preprocessing
+    assert preprocessing is not None, "there are raw examples"
+    text = preprocessing.describe()
+    unasked = {name: why for name, why in preprocessing.left_out.items() if why != BY_REQUEST}
+    if not unasked:
+        return Verdict(state="ok", text=text)
+    listed = "; ".join(f"{name}: {why}" for name, why in unasked.items())
+    names = ",".join(unasked)
+    advice = f"left out: {listed}. --data-option ignore={names} says that this is right, categories=NAME keeps one"
+    return Verdict(state="warning", text=text, advice=advice, data={"left_out": dict(unasked)})
 
 
 def check_inputs(subject: Subject) -> Verdict:

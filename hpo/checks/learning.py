@@ -13,6 +13,7 @@ import torch
 
 from hpo.checks.baselines import baselines
 from hpo.checks.speed import seconds_a_step
+from hpo.checks.table_models import BOOSTED, is_table, table_scores
 from hpo.checks.verdicts import Subject, Verdict
 from hpo.config import OWN, derive_seed
 from hpo.data.batches import build_batches
@@ -135,6 +136,10 @@ def check_baseline(subject: Subject) -> Verdict:
     text = f"{trained}; {simplest} has {naive:.3f}"
     text += f", a linear model {linear:.3f}" if math.isfinite(linear) else ""
     data = {"network": network, "naive": naive, "linear": linear, "metric": metric, "epochs": last.epoch}
+    if is_table(splits):
+        boosted = table_scores(splits, metric)[BOOSTED]
+        text += f", {BOOSTED} {boosted:.3f}"
+        data["boosted"] = boosted
     # What scores like chance does not get beyond three standard errors by accident.
     num = len(splits.validation)
     margin = 3 * math.sqrt(max(naive * (1 - naive), 0.0) / num) if subject.spec.classes else 9 / num

@@ -25,6 +25,7 @@ from hpo.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from hpo.data.parts import Examples, Part
+    from hpo.data.preprocessing import RawExamples
 
 MEMORY_SHARE = 0.25
 """Of the machine's memory, what images from a file may take; more of them stay in the file."""
@@ -127,7 +128,7 @@ def split_dataset(
     if isinstance(train.inputs, MappedImages) and len(kept) * train.inputs[:1].nbytes <= MEMORY_SHARE * _memory():
         train, validation = train.in_memory(), validation.in_memory()
     _require_examples(train, validation, spec)
-    return Splits(train, validation, spec)
+    return Splits(*dataset.encoded(train, validation))
 
 
 def all_examples(splits: Splits) -> Split:
@@ -171,6 +172,7 @@ def hold_out(
     kind: str | None = None,
     vocabulary: Vocabulary | Mapping[str, Vocabulary] | None = None,
     normalise: bool | Mapping[str, bool] = True,
+    raw: RawExamples | None = None,
 ) -> Dataset:
     """A data set whose test split is taken out of its own examples, for data that come without an official one.
 
@@ -181,13 +183,19 @@ def hold_out(
     whole = Split(inputs, targets)
     if kind == "instances" and targets is None:
         whole = Split(inputs, torch.arange(len(whole)))
-    given: dict[str, Any] = {"classes": tuple(classes), "kind": kind, "vocabulary": vocabulary, "normalise": normalise}
+    given: dict[str, Any] = {
+        "classes": tuple(classes),
+        "kind": kind,
+        "vocabulary": vocabulary,
+        "normalise": normalise,
+        "raw": raw,
+    }
     spec = Dataset(whole, SealedSplit(lambda: whole, 0), **given).spec
     _require_sound(whole, spec)
     order = _stratified_order(whole, spec.kind, len(classes), seed)
     num_test = math.ceil(len(whole) * test_fraction)
     test = _select(whole, order[:num_test])
-    if vocabulary is None:  # of the test split nothing is to be known but this
+    if vocabulary is None and raw is None:  # of the test split nothing is to be known but this
         given["vocabulary"] = {
             name: each.categories or each.vocabulary for name, each in spec.input_specs.items() if each.vocabulary
         }

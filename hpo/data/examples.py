@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from math import prod
@@ -16,10 +16,12 @@ from torch import Tensor
 from hpo.data.kinds import infer_kind, num_outputs, require_sound_targets
 from hpo.data.mapped import MappedImages
 from hpo.data.parts import Examples, Ragged, map_parts, named_parts, parts, select, taken, to_device
+from hpo.data.preprocessing import Preprocessing, preprocessing_from_dict
 from hpo.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from hpo.data.parts import Batch, Part, Rows
+    from hpo.data.preprocessing import RawExamples
 
 
 Vocabulary = int | tuple[int, ...]
@@ -185,9 +187,38 @@ class Dataset:
     """Whether floats and images are given to the network with mean 0 and deviation 1; by name where inputs are several.
     Integers other than uint8 never are."""
 
+    raw: RawExamples | None = None
+    """Rows of a table or texts as they came; the inputs are then row numbers, until the examples are divided and
+    `encoded` makes tensors of them."""
+
+    def encoded(self, train: Split, validation: Split) -> tuple[Split, Split, DataSpec]:
+        """The splits as tensors, with what a model must know: preprocessing is fitted on the training split alone."""
+        if self.raw is None:
+            return train, validation, self.spec
+        assert isinstance(train.inputs, Tensor), "they are row numbers"
+        preprocessing = self.raw.fit(train.inputs)
+        train, validation = (self._encode(split, preprocessing) for split in (train, validation))
+        spec = replace(self, train=train, vocabulary=preprocessing.vocabulary, raw=None).spec
+        return train, validation, replace(spec, preprocessing=preprocessing)
+
+    def test_for(self, spec: DataSpec) -> SealedSplit:
+        """The test split as a model with this spec takes it, still sealed."""
+        preprocessing = spec.preprocessing
+        if self.raw is None or preprocessing is None:
+            return self.test
+        return SealedSplit(lambda: self._encode(self.test.open(), preprocessing), len(self.test))
+
+    def _encode(self, split: Split, preprocessing: Preprocessing) -> Split:
+        assert self.raw is not None, "there are raw examples"
+        assert isinstance(split.inputs, Tensor), "they are row numbers"
+        return Split(self.raw.encode(split.inputs, preprocessing), split.targets)
+
     @cached_property  # integer inputs are scanned for it
     def spec(self) -> DataSpec:
-        """Raises DataError where the data are not made of tensors and the like, one row for each example."""
+        """Raises DataError where the data are not made of tensors and the like, one row for each example.
+
+        Of raw examples the inputs are not known before they are divided.
+        """
         _require_rows(self.train)
         targets = self.train.targets
         return DataSpec(
@@ -325,6 +356,9 @@ class DataSpec:
     target_shape: tuple[int, ...] = ()
     """Of one example's target, where all have the same."""
 
+    preprocessing: Preprocessing | None = None
+    """What makes tensors of raw examples, such as rows of a table; None if the inputs are tensors anyway."""
+
     def __post_init__(self) -> None:
         if isinstance(self.inputs, tuple) and all(isinstance(side, int) for side in self.inputs):
             object.__setattr__(self, "inputs", InputSpec(self.inputs))
@@ -383,6 +417,7 @@ class DataSpec:
             "classes": list(self.classes),
             "kind": self.kind,
             "target_shape": list(self.target_shape),
+            "preprocessing": self.preprocessing and self.preprocessing.to_dict(),
         }
 
     @classmethod
@@ -391,7 +426,8 @@ class DataSpec:
         if "input_shape" in plain:  # as version 0.1 wrote it
             return cls(InputSpec(tuple(plain["input_shape"])), tuple(plain["classes"]))
         inputs, shape = _input_specs_from(plain["inputs"]), tuple(plain["target_shape"])
-        return cls(inputs, tuple(plain["classes"]), plain["kind"], shape)
+        preprocessing = preprocessing_from_dict(plain.get("preprocessing"))
+        return cls(inputs, tuple(plain["classes"]), plain["kind"], shape, preprocessing)
 
 
 def _input_specs_from(plain: Any) -> Any:

@@ -37,6 +37,9 @@ def data_fingerprint(dataset: Dataset) -> str:
     for part in inputs.values():
         bytes_per_example = part.nbytes // len(part)
         _read(digest.update, part, _rows(len(part), bytes_per_example * len(inputs)))
+    if dataset.raw is not None and isinstance(train.inputs, torch.Tensor):
+        for content in dataset.raw.content(train.inputs):
+            digest.update(content)
     return digest.hexdigest()
 
 

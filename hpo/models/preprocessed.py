@@ -141,7 +141,12 @@ class PreprocessedModel(nn.Module):
         return _input_statistics(part[:SAMPLE_SIZE])
 
     def _as_batch(self, inputs: Any) -> Batch:
-        """The inputs as a batch on the model's device. Raises UsageError for examples of another shape."""
+        """The inputs as a batch on the model's device; raw examples are preprocessed.
+
+        Raises UsageError for examples of another shape.
+        """
+        if self.spec.preprocessing and self.spec.preprocessing.is_raw(inputs):
+            inputs = Split(self.spec.preprocessing.encode(inputs), None).batch(slice(None))[0]
         if isinstance(self.spec.inputs, InputSpec):
             return _as_batch(inputs, self.spec.inputs, self.target_mean.device)
         specs = cast(Any, self.spec.inputs)
@@ -162,7 +167,8 @@ class PreprocessedModel(nn.Module):
 
         A class name; the names of all labels that an example has; a number or several; a mask (H, W) of class indices;
         a box x1 y1 x2 y2; the class name of each element; the classes that were read; an embedding (size,) of length 1;
-        a reconstruction. Sequences are given as a list.
+        a reconstruction. Sequences are given as a list. A task of tables takes a data
+        frame or rows as mappings, one of texts a list of texts.
         Raises UsageError for examples of another shape, and for a task whose outputs only its own loss understands.
         """
         if self.spec.kind == "own":

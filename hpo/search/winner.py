@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hpo.config import METRICS
 from hpo.records import Comparison, Winner, describe_pruning
 from hpo.search.confirmation import best_repeat
 
@@ -17,6 +18,7 @@ TEST_INTERVALS = "test_intervals"
 REFITS = "refits"
 TEST_CONFUSIONS = "test_confusions"
 COMPARISONS = "comparisons"
+BASELINES = "baselines"
 
 MAX_CONFUSED = 50
 """Classes of which a confusion matrix can be looked at."""
@@ -54,6 +56,7 @@ def find_winner(study: Study) -> Winner | None:
         confusion=confusions.get(reading),
         num_test_readings=len(readings),
         has_test=study.has_test,
+        baselines=study.recorded(BASELINES),
     )
 
 
@@ -87,6 +90,20 @@ def describe_comparison(winner: Winner) -> str:
     gain = f"the winner gains {found.gain:.4f}, 95 % interval {found.low:.4f} to {found.high:.4f}"
     verdict = f"over {over}" if found.is_distinct else f"cannot be distinguished from the default with {over}"
     return f"{default}; {gain}{' ' if found.is_distinct else ': '}{verdict}"
+
+
+def describe_baselines(winner: Winner) -> str:
+    """What a linear model and gradient boosting reach, and whether the network is better."""
+    assert winner.baselines is not None, "they were measured"
+    metric, scores = winner.baselines["metric"], winner.baselines["scores"]
+    told = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
+    text, direction = f"{metric} on the same splits: {told}", METRICS[metric]
+    if metric != winner.metric:
+        return text
+    unbeaten = [name for name, score in scores.items() if direction.gain(winner.validation, over=score) <= 0]
+    if not unbeaten:
+        return f"{text}; the network beats them"
+    return f"{text}; the network does not beat {' and '.join(unbeaten)}: it is not worth deploying"
 
 
 def front_rows(study: Study) -> list[dict[str, Any]]:

@@ -12,7 +12,8 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from hpo.config import augmentation_names, derive_seed
+from hpo.checks.table_models import is_table, table_scores
+from hpo.config import METRICS, USUAL, augmentation_names, derive_seed
 from hpo.deploy.load import load_trained_trial, load_trial
 from hpo.errors import CheckpointError, HpoError, SearchError, StoreError, in_one_line
 from hpo.execution.messages import Assignment
@@ -24,12 +25,14 @@ from hpo.records import ELIGIBLE, Comparison, Winner
 from hpo.search.findings import findings
 from hpo.search.importances import describe_share, importances
 from hpo.search.winner import (
+    BASELINES,
     COMPARISONS,
     MAX_CONFUSED,
     REFITS,
     TEST_CONFUSIONS,
     TEST_INTERVALS,
     TEST_READINGS,
+    describe_baselines,
     describe_comparison,
     describe_confirmation,
     describe_training,
@@ -107,6 +110,11 @@ def tested_winner(prepared: Prepared, opened: Opened) -> Winner | None:
         compared = compare_with_default(study, store, prepared.splits, winner, device, task.objective)
         if compared:
             _record(study, COMPARISONS, str(winner.trial), asdict(compared))
+    if winner is not None and winner.baselines is None and prepared.splits and is_table(prepared.splits):
+        metric = USUAL[prepared.splits.spec.kind][1] if winner.metric == "loss" else winner.metric
+        if metric in METRICS:
+            scores = table_scores(prepared.splits, metric, study.settings.folds)
+            study.record(BASELINES, {"metric": metric, "scores": scores})
     if winner is not None and study.is_refit and not (winner.is_refit or study.settings.folds):
         _refit(winner, prepared, opened, REFIT)
         _record(study, REFITS, str(winner.trial), True)
@@ -339,6 +347,8 @@ def _in_words(study: Study, winner: Winner) -> str:
     judged = f"the mean of {winner.folds} folds" if winner.folds else "on the validation split"
     compared = f" {describe_comparison(winner)}." if winner.comparison else ""
     compared += f" Confirmation: {describe_confirmation(winner)}." if winner.confirmation else ""
+    if winner.baselines:
+        compared += f" {describe_baselines(winner)}."
     return (
         f"**Winner: {describe_training(winner)}**, {winner.metric} {winner.validation:.4f} {judged}; "
         f"test split: {test}.{compared}\n\n| parameter | value |\n| --- | --- |\n{rows}\n"

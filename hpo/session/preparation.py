@@ -83,7 +83,7 @@ def prepare(request: Request, observer: Observer) -> Prepared:
         request=request,
         session_id=session_id,
         splits=splits,
-        test=dataset.test if dataset else None,
+        test=dataset.test_for(splits.spec) if dataset and splits else None,
         provenance=provenance,
         verdicts=verdicts,
         workers=start_workers(machine.executor, setup, machine.resources),

@@ -16,7 +16,7 @@ from hpo.home import Home
 from hpo.records import Winner
 from hpo.search.confirmation import PLANS
 from hpo.search.importances import describe_share
-from hpo.search.winner import describe_comparison, describe_confirmation, describe_training
+from hpo.search.winner import describe_baselines, describe_comparison, describe_confirmation, describe_training
 from hpo.space import Group, Parameter, Space, describe_conditions, format_value
 from hpo.terminal.words import (
     ESTIMATED,
@@ -335,6 +335,8 @@ def _print_winner(console: Console, winner: Winner) -> None:
         table.add_row("Confirmed", describe_confirmation(winner))
     if winner.comparison:
         table.add_row("Default", describe_comparison(winner))
+    if winner.baselines:
+        table.add_row("Baselines", describe_baselines(winner))
     table.add_row("Test", _describe_test(winner))
     console.print(table)
 

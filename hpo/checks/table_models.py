@@ -1,0 +1,111 @@
+"""What learns a table without a network: a linear model, and scikit-learn's gradient boosting, on the same splits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from hpo.config import USUAL
+from hpo.data.datasets import folds
+from hpo.data.parts import named_parts, parts
+from hpo.training.metrics import EpochMetrics
+
+if TYPE_CHECKING:
+    from hpo.data.datasets import Splits
+    from hpo.data.examples import InputSpec, Split
+
+LINEAR, BOOSTED = "a linear model", "gradient boosting"
+
+MAX_BINNED = 255
+"""Categories up to which gradient boosting tells a column's apart; it takes more of them for a number."""
+
+
+def is_table(splits: Splits) -> bool:
+    """Whether the examples are rows of numbers and categories, and the target is one class or one number."""
+    are_flat = all(isinstance(part, Tensor) and part.ndim <= 2 for part in parts(splits.train.inputs))
+    return are_flat and splits.spec.kind in ("classification", "regression") and not splits.spec.target_shape
+
+
+def table_scores(splits: Splits, metric: str, num_folds: int | None = None) -> dict[str, float]:
+    """The metric of both models on the validation split, or its mean over the folds; for a loss the usual metric."""
+    name = USUAL[splits.spec.kind][1] if metric == "loss" else metric
+    if num_folds:
+        each = [table_scores(fold, name) for fold in folds(splits, num_folds)]
+        return {model: mean(scores[model] for scores in each) for model in (LINEAR, BOOSTED)}
+    return {model: _score(splits, outputs, name) for model, outputs in table_outputs(splits).items()}
+
+
+def table_outputs(splits: Splits) -> dict[str, Tensor]:
+    """Outputs of both models on the validation split; of classes the logarithms of probabilities."""
+    from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression, Ridge
+
+    assert isinstance(splits.train.targets, Tensor), "one row for each example"
+    targets = splits.train.targets.numpy()
+    flat, new_flat = _standardised(splits)
+    mixed, new_mixed = (_columns(splits, split, lambda ids, of: ids.float()).numpy() for split in _both(splits))
+    settings: dict[str, Any] = {"categorical_features": _categorical(splits), "random_state": 0}
+    if splits.spec.kind == "regression":
+        linear = Ridge(alpha=len(flat) / 100).fit(flat, targets).predict(new_flat)
+        boosted = HistGradientBoostingRegressor(**settings).fit(mixed, targets).predict(new_mixed)
+        return {name: torch.from_numpy(each).float() for name, each in ((LINEAR, linear), (BOOSTED, boosted))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # near enough for a baseline
+        logistic = LogisticRegression(max_iter=200).fit(flat, targets)
+    boosting = HistGradientBoostingClassifier(**settings).fit(mixed, targets)
+    found = {LINEAR: logistic.predict_proba(new_flat), BOOSTED: boosting.predict_proba(new_mixed)}
+    return {name: torch.from_numpy(each).clamp(min=1e-9).log().float() for name, each in found.items()}
+
+
+def _score(splits: Splits, outputs: Tensor, metric: str) -> float:
+    metrics = EpochMetrics(splits.spec, "cpu", is_complete=True)
+    metrics.update(outputs, splits.validation.targets, torch.zeros(()))
+    return metrics.compute()[metric].item()
+
+
+def _both(splits: Splits) -> tuple[Split, Split]:
+    return splits.train, splits.validation
+
+
+def _standardised(splits: Splits) -> tuple[NDArray[Any], NDArray[Any]]:
+    """All columns as numbers, a category as a column of 0 and 1 for each value."""
+
+    def one_hot(ids: Tensor, of_input: InputSpec) -> Tensor:
+        sizes = _sizes(of_input, ids.shape[1])
+        return torch.cat([functional.one_hot(c, n).float() for c, n in zip(ids.unbind(1), sizes, strict=True)], dim=1)
+
+    train, new = (_columns(splits, split, one_hot) for split in _both(splits))
+    center, deviation = train.mean(0), train.std(0, correction=0).clamp(min=1e-6)
+    return ((train - center) / deviation).numpy(), ((new - center) / deviation).numpy()
+
+
+def _columns(splits: Splits, split: Split, of_ids: Callable[[Tensor, InputSpec], Tensor]) -> Tensor:
+    """All inputs of a split side by side, (N, F) float32."""
+    found = []
+    for name, part in named_parts(split.inputs).items():
+        assert isinstance(part, Tensor), "the examples are rows"
+        columns, of_input = part if part.ndim > 1 else part[:, None], splits.spec.input_specs[name]
+        found.append(columns.float() if of_input.vocabulary is None else of_ids(columns, of_input))
+    return torch.cat(found, dim=1)
+
+
+def _categorical(splits: Splits) -> list[bool]:
+    found: list[bool] = []
+    for name, part in named_parts(splits.train.inputs).items():
+        of_input, num = splits.spec.input_specs[name], part.shape[1] if len(part.shape) > 1 else 1  # type: ignore[union-attr]
+        sizes = (0,) * num if of_input.vocabulary is None else _sizes(of_input, num)
+        found += [0 < size <= MAX_BINNED for size in sizes]
+    return found
+
+
+def _sizes(of_input: InputSpec, num_columns: int) -> tuple[int, ...]:
+    """How many categories each column has."""
+    return of_input.categories or (of_input.vocabulary or 0,) * num_columns

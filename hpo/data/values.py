@@ -1,0 +1,69 @@
+"""Values of columns as they are written: texts, numbers, dates, and what counts as missing."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Numbers = NDArray[np.float64]
+
+MISSING_WORDS = ("", "na", "n/a", "nan", "null", "none", "nat", "?")
+"""Words that stand for a missing value, in any case."""
+
+_logger = logging.getLogger(__name__)
+
+
+def texts(values: pd.Series) -> pd.Series:
+    """The values as texts without spaces around them; missing ones are NA."""
+    told = values.astype("string").str.strip()
+    return told.mask(told.str.lower().isin(MISSING_WORDS))
+
+
+def numbers(told: pd.Series, *, warn: str = "") -> Numbers:
+    """Texts as numbers, NaN for what is none. With a column's name in `warn`, a warning names what is no number."""
+    import pandas as pd
+
+    found: Numbers = pd.to_numeric(told, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    found[~np.isfinite(found)] = np.nan
+    if warn:
+        strange = told[np.isnan(found)].dropna()
+        if len(strange):
+            _logger.warning(
+                "column '%s' holds '%s', which is not a number; %d such values count as missing.",
+                warn, strange.iloc[0], len(strange),
+            )  # fmt: skip
+    return found
+
+
+def days(told: pd.Series, *, strict: bool = True) -> Numbers | None:
+    """Texts that are dates (2026-01-31, with a time or without) in days since 1970; None if `strict` and one is not."""
+    import pandas as pd
+
+    dates = pd.to_datetime(told, format="ISO8601", errors="coerce", utc=True)
+    if strict and (dates.isna().any() or not told.str.match(r"\d{4}-\d\d").all()):
+        return None
+    found: Numbers = ((dates - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(days=1)).to_numpy(dtype=np.float64)
+    return found
+
+
+def category_texts(values: pd.Series) -> pd.Series:
+    """The values as names of categories: 3, 3.0 and "3" are the same one, and so are true and True."""
+    told = texts(values)
+    measured = numbers(told)
+    is_whole = np.isfinite(measured) & (np.abs(measured) < 2**53) & (measured == np.round(measured))
+    whole = np.where(is_whole, measured, 0.0).astype(np.int64).astype(str)
+    told = told.mask(is_whole, whole)
+    lowered = told.str.lower()
+    is_truth = lowered.isin(("true", "false")).fillna(False)
+    return told.mask(is_truth, lowered)
+
+
+def is_integral(measured: Any) -> bool:
+    """Whether all are whole numbers."""
+    return bool((measured == np.round(measured)).all())
