@@ -243,7 +243,7 @@ def _difference_on(
         (other.model, other.config),
         splits.validation,
         spec=splits.spec,
-        target_scale=target_scale(splits.train, splits.spec.kind),
+        target_scale=target_scale(splits.train, splits.spec),
         seed=derive_seed(study.settings.seed, "comparison"),
     )
 

@@ -205,6 +205,6 @@ def _interval(
         (earlier.model, earlier.config),
         splits.validation,
         spec=splits.spec,
-        target_scale=target_scale(splits.train, splits.spec.kind),
+        target_scale=target_scale(splits.train, splits.spec),
         seed=derive_seed(study.settings.seed, "comparison"),
     )

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from hpo.config import TrainConfig
     from hpo.data.examples import DataSpec, Split
     from hpo.objective import Own
-    from hpo.training.losses import LossFunction
+    from hpo.training.losses import LossFunction, Scale
 
 
 def evaluate(
-    model: nn.Module, split: Split, config: TrainConfig, spec: DataSpec, *, target_scale: float | Tensor = 1.0
+    model: nn.Module, split: Split, config: TrainConfig, spec: DataSpec, *, target_scale: Scale = 1.0
 ) -> dict[str, float]:
     """Loss and metrics of `model`, left in evaluation mode, on any split of the data that `spec` describes.
 
@@ -53,9 +53,7 @@ def choose_thresholds(model: nn.Module, split: Split, config: TrainConfig) -> No
     model.get_buffer("thresholds").copy_(best_thresholds(outputs, targets))
 
 
-def _measured(
-    model: nn.Module, split: Split, config: TrainConfig, spec: DataSpec, target_scale: float | Tensor
-) -> EpochMetrics:
+def _measured(model: nn.Module, split: Split, config: TrainConfig, spec: DataSpec, target_scale: Scale) -> EpochMetrics:
     model, own = model.to(config.device), own_of(model)
     loss = loss_function(config, spec, target_scale, own)
     return measure(model, split, config, loss, spec, own, precision="fp32")

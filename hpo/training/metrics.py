@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from hpo.config import SEVERAL
 from hpo.data.kinds import IGNORED, read_greedily
 from hpo.data.parts import Padded, tensors_of, values_and_lengths
 from hpo.errors import UnknownNameError, UsageError
@@ -51,7 +52,8 @@ NEED_ALL = ("auroc", "average_precision", "character_error_rate", "exact_match",
 
 def check_metric(name: str, spec: DataSpec, own: Own = NOTHING_OWN) -> None:
     """Raise UnknownNameError for a metric that the data do not have."""
-    available = ["loss", *METRICS_OF_KIND[spec.kind], *own.metrics]
+    of_targets = [f"{target}/{each}" for target, of in spec.targets.items() for each in METRICS_OF_KIND[of.kind]]
+    available = ["loss", *METRICS_OF_KIND.get(spec.kind, ()), *of_targets, *own.metrics]
     if name not in available:
         raise UnknownNameError(f"{spec.kind} metric", name, available)
 
@@ -134,6 +136,12 @@ class _Metrics(Protocol):
 def _build_metrics(
     spec: DataSpec, device: torch.device | str, thresholds: Tensor | None, *, is_complete: bool
 ) -> list[_Metrics]:
+    if spec.kind == SEVERAL:
+        return [
+            _OfTarget(name, metric)
+            for name in spec.targets
+            for metric in _build_metrics(spec.of(name), device, None, is_complete=is_complete)
+        ]
     num_classes = len(spec.classes)
     match spec.kind:
         case "classification":
@@ -159,6 +167,20 @@ def _build_metrics(
             return [TranscriptMetrics(device)] if is_complete else []
         case _:
             return []
+
+
+class _OfTarget:
+    """The metrics of one of several targets, by "target/metric"."""
+
+    def __init__(self, name: str, metrics: _Metrics) -> None:
+        self._name = name
+        self._metrics = metrics
+
+    def update(self, outputs: Any, targets: Any) -> None:
+        self._metrics.update(outputs[self._name], targets[self._name])
+
+    def compute(self) -> dict[str, Tensor]:
+        return {f"{self._name}/{metric}": value for metric, value in self._metrics.compute().items()}
 
 
 def _on_device(metric: Any, device: torch.device | str) -> Any:

@@ -141,7 +141,7 @@ class _Run:
         self.spec, self.own = splits.spec, own_of(model)
         check_metric(config.metric, self.spec, self.own)
         self.config = config
-        scale = target_scale(splits.train, splits.spec.kind)
+        scale = target_scale(splits.train, splits.spec)
         self.model = model.to(config.device)
         self.loss_function = loss_function(config, self.spec, scale, self.own)
         self.splits = splits
