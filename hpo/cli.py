@@ -97,7 +97,7 @@ _CLICK_TYPES: dict[Any, Any] = {
 # No `trials`, and no executor: one training runs here.
 _OF_A_TRAINING = [
     *("fixed", "epochs", "seed", "limit", "data_options", "space", "metric"),
-    *("device", "precision", "compile", "deterministic", "data_dir", "home", "tracking_uri"),
+    *("device", "gpus_per_trial", "precision", "compile", "deterministic", "data_dir", "home", "tracking_uri"),
 ]
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the data as JSON.")

@@ -11,6 +11,7 @@ from hpo.data.batches import evaluation_batch_size, evaluation_batches, evaluati
 from hpo.data.parts import joined
 from hpo.models.preprocessed import own_of
 from hpo.training.device import in_fitting_batches
+from hpo.training.distributed import ALONE, Ranks
 from hpo.training.losses import loss_function, one_by_one
 from hpo.training.metrics import EpochMetrics, best_thresholds
 from hpo.training.precision import autocast, has_convolutions
@@ -69,11 +70,13 @@ def measure(
     own: Own,
     *,
     precision: str,
+    ranks: Ranks = ALONE,
 ) -> EpochMetrics:
     """Loss and metrics on a split; leaves the model, which is on the config's device, in evaluation mode.
 
-    Batches that the device's memory does not hold are halved until it does. Raises DeviceMemoryError where it cannot
-    hold one example.
+    With several ranks each makes its part of the outputs, and all of them then have all metrics. Batches that the
+    device's memory does not hold are halved until it does, unless there are several ranks. Raises DeviceMemoryError
+    where it cannot hold one example.
     """
     model.eval()
     batch_size = _batch_size(model, split, config, spec.kind)
@@ -83,12 +86,12 @@ def measure(
         metrics = EpochMetrics(spec, config.device, own=own, is_complete=True, thresholds=thresholds)
         for inputs, targets in _batches(split, config, spec.kind, batch_size):
             with autocast(precision, torch.device(config.device)):
-                outputs = model(inputs)
+                outputs = ranks.outputs(model, inputs)
                 loss = loss_function(outputs, targets)
             metrics.update(outputs, targets, loss)
         return metrics
 
-    return in_fitting_batches(attempt, batch_size)
+    return in_fitting_batches(attempt, batch_size) if ranks.size == 1 else attempt(batch_size)
 
 
 @torch.inference_mode()

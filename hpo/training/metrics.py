@@ -7,7 +7,8 @@ its cost a step: on one core of a CPU, 10 classes, torch 2.15, a batch of 32 tak
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
@@ -111,6 +112,18 @@ class EpochMetrics:
         self._loss_sum += torch.stack(losses).double().sum() * self._held_size
         self._num_examples += num_examples
 
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Take in what other processes have counted: `total` gives the sum of a tensor over all of them.
+
+        It is for metrics that are not complete.
+        """
+        self._take_in()
+        for metric in self._metrics:
+            assert isinstance(metric, _Sums), "metrics that need all outputs are not counted in parts"
+            metric.add_up(total)
+        self._loss_sum = total(self._loss_sum)
+        self._num_examples = int(total(torch.tensor(self._num_examples)))
+
     def compute(self) -> dict[str, Tensor]:
         """Scalars on the device, by name. A loss that was not finite in any batch leaves `loss` not finite."""
         self._take_in()
@@ -131,6 +144,14 @@ class EpochMetrics:
 class _Metrics(Protocol):
     def update(self, outputs: Any, targets: Any) -> None: ...
     def compute(self) -> dict[str, Tensor]: ...
+
+
+@runtime_checkable
+class _Sums(Protocol):
+    """Metrics that follow from sums over the examples."""
+
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Put `total` of each sum in its place."""
 
 
 def _build_metrics(
@@ -214,6 +235,9 @@ class ConfusionMetrics:
         else:
             cells = targets * self._num_classes + predicted
             self._counts.index_add_(0, cells, torch.ones_like(cells, dtype=torch.float64))
+
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        self._counts = total(self._counts)
 
     @property
     def confusion(self) -> Tensor:
@@ -305,6 +329,10 @@ class LabelMetrics:
         self._sums += torch.stack((is_right.sum(), is_right.all(1).sum()))
         self._num_examples += len(targets)
 
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        self._counts, self._sums = total(self._counts), total(self._sums)
+        self._num_examples = int(total(torch.tensor(self._num_examples)))
+
     def compute(self) -> dict[str, Tensor]:
         correct, actual, given = self._counts
         num_seen = (actual + given > 0).sum()
@@ -369,6 +397,9 @@ class MaskMetrics:
         cells = torch.where(labels == IGNORED, self._num_classes**2, cells).flatten()
         self._counts.index_add_(0, cells, torch.ones_like(cells, dtype=torch.float64))
 
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        self._counts = total(self._counts)
+
     def compute(self) -> dict[str, Tensor]:
         confusion = self._counts[:-1].view(self._num_classes, self._num_classes)
         correct, actual, given = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
@@ -393,6 +424,10 @@ class BoxMetrics:
         self._sums += torch.stack((iou_of_pairs(outputs, targets).double().sum(), errors.sum()))
         self._num_examples += len(targets)
 
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        self._sums = total(self._sums)
+        self._num_examples = int(total(torch.tensor(self._num_examples)))
+
     def compute(self) -> dict[str, Tensor]:
         mean_iou, mae = self._sums / self._num_examples
         return {"mean_iou": mean_iou, "mae": mae}
@@ -411,6 +446,9 @@ class TagMetrics:
         surprise = -logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         surprise = torch.where(is_counted, surprise, 0.0).double().sum()
         self._sums += torch.stack(((logits.argmax(-1) == labels).sum(), surprise, is_counted.sum()))
+
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        self._sums = total(self._sums)
 
     def compute(self) -> dict[str, Tensor]:
         right, surprise, num_elements = self._sums
@@ -507,6 +545,19 @@ class RegressionMetrics:
         sums = [error.abs().sum(0), error.square().sum(0), shifted.sum(0), shifted.square().sum(0)]
         self._sums += torch.stack(sums)
         self._num_examples += len(targets)
+
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        assert self._sums is not None, "there are examples"
+        assert self._shift is not None, "there are examples"
+        num_all = int(total(torch.tensor(self._num_examples)))
+        common = total(self._shift * (self._num_examples / num_all))
+        # Each process has differences to a target of its own.
+        change = self._shift - common
+        absolute, squared, shifted, shifted_squared = self._sums
+        shifted_squared = shifted_squared + 2 * change * shifted + self._num_examples * change.square()
+        shifted = shifted + self._num_examples * change
+        self._sums = total(torch.stack((absolute, squared, shifted, shifted_squared)))
+        self._shift, self._num_examples = common, num_all
 
     def compute(self) -> dict[str, Tensor]:
         """R2 of targets that are all equal is 1 where every prediction is exact and 0 otherwise."""
