@@ -47,7 +47,8 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-KINDS = [*KIND_CASES]
+KINDS = [name for name in KIND_CASES if name != "a variational autoencoder"]
+"""Not what draws noise in its network: each process draws its own."""
 
 
 @pytest.fixture(scope="module")

@@ -498,6 +498,10 @@ class ShareMetrics:
         self._sums += torch.stack((divergence.sum(), (outputs.argmax(1) == targets.argmax(1)).sum()))
         self._num_examples += len(targets)
 
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        self._sums = total(self._sums)
+        self._num_examples = int(total(torch.tensor(self._num_examples)))
+
     def compute(self) -> dict[str, Tensor]:
         divergence, right = self._sums / self._num_examples
         return {"kl_divergence": divergence, "accuracy": right}
@@ -515,6 +519,10 @@ class ReconstructionMetrics:
         error = tensors_of(outputs)[0].detach().reshape(targets.shape).double() - targets
         self._sums += torch.stack((error.square().sum(), error.abs().sum()))
         self._num_values += targets.numel()
+
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        self._sums = total(self._sums)
+        self._num_values = int(total(torch.tensor(self._num_values)))
 
     def compute(self) -> dict[str, Tensor]:
         mse, mae = self._sums / self._num_values

@@ -68,8 +68,9 @@ def trained_kind(ranks: Ranks, name: str) -> list[dict[str, float]]:
     )  # fmt: skip
     judged_by: dict[str, Any] = objective.judged_by
     config = TrainConfig(
-        max_epochs=2, batch_size=15, lr=0.01, optimizer="sgd", precision="fp32", compile="off", **judged_by
-    )
+        max_epochs=2, batch_size=15, lr=0.01, optimizer="sgd", precision="fp32", compile="off",
+        **judged_by, **case.settings,
+    )  # fmt: skip
     splits = split_dataset(case.data, seed=0)
     without_dropout = {"dropout": 0.0} if "dropout" in objective.model_parameters() else {}
     model = build_model(objective, splits.spec, case.parameters | without_dropout, seed=0)
