@@ -111,7 +111,7 @@ def resume_study(*, observer: Observer | None = None, **options: Unpack[SearchOp
     task = Study.load(read_storage(machine.home.path, machine.storage), name).task_reference
     if machine.is_shared:  # whoever can write to the database must not choose what code runs here
         require_registered(OBJECTIVES, task)
-    return _search(read_request(task, asked), observer or Observer())
+    return _search(request_for(machine, task, asked), observer or Observer())
 
 
 def _search(request: Request, observer: Observer) -> SearchOutcome:
