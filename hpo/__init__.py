@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from hpo.data.texts import load_texts as load_texts
     from hpo.data.vision import load_cifar10 as load_cifar10
     from hpo.data.vision import load_fashion_mnist as load_fashion_mnist
+    from hpo.deploy.exporters import Exporter as Exporter
     from hpo.deploy.load import load_best as load_best
     from hpo.deploy.load import load_run as load_run
     from hpo.errors import CheckpointError as CheckpointError
     from hpo.errors import DataError as DataError
     from hpo.errors import DeviceMemoryError as DeviceMemoryError
+    from hpo.errors import ExportError as ExportError
     from hpo.errors import HpoError as HpoError
     from hpo.errors import SearchError as SearchError
     from hpo.errors import SpaceError as SpaceError
@@ -54,6 +56,8 @@ if TYPE_CHECKING:
     from hpo.records import SearchOutcome as SearchOutcome
     from hpo.search.priority import PrioritySampler as PrioritySampler
     from hpo.search.study import Suggestion as Suggestion
+    from hpo.session.export import export_best as export_best
+    from hpo.session.register import register_best as register_best
     from hpo.session.search import run_search as run_search
     from hpo.space import Choice as Choice
     from hpo.space import Float as Float
@@ -87,11 +91,13 @@ _MODULES = {
     "load_texts": "hpo.data.texts",
     "load_cifar10": "hpo.data.vision",
     "load_fashion_mnist": "hpo.data.vision",
+    "Exporter": "hpo.deploy.exporters",
     "load_best": "hpo.deploy.load",
     "load_run": "hpo.deploy.load",
     "CheckpointError": "hpo.errors",
     "DataError": "hpo.errors",
     "DeviceMemoryError": "hpo.errors",
+    "ExportError": "hpo.errors",
     "HpoError": "hpo.errors",
     "SearchError": "hpo.errors",
     "SpaceError": "hpo.errors",
@@ -118,6 +124,8 @@ _MODULES = {
     "Split": "hpo.data.examples",
     "SearchOutcome": "hpo.records",
     "Suggestion": "hpo.search.study",
+    "export_best": "hpo.session.export",
+    "register_best": "hpo.session.register",
     "run_search": "hpo.session.search",
     "PrioritySampler": "hpo.search.priority",
     "Choice": "hpo.space",

@@ -97,8 +97,10 @@ _CLICK_TYPES: dict[Any, Any] = {
 # No `trials`, and no executor: one training runs here.
 _OF_A_TRAINING = [
     *("fixed", "epochs", "seed", "limit", "data_options", "space", "metric"),
-    *("device", "gpus_per_trial", "precision", "compile", "deterministic", "data_dir", "home", "tracking_uri"),
+    *("device", "precision", "compile", "deterministic", "data_dir", "home", "tracking_uri"),
 ]
+
+_OF_ONE_EXPORT = ("format", "out", "compress", "force")
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the data as JSON.")
 home_option = take(StoreOptions, only=["home"])
@@ -430,6 +432,129 @@ def best(study: str, as_yaml: bool, as_options: bool, home: Path | None, storage
 @cli.command()
 @click.argument("study")
 @click.option(
+    "--format",
+    default="pt2",
+    show_default=True,
+    metavar="NAME",
+    help="pt2, onnx, mlflow, safetensors, or one of your own as module:factory.",
+)
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder to write. [default: in the home]")
+@click.option("--trial", type=click.IntRange(min=0), metavar="N", help="Export another trial. [default: the winner]")
+@click.option("--compress", metavar="HOW", help="With onnx: fp16 halves the weights, int8 quantizes.")
+@click.option("--compare", is_flag=True, help="Write nothing; print score, size and latency of each format.")
+@click.option("--force", is_flag=True, help="Replace an earlier export in the folder.")
+@take(SearchOptions, only=["data_dir", "home", "storage", "tracking_uri"])
+@json_option
+def export(compare: bool, as_json: bool, **request: Any) -> None:
+    """Write the winner of STUDY in a format that is used without hpo.
+
+    Preprocessing, class names and signature go with it. The export is run on validation examples in a process without
+    hpo, and must equal the checkpoint.
+
+    \b
+    hpo export digits --format pt2
+    """
+    from hpo.terminal.tables import print_export, print_formats
+
+    console = _console(stderr=as_json)
+    if compare:
+        from hpo.session.formats import compare_formats
+
+        found = compare_formats(**{name: given for name, given in request.items() if name not in _OF_ONE_EXPORT})
+        _print_json(found.to_dict()) if as_json else print_formats(console, found)
+        return
+    from hpo.session.export import export_best
+
+    done = export_best(**request)
+    _print_json(done.to_dict()) if as_json else print_export(console, done)
+
+
+@cli.command()
+@click.argument("study")
+@click.option(
+    "--promote",
+    default="if-better",
+    show_default=True,
+    metavar="WHEN",
+    help="Make it the champion: always, if-better or never.",
+)
+@click.option("--name", metavar="NAME", help="Name of the registered model. [default: hpo-TASK]")
+@click.option("--trial", type=click.IntRange(min=0), metavar="N", help="Register another trial. [default: the winner]")
+@take(SearchOptions, only=["data_dir", "home", "storage", "tracking_uri"])
+@json_option
+def register(as_json: bool, **request: Any) -> None:
+    """Register the winner of STUDY in MLflow's model registry.
+
+    It is logged as a model of its run and becomes a version of hpo-TASK. The alias `champion` goes to it if its test
+    score is better than the champion's. Whoever loads it needs MLflow and PyTorch, but not hpo.
+
+    \b
+    hpo register digits
+    """
+    from hpo.session.register import register_best
+    from hpo.terminal.tables import print_registration
+
+    registered = register_best(**request)
+    _print_json(registered.to_dict()) if as_json else print_registration(_console(), registered)
+
+
+@cli.command()
+@click.argument("study")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV, a column for the probability of each class.")
+@click.option("--trial", type=click.IntRange(min=0), metavar="N", help="Ask another trial. [default: the winner]")
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Examples per batch.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@take(StoreOptions)
+@json_option
+def predict(as_csv: bool, as_json: bool, **request: Any) -> None:
+    """Say what the winner of STUDY makes of FILES.
+
+    FILES are photos, folders of photos, CSV or Parquet tables of numbers, NumPy's .npy and .npz, and .jsonl files with
+    an example in each line, as the task has its examples.
+
+    \b
+    hpo predict digits examples/deploy/digits.jsonl
+    """
+    from hpo.session.predict import as_csv as written_as_csv
+    from hpo.session.predict import predict as predict_all
+    from hpo.terminal.progress import counting
+    from hpo.terminal.tables import print_predictions
+
+    if as_csv and as_json:
+        raise UsageError("--csv and --json exclude each other: give one of them.")
+    with counting(_console(stderr=True), "examples") as tell:
+        found = predict_all(tell=tell, **request)
+    if as_csv:
+        click.echo(written_as_csv(found), nl=False)
+    elif as_json:
+        _print_json([each.to_dict() for each in found])
+    else:
+        print_predictions(_console(), found)
+
+
+@cli.command()
+@click.argument("study")
+@click.option("--port", type=click.IntRange(1, 65535), default=5001, show_default=True, help="Port to listen on.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--trial", type=click.IntRange(min=0), metavar="N", help="Serve another trial. [default: the winner]")
+@take(SearchOptions, only=["data_dir", "home", "storage", "tracking_uri"])
+def serve(**request: Any) -> None:
+    """Serve the winner of STUDY with MLflow's scoring server.
+
+    POST raw inputs as JSON to /invocations; the answer has class names and probabilities. Press Ctrl-C to stop it.
+
+    \b
+    hpo serve digits
+    """
+    from hpo.session.serve import serve_best
+
+    serve_best(say=click.echo, **request)
+
+
+@cli.command()
+@click.argument("study")
+@click.option(
     "--keep",
     type=click.IntRange(min=1),
     default=5,
@@ -456,49 +581,6 @@ def gc(as_json: bool, **request: Any) -> None:
 
     facts = clean_study(**request)
     _print_json(facts) if as_json else print_cleaned(_console(), facts)
-
-
-@cli.command()
-@click.argument("study")
-@click.option(
-    "--out", type=click.Path(path_type=Path), metavar="FILE", help="File to write. [default: STUDY.html here]"
-)
-@click.option("--live", is_flag=True, help="Write it again every 10 seconds while the study is searched.")
-@home_option
-@storage_option
-def report(study: str, out: Path | None, live: bool, home: Path | None, storage: str | None) -> None:
-    """Write a report of STUDY: one HTML file that needs no network.
-
-    Figures can be zoomed and brushed; what is selected in one is selected in all.
-
-    \b
-    hpo report digits
-    """
-    from hpo.session.report import write_report
-
-    tell = _console(stderr=True).print
-    click.echo(write_report(study, out or Path(f"{study}.html"), home=home, storage=storage, live=live, tell=tell))
-
-
-@cli.command()
-@click.argument("studies", nargs=-1, required=True, metavar="STUDY STUDY...")
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Also write a page with curves.")
-@home_option
-@storage_option
-@json_option
-def compare(studies: tuple[str, ...], out: Path | None, home: Path | None, storage: str | None, as_json: bool) -> None:
-    """Show the scores of several studies side by side.
-
-    The page of --out also has the best value by epochs spent, and the best configurations.
-
-    \b
-    hpo compare digits digits-tpe
-    """
-    from hpo.session.report import compare_studies
-    from hpo.terminal.tables import print_studies
-
-    rows = compare_studies(studies, out, home=home, storage=storage)
-    _print_json(rows) if as_json else print_studies(_console(), rows)
 
 
 @cli.command()

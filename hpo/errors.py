@@ -10,6 +10,7 @@ HpoError                    something expected went wrong; the message is for th
 │       └── OutageError     the database does not answer (hpo.search.optuna_tables)
 ├── CheckpointError         a checkpoint is damaged, or was not written by hpo
 ├── DeviceMemoryError       a training does not fit into the memory of its device
+├── ExportError             a model cannot be exported, or its export is not equal to it
 └── SearchError             the search had to stop before it was complete
 
 TrialTakenError (hpo.search.study) is internal: another session has taken a trial over.
@@ -76,6 +77,10 @@ class CheckpointError(HpoError):
 
 class DeviceMemoryError(HpoError):
     """A training does not fit into the memory of its device."""
+
+
+class ExportError(HpoError):
+    """A model cannot be exported, or its export does not return what the checkpoint does."""
 
 
 class SearchError(HpoError):

@@ -1,4 +1,4 @@
-"""What strangers add without touching hpo: strategies, pruners and executors, each made by a factory.
+"""What strangers add without touching hpo: strategies, pruners, executors and export formats, each made by a factory.
 
 A factory is found by the name of an entry point in its group, or as `module:factory`. It is called with those of the
 offered keywords that it accepts, so `optuna.samplers:TPESampler` and a function of no arguments are both factories.
@@ -18,8 +18,9 @@ from hpo.imports import import_module, make_importable
 STRATEGIES = "hpo.strategies"
 PRUNERS = "hpo.pruners"
 EXECUTORS = "hpo.executors"
+EXPORTERS = "hpo.exporters"
 
-_KINDS = {STRATEGIES: "strategy", PRUNERS: "pruner", EXECUTORS: "executor"}
+_KINDS = {STRATEGIES: "strategy", PRUNERS: "pruner", EXECUTORS: "executor", EXPORTERS: "export format"}
 
 Factory = Callable[..., Any]
 

@@ -5,6 +5,7 @@ mlruns/
     optuna.db                the studies
     checkpoints/<study>/     states of trials that are running or can be resumed
     splits/                  training and validation data of running searches, as their workers map them
+    exports/<study>/         models in formats for others
     spool/                   curves on their way to MLflow
     logs/                    what the workers print
     locks/                   one lock a study: one search at a time; and whose files the home keeps
@@ -151,6 +152,10 @@ class StudyFiles:
         found = sorted(self._splits.glob("*.pt"))  # before the sessions: whoever has a file by now is one of them
         alive = living()
         return [file for file in found if file.stem not in alive]
+
+    def exported(self, form: str) -> Path:
+        """Where `hpo export` puts a format unless it is told."""
+        return self.home.path / "exports" / self.name / form
 
     def trial_folders(self) -> list[tuple[int, Path]]:
         """The folders with checkpoints, and the number of the trial that each belongs to."""

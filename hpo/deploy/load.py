@@ -59,20 +59,29 @@ def load_best(
     opened = Study.load(read_storage(home, storage), study)
     if storage is not None and task is None:
         require_registered(OBJECTIVES, opened.task_reference)
-    winner = find_winner(opened)
+    number, is_refit = choose_trial(opened, trial)
+    store = open_store(home, find_runs(opened, home, tracking_uri, is_shared=storage is not None))
+    folder = download_trial(store, opened, number, is_refit=is_refit)
+    if TrialDescription.read(folder).spec is None:
+        return saved_model(folder, device)
+    return load_from_folder(folder, opened, number, device, task).model
+
+
+def choose_trial(study: Study, trial: int | None) -> tuple[int, bool]:
+    """The number of the trial whose model is wanted, and whether it is the model that was trained on all examples.
+
+    It is the winner's unless another trial is named. Raises UsageError where there is none.
+    """
+    winner = find_winner(study)
     if winner is None:
-        raise UsageError(f"study '{study}' has no finished trial yet; continue it with `hpo search`.")
-    number = winner.trial if trial is None else opened.trial(trial).number
-    if opened.settings.folds and str(number) not in (opened.recorded(TEST_READINGS) or {}):
+        raise UsageError(f"study '{study.name}' has no finished trial yet; continue it with `hpo search`.")
+    number = winner.trial if trial is None else study.trial(trial).number
+    if study.settings.folds and str(number) not in (study.recorded(TEST_READINGS) or {}):
         raise UsageError(
-            f"trial {number} of study '{study}' has no model of its own: with --folds the winner alone gets one, "
+            f"trial {number} of study '{study.name}' has no model of its own: with --folds the winner alone gets one, "
             "trained on all examples when the search has all its trials."
         )
-    store = open_store(home, find_runs(opened, home, tracking_uri, is_shared=storage is not None))
-    folder = _download(store, opened, number, is_refit=winner.is_refit and trial is None)
-    if TrialDescription.read(folder).spec is None:
-        return _saved_model(folder, device)
-    return load_from_folder(folder, opened, number, device, task).model
+    return number, winner.is_refit and trial is None
 
 
 def load_run(
@@ -91,7 +100,7 @@ def load_run(
     store = open_store(Home.find(home).path, tracking_uri)
     folder = store.download(run_id, CHECKPOINT)
     if TrialDescription.read(folder).spec is None:
-        return _saved_model(folder, device)
+        return saved_model(folder, device)
     objective = load_objective(task) if isinstance(task, str) else task
     return _rebuild(folder, objective, f"run {run_id}", device).model
 
@@ -134,12 +143,12 @@ def load_trial(
 
     Which task's code is imported is told by the study, not by the run, which may come from a server of many people.
     """
-    return load_from_folder(_download(store, study, number, is_refit=is_refit), study, number, device, task)
+    return load_from_folder(download_trial(store, study, number, is_refit=is_refit), study, number, device, task)
 
 
 def load_trained_trial(store: TrackingStore, study: Study, number: int, device: str = "cpu") -> TrainedTrial:
     """What a trial of a task's own training loop has left in its MLflow run."""
-    folder = _download(store, study, number)
+    folder = download_trial(store, study, number)
     description = TrialDescription.read(folder)
     has_model = description.weights_sha256 is not None
     return TrainedTrial(
@@ -149,16 +158,18 @@ def load_trained_trial(store: TrackingStore, study: Study, number: int, device: 
         device=device,
         best_epoch=description.best_epoch,
         best_value=description.best_value,
-        model=_saved_model(folder) if has_model else None,
+        model=saved_model(folder) if has_model else None,
         folder=folder,
     )
 
 
-def _download(store: TrackingStore, study: Study, number: int, *, is_refit: bool = False) -> Path:
+def download_trial(store: TrackingStore, study: Study, number: int, *, is_refit: bool = False) -> Path:
+    """The folder with a trial's best weights and their description."""
     return store.download(store.find_trial_run(study.name, number, study.id), REFIT if is_refit else CHECKPOINT)
 
 
-def _saved_model(folder: Path, device: str = "cpu") -> dict[str, Any]:
+def saved_model(folder: Path, device: str = "cpu") -> dict[str, Any]:
+    """What a training loop of the task's own has saved. Raises UsageError where that is nothing."""
     sha256 = TrialDescription.read(folder).weights_sha256
     if sha256 is None:
         raise UsageError("its training loop saved no model: it did not call trial.save_model(model) before a report.")

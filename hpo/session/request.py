@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from hpo.execution.executors import Resources, check_executor
 from hpo.execution.hooks import check_url
 from hpo.home import Home, check_study_name, find_data_dir, find_storage
 from hpo.objective import Objective
-from hpo.plugins import SEARCH_SPACES, load_task, require_registered
+from hpo.plugins import OBJECTIVES, SEARCH_SPACES, load_task, require_registered
 from hpo.search.confirmation import find_plan
 from hpo.search.priority import TRIED_BY_HAND
 from hpo.search.pruners import check_first_rung, check_folds_pruner
@@ -35,7 +36,7 @@ from hpo.space import Value
 from hpo.task import Task
 from hpo.tracking.store import home_store_uri
 from hpo.training.compiled import check_compile_mode
-from hpo.training.device import check_gpus_per_trial, choose_device, require_share_or_whole, visible_gpus
+from hpo.training.device import choose_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +96,6 @@ class Request:
 def read_request(task: str | Objective, given: Mapping[str, object]) -> Request:
     """What the options of a search ask for. Raises UsageError if they make no sense; nothing is written."""
     options = checked(given)
-    if not options["join"]:
-        require_started_once()
     return request_for(this_machine(options), task, options)
 
 
@@ -133,8 +132,6 @@ def this_machine(options: Mapping[str, Any]) -> Machine:
     TrainConfig(**trainer)  # raises where one of them is not allowed
     chosen_device = choose_device(options["device"])
     if executor == "local":
-        gpus = visible_gpus(chosen_device)
-        check_gpus_per_trial(options["gpus_per_trial"], gpus=gpus, num_workers=options["workers"])
         check_compile_mode(options["compile"] or "auto", options["precision"] or "auto", chosen_device)
     machine = Machine(
         home=Home.find(options["home"]),
@@ -151,7 +148,7 @@ def this_machine(options: Mapping[str, Any]) -> Machine:
             num_workers=options["workers"],
             device=chosen_device,
             address=options["address"],
-            gpus_per_trial=options["gpus_per_trial"],
+            gpus_per_trial=options["gpus_per_trial"] or 0.0,
         ),
         trainer=trainer,
         notify=_address(options["notify"] or os.environ.get("HPO_NOTIFY")),
@@ -165,18 +162,6 @@ def this_machine(options: Mapping[str, Any]) -> Machine:
     return machine
 
 
-def require_started_once() -> None:
-    """Raise UsageError where a launcher has started this command several times, as it does a training script."""
-    for launcher, variable in (("torchrun", "WORLD_SIZE"), ("srun", "SLURM_STEP_NUM_TASKS")):
-        number = os.environ.get(variable, "")
-        if number.isdecimal() and int(number) > 1:
-            raise UsageError(
-                f"{launcher} has started hpo {number} times ({variable}={number}), and each would do the same; start "
-                "it once, without it: --gpus-per-trial 2 trains each trial on two GPUs, --workers runs trials in "
-                "parallel, and `hpo worker` joins from other machines."
-            )
-
-
 def _address(notify: str | None) -> str | None:
     return check_url(notify) if notify else None
 
@@ -184,17 +169,13 @@ def _address(notify: str | None) -> str | None:
 def _check_executor(executor: str, options: Mapping[str, Any]) -> None:
     check_executor(executor)
     device, address, gpus_per_trial = options["device"], options["address"], options["gpus_per_trial"]
-    if executor == "local" and address is not None:
-        raise UsageError(f"--address {address} is for --executor ray; omit it.")
+    for option, given in (("--address", address), ("--gpus-per-trial", gpus_per_trial)):
+        if executor == "local" and given is not None:
+            raise UsageError(f"{option} {given} is for --executor ray; omit it.")
     if executor == "ray" and device != "auto":
         raise UsageError(f"--device {device} is for workers of this machine; with Ray --gpus-per-trial decides.")
-    if gpus_per_trial is None:
-        return
-    require_share_or_whole(gpus_per_trial)
-    if gpus_per_trial > 1 and options["compile"] in ("step", "graph"):
-        raise UsageError(
-            f"--compile {options['compile']} does not go with --gpus-per-trial {gpus_per_trial:g}; omit it."
-        )
+    if gpus_per_trial is not None and not 0 <= gpus_per_trial < math.inf:
+        raise UsageError(f"--gpus-per-trial {gpus_per_trial:g} is not allowed: it must be 0 or more.")
 
 
 def read_study(machine: Machine, name: str) -> Study | None:
@@ -240,15 +221,19 @@ def _with_data_options(task: Task, study: str, stored: StudySettings | None, giv
     return found
 
 
+def request_of_study(machine: Machine, name: str, task: str | Objective | None = None) -> tuple[Request, Study]:
+    """What there is to do for a study that exists, as it has it. `task` says where its task is now, if it has moved."""
+    opened = Study.load(read_storage(machine.home.path, machine.storage), name)
+    if machine.is_shared and task is None:  # whoever can write to the database must not choose what code runs here
+        require_registered(OBJECTIVES, opened.task_reference)
+    found, _, settings = agree(machine, task or opened.task_reference, {"study": name})
+    return Request(task=found, study=name, settings=settings, trials=None, proposals=(), machine=machine), opened
+
+
 def check_options_of_loop(objective: Objective, options: Mapping[str, object]) -> None:
     """Raise UsageError where something is asked of the shared trainer, and the task has a training loop of its own."""
     if not objective.train:
         return
-    if gpus := _several(options.get("gpus_per_trial")):
-        raise UsageError(
-            f"--gpus-per-trial {gpus:g} is for the shared trainer, and task '{objective.name}' has a training loop of "
-            "its own (train=), which has one GPU; omit it."
-        )
     for declared in declarations(SearchOptions):
         value = options.get(declared.name)
         if declared.option.of_trainer and value and (declared.name, value) != ("metric", objective.metric):
@@ -257,10 +242,6 @@ def check_options_of_loop(objective: Objective, options: Mapping[str, object]) -
                 f"{declared.option.flag}{'' if value is True else f' {given}'} is for the shared trainer, and task "
                 f"'{objective.name}' has a training loop of its own (train=); omit it."
             )
-
-
-def _several(gpus_per_trial: object) -> float | None:
-    return gpus_per_trial if isinstance(gpus_per_trial, int | float) and gpus_per_trial > 1 else None
 
 
 def _require_no_code_of_others(stored: StudySettings, given: Mapping[str, Any]) -> None:

@@ -13,24 +13,21 @@ from hpo.deploy.load import load_from_folder, load_trial
 from hpo.errors import CheckpointError, StoreError, UsageError
 from hpo.execution.local import num_cores
 from hpo.execution.messages import Assignment, Setup
-from hpo.plugins import OBJECTIVES, require_registered
 from hpo.provenance import Provenance, sessions
 from hpo.records import ELIGIBLE, Rerun
-from hpo.search.storage import read_storage
-from hpo.search.study import Study
 from hpo.session.alone import ended, log_model, run_alone
 from hpo.session.options import checked
 from hpo.session.preparation import SILENCE_S, read_data, split, task_code
-from hpo.session.request import Request, agree, agreed_tracking_uri, require_started_once, this_machine
+from hpo.session.request import agreed_tracking_uri, request_of_study, this_machine
 from hpo.tracking.runs import begin_run
 from hpo.tracking.store import open_store
 from hpo.training.comparison import Difference, compare_folds, compare_models
-from hpo.training.device import visible_gpus
 from hpo.training.losses import target_scale
 
 if TYPE_CHECKING:
     from hpo.data.datasets import Splits
     from hpo.records import TrialRecord
+    from hpo.search.study import Study
     from hpo.session.request import Machine
     from hpo.tracking.store import TrackingStore
     from hpo.training.trainer import EpochResult
@@ -50,9 +47,8 @@ def rerun_trial(
     goes as far as the trial came. Nothing of the study changes. Raises UsageError where something given is wrong, and
     SearchError where the training fails.
     """
-    require_started_once()
     machine = this_machine(checked(machine_options))
-    request, opened = _request(machine, study)
+    request, opened = request_of_study(machine, study)
     record = _find_trial(opened, trial)
     dataset = read_data(request)
     splits = split(dataset, request) if dataset else None
@@ -69,16 +65,10 @@ def rerun_trial(
         **{name: settled[name] for name in ("precision", "compile") if name in settled and not objective.train},
         **machine.trainer,
     )
-    num_ranks = processes = int(settled.get("processes", 1))
-    if processes > len(visible_gpus(machine.device)):
-        num_ranks = 1
-    if num_ranks < processes:
-        changes.append(f"the GPUs of the trial ({processes} -> 1)")
     setup = Setup(
         **task_code(request.task),
         splits=None,
         num_threads=int(settled.get("threads", num_cores())),
-        num_ranks=num_ranks,
         silence_s=SILENCE_S,
         log=machine.home.study(study).logs,
     )
@@ -133,15 +123,6 @@ def rerun_trial(
     )
 
 
-def _request(machine: Machine, name: str) -> tuple[Request, Study]:
-    """The study, and its task and settings as the study has them."""
-    opened = Study.load(read_storage(machine.home.path, machine.storage), name)
-    if machine.is_shared:  # whoever can write to the database must not choose what code runs here
-        require_registered(OBJECTIVES, opened.task_reference)
-    task, _, settings = agree(machine, opened.task_reference, {"study": name})
-    return Request(task=task, study=name, settings=settings, trials=None, proposals=(), machine=machine), opened
-
-
 def _find_trial(study: Study, number: int) -> TrialRecord:
     record = study.trial(number)
     if record.state not in (*ELIGIBLE, "diverged") or not record.curve:
@@ -150,12 +131,12 @@ def _find_trial(study: Study, number: int) -> TrialRecord:
 
 
 def _settled(store: TrackingStore, study: Study, number: int) -> Mapping[str, str]:
-    """What the trial had settled on: precision, compile, threads, processes; empty where its run is gone."""
+    """What the trial had settled on: precision, compile, threads; empty where its run is gone."""
     try:
         tags = store.tags(store.find_trial_run(study.name, number, study.id))
     except StoreError:
         return {}
-    names = ("precision", "compile", "threads", "processes")
+    names = ("precision", "compile", "threads")
     return {name: tags[f"hpo.{name}"] for name in names if f"hpo.{name}" in tags}
 
 
@@ -213,6 +194,6 @@ def _interval(
         (earlier.model, earlier.config),
         splits.validation,
         spec=splits.spec,
-        target_scale=target_scale(splits.train, splits.spec),
+        target_scale=target_scale(splits.train, splits.spec.kind),
         seed=derive_seed(study.settings.seed, "comparison"),
     )

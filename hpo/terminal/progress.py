@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,16 @@ def search_progress(console: Console) -> Iterator[Observer]:
         yield status
     finally:
         status.search_ended()
+
+
+@contextmanager
+def counting(console: Console, what: str) -> Iterator[Callable[[int], None]]:
+    """A line that counts what is done, in a terminal; nothing where the output is piped."""
+    if not console.is_terminal:
+        yield lambda count: None
+        return
+    with console.status(what) as status:
+        yield lambda count: status.update(f"{count} {what}")
 
 
 class Tally:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
     from hpo.checks.checklist import Checklist
     from hpo.checks.verdicts import State, Verdict
+    from hpo.deploy.predict import Prediction
+    from hpo.deploy.results import Export, Formats, Registration
     from hpo.records import Rerun, SearchOutcome, Training
     from hpo.training.trainer import EpochResult
 
@@ -283,6 +285,57 @@ def print_cleaned(console: Console, facts: dict[str, Any]) -> None:
     console.print(table)
     verb = "Would remove" if facts["dry_run"] else "Removed"
     console.print(f"{verb} {format_bytes(sum(removed['bytes'] for removed in facts['removed']))}.")
+
+
+def print_export(console: Console, done: Export) -> None:
+    """What `hpo export` has written, and how it was checked."""
+    console.print(f"{done.folder} ({format_bytes(done.num_bytes)})", soft_wrap=True)
+    if done.difference is None:
+        console.print("Equal to the checkpoint in every bit.")
+    else:
+        checked = f"over {done.num_checked} validation examples, run without hpo"
+        console.print(f"Largest difference from the checkpoint: {done.difference:.1e} of its outputs, {checked}.")
+
+
+def print_predictions(console: Console, predictions: Sequence[Prediction]) -> None:
+    """The table of `hpo predict`: what the model says, and how sure it is where there are classes."""
+    table = _table("file", "row", "prediction", "probability")
+    for each in predictions:
+        row = "" if each.row is None else str(each.row)
+        said = each.to_dict()["prediction"]
+        shares = each.probabilities or {}
+        sure = f"{shares[said]:.3f}" if isinstance(said, str) and said in shares else ""
+        table.add_row(each.file, row, _said(said), sure)
+    console.print(table)
+
+
+def _said(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def print_registration(console: Console, registered: Registration) -> None:
+    """What `hpo register` has registered."""
+    console.print(f"{registered.uri} (models:/{registered.model_id})", soft_wrap=True)
+    state = "It is the champion" if registered.is_champion else "It is not the champion"
+    console.print(f"{state}: {registered.reason}.", soft_wrap=True)
+    if registered.is_champion:
+        console.print(f'Load it: mlflow.pyfunc.load_model("models:/{registered.name}@champion")', soft_wrap=True)
+
+
+def print_formats(console: Console, formats: Formats) -> None:
+    """The table of `hpo export --compare`."""
+    sizes = sorted({size for row in formats.rows for size in row.latency_ms})
+    table = _table("format", formats.metric, "size", *(f"batch {size}" for size in sizes))
+    for row in formats.rows:
+        if row.problem is None and row.score is not None:
+            latencies = [f"{row.latency_ms[size]:.2f} ms" for size in sizes]
+            table.add_row(row.name, format_score(row.score), format_bytes(row.num_bytes), *latencies)
+    console.print(table)
+    for row in formats.rows:
+        if row.problem:
+            console.print(f"{row.name}: {row.problem}", soft_wrap=True)
+    console.print(f"{formats.num_examples} validation examples; CPU, {formats.num_threads} threads, median of a call.")
 
 
 def _print_importances(console: Console, importances: dict[str, dict[str, Any]], note: str | None) -> None:

@@ -48,7 +48,7 @@ def serve(
         return
     if study:
         store.study_url(study, "")  # raises where there is none, before the server is started
-    if not _is_loopback(host):
+    if not is_loopback(host):
         say(f"Warning: whoever can reach {host}:{port} can read and change every run; MLflow asks for no password.")
     say("Starting MLflow, which takes 10 to 20 seconds ...")
     with running_server(store, host=host, port=port) as server:
@@ -74,7 +74,7 @@ def _addresses(store: TrackingStore, study: str | None, base_url: str) -> list[s
 @contextmanager
 def running_server(store: TrackingStore, *, host: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
     """An MLflow server on the store that answers requests; its whole process group is gone afterwards."""
-    _require_free(host, port)
+    require_free_port(host, port)
     store.optimise()
     prepare_mlflow()
     with tempfile.TemporaryFile() as log, _sigterm_as_exit():
@@ -174,7 +174,8 @@ def _sigterm_as_exit() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _require_free(host: str, port: int) -> None:
+def require_free_port(host: str, port: int) -> None:
+    """Raise UsageError where another process listens."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was left a moment ago is free
@@ -187,7 +188,8 @@ def _require_free(host: str, port: int) -> None:
             ) from error
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether an address is this machine's alone."""
     if host == "localhost":
         return True
     try:

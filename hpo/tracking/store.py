@@ -44,6 +44,7 @@ _MLFLOW_SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_UV_AUTO_DETECT": "false",  # it would put the lock file of the current folder into each model
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
@@ -334,6 +335,11 @@ def _follow_home(database: Path) -> None:
                 "WHERE experiment_id = ? AND substr(artifact_uri, 1, ?) = ?",
                 (wanted, len(location) + 1, experiment_id, len(location), location),
             )
+            for table, column in (("logged_models", "artifact_location"), ("model_versions", "storage_location")):
+                connection.execute(
+                    f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?",
+                    (wanted, len(location) + 1, len(location) + 1, f"{location}/"),
+                )
 
 
 def _create(path: Path) -> None:

@@ -1,0 +1,227 @@
+"""`hpo predict`: files in, what the model says of each example out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from hpo.data.examples import InputSpec
+from hpo.data.kinds import OF_CLASSES
+from hpo.data.parts import Ragged
+from hpo.data.photos import SUFFIXES, read_photos
+from hpo.errors import DataError, UsageError, in_one_line
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from hpo.data.examples import DataSpec
+    from hpo.models.preprocessed import PreprocessedModel
+
+BATCH_SIZE = 64
+
+TABLES = (".csv", ".parquet")
+_READABLE = (*SUFFIXES, *TABLES, ".npy", ".npz", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one example."""
+
+    file: str
+    row: int | None
+    """Of a file with several examples, from 0; None of a photo."""
+    prediction: Any
+    probabilities: dict[str, float] | None
+    """Of each class; None where there are none, or one for each pixel or element."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"file": self.file, "row": self.row, "prediction": _plain(self.prediction)} | (
+            {"probabilities": self.probabilities} if self.probabilities else {}
+        )
+
+
+def find_files(given: Sequence[Path]) -> list[Path]:
+    """The files, and those in folders, by name. Raises UsageError where one is missing or cannot be read."""
+    found: list[Path] = []
+    for path in given:
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in _READABLE)
+            if not inside:
+                raise UsageError(f"there is nothing to predict in {path}; files are {', '.join(_READABLE)}.")
+            found += inside
+            continue
+        if not path.is_file():
+            raise UsageError(f"there is no file {path}.")
+        if path.suffix.lower() not in _READABLE:
+            raise UsageError(f"{path} is not a file that can be read; files are {', '.join(_READABLE)}.")
+        found.append(path)
+    return found
+
+
+def predict_files(
+    model: PreprocessedModel, files: Sequence[Path], *, batch_size: int = BATCH_SIZE
+) -> Iterator[list[Prediction]]:
+    """What the model says of each example of each file, batch by batch. Raises DataError for what does not fit it."""
+    for examples in _examples(model.spec, files):
+        for first in range(0, len(examples), batch_size):
+            rows = slice(first, min(first + batch_size, len(examples)))
+            yield _predict(model, examples, rows)
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """Inputs of a model, and where each comes from."""
+
+    inputs: Any
+    origins: list[tuple[str, int | None]]
+
+    def __len__(self) -> int:
+        return len(self.origins)
+
+
+def _predict(model: PreprocessedModel, examples: _Examples, rows: slice) -> list[Prediction]:
+    batch = _select(examples.inputs, rows)
+    origins = examples.origins[rows]
+    try:
+        said = model.predict(batch)
+        shares = _probabilities(model, batch)
+    except UsageError as error:
+        raise DataError(f"{origins[0][0]}: {error}") from error
+    return [Prediction(file, row, each, share) for (file, row), each, share in zip(origins, said, shares, strict=True)]
+
+
+def _probabilities(model: PreprocessedModel, batch: Any) -> Sequence[dict[str, float] | None]:
+    if model.spec.kind not in OF_CLASSES[:2]:
+        return [None] * len(next(iter(batch.values())) if isinstance(batch, Mapping) else batch)
+    return [dict(zip(model.classes, row, strict=True)) for row in model.probabilities(batch).tolist()]
+
+
+def _select(inputs: Any, rows: slice) -> Any:
+    if isinstance(inputs, Mapping):
+        return {name: _select(each, rows) for name, each in inputs.items()}
+    return inputs.select(rows) if isinstance(inputs, Ragged) else inputs[rows]
+
+
+def _examples(spec: DataSpec, files: Sequence[Path]) -> Iterator[_Examples]:
+    """Photos, which have one example each, in batches; other files one by one."""
+    photos = [file for file in files if file.suffix.lower() in SUFFIXES]
+    for first in range(0, len(photos), BATCH_SIZE):
+        some = photos[first : first + BATCH_SIZE]
+        yield _Examples(_read_photos(spec, some), [(str(file), None) for file in some])
+    for file in files:
+        if file.suffix.lower() not in SUFFIXES:
+            yield _read_file(spec, file)
+
+
+def _read_file(spec: DataSpec, file: Path) -> _Examples:
+    read: dict[str, Callable[[DataSpec, Path], Any]] = {
+        ".npy": _read_npy,
+        ".npz": _read_npz,
+        ".csv": _read_table,
+        ".parquet": _read_table,
+        ".jsonl": _read_jsonl,
+    }
+    try:
+        inputs = read[file.suffix.lower()](spec, file)
+    except UsageError as error:
+        raise DataError(f"{file}: {error}") from error
+    except Exception as error:  # a stranger's file: its reader may raise anything
+        raise DataError(f"{file} cannot be read: {in_one_line(error)}") from error
+    size = len(next(iter(inputs.values()))) if isinstance(inputs, Mapping) else len(inputs)
+    return _Examples(inputs, [(str(file), row) for row in range(size)])
+
+
+def _read_photos(spec: DataSpec, files: Sequence[Path]) -> torch.Tensor:
+    """Photos as the model takes images: those of a folder as in training, and else fitted to its size."""
+    image = spec.only_input
+    if image.dtype != "uint8" or len(image.shape) != 3 or image.shape[0] not in (1, 3):
+        raise DataError(f"{files[0]} is a photo, but the model takes {image.dtype} {image.describe()}.")
+    channels, height, width = image.shape
+    if channels == 3 and height == width:
+        return read_photos(files, side=height)
+    images = []
+    for file in files:
+        try:
+            with Image.open(file) as photo:
+                upright = ImageOps.exif_transpose(photo).convert("L" if channels == 1 else "RGB")
+                fitted = np.asarray(ImageOps.fit(upright, (width, height)))
+        except Exception as error:  # a stranger's file: its decoder may raise anything
+            raise DataError(f"{file} cannot be read ({in_one_line(error)}); name another photo.") from error
+        images.append(torch.from_numpy(np.array(fitted)).view(height, width, channels).permute(2, 0, 1))
+    return torch.stack(images)
+
+
+def _read_npy(spec: DataSpec, file: Path) -> Any:
+    return _fitting(spec.only_input, np.load(file, allow_pickle=False))
+
+
+def _read_npz(spec: DataSpec, file: Path) -> Any:
+    with np.load(file, allow_pickle=False) as stored:
+        arrays = dict(stored)
+    if isinstance(spec.inputs, InputSpec):
+        if len(arrays) != 1:
+            raise UsageError(f"it holds {', '.join(arrays)}, but the model takes one input.")
+        return _fitting(spec.inputs, next(iter(arrays.values())))
+    if arrays.keys() != spec.input_specs.keys():
+        raise UsageError(f"it holds {', '.join(arrays)}, but the model takes {', '.join(spec.input_specs)}.")
+    return {name: _fitting(each, arrays[name]) for name, each in spec.input_specs.items()}
+
+
+def _read_table(spec: DataSpec, file: Path) -> Any:
+    """The rows of a table of numbers, in the order of its columns."""
+    import pandas as pd
+
+    frame: pd.DataFrame = pd.read_csv(file) if file.suffix.lower() == ".csv" else pd.read_parquet(file)
+    wanted = spec.only_input
+    if len(wanted.shape) != 1 or wanted.is_ragged:
+        raise UsageError(f"it is a table, but the model takes {wanted.dtype} {wanted.describe()}.")
+    if len(frame.columns) != wanted.shape[0]:
+        raise UsageError(
+            f"it has {len(frame.columns)} columns, but the model takes {wanted.shape[0]} numbers; leave out the target."
+        )
+    return _fitting(wanted, frame.to_numpy())
+
+
+def _read_jsonl(spec: DataSpec, file: Path) -> Any:
+    """A line of JSON for each example: a list, or an object with the model's inputs by name."""
+    lines = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+    if isinstance(spec.inputs, InputSpec):
+        return _of_lines(spec.inputs, lines)
+    return {name: _of_lines(each, [line[name] for line in lines]) for name, each in spec.input_specs.items()}
+
+
+def _of_lines(spec: InputSpec, lines: list[Any]) -> Any:
+    if spec.is_ragged:
+        return Ragged.of([torch.tensor(line, dtype=getattr(torch, spec.dtype)) for line in lines])
+    return _fitting(spec, np.array(lines))
+
+
+def _fitting(spec: InputSpec, array: Any) -> torch.Tensor:
+    """The array as a batch of the model's type; a single example becomes a batch of one."""
+    if spec.is_ragged:
+        raise UsageError("the model takes sequences of different lengths; give a .jsonl file with a list in each line.")
+    if array.dtype.kind not in "biuf":
+        raise UsageError(f"it holds {array.dtype}, but the model takes numbers.")
+    batch = array[None] if array.shape == spec.shape else array
+    if batch.shape[1:] != spec.shape:
+        raise UsageError(f"it has the shape {array.shape}, but the model takes {spec.describe()}.")
+    wanted = np.dtype(spec.dtype)
+    if wanted.kind in "iu":
+        limits = np.iinfo(wanted)
+        if not (batch == np.floor(batch)).all() or batch.min() < limits.min or batch.max() > limits.max:
+            raise UsageError(f"the model takes integers from {limits.min} to {limits.max} ({spec.dtype}).")
+    elif not np.isfinite(batch).all():
+        raise UsageError("it holds NaN or infinite values; fill them first.")
+    return torch.from_numpy(batch.astype(wanted))
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,98 @@
+"""Each export is run by a stranger: in a process that can import neither hpo nor the task, and compared."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from hpo.deploy import stranger
+from hpo.errors import ExportError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from hpo.deploy.exportable import Exportable
+    from hpo.deploy.exporters import Exporter
+
+NUM_CHECKED = 256
+BATCH_SIZES = (1, 3, 64)
+TOLERANCE = 1e-5
+"""Largest difference from the checkpoint, as a share of the largest output where that is above 1."""
+
+_TIMEOUT_S = 600.0
+
+
+def check_outputs(exporter: Exporter, folder: Path, exportable: Exportable, forbidden: Iterable[str]) -> float:
+    """The largest difference of the outputs from the checkpoint's, for 256 examples in batches of 1, 3 and 64.
+
+    Raises ExportError where it is above the tolerance, or the export cannot be run.
+    """
+    batches = [batch for size in BATCH_SIZES for batch in exportable.batches(exportable.validation, NUM_CHECKED, size)]
+    names = [port.name for port in exportable.inputs]
+    arrays = {
+        f"{number}/{name}": tensor.numpy()
+        for number, batch in enumerate(batches)
+        for name, tensor in zip(names, batch, strict=True)
+    }
+    with torch.inference_mode():
+        expected = {
+            f"{number}/{index}": output.numpy()
+            for number, batch in enumerate(batches)
+            for index, output in enumerate(exportable.module(*batch))
+        }
+    found = run_as_stranger(exporter, folder, arrays, forbidden)
+    worst = 0.0
+    for key, right in expected.items():
+        if key not in found or found[key].shape != right.shape:
+            shape = found[key].shape if key in found else None
+            raise ExportError(f"the export of format {exporter.name} returns {shape} in place of {right.shape}.")
+        scale = max(1.0, float(np.abs(right).max(initial=0)))
+        worst = max(worst, float(np.abs(found[key].astype(np.float64) - right).max(initial=0)) / scale)
+    return worst
+
+
+def check_weights(
+    exporter: Exporter, folder: Path, weights: Mapping[str, torch.Tensor], forbidden: Iterable[str]
+) -> None:
+    """Raise ExportError where a weight is not the checkpoint's, byte for byte."""
+    found = run_as_stranger(exporter, folder, {}, forbidden)
+    for name, tensor in weights.items():
+        right = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        if name not in found or not np.array_equal(found[name], right):
+            raise ExportError(f"the export of format {exporter.name} has not the checkpoint's {name}.")
+
+
+def run_as_stranger(
+    exporter: Exporter, folder: Path, batches: Mapping[str, NDArray[Any]], forbidden: Iterable[str]
+) -> dict[str, NDArray[Any]]:
+    """What an export makes of batches. Raises ExportError with the last line of what the process said."""
+    with TemporaryDirectory() as work:
+        given, found = Path(work) / "batches.npz", Path(work) / "outputs.npz"
+        job = {
+            "folder": str(folder.absolute()),
+            "load": exporter.load,
+            "preload": exporter.preload,
+            "forbidden": sorted(forbidden),
+            "batches": str(given),
+            "outputs": str(found),
+        }
+        (Path(work) / "job.json").write_text(json.dumps(job))
+        np.savez(given, **batches)  # type: ignore[arg-type]
+        command: Sequence[str] = [sys.executable, "-IB", stranger.__file__, f"{work}/job.json"]
+        try:
+            done = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise ExportError(f"the export of format {exporter.name} did not answer in {_TIMEOUT_S:.0f} s.") from error
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+            raise ExportError(f"the export of format {exporter.name} cannot be run without hpo: {lines[-1].strip()}")
+        with np.load(found) as stored:
+            return dict(stored)

@@ -1,0 +1,89 @@
+"""The model card: what a model is, where it comes from, how good it is and what is not known of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hpo.provenance import describe, sessions
+from hpo.search.winner import describe_comparison, describe_confirmation, find_winner, how_far
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hpo.objective import Objective
+    from hpo.search.study import Study
+
+
+def model_card(study: Study, objective: Objective, trial: int) -> str:
+    """Markdown: task, data, scores, configuration, how it was found, and limits."""
+    lines = [
+        f"# {objective.name}: trial {trial} of study {study.name}",
+        "",
+        objective.description,
+        "",
+        "## Scores",
+        "",
+        *_scores(study, trial),
+        "",
+        "## Configuration",
+        "",
+        "| parameter | value | searched |",
+        "| --- | --- | --- |",
+        *_configuration(study, trial),
+        "",
+        "## How it was found",
+        "",
+        *_origin(study),
+        "",
+        "## Limits",
+        "",
+        *_limits(study, trial),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _scores(study: Study, trial: int) -> Iterator[str]:
+    record, winner, settings = study.trial(trial), find_winner(study), study.settings
+    judged = f"the mean of {settings.folds} folds" if settings.folds else "on the validation split"
+    pruned = how_far(record, settings)
+    yield f"- {settings.metric} {record.value:.4f} {judged}{f', {pruned}' if pruned else ''}."
+    if winner is None or winner.trial != trial:
+        yield "- It is not the winner of its study, and was not tested."
+        return
+    if winner.test:
+        scores = ", ".join(f"{name} {score:.4f}" for name, score in winner.test.items())
+        yield f"- Test split: {scores}. The study has read it {winner.num_test_readings} time(s)."
+    else:
+        yield "- Not tested."
+    if winner.confirmation:
+        yield f"- Confirmed: {describe_confirmation(winner)}."
+    if winner.comparison:
+        yield f"- {describe_comparison(winner)}."
+
+
+def _configuration(study: Study, trial: int) -> Iterator[str]:
+    record = study.trial(trial)
+    ranges = {name: parameter for group in study.settings.space.groups for name, parameter in group.parameters.items()}
+    for name, value in record.values.items():
+        if name not in record.inactive:
+            yield f"| {name} | {value} | {ranges[name].describe() if name in ranges else ''} |"
+
+
+def _origin(study: Study) -> Iterator[str]:
+    counts = {state: count for state, count in study.counts().items() if count}
+    listed = ", ".join(f"{count} {state}" for state, count in counts.items())
+    yield f"- {sum(counts.values())} trials ({listed}), strategy {study.settings.strategy}, seed {study.settings.seed}."
+    found = sessions(study)
+    if found and found[-1].data:
+        yield f"- SHA-256 of the data: {found[-1].data}."
+    yield from (f"- {line}." for line in describe(study))
+
+
+def _limits(study: Study, trial: int) -> Iterator[str]:
+    yield "- It knows what its training data show, and nothing says how it does on data from elsewhere."
+    winner = find_winner(study)
+    if winner is not None and winner.trial == trial and not winner.confirmation and len(study.trials()) > 1:
+        yield "- Its validation score is the best of several trials, so it is optimistic; the test score is not."
+    if winner is not None and winner.trial == trial and winner.is_refit:
+        yield "- It was trained on the validation examples too, so only the test score is its own."
+    yield "- Probabilities come from the network as they are; they were not calibrated."

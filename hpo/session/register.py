@@ -1,0 +1,85 @@
+"""`hpo register`: the winner of a study as a model of its run, and as a version in MLflow's model registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from hpo.deploy.exportable import make_exportable
+from hpo.deploy.exporters import find_exporter
+from hpo.deploy.registry import Score, check_promotion, log_model, register
+from hpo.errors import ExportError
+from hpo.provenance import sessions
+from hpo.search.winner import find_winner
+from hpo.session.card import model_card
+from hpo.session.export import check_export, choose, describe, load_with_data, write
+
+if TYPE_CHECKING:
+    from hpo.deploy.results import Registration
+    from hpo.objective import Objective
+    from hpo.session.export import Chosen
+
+
+def register_best(
+    study: str,
+    *,
+    promote: str = "if-better",
+    name: str | None = None,
+    trial: int | None = None,
+    task: str | Objective | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+    **machine_options: Any,
+) -> Registration:
+    """Log the best model of a study, or of another `trial`, in MLflow, and register it as `hpo-TASK` or as `name`.
+
+    It is the export of format mlflow, checked as `export_best` does, so `models:/hpo-TASK@champion` is loaded without
+    hpo. With `promote="if-better"` the new version gets the alias `champion` if there is none, or if its test score is
+    better than the champion's and both were tested by the same metric on the same data; `always` and `never` do not
+    ask. The other parameters are the options of `hpo register`.
+
+    Raises UsageError where something given is wrong, ExportError for a model that cannot be exported, StoreError if
+    MLflow refuses.
+    """
+    how, exporter = check_promotion(promote), find_exporter("mlflow")
+    chosen = choose(study, trial=trial, task=task, **machine_options)
+    if chosen.objective.train:
+        raise ExportError(
+            f"task '{chosen.objective.name}' has a training loop of its own (train=), which saved a state dict and no "
+            "network; register it with MLflow's own functions."
+        )
+    tell("reading the data")
+    loaded, splits = load_with_data(chosen)
+    exportable = make_exportable(loaded.model, splits.train, splits.validation)
+    card = model_card(chosen.study, chosen.objective, chosen.trial)
+    run_id = chosen.store.find_trial_run(study, chosen.trial, chosen.study.id)
+    tags = {"hpo.study": study, "hpo.trial": str(chosen.trial), "hpo.task": chosen.objective.name}
+    with TemporaryDirectory() as workshop:
+        folder = Path(workshop) / "model"
+        folder.mkdir()
+        tell("writing and checking the model")
+        write(exporter, exportable, folder, describe(chosen, exportable, exporter.runtime, None), card)
+        check_export(exporter, folder, exportable, chosen.objective, None)
+        model_id = log_model(chosen.store, run_id, folder, tags=tags)
+    return register(
+        chosen.store,
+        name or f"hpo-{chosen.objective.name}",
+        model_id,
+        run_id,
+        score=_score(chosen),
+        direction=chosen.study.settings.direction,
+        promote=how,
+        card=card,
+        tags=tags,
+    )
+
+
+def _score(chosen: Chosen) -> Score | None:
+    """The winner's test score; None for what was not tested."""
+    winner, metric = find_winner(chosen.study), chosen.study.settings.metric
+    if winner is None or winner.trial != chosen.trial or not winner.test or metric not in winner.test:
+        return None
+    found = sessions(chosen.study)
+    data = found[-1].data if found else ""
+    return Score(value=winner.test[metric], protocol=f"{metric} on the test split of {data}")

@@ -1,0 +1,60 @@
+"""`hpo serve`: the best model of a study behind MLflow's scoring server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hpo import __version__
+from hpo.deploy.exported import SIGNATURE
+from hpo.session.export import Chosen, choose, export_best
+from hpo.tracking.server import is_loopback, require_free_port
+from hpo.training.trained import TrialDescription
+
+
+def serve_best(
+    study: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 5001,
+    trial: int | None = None,
+    say: Callable[[str], None] = print,
+    **machine_options: Any,
+) -> None:
+    """Serve the best model of a study, or of another `trial`, until Ctrl-C.
+
+    It is served as its export of format mlflow, which is made unless it is in the home. Raises what `export_best`
+    raises, and UsageError where the port is taken.
+    """
+    from hpo.deploy.serve import run
+
+    require_free_port(host, port)
+    folder = _exported(study, trial, say, machine_options)
+    if not is_loopback(host):
+        say(f"Warning: whoever can reach {host}:{port} can use the model; the server asks for no password.")
+    signature = json.loads((folder / SIGNATURE).read_text())
+    takes = ", ".join(f"{each['name']} {each['dtype']} {each['shape']}" for each in signature["inputs"])
+    say(f"Model of trial {signature['trial']} at http://{host}:{port}/invocations, which takes {takes}.")
+    say("Stop it with Ctrl-C.")
+    run(folder, host=host, port=port)
+
+
+def _exported(study: str, trial: int | None, say: Callable[[str], None], options: dict[str, Any]) -> Path:
+    """The folder with the export, made if it is missing or another model's."""
+    chosen = choose(study, trial=trial, **options)
+    folder = chosen.request.machine.home.study(study).exported("mlflow")
+    if not _is_of(folder, chosen):
+        say("Exporting the model, which takes half a minute ...")
+        export_best(study, format="mlflow", trial=trial, force=True, **options)
+    return folder
+
+
+def _is_of(folder: Path, chosen: Chosen) -> bool:
+    try:
+        signature = json.loads((folder / SIGNATURE).read_text())
+    except (OSError, ValueError):
+        return False
+    weights = TrialDescription.read(chosen.folder).weights_sha256
+    return (signature.get("weights_sha256"), signature.get("hpo")) == (weights, __version__)
