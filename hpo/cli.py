@@ -97,7 +97,7 @@ _CLICK_TYPES: dict[Any, Any] = {
 # No `trials`, and no executor: one training runs here.
 _OF_A_TRAINING = [
     *("fixed", "epochs", "seed", "limit", "data_options", "space", "metric"),
-    *("device", "precision", "compile", "deterministic", "data_dir", "home", "tracking_uri"),
+    *("device", "gpus_per_trial", "precision", "compile", "deterministic", "data_dir", "home", "tracking_uri"),
 ]
 
 _OF_ONE_EXPORT = ("format", "out", "compress", "force")
@@ -581,6 +581,49 @@ def gc(as_json: bool, **request: Any) -> None:
 
     facts = clean_study(**request)
     _print_json(facts) if as_json else print_cleaned(_console(), facts)
+
+
+@cli.command()
+@click.argument("study")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="FILE", help="File to write. [default: STUDY.html here]"
+)
+@click.option("--live", is_flag=True, help="Write it again every 10 seconds while the study is searched.")
+@home_option
+@storage_option
+def report(study: str, out: Path | None, live: bool, home: Path | None, storage: str | None) -> None:
+    """Write a report of STUDY: one HTML file that needs no network.
+
+    Figures can be zoomed and brushed; what is selected in one is selected in all.
+
+    \b
+    hpo report digits
+    """
+    from hpo.session.report import write_report
+
+    tell = _console(stderr=True).print
+    click.echo(write_report(study, out or Path(f"{study}.html"), home=home, storage=storage, live=live, tell=tell))
+
+
+@cli.command()
+@click.argument("studies", nargs=-1, required=True, metavar="STUDY STUDY...")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Also write a page with curves.")
+@home_option
+@storage_option
+@json_option
+def compare(studies: tuple[str, ...], out: Path | None, home: Path | None, storage: str | None, as_json: bool) -> None:
+    """Show the scores of several studies side by side.
+
+    The page of --out also has the best value by epochs spent, and the best configurations.
+
+    \b
+    hpo compare digits digits-tpe
+    """
+    from hpo.session.report import compare_studies
+    from hpo.terminal.tables import print_studies
+
+    rows = compare_studies(studies, out, home=home, storage=storage)
+    _print_json(rows) if as_json else print_studies(_console(), rows)
 
 
 @cli.command()

@@ -27,6 +27,9 @@ AUGMENTATIONS = (
 OWN = "own"
 """The name of a loss or an optimizer that the task itself brings."""
 
+SEVERAL = "several"
+"""The name of the losses of several targets together, and of their kind."""
+
 AUTO = "auto"
 """The name of the loss and the metric that are usual for the kind of target that the data turn out to have."""
 
@@ -206,7 +209,7 @@ class TrainConfig:
     Where `mixup` is on as well, each example gets one of the two by chance."""
 
     loss: str = "cross_entropy"
-    """One of LOSSES, or "own" for the one that the task brings."""
+    """One of LOSSES, "own" for the one that the task brings, or "several" for one for each of its targets."""
 
     focal_gamma: float = 2.0
     """How far focal loss passes over examples that are right already, at least 0; at 0 it is cross-entropy."""
@@ -284,7 +287,7 @@ class TrainConfig:
         for name, allowed in (
             ("optimizer", (*OPTIMIZERS, OWN)),
             ("schedule", SCHEDULES),
-            ("loss", (*LOSSES, OWN)),
+            ("loss", (*LOSSES, OWN, SEVERAL)),
             ("class_weights", CLASS_WEIGHTS),
             ("sampling", SAMPLINGS),
             ("curriculum", CURRICULA),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from hpo.config import AUTO, LOSSES, METRICS, OWN, Direction
+from hpo.config import AUTO, LOSSES, METRICS, OWN, SEVERAL, Direction
 from hpo.errors import UnknownNameError, UsageError
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 METRIC_NAME = re.compile(r"[A-Za-z0-9_./-]+(?: [A-Za-z0-9_./-]+)*")
 """What MLflow takes everywhere, on Windows too."""
 
+WEIGHTINGS = ("fixed", "uncertainty")
+"""How the losses of several targets are added up: by their weights, or by what is learned of their noise as well."""
+
 METRIC_CHARACTERS = "letters, digits, '_', '.', '/', '-' and single spaces"
 
 
@@ -35,6 +38,14 @@ class Own:
     metrics: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     optimizer: Callable[..., Any] | None = None
     difficulty: Callable[[Any, Any], Any] | None = None
+    losses: Mapping[str, str] = field(default_factory=dict)
+    """The name of the loss of each of several targets."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """What a target's loss is multiplied by, if not by 1."""
+    weighting: str = "fixed"
+    """One of WEIGHTINGS."""
+    weigh: Any = None
+    """The model's `Weighing` of these losses."""
 
 
 NOTHING_OWN = Own()
@@ -68,17 +79,20 @@ class Objective:
     If the network has a method `initialize_from_data(inputs)`, it is called with the first 512 normalised training
     examples before the training. `hpo.mlp`, `hpo.convnet`, `hpo.airnet` and `hpo.pretrained` are such functions."""
 
-    loss: str | Callable[..., Any] = "cross_entropy"
+    loss: str | Mapping[str, str] | Callable[..., Any] = "cross_entropy"
     """One of `hpo.config.LOSSES`; "auto" for the usual one of the kind of target that the data have; or a loss of your
     own: a function `(outputs, targets) -> scalar` that gives the mean
     over the batch, or an `nn.Module` (the class, or an instance of which each trial gets a copy).
 
     Its other keywords can be searched like the model's; the parameters of a module are trained with the model's. Where
-    the data have no targets, the inputs stand for them. Outputs are whatever the model returns."""
+    the data have no targets, the inputs stand for them. Outputs are whatever the model returns.
+
+    For several targets that the data name it is a mapping from their names to names of losses. Then `weight_NAME`, the
+    weight of a target, and `weighting`, "fixed" or "uncertainty", are parameters that can be searched."""
 
     metric: str = "accuracy"
-    """The metric to optimise on the validation split: one of `hpo.config.METRICS`, "auto" for the usual one of
-    the kind of target, or a name in `metrics`."""
+    """The metric to optimise on the validation split: one of `hpo.config.METRICS`, "NAME/METRIC" for one of several
+    targets, "auto" for the usual one of the kind of target, or a name in `metrics`."""
 
     metrics: Mapping[str, Any] = field(default_factory=dict)
     """Metrics of your own by name: a class of torchmetrics or another factory, called without arguments, of objects
@@ -121,11 +135,20 @@ class Objective:
             raise UsageError(f"test= of task '{self.name}' is for a training loop of its own, train=; omit it.")
         if isinstance(self.loss, str) and self.loss not in (AUTO, *LOSSES):
             raise UnknownNameError("loss", self.loss, [AUTO, *LOSSES])
-        if not isinstance(self.loss, str) and not callable(self.loss):
+        if isinstance(self.loss, Mapping):
+            self._check_losses(self.loss)
+        elif not isinstance(self.loss, str) and not callable(self.loss):
             raise UsageError(
                 f"loss={self.loss!r} is not allowed: it must be the name of a loss, a function or an nn.Module."
             )
         self._check_metrics()
+
+    def _check_losses(self, losses: Mapping[str, str]) -> None:
+        for target, loss in losses.items():
+            if not target.isidentifier():
+                raise UsageError(f"the target '{target}' must have a name of letters, digits and '_', for weight_NAME.")
+            if loss not in LOSSES:
+                raise UnknownNameError(f"loss for the target {target}:", str(loss), LOSSES)
 
     def _check_metrics(self) -> None:
         if self.metric not in (AUTO, *self.metric_names):
@@ -148,6 +171,9 @@ class Objective:
         """All metrics that may decide."""
         if self.train:
             return [self.metric]
+        if isinstance(self.loss, Mapping):
+            of_targets = [f"{target}/{metric}" for target in self.loss for metric in METRICS if metric != "loss"]
+            return ["loss", *of_targets, *self.metrics]
         return list(dict.fromkeys([*METRICS, *self.metrics]))
 
     def _check_loop(self) -> None:
@@ -184,7 +210,7 @@ class Objective:
         if self.direction is not None:
             return Direction(self.direction)
         if self.metric not in self.metrics:
-            return METRICS[self.metric]
+            return METRICS[self.metric.rpartition("/")[2]]
         factory = self.metrics[self.metric]
         is_larger_better = getattr(factory, "higher_is_better", None)  # a property of an object, where not of its class
         if not isinstance(is_larger_better, bool):
@@ -200,19 +226,34 @@ class Objective:
     def judged_by(self) -> dict[str, str]:
         """The fields of a TrainConfig that follow from what the task minimises, measures and brings of its own; not
         those that only the data can tell."""
-        fields = {"loss": self.loss if isinstance(self.loss, str) else OWN, "metric": self.metric}
+        named = SEVERAL if isinstance(self.loss, Mapping) else OWN
+        fields = {"loss": self.loss if isinstance(self.loss, str) else named, "metric": self.metric}
         fields = {name: value for name, value in fields.items() if value != AUTO}
-        if self.metric in self.metrics:
+        if self.metric not in (AUTO, *METRICS):
             fields["metric_direction"] = self.better.value
         return fields | ({"optimizer": OWN} if self.optimizer else {})
 
     def own(self, parameters: Mapping[str, Any]) -> Own:
         """What the task brings of its own, with the parameters of one configuration; a loss with weights is new."""
+        if isinstance(self.loss, Mapping):
+            return self._own_of_several(self.loss, parameters)
         loss = None if isinstance(self.loss, str) else self._build_loss(parameters)
         return Own(loss, self.metrics, self.optimizer, self.difficulty)
 
+    def _own_of_several(self, losses: Mapping[str, str], parameters: Mapping[str, Any]) -> Own:
+        weights = {target: float(parameters.get(f"weight_{target}", 1.0)) for target in losses}
+        for target, weight in weights.items():
+            if weight < 0:
+                raise UsageError(f"weight_{target}={weight} is not allowed: it must be at least 0.")
+        weighting = parameters.get("weighting", "fixed")
+        if weighting not in WEIGHTINGS:
+            raise UnknownNameError("weighting", str(weighting), WEIGHTINGS)
+        return Own(
+            None, self.metrics, self.optimizer, self.difficulty, losses=losses, weights=weights, weighting=weighting
+        )
+
     def _build_loss(self, parameters: Mapping[str, Any]) -> Callable[[Any, Any], Any]:
-        assert not isinstance(self.loss, str), "it has no name"
+        assert not isinstance(self.loss, str | Mapping), "it has no name"
         keywords = {name: value for name, value in parameters.items() if name in self.loss_parameters()}
         if isinstance(self.loss, type):
             built: Callable[[Any, Any], Any] = self.loss(**keywords)
@@ -227,7 +268,9 @@ class Objective:
         return _keywords(self.model, after=1)
 
     def loss_parameters(self) -> set[str]:
-        """Names that a loss of the task's own accepts as keywords."""
+        """Names that a loss of the task's own accepts as keywords, or the losses of several targets together."""
+        if isinstance(self.loss, Mapping):
+            return {"weighting", *(f"weight_{target}" for target in self.loss)}
         if isinstance(self.loss, str) or (hasattr(self.loss, "state_dict") and not isinstance(self.loss, type)):
             return set()
         return _keywords(self.loss, after=0 if isinstance(self.loss, type) else 2)

@@ -65,6 +65,7 @@ def _figures_are_drawn_where_they_are_looked_at(
     """Drawing them takes half of the time of a short search."""
     if not request.node.get_closest_marker("figures"):
         monkeypatch.setattr(conclude, "draw_figures", lambda *_: {})
+        monkeypatch.setattr(conclude, "log_report", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -64,6 +64,15 @@ class Latent(nn.Module):
         return self.decoder(mean + torch.randn_like(mean)), mean, log_variance
 
 
+class Heads(nn.Module):
+    def __init__(self, spec: DataSpec) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({name: nn.Linear(6, spec.of(name).num_outputs) for name in spec.targets})
+
+    def forward(self, inputs: Tensor) -> dict[str, Tensor]:
+        return {name: head(inputs) for name, head in self.heads.items()}
+
+
 class Distance:
     higher_is_better = False
 
@@ -131,6 +140,12 @@ CASES = {
     "reconstructions": Case(hold_out(FEATURES, None, kind="reconstruction"), mlp, "mse", "mae", WIDTH),
     "a variational autoencoder": Case(
         hold_out(FEATURES, None, kind="reconstruction"), Latent, "vae", "mse", {}
+    ),
+    "several targets": Case(
+        hold_out(
+            FEATURES, {"one": FEATURES[:, 0], "other": CLASSES, "some": FEATURES[:, :2]}, {"other": NAMES},
+        ),
+        Heads, {"one": "mse", "other": "focal", "some": "huber"}, "other/auroc", {"weighting": "uncertainty"},
     ),
     "no targets": Case(hold_out(FEATURES, None), Again, Squared, "distance", {}, metrics=(("distance", Distance),)),
 }  # fmt: skip

@@ -163,8 +163,16 @@ BAD_INPUT = [
     ("search digits --workers 0", "--workers 0 is not allowed: it must be at least 1"),
     ("search digits --keep 0", "--keep 0 is not allowed: it must be at least 1"),
     ("search digits --executor dask", "no executor 'dask'.* Available: local, ray"),
-    ("search digits --executor ray --gpus-per-trial -1", "--gpus-per-trial -1 is not allowed: it must be 0 or more"),
-    ("search digits --gpus-per-trial 0.5", "--gpus-per-trial 0.5 is for --executor ray; omit it"),
+    (
+        "search digits --executor ray --gpus-per-trial -1",
+        "--gpus-per-trial -1 is not allowed: it must be 0, a share of",
+    ),
+    ("search digits --gpus-per-trial 1.5", "--gpus-per-trial 1.5 is not allowed: .* or a whole number of GPUs"),
+    ("search digits --device cpu --gpus-per-trial 2", "--gpus-per-trial 2 is for GPUs, and trials run on the CPU here"),
+    (
+        "search digits --executor ray --gpus-per-trial 2 --compile graph",
+        "--compile graph does not go with --gpus-per-trial 2; omit it",
+    ),
     ("search digits --address head:6379", "--address head:6379 is for --executor ray; omit it"),
     ("search digits --executor ray --device cpu", "--device cpu is for workers of this machine; with Ray --gpus-per"),
     ("search digits --executor ray --address 127.0.0.1:1", "no Ray cluster at --address 127.0.0.1:1"),

@@ -90,6 +90,8 @@ def shortened(arguments: str) -> list[str]:
     if words[0] == "search":
         words = re.sub(r"--trials \d+", "--trials 2", arguments).split()
         words += [] if "--epochs" in words else ["--epochs", "1"]
+    if words[0] == "report":
+        words += ["--out", str(Path(os.environ["HPO_HOME"]) / "report.html")]
     return [*words, "--plan", "1x1"] if words[0] == "confirm" else words
 
 
@@ -103,11 +105,23 @@ RUNNABLE = [line for line in documented_commands() if line not in (*SERVERS, *ON
 def test_every_command_that_is_shown_runs(arguments: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPO_HOME", str(home))
     monkeypatch.chdir(ROOT)
-    if (
-        arguments.startswith(("best", "show", "gc", "rerun", "confirm", "refit", "export", "register", "predict"))
-        or "--warm-start" in arguments
-    ):
+    needs_a_study = (
+        "best",
+        "show",
+        "gc",
+        "rerun",
+        "confirm",
+        "refit",
+        "report",
+        "compare",
+        "export",
+        "register",
+        "predict",
+    )
+    if arguments.startswith(needs_a_study) or "--warm-start" in arguments:
         succeeds("search digits --trials 1 --epochs 1", monkeypatch)
+    if arguments.startswith("compare"):
+        succeeds("search digits --study digits-tpe --strategy tpe --trials 1 --epochs 1", monkeypatch)
     succeeds(arguments, monkeypatch)
 
 

@@ -38,6 +38,7 @@ from hpo.search.storage import open_storage
 from hpo.search.study import Study
 from hpo.session.preparation import SILENCE_S
 from hpo.tracking.store import open_store
+from hpo.training.device import ranks_of_trial
 
 pytestmark = pytest.mark.xdist_group("ray")  # one cluster for all
 
@@ -339,8 +340,8 @@ def test_workers_that_cannot_begin_are_not_asked_for_without_end(setup: Setup, m
 @pytest.mark.usefixtures("connected")
 def test_a_gpu_is_shared_by_as_many_workers_as_it_has_shares(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_workers, "_work", idle_worker())
-    with pytest.raises(UsageError, match=r"--gpus-per-trial 2 is not allowed: .* share of one GPU"):
-        RayWorkers(setup, num_workers=None, address="auto", gpus_per_trial=2)
+    with pytest.raises(UsageError, match=r"no node .* has room for a trial, .* --gpus-per-trial 2; with --workers N"):
+        ray_workers.ray_workers(setup, num_workers=None, address="auto", gpus_per_trial=2)
     assert RayWorkers(setup, num_workers=None, address="auto", gpus_per_trial=0.25).num_workers == 4
     with RayWorkers(setup, num_workers=5, address="auto", gpus_per_trial=0.25) as workers:
         assert workers.device == "cuda"
@@ -354,12 +355,22 @@ def test_a_gpu_is_shared_by_as_many_workers_as_it_has_shares(setup: Setup, monke
 
 
 @pytest.mark.parametrize(
-    ("cpus", "gpus", "share", "num_workers"),
-    [(8, 1, 0.1, 8), (16, 1, 0.1, 10), (16, 2, 0.3, 6), (8, 0, 0.5, 0), (8, 4, 0, 8), (0.5, 1, 1, 0)],
+    ("cpus", "gpus", "given", "num_workers"),
+    [
+        (8, 1, 0.1, 8),
+        (16, 1, 0.1, 10),
+        (16, 2, 0.3, 6),
+        (8, 0, 0.5, 0),
+        (8, 4, 0, 8),
+        (0.5, 1, 1, 0),
+        (8, 5, 2, 2),
+        (3, 4, 2, 1),
+    ],
 )
-def test_the_room_on_a_node(cpus: float, gpus: float, share: float, num_workers: int) -> None:
-    """A share lies within one GPU: three shares of 0.3 to each of two, not six and two thirds."""
-    assert ray_workers._room_on_node(cpus, gpus, share) == num_workers
+def test_the_room_on_a_node(cpus: float, gpus: float, given: float, num_workers: int) -> None:
+    """A share lies within one GPU: three shares of 0.3 to each of two, not six and two thirds. A trial on two GPUs is
+    two processes, which have a CPU each."""
+    assert ray_workers._room_on_node(cpus, gpus, ranks_of_trial(given), given) == num_workers
 
 
 def test_only_a_worker_is_let_in_and_a_stranger_holds_up_nobody(caplog: pytest.LogCaptureFixture) -> None:

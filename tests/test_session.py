@@ -69,6 +69,7 @@ def test_a_search_leaves_runs_curves_checkpoints_and_a_summary(
     assert summary.data.tags["hpo.winner"] == str(outcome.winner.trial)
     assert outcome.winner.test is not None
     assert summary.data.metrics["test/accuracy"] == outcome.winner.test["accuracy"]
+    assert "report.html" in {file.path for file in client.list_artifacts(summary.info.run_id)}
     assert_nothing_is_left_running(home)
     assert list(home.glob("checkpoints/moody/*")) == []
 

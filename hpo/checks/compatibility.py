@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hpo.config import OWN, config_fields
+from hpo.config import OWN, SEVERAL, config_fields
 from hpo.data.batches import build_batches
 from hpo.data.datasets import Splits
 from hpo.data.kinds import labels_of
@@ -127,6 +127,9 @@ def _check_smaller_examples(task: Task, splits: Splits, model: PreprocessedModel
 def _check_outputs(task: Task, spec: DataSpec, outputs: Any, targets: Any, loss: str) -> None:
     """Raise UsageError where a model's outputs for two examples do not fit the kind of target."""
     name, kind = task.objective.name, spec.kind
+    if kind == SEVERAL:
+        _check_outputs_of_several(task, spec, outputs, targets)
+        return
     if kind == "reconstruction":
         outputs = _reconstruction_in(name, outputs, has_latent=loss == "vae")
     tensor = outputs.values if isinstance(outputs, Padded) and kind in ("tagging", "transcription") else outputs
@@ -140,6 +143,20 @@ def _check_outputs(task: Task, spec: DataSpec, outputs: Any, targets: Any, loss:
         raise UsageError(
             f"the model of task '{name}' returns outputs of shape {tuple(tensor.shape)} for 2 examples, not {wanted}."
         )
+
+
+def _check_outputs_of_several(task: Task, spec: DataSpec, outputs: Any, targets: Any) -> None:
+    if not isinstance(outputs, Mapping) or outputs.keys() != spec.targets.keys():
+        given = f"a mapping of {', '.join(outputs)}" if isinstance(outputs, Mapping) else f"a {type(outputs).__name__}"
+        raise UsageError(
+            f"the model of task '{task.objective.name}' returns {given}; it must return a mapping of "
+            f"{', '.join(spec.targets)}."
+        )
+    for name in spec.targets:
+        try:
+            _check_outputs(task, spec.of(name), outputs[name], targets[name], "")
+        except UsageError as error:
+            raise UsageError(f"the target {name}: {error}") from error
 
 
 def _reconstruction_in(name: str, outputs: Any, *, has_latent: bool) -> Any:

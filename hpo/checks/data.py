@@ -121,6 +121,8 @@ def check_targets(subject: Subject) -> Verdict:
             counts = Counter(targets.tolist()).values()
             text = f"{len(counts)} groups of {min(counts)} to {max(counts)} training examples that are alike"
             return Verdict(state="ok", text=text)
+        case "several":
+            return Verdict(state="ok", text=", ".join(f"{n} ({t.kind})" for n, t in subject.spec.targets.items()))
         case "instances" | "reconstruction":
             return Verdict(state="ok", text="none: the inputs alone")
         case _:

@@ -9,14 +9,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hpo.config import OWN, TrainConfig
 from hpo.data.batches import num_views
 from hpo.data.datasets import Splits
 from hpo.data.kinds import labels_of
 from hpo.models.preprocessed import PreprocessedModel, build_model
-from hpo.training.losses import LossFunction, loss_function, target_scale
+from hpo.training.losses import LossFunction, Scale, loss_function, target_scale
 from hpo.training.precision import has_convolutions
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ class Subject:
         return self.spec.kind == "classification"
 
     @property
-    def target_scale(self) -> float | Tensor:
-        return target_scale(self.splits.train, self.spec.kind)
+    def target_scale(self) -> Scale:
+        return target_scale(self.splits.train, self.spec)
 
     def loss_of(self, model: PreprocessedModel) -> LossFunction:
         """The loss of the task, without what regularizes it; one of its own has the weights of this model's."""
@@ -142,7 +142,7 @@ class Subject:
         return loss(outputs.movedim(-1, 1) if self.spec.kind == "segmentation" else outputs, targets).item()
 
 
-_WITHOUT_REFERENCE = ("own", "transcription", "embedding", "instances", "reconstruction")
+_WITHOUT_REFERENCE = ("own", "transcription", "embedding", "instances", "reconstruction", "several")
 
 
 def in_few_lines(verdicts: Sequence[Verdict], task: str) -> list[str]:

@@ -62,6 +62,11 @@ def _free_memory(device: torch.device) -> float:
     return min(free, own_limit) + reserved - torch.cuda.memory_allocated(index)
 
 
+def own_part(num_examples: int, rank: int, num_ranks: int) -> tuple[int, int]:
+    """Where the part of a rank begins and ends in a batch that is divided over ranks."""
+    return num_examples * rank // num_ranks, num_examples * (rank + 1) // num_ranks
+
+
 class TrainingBatches:
     """The batches of an epoch, in an order and with an augmentation that are new in each iteration.
 
@@ -86,13 +91,16 @@ class TrainingBatches:
         curriculum: Curriculum | None = None,
         growth: Growth | None = None,
         device: torch.device | str | None = None,
+        rank: int = 0,
+        num_ranks: int = 1,
     ) -> None:
         """With a `sampling` of "balanced" each class is drawn equally often, so that rare examples are repeated. With
         several views each example is as many times in its batch, one after the other, augmented each time anew. A batch
         is one of a step, of `accumulate` times `batch_size` examples. A `curriculum` says which examples are drawn, and
         `growth` how large they are.
 
-        The batches are on `device`, by default where the split is.
+        The batches are on `device`, by default where the split is. With `num_ranks` processes each has its part of
+        every `batch_size` examples; all draw the same for the whole.
         """
         if batch_size * accumulate > len(split):
             times = f" times accumulate={accumulate}" if accumulate > 1 else ""
@@ -100,10 +108,15 @@ class TrainingBatches:
                 f"batch_size={batch_size}{times} is larger than the training split of {len(split)} examples; "
                 f"choose at most {len(split)}."
             )
+        if batch_size < num_ranks:
+            raise UsageError(
+                f"batch_size={batch_size} cannot be divided over {num_ranks} GPUs; choose at least {num_ranks}."
+            )
         self.epoch = 1
         self._split = split
         self._batch_size = batch_size * accumulate
-        self._part_size = batch_size
+        begin, end = own_part(batch_size, rank, num_ranks)
+        self._part_size = end - begin
         self.curriculum = curriculum
         self._growth = growth
         self._device = torch.device(device or split.device)
@@ -115,6 +128,17 @@ class TrainingBatches:
         if mixing:
             mixing.check(split)
         self._chances = _balanced_chances(split) if sampling == "balanced" else None
+        self._own_rows: Tensor | None = None
+        """Of the rows of a batch, those of this rank; None for all."""
+        self._unmixed: Tensor | None = None
+        """Of these, on the device, those that are not there only because the next one is mixed with them."""
+        if num_ranks > 1:
+            # An example is mixed with the one before it, which may be in another part.
+            first = begin - 1 if mixing else begin
+            own = torch.arange(0, self._batch_size, batch_size)[:, None] + torch.arange(first, end)
+            self._own_rows = own.flatten() % self._batch_size
+            if mixing:
+                self._unmixed = torch.arange(own.numel()).view_as(own)[:, 1:].flatten().to(self._device)
         self._lengths = next((part.lengths for part in parts(split.inputs) if isinstance(part, Ragged)), None)
 
     def __len__(self) -> int:
@@ -159,7 +183,8 @@ class TrainingBatches:
             return inputs, targets
         assert isinstance(inputs, Tensor), "other inputs are not mixed"
         assert isinstance(targets, Tensor), "other targets are not mixed"
-        return self._mixing.apply(inputs, targets, draws[-1])
+        inputs, targets = self._mixing.apply(inputs, targets, draws[-1])
+        return (inputs, targets) if self._unmixed is None else (inputs[self._unmixed], targets[self._unmixed])
 
     def _draw_epoch(self) -> tuple[list[tuple[Tensor, Tensor]], *tuple[tuple[Tensor, ...], ...]]:
         """For each batch its rows, on the CPU and where the split is, and the draws of augmentations and mixing."""
@@ -169,8 +194,15 @@ class TrainingBatches:
         size = _image_size(self._split) if changes else ()
         draws = [change.draw(order, size, self.epoch, self._augmentation).to(self._device) for change in changes]
         there = order.to(self._split.device)
-        rows, rows_there, *in_batches = (torch.split(drawn, self._batch_size) for drawn in (order, there, *draws))
+        rows, rows_there, *in_batches = (self._in_batches(drawn) for drawn in (order, there, *draws))
         return list(zip(rows, rows_there, strict=True)), *in_batches
+
+    def _in_batches(self, drawn: Tensor) -> tuple[Tensor, ...]:
+        """What was drawn for the examples of an epoch (N, ...), by batch; with ranks, this one's part of each."""
+        if self._own_rows is None:
+            return torch.split(drawn, self._batch_size)
+        in_rows = drawn.view(-1, self._batch_size, *drawn.shape[1:])
+        return in_rows.index_select(1, self._own_rows.to(drawn.device)).unbind()
 
     def _draw_order(self) -> Tensor:
         pool = self.curriculum.pool(self.epoch, self._order) if self.curriculum else None
@@ -214,10 +246,12 @@ def build_batches(
     order: torch.Generator,
     augmentation: torch.Generator,
     difficulty: Difficulty | None = None,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> TrainingBatches:
     """The training batches that `config` asks for, on its device. Raises UsageError where they do not fit the data.
 
-    `difficulty` is the task's own, for a curriculum.
+    `difficulty` is the task's own, for a curriculum. Each of several ranks has its part of every batch.
     """
     if spec.kind == "instances" and config.augment == "none":
         raise UsageError(
@@ -237,6 +271,8 @@ def build_batches(
         curriculum=build_curriculum(config, split, spec, difficulty),
         growth=build_growth(config, split, spec),
         device=config.device,
+        rank=rank,
+        num_ranks=num_ranks,
     )
 
 

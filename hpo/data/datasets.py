@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hpo.config import derive_seed
 from hpo.data.examples import Dataset, DataSpec, SealedSplit, Split, Vocabulary
-from hpo.data.kinds import require_sound_targets, strata
+from hpo.data.kinds import strata
 from hpo.data.mapped import MappedImages
 from hpo.data.parts import Ragged, is_image_or_number, map_parts, named_parts
 from hpo.errors import DataError, UsageError
@@ -165,11 +165,11 @@ def check_folds(examples: Split, spec: DataSpec, num_folds: int) -> None:
 def hold_out(
     inputs: Examples,
     targets: Examples | None,
-    classes: Sequence[str] = (),
+    classes: Sequence[str] | Mapping[str, Sequence[str]] = (),
     *,
     test_fraction: float = 0.2,
     seed: int = 0,
-    kind: str | None = None,
+    kind: str | Mapping[str, str] | None = None,
     vocabulary: Vocabulary | Mapping[str, Vocabulary] | None = None,
     normalise: bool | Mapping[str, bool] = True,
     raw: RawExamples | None = None,
@@ -184,7 +184,7 @@ def hold_out(
     if kind == "instances" and targets is None:
         whole = Split(inputs, torch.arange(len(whole)))
     given: dict[str, Any] = {
-        "classes": tuple(classes),
+        "classes": dict(classes) if isinstance(classes, Mapping) else tuple(classes),
         "kind": kind,
         "vocabulary": vocabulary,
         "normalise": normalise,
@@ -192,7 +192,7 @@ def hold_out(
     }
     spec = Dataset(whole, SealedSplit(lambda: whole, 0), **given).spec
     _require_sound(whole, spec)
-    order = _stratified_order(whole, spec.kind, len(classes), seed)
+    order = _stratified_order(whole, spec.kind, len(spec.classes), seed)
     num_test = math.ceil(len(whole) * test_fraction)
     test = _select(whole, order[:num_test])
     if vocabulary is None and raw is None:  # of the test split nothing is to be known but this
@@ -231,7 +231,7 @@ def _require_sound(split: Split, spec: DataSpec) -> None:
     """Raise DataError for what would end every trial, and on a GPU without a word about the cause."""
     for name, part in named_parts(split.inputs).items():
         _require_sound_input(f"the data's inputs{f' ({name})' if name else ''}", part)
-    require_sound_targets(spec.kind, split.targets, spec.classes)
+    spec.require_sound_targets(split.targets)
     if spec.kind == "reconstruction" and not (
         isinstance(split.inputs, Tensor) and is_image_or_number(split.inputs.dtype)
     ):

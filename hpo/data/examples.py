@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
 from math import prod
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hpo.config import SEVERAL
 from hpo.data.kinds import infer_kind, num_outputs, require_sound_targets
 from hpo.data.mapped import MappedImages
 from hpo.data.parts import Examples, Ragged, map_parts, named_parts, parts, select, taken, to_device
@@ -122,7 +123,7 @@ class Split:
                     f"the examples{of_name} of the test split hold the integer {found.vocabulary - 1}, which no other "
                     "example has; give the Dataset a larger vocabulary."
                 )
-        require_sound_targets(spec.kind, self.targets, spec.classes)
+        spec.require_sound_targets(self.targets)
 
     def fingerprints(self) -> list[bytes]:
         """A hash of the inputs of each example: equal inputs have equal hashes."""
@@ -173,11 +174,12 @@ class Dataset:
 
     train: Split
     test: SealedSplit
-    classes: tuple[str, ...] = ()
-    """The name of each class, by index; empty where there are none."""
+    classes: tuple[str, ...] | Mapping[str, Sequence[str]] = ()
+    """The name of each class, by index; empty where there are none. By name where targets are several."""
 
-    kind: str | None = None
-    """The kind of target, one of hpo.data.kinds.KINDS; None for what the targets look like."""
+    kind: str | Mapping[str, str] | None = None
+    """The kind of target, one of hpo.data.kinds.KINDS; None for what the targets look like. By name where targets are
+    several: with classes or kinds by name, each target has a kind, and a loss and metrics of its own."""
 
     vocabulary: Vocabulary | Mapping[str, Vocabulary] | None = None
     """How many different integers (token ids, categories) the inputs may hold, or a column of them each; by name where
@@ -221,12 +223,34 @@ class Dataset:
         """
         _require_rows(self.train)
         targets = self.train.targets
+        if isinstance(self.classes, Mapping) or isinstance(self.kind, Mapping):
+            return DataSpec(inputs=self._input_specs(), kind=SEVERAL, targets=self._target_specs())
         return DataSpec(
             inputs=self._input_specs(),
             classes=tuple(self.classes),
             kind=self.kind or infer_kind(targets, self.classes),
             target_shape=tuple(targets.shape[1:]) if isinstance(targets, Tensor) else (),
         )
+
+    def _target_specs(self) -> dict[str, TargetSpec]:
+        targets = self.train.targets
+        if not isinstance(targets, Mapping):
+            raise DataError("classes or kinds by name are for several targets: give a mapping of them.")
+        classes: Any = self.classes or {}
+        kinds: Any = self.kind or {}
+        for given, what in ((classes, "classes"), (kinds, "kind")):
+            if not isinstance(given, Mapping):
+                raise DataError(f"the targets are several ({', '.join(targets)}), so {what} must be a mapping.")
+            if unknown := sorted(given.keys() - targets.keys()):
+                raise DataError(f"{what} names the target '{unknown[0]}'; the targets are {', '.join(targets)}.")
+        return {
+            name: TargetSpec(
+                kind=kinds.get(name) or infer_kind(part, classes.get(name, ())),
+                classes=tuple(classes.get(name, ())),
+                shape=tuple(part.shape[1:]) if isinstance(part, Tensor) else (),
+            )
+            for name, part in targets.items()
+        }
 
     def _input_specs(self) -> Any:
         named = named_parts(self.train.inputs)
@@ -341,6 +365,15 @@ def _require_within(largest: int, columns: tuple[int, ...], given: Vocabulary) -
 
 
 @dataclass(frozen=True)
+class TargetSpec:
+    """What a model must know about one of several targets."""
+
+    kind: str
+    classes: tuple[str, ...] = ()
+    shape: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class DataSpec:
     """What a model must know about the data: plain values, stored beside each checkpoint."""
 
@@ -358,6 +391,9 @@ class DataSpec:
 
     preprocessing: Preprocessing | None = None
     """What makes tensors of raw examples, such as rows of a table; None if the inputs are tensors anyway."""
+
+    targets: Mapping[str, TargetSpec] = field(default_factory=dict)
+    """Each of several targets that have a loss and metrics of their own."""
 
     def __post_init__(self) -> None:
         if isinstance(self.inputs, tuple) and all(isinstance(side, int) for side in self.inputs):
@@ -394,6 +430,29 @@ class DataSpec:
         """All inputs by name: "" for a single one."""
         return cast(dict[str, InputSpec], named_parts(cast(Any, self.inputs)))
 
+    def of(self, target: str) -> DataSpec:
+        """The same for one of several targets, so that `spec.of("price").num_outputs` outputs are for it."""
+        found = self.targets[target]
+        return replace(self, classes=found.classes, kind=found.kind, target_shape=found.shape, targets={})
+
+    def require_sound_targets(self, targets: Examples | None) -> None:
+        """Raise DataError for targets that do not fit their kind, which would end every trial."""
+        if self.kind != SEVERAL:
+            require_sound_targets(self.kind, targets, self.classes)
+            return
+        if not isinstance(targets, Mapping) or targets.keys() != self.targets.keys():
+            raise DataError(f"the targets must be a mapping of {', '.join(self.targets)}.")
+        for name, found in self.targets.items():
+            if found.kind in _ALONE:
+                raise DataError(
+                    f"the target {name} is of the kind {found.kind}, which does not go with others; use a loss of your "
+                    "own, without classes or kinds by name."
+                )
+            try:
+                require_sound_targets(found.kind, targets[name], found.classes)
+            except DataError as error:
+                raise DataError(f"the target {name}: {error}") from error
+
     @property
     def num_outputs(self) -> int:
         """One logit per class (and one more for a transcription's blank), one value per number, or per value of the
@@ -404,6 +463,8 @@ class DataSpec:
         if self.kind == "reconstruction":
             return prod(self.input_shape)
         count = num_outputs(self.kind, len(self.classes), self.target_shape)
+        if self.kind == SEVERAL:
+            raise UsageError("several targets have outputs each: spec.of(NAME).num_outputs, in a mapping by name.")
         if not count:
             raise UsageError(
                 "the loss of this task is its own, so its model must know the number of outputs by itself."
@@ -418,6 +479,7 @@ class DataSpec:
             "kind": self.kind,
             "target_shape": list(self.target_shape),
             "preprocessing": self.preprocessing and self.preprocessing.to_dict(),
+            "targets": {name: asdict(target) for name, target in self.targets.items()},
         }
 
     @classmethod
@@ -427,7 +489,15 @@ class DataSpec:
             return cls(InputSpec(tuple(plain["input_shape"])), tuple(plain["classes"]))
         inputs, shape = _input_specs_from(plain["inputs"]), tuple(plain["target_shape"])
         preprocessing = preprocessing_from_dict(plain.get("preprocessing"))
-        return cls(inputs, tuple(plain["classes"]), plain["kind"], shape, preprocessing)
+        targets = {
+            name: TargetSpec(target["kind"], tuple(target["classes"]), tuple(target["shape"]))
+            for name, target in plain.get("targets", {}).items()
+        }
+        return cls(inputs, tuple(plain["classes"]), plain["kind"], shape, preprocessing, targets)
+
+
+_ALONE = ("own", "instances", "reconstruction", SEVERAL)
+"""Kinds that one of several targets cannot have."""
 
 
 def _input_specs_from(plain: Any) -> Any:

@@ -11,6 +11,7 @@ transcription    a sequence of classes, shorter than the input (CTC)       Ragge
 embedding        what is to be close and what apart int64 (N,): examples with the same number are alike
 instances        the same without labels            int64 (N,), a number of its own for each example
 reconstruction   the inputs themselves              None
+several          of several named targets, a kind for each      a mapping
 own              whatever the task's own loss takes, or nothing
 """
 
@@ -85,7 +86,7 @@ def num_outputs(kind: str, num_classes: int, target_shape: Sequence[int]) -> int
 def require_sound_targets(kind: str, targets: Examples | None, classes: Sequence[str]) -> None:
     """Raise DataError for targets that do not fit their kind, which would end every trial."""
     if kind not in KINDS:
-        raise UnknownNameError("kind of target", kind, KINDS)
+        raise UnknownNameError("kind of target", str(kind), KINDS)
     _require_sound_classes(kind, classes)
     if kind == "own":
         return

@@ -29,14 +29,19 @@ class Resources:
     """Device of this machine as torch names it, for workers that run here."""
     address: str | None
     """Address of a cluster, as it was given."""
-    gpus_per_trial: float
-    """Share of a GPU for each worker; 0 for the CPU."""
+    gpus_per_trial: float | None
+    """GPUs of each worker, a part of one or several; None for what the executor chooses."""
 
 
 def _local(setup: Setup, resources: Resources) -> WorkerPool:
     from hpo.execution.local import local_workers
 
-    return local_workers(setup, num_workers=resources.num_workers, device=resources.device)
+    return local_workers(
+        setup,
+        num_workers=resources.num_workers,
+        device=resources.device,
+        gpus_per_trial=resources.gpus_per_trial,
+    )
 
 
 def _ray(setup: Setup, resources: Resources) -> WorkerPool:
@@ -46,7 +51,7 @@ def _ray(setup: Setup, resources: Resources) -> WorkerPool:
         setup,
         num_workers=resources.num_workers,
         address=resources.address or "auto",
-        gpus_per_trial=resources.gpus_per_trial,
+        gpus_per_trial=resources.gpus_per_trial or 0.0,
     )
 
 

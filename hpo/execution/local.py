@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from io import TextIOWrapper
@@ -21,10 +21,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from hpo.errors import SearchError
+from hpo.execution.followers import FOLLOWER_LOST
 from hpo.execution.messages import Setup
 from hpo.execution.pool import MAX_FAILED_STARTS, Worker, WorkerPool
 from hpo.execution.worker import serve
-from hpo.training.device import memory_share, visible_gpus
+from hpo.training.device import (
+    check_gpus_per_trial,
+    memory_share,
+    ranks_of_trial,
+    trials_on_gpu,
+    visible_gpus,
+)
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerProcess
@@ -53,14 +60,23 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def local_workers(setup: Setup, *, num_workers: int | None, device: str) -> LocalWorkers:
-    """Workers on this machine: one for each visible GPU, or for each core it may use, unless given."""
+def local_workers(
+    setup: Setup, *, num_workers: int | None, device: str, gpus_per_trial: float | None = None
+) -> LocalWorkers:
+    """Workers on this machine: as many as its GPUs have room for, or one for each core it may use, unless given.
+
+    Raises UsageError where there are too few GPUs.
+    """
     gpus = visible_gpus(device)
-    num_workers = num_workers or len(gpus) or num_cores()
+    check_gpus_per_trial(gpus_per_trial, gpus=gpus, num_workers=num_workers)
+    num_ranks = ranks_of_trial(gpus_per_trial)
+    gpus = [",".join(gpus[first : first + num_ranks]) for first in range(0, len(gpus) - num_ranks + 1, num_ranks)]
+    num_workers = num_workers or len(gpus) * trials_on_gpu(gpus_per_trial) or num_cores()
     setup = replace(
         setup,
-        num_threads=max(1, num_cores() // num_workers),
-        gpu_share=memory_share(num_workers, len(gpus)) if gpus else 1.0,
+        num_threads=max(1, num_cores() // (num_workers * num_ranks)),
+        num_ranks=num_ranks,
+        gpu_share=min(memory_share(num_workers, len(gpus)), gpus_per_trial or 1.0) if gpus else 1.0,
     )
     return LocalWorkers(setup, num_workers=num_workers, gpus=gpus)
 
@@ -69,7 +85,10 @@ class LocalWorkers(WorkerPool):
     """Processes on the CPU, which share its cores, or each on a GPU, taken in turn."""
 
     def __init__(self, setup: Setup, *, num_workers: int, gpus: list[str]) -> None:
-        """`gpus` are values of CUDA_VISIBLE_DEVICES, one per GPU; empty for the CPU."""
+        """`gpus` are values of CUDA_VISIBLE_DEVICES, which workers take in turn; empty for the CPU.
+
+        With `setup.num_ranks` each worker is that many processes, and each value names that many GPUs.
+        """
         super().__init__(num_workers, silence_s=setup.silence_s)
         self.device = "cuda" if gpus else "cpu"
         self._setup = setup
@@ -90,10 +109,13 @@ class LocalWorkers(WorkerPool):
         visible = self._gpus[index % len(self._gpus)] if self._gpus else None
         log = self._setup.log and self._setup.log / f"worker-{index}.log"
         setup = replace(self._setup, visible_gpu=visible, log=log)
+        name = f"hpo-worker-{index}"
         ours, theirs = _forkserver.Pipe()
-        process = _fork(theirs, setup, name=f"hpo-worker-{index}")
-        theirs.close()
-        worker = _LocalWorker(ours, process, index, log)
+        lines, followers = start_followers(setup, name)
+        process = _fork(theirs, of_rank(setup, 0), lines, name=name)
+        for end in (theirs, *lines):
+            end.close()
+        worker = _LocalWorker(ours, [process, *followers], index, log)
         self._workers.append(worker)
         return worker
 
@@ -103,29 +125,67 @@ class LocalWorkers(WorkerPool):
 
 
 class _LocalWorker(Worker):
-    def __init__(self, connection: Connection, process: ForkServerProcess, index: int, log: Path | None) -> None:
+    def __init__(
+        self, connection: Connection, processes: Sequence[ForkServerProcess], index: int, log: Path | None
+    ) -> None:
+        """`processes` are the worker and its followers, which end with it."""
         super().__init__(connection)
         self.index = index
-        self._process = process
+        self._processes = processes
         self._log = log
 
     def end(self, grace_s: float) -> str:
-        self._process.join(grace_s)
-        self._process.kill()
-        if self._process.exitcode == _SERVER_GONE:  # multiprocessing then takes it for dead
-            assert self._process.pid, "it was started"
-            with suppress(ProcessLookupError):
-                os.kill(self._process.pid, signal.SIGKILL)
-        self._process.join(_KILLED_S)
+        self._processes[0].join(grace_s)
+        for process in self._processes:
+            _kill(process)
+        for process in self._processes:
+            process.join(_KILLED_S)
         output = f"; see {self._log}" if self._log else ""
-        return _describe_exit(self._process.exitcode) + output
+        return self._describe_exit() + output
+
+    def _describe_exit(self) -> str:
+        """What became of the worker, or of the follower that it has lost."""
+        code, *codes = [process.exitcode for process in self._processes]
+        if code == FOLLOWER_LOST:
+            for number, of_follower in enumerate(codes, start=2):
+                if of_follower != 0:
+                    return f"has lost its process {number} of {len(codes) + 1}, which {_describe_exit(of_follower)}"
+        return _describe_exit(code)
 
 
-def _fork(connection: Connection, setup: Setup, name: str) -> ForkServerProcess:
+def _kill(process: ForkServerProcess) -> None:
+    process.kill()
+    if process.exitcode == _SERVER_GONE:  # multiprocessing then takes it for dead
+        assert process.pid, "it was started"
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+
+
+def start_followers(setup: Setup, name: str) -> tuple[list[Connection], list[ForkServerProcess]]:
+    """The processes beside a worker that trains on several GPUs, and the worker's end of the line to each."""
+    lines: list[Connection] = []
+    processes = []
+    for rank in range(1, setup.num_ranks):
+        ours, theirs = _forkserver.Pipe()
+        processes.append(_fork(theirs, of_rank(setup, rank), (), name=f"{name}-{rank}"))
+        theirs.close()
+        lines.append(ours)
+    return lines, processes
+
+
+def of_rank(setup: Setup, rank: int) -> Setup:
+    """What one of a worker's processes is told: it sees its own GPU alone."""
+    if setup.num_ranks == 1:
+        return setup
+    gpu = setup.visible_gpu.split(",")[rank] if setup.visible_gpu else None
+    return replace(setup, rank=rank, visible_gpu=gpu)
+
+
+def _fork(connection: Connection, setup: Setup, followers: Sequence[Connection], name: str) -> ForkServerProcess:
     """A worker's process; from a new server where the old one was killed, which shows a few milliseconds later only."""
     for _ in range(MAX_FAILED_STARTS):
         warm_up()
-        process = _forkserver.Process(target=_work, args=(connection, setup), name=name, daemon=True)
+        process = _forkserver.Process(target=_work, args=(connection, setup, followers), name=name, daemon=True)
         try:
             with _main_module_hidden():
                 process.start()
@@ -137,7 +197,7 @@ def _fork(connection: Connection, setup: Setup, name: str) -> ForkServerProcess:
     raise SearchError(f"no worker can be started: {refusal}") from refusal
 
 
-def _work(connection: Connection, setup: Setup) -> None:
+def _work(connection: Connection, setup: Setup, followers: Sequence[Connection]) -> None:
     """The process's first function. The coordinator alone hears signals: Ctrl-C reaches every process of a terminal."""
     has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     assert not has_cuda, "a CUDA context does not survive a fork"
@@ -153,7 +213,7 @@ def _work(connection: Connection, setup: Setup) -> None:
                 stream.reconfigure(line_buffering=True)  # a worker is killed in the end, and its last words count
                 os.dup2(log.fileno(), stream.fileno())
     faulthandler.enable()
-    serve(connection, setup)
+    serve(connection, setup, followers)
 
 
 def _describe_exit(code: int | None) -> str:

@@ -43,7 +43,12 @@ class Setup:
     """Seconds without a message after which the worker counts as dead; it says every third of them that it lives."""
 
     visible_gpu: str | None = None
-    """Value of CUDA_VISIBLE_DEVICES; None leaves it as it is."""
+    """Value of CUDA_VISIBLE_DEVICES; None leaves it as it is. Several ranks have one each, separated by commas."""
+
+    rank: int = 0
+    """Which of the processes that train a trial together it is; see hpo.training.distributed."""
+
+    num_ranks: int = 1
 
     gpu_share: float = 1.0
     """Share of the GPU's memory that the worker may use; the others on it have the rest."""

@@ -7,7 +7,6 @@ lie on storage that every node sees, for checkpoints and data are read and writt
 from __future__ import annotations
 
 import logging
-import math
 import os
 import queue
 import secrets
@@ -24,9 +23,11 @@ from multiprocessing.connection import Client, Connection, answer_challenge, del
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import UsageError
+from hpo.execution.local import of_rank, start_followers
 from hpo.execution.messages import Setup
 from hpo.execution.pool import Event, Worker, WorkerPool
 from hpo.execution.worker import serve
+from hpo.training.device import ranks_of_trial, require_share_or_whole, trials_on_gpu
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -50,32 +51,37 @@ _logger = logging.getLogger(__name__)
 
 def ray_workers(setup: Setup, *, num_workers: int | None, address: str, gpus_per_trial: float) -> RayWorkers:
     """Workers on a Ray cluster, whose own logs take what they print."""
-    setup = replace(setup, gpu_share=gpus_per_trial or 1.0, log=None)
+    setup = replace(
+        setup, gpu_share=min(1.0, gpus_per_trial or 1.0), num_ranks=ranks_of_trial(gpus_per_trial), log=None
+    )
     return RayWorkers(setup, num_workers=num_workers, address=address, gpus_per_trial=gpus_per_trial)
 
 
 class RayWorkers(WorkerPool):
-    """Tasks of one CPU, and a share of a GPU each, on whatever nodes have room; one that dies is asked for again."""
+    """Tasks on whatever nodes have room; one that dies is asked for again.
+
+    Each has a CPU, and a share of a GPU or none; or several of both, for as many ranks.
+    """
 
     def __init__(self, setup: Setup, *, num_workers: int | None, address: str, gpus_per_trial: float) -> None:
         """`num_workers` None takes as many as the cluster has room for now; further ones wait for nodes to join.
 
         Raises UsageError where there is no such cluster, or no room for a single worker.
         """
-        _check_share(gpus_per_trial)
+        require_share_or_whole(gpus_per_trial)
         self._ray, self._is_ours = _connect(address)
-        self._room = _room(self._ray, gpus_per_trial)
+        self._room = _room(self._ray, setup.num_ranks, gpus_per_trial)
         if num_workers is None and self._room == 0:
             self._disconnect()
             raise UsageError(
-                f"no node of the Ray cluster has room for a trial, which needs a CPU and --gpus-per-trial "
-                f"{gpus_per_trial:g}; with --workers N they wait for nodes to join."
+                f"no node of the Ray cluster has room for a trial, which needs a CPU for each of its processes and "
+                f"--gpus-per-trial {gpus_per_trial:g}; with --workers N they wait for nodes to join."
             )
         super().__init__(num_workers or self._room, silence_s=setup.silence_s)
         self.device = "cuda" if gpus_per_trial else "cpu"
         self._setup = setup
         # A process for each worker: one that has served cannot be told apart from one that is about to leave.
-        task = self._ray.remote(num_cpus=1, num_gpus=gpus_per_trial, max_retries=0, max_calls=1)
+        task = self._ray.remote(num_cpus=setup.num_ranks, num_gpus=gpus_per_trial, max_retries=0, max_calls=1)
         self._task = task(_work)
         self._listener = _Listener(self._ray.util.get_node_ip_address())
         self._asked: dict[int, Any] = {}
@@ -176,7 +182,15 @@ def _work(address: tuple[str, int], key: bytes, number: int, setup: Setup) -> No
     """The Ray task: a worker that calls its coordinator."""
     connection = Client(address, authkey=key)
     connection.send_bytes(str(number).encode())
-    serve(connection, setup)
+    if setup.num_ranks == 1:
+        serve(connection, setup)
+        return
+    setup = replace(setup, visible_gpu=os.environ.get("CUDA_VISIBLE_DEVICES") or None)
+    lines, _ = start_followers(setup, name=f"hpo-worker-{number}")
+    own = of_rank(setup, 0)
+    if own.visible_gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = own.visible_gpu
+    serve(connection, own, lines)
 
 
 class _Listener:
@@ -282,24 +296,17 @@ def _require_cluster(address: str) -> None:
         raise UsageError(f"cannot join a Ray cluster at --address {address} ({reason}); {advice}")
 
 
-def _check_share(gpus_per_trial: float) -> None:
-    """Ray counts in steps of 1/10000; a trial trains on one GPU, so more would be reserved in vain."""
-    if gpus_per_trial != 0 and not 0.0001 <= gpus_per_trial <= 1:
-        raise UsageError(
-            f"--gpus-per-trial {gpus_per_trial:g} is not allowed: it must be 0, or a share of one GPU from 0.0001 to 1."
-        )
-
-
-def _room(ray: Any, gpus_per_trial: float) -> int:
+def _room(ray: Any, num_ranks: int, gpus_per_trial: float) -> int:
     """How many workers the cluster has room for when it does nothing else."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return sum(_room_on_node(node.get("CPU", 0), node.get("GPU", 0), gpus_per_trial) for node in nodes)
+    return sum(_room_on_node(node.get("CPU", 0), node.get("GPU", 0), num_ranks, gpus_per_trial) for node in nodes)
 
 
-def _room_on_node(cpus: float, gpus: float, gpus_per_trial: float) -> int:
+def _room_on_node(cpus: float, gpus: float, num_ranks: int, gpus_per_trial: float) -> int:
     if gpus_per_trial == 0:
-        return int(cpus)
-    return int(min(cpus, gpus * math.floor(1 / gpus_per_trial)))  # a share lies within one GPU
+        return int(cpus) // num_ranks
+    # A share lies within one GPU.
+    return int(min(cpus // num_ranks, int(gpus) // num_ranks * trials_on_gpu(gpus_per_trial)))
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import platform
 import queue
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +28,7 @@ from hpo.data.batches import place
 from hpo.data.datasets import Splits, all_examples, folds, load_splits
 from hpo.data.examples import DataSpec
 from hpo.errors import DeviceMemoryError, HpoError, SearchError, UsageError, in_one_line
+from hpo.execution.followers import SETTLE_S, Followers, join
 from hpo.execution.messages import (
     Alive,
     Assignment,
@@ -49,6 +51,7 @@ from hpo.training.checkpoint import CheckpointFolder, save_weights
 from hpo.training.costs import measure_costs
 from hpo.training.cross_validation import fit_folds
 from hpo.training.device import free_memory, limit_memory
+from hpo.training.distributed import ALONE, Ranks
 from hpo.training.evaluation import choose_thresholds
 from hpo.training.loop import RunningTrial, run_loop
 from hpo.training.trained import BEST_WEIGHTS, TrialDescription
@@ -62,18 +65,30 @@ SIGNS_OF_LIFE = 3  # in the time after which a silent worker counts as dead
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
-def serve(connection: Connection, setup: Setup) -> None:
+def serve(connection: Connection, setup: Setup, followers: Sequence[Connection] = ()) -> None:
     """Run one trial after another until the connection closes; the one entry point of every worker, wherever it runs.
 
     A trial that raises is the last one: what it has left behind, on a GPU above all, must not harm the next.
+    `followers` leads to the other processes of a worker that trains on several GPUs; they run this function, too.
     """
     torch.set_num_threads(setup.num_threads)
     _keep_freed_memory()
     line = _Line(connection, setup.silence_s)
-    _forward_log(line)
+    if setup.rank == 0:
+        _forward_log(line)
+    others = Followers(followers, line.say, setup.silence_s)
+
+    def report(result: EpochResult) -> Decision:
+        if setup.rank > 0:
+            return line.decision()
+        decision = line.ask(EpochDone(_with_threads(result, setup.num_ranks)))
+        others.tell({"decision": decision.value})
+        return decision
+
     try:
         if setup.gpu_share < 1:
             limit_memory(setup.gpu_share)
+        ranks = join(setup, others, line.hear)
         objective = _load_task(setup)
         data = TrialData(load_splits(setup.splits)) if setup.splits else None
     except (HpoError, OSError) as error:
@@ -81,12 +96,15 @@ def serve(connection: Connection, setup: Setup) -> None:
         return
     line.say(Alive())  # whoever dies from here on dies of its trial
     for assignment in line.assignments():
+        others.tell({"assignment": assignment.to_dict()})
         try:
-            done = _run(assignment, objective, data, lambda result: line.ask(EpochDone(_with_threads(result))))
+            done = _run(assignment, objective, data, report, ranks)
         except (
             Exception,
             SystemExit,
         ) as error:  # the model and the data are the user's: whatever they raise ends this trial only
+            if ranks.size > 1:
+                time.sleep(SETTLE_S)
             line.say(TrialRaised(f"{type(error).__name__}: {error}", traceback.format_exc()))
             return
         line.say(done)
@@ -104,18 +122,24 @@ def _load_task(setup: Setup) -> Objective:
     return objective
 
 
-def _with_threads(result: EpochResult) -> EpochResult:
-    """The result and the threads that it was computed with: a sum in another order is another one in the last digit."""
-    return replace(result, settled={**result.settled, "threads": str(torch.get_num_threads())})
+def _with_threads(result: EpochResult, num_ranks: int) -> EpochResult:
+    """The result and the threads, and processes, that it was computed with: a sum in another order is another one in
+    the last digit."""
+    settled = {**result.settled, "threads": str(torch.get_num_threads())}
+    return replace(result, settled=settled if num_ranks == 1 else {**settled, "processes": str(num_ranks)})
 
 
 def _run(
-    assignment: Assignment, objective: Objective, data: TrialData | None, report: Callable[[EpochResult], Decision]
+    assignment: Assignment,
+    objective: Objective,
+    data: TrialData | None,
+    report: Callable[[EpochResult], Decision],
+    ranks: Ranks,
 ) -> TrialDone:
     """A trial by the shared trainer, or by the task's own loop."""
     if data is None:
         return _run_own_loop(assignment, objective, report)
-    return TrialDone(run_with_data(assignment, objective, data, report))
+    return TrialDone(run_with_data(assignment, objective, data, report, ranks=ranks))
 
 
 def _run_own_loop(assignment: Assignment, objective: Objective, report: Callable[[EpochResult], Decision]) -> TrialDone:
@@ -164,11 +188,18 @@ class _Line:
 
     def ask(self, message: EpochDone) -> Decision:
         self.say(message)
-        return Decision(self._inbox.get()["decision"])
+        return self.decision()
+
+    def hear(self) -> dict[str, Any]:
+        """What the other end says next."""
+        return self._inbox.get()
+
+    def decision(self) -> Decision:
+        return Decision(self.hear()["decision"])
 
     def assignments(self) -> Iterator[Assignment]:
         while True:
-            yield Assignment.from_dict(self._inbox.get()["assignment"])
+            yield Assignment.from_dict(self.hear()["assignment"])
 
     def _listen(self) -> None:
         try:
@@ -206,21 +237,27 @@ class TrialData:
 
 
 def run_with_data(
-    assignment: Assignment, objective: Objective, data: TrialData, report: Callable[[EpochResult], Decision]
+    assignment: Assignment,
+    objective: Objective,
+    data: TrialData,
+    report: Callable[[EpochResult], Decision],
+    *,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Run a trial with its data on the device, where they stay for the next one, if there is room for them.
 
     If the device's memory does not hold both the trial and the data that were placed there, they are taken off it, and
-    the trial continues from its checkpoint with streamed data. The next trial places them again.
+    the trial continues from its checkpoint with streamed data. The next trial places them again. With several ranks it
+    raises, because the others would wait.
     """
     device = torch.device(assignment.config.device)
     if not assignment.folds:
         data.splits = place(data.splits, device)
     try:
-        return run_trial(assignment, objective, data.splits, report)
+        return run_trial(assignment, objective, data.splits, report, ranks=ranks)
     except (DeviceMemoryError, torch.OutOfMemoryError):
         places_its_folds = assignment.folds and device.type == "cuda"
-        if not (data.splits.train.device.type == "cuda" or places_its_folds):
+        if ranks.size > 1 or not (data.splits.train.device.type == "cuda" or places_its_folds):
             raise
     # Out here the failed attempt's tensors are gone.
     _logger.warning("the device's memory does not hold the trial beside its data, which are streamed from now on")
@@ -237,21 +274,27 @@ def run_trial(
     report: Callable[[EpochResult], Decision],
     *,
     is_streamed: bool = False,
+    ranks: Ranks = ALONE,
 ) -> dict[str, float]:
     """Train until the trainer ends or `report` says so; the costs of the model that the assignment asks for.
 
     A trial that was begun before goes on from its checkpoint. Unless it is left to be continued, its folder then holds
     the weights of the best epoch (`best.pt`) and all that is needed to rebuild the model (`trial.json`); but not with
-    folds, where each had a model of its own.
+    folds, where each had a model of its own. With several `ranks` the first one alone writes and measures.
     """
     config = assignment.config
+    if ranks.size > 1:
+        config = replace(config, compile="off")
     build = partial(_build, objective, assignment.model_parameters)
     if assignment.folds:
         each_fold = folds(splits, assignment.folds)
-        results = fit_folds(build, each_fold, config, checkpoints=assignment.folder, is_streamed=is_streamed)
+        results = fit_folds(
+            build, each_fold, config, checkpoints=assignment.folder, is_streamed=is_streamed, ranks=ranks
+        )
     else:
         model = build(splits, config)
-        results = fit(model, splits, config, checkpoint=CheckpointFolder(assignment.folder), is_streamed=is_streamed)
+        checkpoint = CheckpointFolder(assignment.folder)
+        results = fit(model, splits, config, checkpoint=checkpoint, is_streamed=is_streamed, ranks=ranks)
     # Closed before the weights are saved: it is then that the model gets those of the best epoch.
     with closing(results):
         for result in results:
@@ -260,7 +303,7 @@ def run_trial(
                 return {}
             if decision is Decision.STOP:
                 break
-    if result.best_epoch is None or result.best_value is None:
+    if result.best_epoch is None or result.best_value is None or not ranks.leads:
         return {}
     if not assignment.folds:
         if splits.spec.kind == "multilabel":

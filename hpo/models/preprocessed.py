@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.modules.dropout import _DropoutNd
 
+from hpo.config import SEVERAL
 from hpo.data.examples import DataSpec, InputSpec, Split
 from hpo.data.kinds import OF_CLASSES, read_greedily
 from hpo.data.parts import (
@@ -27,6 +28,7 @@ from hpo.data.parts import (
 )
 from hpo.errors import UsageError
 from hpo.models.pretrained import PretrainedNetwork, find_pretrained
+from hpo.models.weighing import Weighing
 from hpo.objective import NOTHING_OWN, Objective, Own
 
 if TYPE_CHECKING:
@@ -57,13 +59,17 @@ class PreprocessedModel(nn.Module):
         self.own = own
         if isinstance(own.loss, nn.Module):
             self.own_loss = own.loss
+        if own.losses:
+            self.weighing = Weighing(own)
+            self.own = replace(own, weigh=self.weighing)
         for name, of_input in spec.input_specs.items():
             if of_input.is_normalised:
                 self.register_buffer(_buffer("input_mean", name), torch.zeros(_statistics_shape(of_input)))
                 self.register_buffer(_buffer("input_std", name), torch.ones(_statistics_shape(of_input)))
-        shape = spec.target_shape if spec.kind in _KINDS_OF_NUMBERS else ()
-        self.register_buffer("target_mean", torch.zeros(shape))
-        self.register_buffer("target_std", torch.ones(shape))
+        for name, target in self._targets.items():
+            shape = target.target_shape if target.kind in _KINDS_OF_NUMBERS else ()
+            self.register_buffer(_buffer("target_mean", name), torch.zeros(shape))
+            self.register_buffer(_buffer("target_std", name), torch.ones(shape))
         if spec.kind == "multilabel":
             self.register_buffer("thresholds", torch.zeros(len(spec.classes)))
 
@@ -76,10 +82,26 @@ class PreprocessedModel(nn.Module):
         outputs = self.network(self._normalised(inputs))
         if self.spec.kind == "reconstruction":
             return self._restored(outputs)
-        if self.spec.kind not in _KINDS_OF_NUMBERS:
+        if self.spec.kind == SEVERAL and isinstance(outputs, Mapping):  # else whoever checks a task says so
+            return {name: self._in_units(name, of_target) for name, of_target in outputs.items()}
+        return self._in_units("", outputs)
+
+    @property
+    def _targets(self) -> dict[str, DataSpec]:
+        """Each of several targets by name; "" for an only one."""
+        return {name: self.spec.of(name) for name in self.spec.targets} or {"": self.spec}
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.buffers()).device
+
+    def _in_units(self, name: str, outputs: Any) -> Any:
+        """Numbers in the units of their target; all others as they are."""
+        target = self.spec.of(name) if name in self.spec.targets else self.spec
+        if target.kind not in _KINDS_OF_NUMBERS:
             return outputs
-        outputs = outputs if self.spec.target_shape else outputs.squeeze(-1)
-        return outputs * self.target_std + self.target_mean
+        outputs = outputs if target.target_shape else outputs.squeeze(-1)
+        return outputs * getattr(self, _buffer("target_std", name)) + getattr(self, _buffer("target_mean", name))
 
     def _restored(self, outputs: Any) -> Any:
         """Reconstructions in the inputs' units: the outputs, or the first of several tensors."""
@@ -122,13 +144,17 @@ class PreprocessedModel(nn.Module):
                 for of_part, statistic in zip(("input_mean", "input_std"), self._input_statistics(part), strict=True):
                     buffer = getattr(self, _buffer(of_part, name))
                     buffer.copy_(statistic.view_as(buffer))
-        if self.spec.kind in _KINDS_OF_NUMBERS:
-            assert isinstance(train.targets, Tensor), "they are numbers"
-            mean, std = _statistics(train.targets.view(len(train), -1))
-            self.target_mean.copy_(mean.view_as(self.target_mean))
-            self.target_std.copy_(std.view_as(self.target_std))
+        for name, target in self._targets.items():
+            if target.kind in _KINDS_OF_NUMBERS:
+                numbers = cast(Any, train.targets)[name] if name else train.targets
+                assert isinstance(numbers, Tensor), "they are numbers"
+                for of_part, statistic in zip(
+                    ("target_mean", "target_std"), _statistics(numbers.view(len(train), -1)), strict=True
+                ):
+                    buffer = getattr(self, _buffer(of_part, name))
+                    buffer.copy_(statistic.view_as(buffer))
         if initialize := getattr(self.network, "initialize_from_data", None):
-            inputs, _ = train.first(512, self.target_mean.device)
+            inputs, _ = train.first(512, self._device)
             initialize(self._normalised(inputs))
 
     def _input_statistics(self, part: Part) -> tuple[Tensor, Tensor]:
@@ -148,7 +174,7 @@ class PreprocessedModel(nn.Module):
         if self.spec.preprocessing and self.spec.preprocessing.is_raw(inputs):
             inputs = Split(self.spec.preprocessing.encode(inputs), None).batch(slice(None))[0]
         if isinstance(self.spec.inputs, InputSpec):
-            return _as_batch(inputs, self.spec.inputs, self.target_mean.device)
+            return _as_batch(inputs, self.spec.inputs, self._device)
         specs = cast(Any, self.spec.inputs)
         same = (
             inputs.keys() == specs.keys()
@@ -158,7 +184,7 @@ class PreprocessedModel(nn.Module):
         if not same:
             raise UsageError(f"the model takes several inputs: {', '.join(named_parts(specs))}.")
         given = inputs if isinstance(inputs, Mapping) else tuple(inputs)
-        device = self.target_mean.device
+        device = self._device
         return cast("Batch", map_parts(lambda spec, each: _as_batch(each, spec, device), specs, given))
 
     @torch.inference_mode()
@@ -167,7 +193,7 @@ class PreprocessedModel(nn.Module):
 
         A class name; the names of all labels that an example has; a number or several; a mask (H, W) of class indices;
         a box x1 y1 x2 y2; the class name of each element; the classes that were read; an embedding (size,) of length 1;
-        a reconstruction. Sequences are given as a list. A task of tables takes a data
+        a reconstruction; a mapping of these by target. Sequences are given as a list. A task of tables takes a data
         frame or rows as mappings, one of texts a list of texts.
         Raises UsageError for examples of another shape, and for a task whose outputs only its own loss understands.
         """
@@ -175,12 +201,18 @@ class PreprocessedModel(nn.Module):
             raise UsageError("only the task's own loss knows what its outputs mean; call the model itself.")
         batch = self._as_batch(inputs)
         outputs = self(batch)
-        match self.spec.kind:
+        if self.spec.kind != SEVERAL:
+            return self._predicted(self.spec, outputs, batch)
+        of_targets = {name: self._predicted(spec, outputs[name], batch) for name, spec in self._targets.items()}
+        return [dict(zip(of_targets, each, strict=True)) for each in zip(*of_targets.values(), strict=True)]
+
+    def _predicted(self, spec: DataSpec, outputs: Any, batch: Batch) -> list[Any]:
+        match spec.kind:
             case "classification" | "soft_labels":
-                return self._named(outputs.argmax(1).tolist())
+                return _named(spec, outputs.argmax(1).tolist())
             case "multilabel":
-                given = (outputs > self.thresholds).tolist()
-                return [[name for name, has in zip(self.classes, row, strict=True) if has] for row in given]
+                given = (outputs > getattr(self, "thresholds", 0.0)).tolist()
+                return [[name for name, has in zip(spec.classes, row, strict=True) if has] for row in given]
             case "segmentation":
                 return list(outputs.argmax(1).unbind())
             case "embedding" | "instances":
@@ -188,15 +220,12 @@ class PreprocessedModel(nn.Module):
             case "reconstruction":
                 return list(tensors_of(outputs)[0].unbind())
             case "tagging":
-                return [self._named(row) for row in _without_padding(outputs, batch)]
+                return [_named(spec, row) for row in _without_padding(outputs, batch)]
             case "transcription":
                 logits, lengths = values_and_lengths(outputs)
-                return [self._named(row) for row in read_greedily(logits.argmax(-1), lengths, len(self.classes))]
+                return [_named(spec, row) for row in read_greedily(logits.argmax(-1), lengths, len(spec.classes))]
             case _:
                 return cast(list[Any], outputs.tolist())
-
-    def _named(self, indices: list[int]) -> list[str]:
-        return [self.classes[index] for index in indices]
 
     @torch.inference_mode()
     def probabilities(self, inputs: Any, *, dropout_samples: int = 0) -> Tensor:
@@ -227,6 +256,10 @@ class PreprocessedModel(nn.Module):
 
 
 _KINDS_OF_NUMBERS = ("regression", "box")
+
+
+def _named(spec: DataSpec, indices: list[int]) -> list[str]:
+    return [spec.classes[index] for index in indices]
 
 
 def _buffer(statistic: str, input_name: str) -> str:

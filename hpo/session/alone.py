@@ -31,11 +31,11 @@ Report = Callable[["EpochResult"], bool]
 
 def run_alone(assignment: Assignment, setup: Setup, splits: Splits | None, report: Report) -> TrialDone:
     """Run one trial to its end, or until `report` says so. Raises SearchError where it fails or its worker dies."""
-    gpus = visible_gpus(assignment.config.device)
+    gpus = visible_gpus(assignment.config.device)[: setup.num_ranks]
     device = "cuda" if gpus else "cpu"  # in the worker, which sees no other GPU
     assignment = replace(assignment, config=replace(assignment.config, device=device))
     with _in_a_file(splits) as path:
-        pool = LocalWorkers(replace(setup, splits=path), num_workers=1, gpus=gpus)
+        pool = LocalWorkers(replace(setup, splits=path), num_workers=1, gpus=[",".join(gpus)] if gpus else [])
         with pool:
             pool.run(assignment)
             while True:

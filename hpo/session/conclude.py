@@ -41,6 +41,7 @@ from hpo.search.winner import (
     how_far,
     reading_of,
 )
+from hpo.session.report import has_plotly, report_page
 from hpo.training.comparison import Difference, compare_folds, compare_models, score_interval
 from hpo.training.evaluation import evaluate, evaluate_classes
 from hpo.training.losses import target_scale
@@ -87,6 +88,7 @@ def conclude(prepared: Prepared, opened: Opened, observer: Observer) -> Winner |
     if study.settings.costs:
         opened.runs.mark_front({trial.number for trial in study.front()})
     write_summary(study, opened.summary, winner)
+    log_report(study, opened.summary)
     return winner
 
 
@@ -243,7 +245,7 @@ def _difference_on(
         (other.model, other.config),
         splits.validation,
         spec=splits.spec,
-        target_scale=target_scale(splits.train, splits.spec.kind),
+        target_scale=target_scale(splits.train, splits.spec),
         seed=derive_seed(study.settings.seed, "comparison"),
     )
 
@@ -316,6 +318,12 @@ def write_summary(study: Study, summary: SummaryRun, winner: Winner | None) -> N
     summary.log_metrics({f"best/{settings.metric}": winner.validation})
     summary.log_metrics({f"test/{name}": score for name, score in (winner.test or {}).items()})
     summary.set_note(f"{_in_words(study, winner)}\n\n{learned}")
+
+
+def log_report(study: Study, summary: SummaryRun) -> None:
+    """Put the report into the summary run too, if plotly is installed."""
+    if has_plotly():
+        summary.log_text(report_page(study), "report.html")
 
 
 def draw_figures(

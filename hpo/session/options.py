@@ -212,6 +212,14 @@ class MachineOptions(TypedDict, total=False):
             at_least=1,
         ),
     ]
+    gpus_per_trial: Annotated[
+        float | None,
+        Option(
+            "--gpus-per-trial",
+            "2 trains each trial on two GPUs, 0.25 puts four trials on one. [default: 1; with Ray 0, on CPUs]",
+            metavar="N",
+        ),
+    ]
     timeout: Annotated[
         float | None,
         Option("--timeout", "Stop after this time of training: 90, 90s, 30m or 2h.", metavar="TIME", is_duration=True),
@@ -299,14 +307,6 @@ class ExecutorOptions(TypedDict, total=False):
     address: Annotated[
         str | None,
         Option("--address", "Ray cluster. [default: the cluster this machine belongs to]", metavar="HOST:PORT"),
-    ]
-    gpus_per_trial: Annotated[
-        float | None,
-        Option(
-            "--gpus-per-trial",
-            "With Ray: 0.25 puts four trials on a GPU. [default: 0, on CPUs]",
-            metavar="N",
-        ),
     ]
     join: Annotated[bool, Option("--join", "Join a search that is already running on other machines.")]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +35,7 @@ from hpo.space import Value
 from hpo.task import Task
 from hpo.tracking.store import home_store_uri
 from hpo.training.compiled import check_compile_mode
-from hpo.training.device import choose_device
+from hpo.training.device import check_gpus_per_trial, choose_device, require_share_or_whole, visible_gpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +95,8 @@ class Request:
 def read_request(task: str | Objective, given: Mapping[str, object]) -> Request:
     """What the options of a search ask for. Raises UsageError if they make no sense; nothing is written."""
     options = checked(given)
+    if not options["join"]:
+        require_started_once()
     return request_for(this_machine(options), task, options)
 
 
@@ -132,6 +133,8 @@ def this_machine(options: Mapping[str, Any]) -> Machine:
     TrainConfig(**trainer)  # raises where one of them is not allowed
     chosen_device = choose_device(options["device"])
     if executor == "local":
+        gpus = visible_gpus(chosen_device)
+        check_gpus_per_trial(options["gpus_per_trial"], gpus=gpus, num_workers=options["workers"])
         check_compile_mode(options["compile"] or "auto", options["precision"] or "auto", chosen_device)
     machine = Machine(
         home=Home.find(options["home"]),
@@ -148,7 +151,7 @@ def this_machine(options: Mapping[str, Any]) -> Machine:
             num_workers=options["workers"],
             device=chosen_device,
             address=options["address"],
-            gpus_per_trial=options["gpus_per_trial"] or 0.0,
+            gpus_per_trial=options["gpus_per_trial"],
         ),
         trainer=trainer,
         notify=_address(options["notify"] or os.environ.get("HPO_NOTIFY")),
@@ -162,6 +165,18 @@ def this_machine(options: Mapping[str, Any]) -> Machine:
     return machine
 
 
+def require_started_once() -> None:
+    """Raise UsageError where a launcher has started this command several times, as it does a training script."""
+    for launcher, variable in (("torchrun", "WORLD_SIZE"), ("srun", "SLURM_STEP_NUM_TASKS")):
+        number = os.environ.get(variable, "")
+        if number.isdecimal() and int(number) > 1:
+            raise UsageError(
+                f"{launcher} has started hpo {number} times ({variable}={number}), and each would do the same; start "
+                "it once, without it: --gpus-per-trial 2 trains each trial on two GPUs, --workers runs trials in "
+                "parallel, and `hpo worker` joins from other machines."
+            )
+
+
 def _address(notify: str | None) -> str | None:
     return check_url(notify) if notify else None
 
@@ -169,13 +184,17 @@ def _address(notify: str | None) -> str | None:
 def _check_executor(executor: str, options: Mapping[str, Any]) -> None:
     check_executor(executor)
     device, address, gpus_per_trial = options["device"], options["address"], options["gpus_per_trial"]
-    for option, given in (("--address", address), ("--gpus-per-trial", gpus_per_trial)):
-        if executor == "local" and given is not None:
-            raise UsageError(f"{option} {given} is for --executor ray; omit it.")
+    if executor == "local" and address is not None:
+        raise UsageError(f"--address {address} is for --executor ray; omit it.")
     if executor == "ray" and device != "auto":
         raise UsageError(f"--device {device} is for workers of this machine; with Ray --gpus-per-trial decides.")
-    if gpus_per_trial is not None and not 0 <= gpus_per_trial < math.inf:
-        raise UsageError(f"--gpus-per-trial {gpus_per_trial:g} is not allowed: it must be 0 or more.")
+    if gpus_per_trial is None:
+        return
+    require_share_or_whole(gpus_per_trial)
+    if gpus_per_trial > 1 and options["compile"] in ("step", "graph"):
+        raise UsageError(
+            f"--compile {options['compile']} does not go with --gpus-per-trial {gpus_per_trial:g}; omit it."
+        )
 
 
 def read_study(machine: Machine, name: str) -> Study | None:
@@ -234,6 +253,11 @@ def check_options_of_loop(objective: Objective, options: Mapping[str, object]) -
     """Raise UsageError where something is asked of the shared trainer, and the task has a training loop of its own."""
     if not objective.train:
         return
+    if gpus := _several(options.get("gpus_per_trial")):
+        raise UsageError(
+            f"--gpus-per-trial {gpus:g} is for the shared trainer, and task '{objective.name}' has a training loop of "
+            "its own (train=), which has one GPU; omit it."
+        )
     for declared in declarations(SearchOptions):
         value = options.get(declared.name)
         if declared.option.of_trainer and value and (declared.name, value) != ("metric", objective.metric):
@@ -242,6 +266,10 @@ def check_options_of_loop(objective: Objective, options: Mapping[str, object]) -
                 f"{declared.option.flag}{'' if value is True else f' {given}'} is for the shared trainer, and task "
                 f"'{objective.name}' has a training loop of its own (train=); omit it."
             )
+
+
+def _several(gpus_per_trial: object) -> float | None:
+    return gpus_per_trial if isinstance(gpus_per_trial, int | float) and gpus_per_trial > 1 else None
 
 
 def _require_no_code_of_others(stored: StudySettings, given: Mapping[str, Any]) -> None:

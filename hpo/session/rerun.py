@@ -18,10 +18,11 @@ from hpo.records import ELIGIBLE, Rerun
 from hpo.session.alone import ended, log_model, run_alone
 from hpo.session.options import checked
 from hpo.session.preparation import SILENCE_S, read_data, split, task_code
-from hpo.session.request import agreed_tracking_uri, request_of_study, this_machine
+from hpo.session.request import agreed_tracking_uri, request_of_study, require_started_once, this_machine
 from hpo.tracking.runs import begin_run
 from hpo.tracking.store import open_store
 from hpo.training.comparison import Difference, compare_folds, compare_models
+from hpo.training.device import visible_gpus
 from hpo.training.losses import target_scale
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def rerun_trial(
     goes as far as the trial came. Nothing of the study changes. Raises UsageError where something given is wrong, and
     SearchError where the training fails.
     """
+    require_started_once()
     machine = this_machine(checked(machine_options))
     request, opened = request_of_study(machine, study)
     record = _find_trial(opened, trial)
@@ -65,10 +67,16 @@ def rerun_trial(
         **{name: settled[name] for name in ("precision", "compile") if name in settled and not objective.train},
         **machine.trainer,
     )
+    num_ranks = processes = int(settled.get("processes", 1))
+    if processes > len(visible_gpus(machine.device)):
+        num_ranks = 1
+    if num_ranks < processes:
+        changes.append(f"the GPUs of the trial ({processes} -> 1)")
     setup = Setup(
         **task_code(request.task),
         splits=None,
         num_threads=int(settled.get("threads", num_cores())),
+        num_ranks=num_ranks,
         silence_s=SILENCE_S,
         log=machine.home.study(study).logs,
     )
@@ -131,12 +139,12 @@ def _find_trial(study: Study, number: int) -> TrialRecord:
 
 
 def _settled(store: TrackingStore, study: Study, number: int) -> Mapping[str, str]:
-    """What the trial had settled on: precision, compile, threads; empty where its run is gone."""
+    """What the trial had settled on: precision, compile, threads, processes; empty where its run is gone."""
     try:
         tags = store.tags(store.find_trial_run(study.name, number, study.id))
     except StoreError:
         return {}
-    names = ("precision", "compile", "threads")
+    names = ("precision", "compile", "threads", "processes")
     return {name: tags[f"hpo.{name}"] for name in names if f"hpo.{name}" in tags}
 
 
@@ -194,6 +202,6 @@ def _interval(
         (earlier.model, earlier.config),
         splits.validation,
         spec=splits.spec,
-        target_scale=target_scale(splits.train, splits.spec.kind),
+        target_scale=target_scale(splits.train, splits.spec),
         seed=derive_seed(study.settings.seed, "comparison"),
     )

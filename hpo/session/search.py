@@ -106,11 +106,12 @@ def resume_study(*, observer: Observer | None = None, **options: Unpack[SearchOp
 
     Raises UsageError where the task can no longer be found; then resume it with `run_search`.
     """
-    machine, name = this_machine(options), options.get("study") or ""
+    asked = checked(options)
+    machine, name = this_machine(asked), asked.get("study") or ""
     task = Study.load(read_storage(machine.home.path, machine.storage), name).task_reference
     if machine.is_shared:  # whoever can write to the database must not choose what code runs here
         require_registered(OBJECTIVES, task)
-    return _search(read_request(task, options), observer or Observer())
+    return _search(request_for(machine, task, asked), observer or Observer())
 
 
 def _search(request: Request, observer: Observer) -> SearchOutcome:

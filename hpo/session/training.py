@@ -21,10 +21,11 @@ from hpo.records import Training
 from hpo.session.alone import ended, log_model, run_alone
 from hpo.session.options import checked
 from hpo.session.preparation import SILENCE_S, task_code
-from hpo.session.request import check_options_of_loop, this_machine
+from hpo.session.request import check_options_of_loop, require_started_once, this_machine
 from hpo.task import load_dataset
 from hpo.tracking.runs import begin_run
 from hpo.tracking.store import open_store
+from hpo.training.device import ranks_of_trial
 
 if TYPE_CHECKING:
     from hpo.space import Space
@@ -51,6 +52,7 @@ def train_once(
     this seed would. Raises UsageError where something given is wrong, before anything is written, and SearchError where
     the training fails.
     """
+    require_started_once()
     machine = this_machine(checked(machine_options))
     found = load_task(task, space)
     of_trainer = {"fixed": fixed, "limit": limit, "metric": metric, "data_options": data_options}
@@ -74,10 +76,12 @@ def train_once(
     store = open_store(machine.home.path, machine.tracking_uri)
     tags = {**provenance.tags(), "hpo.task": name, "hpo.seed": str(seed)}
     run = begin_run(store, name, "training", found.objective.description, tags=tags, params=configuration)
+    num_ranks = ranks_of_trial(machine.resources.gpus_per_trial)
     setup = Setup(
         **task_code(found),
         splits=None,
-        num_threads=num_cores(),
+        num_threads=max(1, num_cores() // num_ranks),
+        num_ranks=num_ranks,
         silence_s=SILENCE_S,
         log=machine.home.study(name).logs,
     )

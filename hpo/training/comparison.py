@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hpo.config import TrainConfig
     from hpo.data.examples import DataSpec, Split
     from hpo.objective import Own
+    from hpo.training.losses import Scale
 
 NUM_RESAMPLES = 1000
 """Of the bootstrap: enough for the ends of a 95 % interval (Efron and Tibshirani, 1993, section 14)."""
@@ -48,7 +49,7 @@ def compare_models(
     split: Split,
     *,
     spec: DataSpec,
-    target_scale: float | Tensor,
+    target_scale: Scale,
     seed: int,
 ) -> Difference:
     """The metric of `one` less that of `other` on a split, as one's config names it; each model with its own config.
@@ -71,7 +72,7 @@ def compare_models(
 
 
 def score_interval(
-    model: nn.Module, config: TrainConfig, split: Split, *, spec: DataSpec, target_scale: float | Tensor, seed: int
+    model: nn.Module, config: TrainConfig, split: Split, *, spec: DataSpec, target_scale: Scale, seed: int
 ) -> tuple[float, float]:
     """The 95 % interval of the config's metric on a split, over its examples.
 
@@ -124,7 +125,7 @@ class _Judged:
     targets: Any
     config: TrainConfig
     spec: DataSpec
-    target_scale: float | Tensor
+    target_scale: Scale
     own: Own
     metric: str
 
@@ -135,7 +136,7 @@ class _Judged:
         config: TrainConfig,
         split: Split,
         spec: DataSpec,
-        target_scale: float | Tensor,
+        target_scale: Scale,
         metric: str,
     ) -> _Judged:
         outputs, targets = outputs_and_targets(model, split, config, spec.kind)
@@ -148,7 +149,7 @@ class _Judged:
         if rows is not None:
             rows = self._rows_of_outputs(rows)
             outputs, targets = map_tensors(lambda tensor: tensor[rows.to(tensor.device)], (outputs, targets))
-        needs_all = self.metric in (*NEED_ALL, *self.own.metrics)
+        needs_all = self.metric in self.own.metrics or self.metric.rpartition("/")[2] in NEED_ALL
         metrics = EpochMetrics(self.spec, self.config.device, own=self.own, is_complete=needs_all)
         loss = torch.zeros((), device=self.config.device)
         if self.metric == "loss":

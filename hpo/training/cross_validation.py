@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from hpo.config import derive_seed
 from hpo.training.checkpoint import CheckpointFolder
+from hpo.training.distributed import ALONE, Ranks
 from hpo.training.trainer import EpochResult, fit
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def fit_folds(
     *,
     checkpoints: Path,
     is_streamed: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Generator[EpochResult, None, None]:
     """Train a model of its own on each fold, and yield their epochs one after the other.
 
@@ -36,13 +38,14 @@ def fit_folds(
     that diverges ends everything.
 
     The state is saved below `checkpoints`. A run that was interrupted continues after the last saved epoch, bit-equal;
-    first it yields the last result of each fold that was over once more. `is_streamed` is that of `fit`.
+    first it yields the last result of each fold that was over once more. `is_streamed` and `ranks` are those of `fit`.
     """
     over: list[EpochResult] = []
     for fold, splits in enumerate(folds, start=1):
         own = fold_config(config, fold)
         checkpoint = CheckpointFolder(checkpoints / f"fold-{fold}")
-        for result in fit(build(splits, own), splits, own, checkpoint=checkpoint, is_streamed=is_streamed):
+        model = build(splits, own)
+        for result in fit(model, splits, own, checkpoint=checkpoint, is_streamed=is_streamed, ranks=ranks):
             yield _counted_through(result, fold, over, config)
         if result.diverged:
             return

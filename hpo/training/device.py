@@ -8,7 +8,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TypeVar
 
@@ -108,6 +108,46 @@ def visible_gpus(device: str) -> list[str]:
     if names[0].startswith("MIG-"):
         return names
     return [name for name, reason in zip(names, why_gpus_fail(), strict=False) if reason is None]
+
+
+def check_gpus_per_trial(given: float | None, *, gpus: Sequence[str], num_workers: int | None) -> None:
+    """Raise UsageError where `--gpus-per-trial` cannot be had with these values of CUDA_VISIBLE_DEVICES."""
+    if given is None:
+        return
+    num_gpus = len(gpus)
+    require_share_or_whole(given)
+    if num_gpus == 0 or given == 0:
+        raise UsageError(f"--gpus-per-trial {given:g} is for GPUs, and trials run on the CPU here; omit it.")
+    if given > num_gpus:
+        raise UsageError(f"--gpus-per-trial {given:g} is more than there are: {num_gpus}; give at most {num_gpus}.")
+    if given > 1 and gpus[0].startswith("MIG-"):
+        raise UsageError(f"--gpus-per-trial {given:g} is for whole GPUs: MIG slices cannot train a trial together.")
+    room = num_gpus // ranks_of_trial(given) * trials_on_gpu(given)
+    if num_workers is not None and num_workers > room:
+        raise UsageError(
+            f"--workers {num_workers} do not fit on {num_gpus} GPUs with --gpus-per-trial {given:g}; give at most "
+            f"--workers {room}."
+        )
+
+
+def require_share_or_whole(gpus_per_trial: float) -> None:
+    """Raise UsageError unless it is 0, a share of one GPU, or a whole number of them."""
+    is_share = gpus_per_trial == 0 or 0.0001 <= gpus_per_trial <= 1  # Ray counts in steps of 1/10000
+    if not (is_share or (gpus_per_trial > 1 and gpus_per_trial % 1 == 0)):
+        raise UsageError(
+            f"--gpus-per-trial {gpus_per_trial:g} is not allowed: it must be 0, a share of one GPU from 0.0001 to 1, "
+            "or a whole number of GPUs."
+        )
+
+
+def ranks_of_trial(gpus_per_trial: float | None) -> int:
+    """How many processes train a trial, one per GPU."""
+    return max(1, int(gpus_per_trial or 1))
+
+
+def trials_on_gpu(gpus_per_trial: float | None) -> int:
+    """How many trials share a GPU, or several of them."""
+    return int(1 / gpus_per_trial + 1e-9) if gpus_per_trial and gpus_per_trial < 1 else 1
 
 
 def memory_share(num_workers: int, num_gpus: int) -> float:

@@ -11,6 +11,7 @@ from hpo.data.batches import evaluation_batch_size, evaluation_batches, evaluati
 from hpo.data.parts import joined
 from hpo.models.preprocessed import own_of
 from hpo.training.device import in_fitting_batches
+from hpo.training.distributed import ALONE, Ranks
 from hpo.training.losses import loss_function, one_by_one
 from hpo.training.metrics import EpochMetrics, best_thresholds
 from hpo.training.precision import autocast, has_convolutions
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
     from hpo.config import TrainConfig
     from hpo.data.examples import DataSpec, Split
     from hpo.objective import Own
-    from hpo.training.losses import LossFunction
+    from hpo.training.losses import LossFunction, Scale
 
 
 def evaluate(
-    model: nn.Module, split: Split, config: TrainConfig, spec: DataSpec, *, target_scale: float | Tensor = 1.0
+    model: nn.Module, split: Split, config: TrainConfig, spec: DataSpec, *, target_scale: Scale = 1.0
 ) -> dict[str, float]:
     """Loss and metrics of `model`, left in evaluation mode, on any split of the data that `spec` describes.
 
@@ -53,9 +54,7 @@ def choose_thresholds(model: nn.Module, split: Split, config: TrainConfig) -> No
     model.get_buffer("thresholds").copy_(best_thresholds(outputs, targets))
 
 
-def _measured(
-    model: nn.Module, split: Split, config: TrainConfig, spec: DataSpec, target_scale: float | Tensor
-) -> EpochMetrics:
+def _measured(model: nn.Module, split: Split, config: TrainConfig, spec: DataSpec, target_scale: Scale) -> EpochMetrics:
     model, own = model.to(config.device), own_of(model)
     loss = loss_function(config, spec, target_scale, own)
     return measure(model, split, config, loss, spec, own, precision="fp32")
@@ -71,11 +70,13 @@ def measure(
     own: Own,
     *,
     precision: str,
+    ranks: Ranks = ALONE,
 ) -> EpochMetrics:
     """Loss and metrics on a split; leaves the model, which is on the config's device, in evaluation mode.
 
-    Batches that the device's memory does not hold are halved until it does. Raises DeviceMemoryError where it cannot
-    hold one example.
+    With several ranks each makes its part of the outputs, and all of them then have all metrics. Batches that the
+    device's memory does not hold are halved until it does, unless there are several ranks. Raises DeviceMemoryError
+    where it cannot hold one example.
     """
     model.eval()
     batch_size = _batch_size(model, split, config, spec.kind)
@@ -85,12 +86,12 @@ def measure(
         metrics = EpochMetrics(spec, config.device, own=own, is_complete=True, thresholds=thresholds)
         for inputs, targets in _batches(split, config, spec.kind, batch_size):
             with autocast(precision, torch.device(config.device)):
-                outputs = model(inputs)
+                outputs = ranks.outputs(model, inputs)
                 loss = loss_function(outputs, targets)
             metrics.update(outputs, targets, loss)
         return metrics
 
-    return in_fitting_batches(attempt, batch_size)
+    return in_fitting_batches(attempt, batch_size) if ranks.size == 1 else attempt(batch_size)
 
 
 @torch.inference_mode()

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
-from hpo.config import OWN
+from hpo.config import OWN, SEVERAL
+from hpo.data.examples import Split
 from hpo.data.kinds import IGNORED, labels_of
 from hpo.data.parts import Padded, tensors_of, values_and_lengths
 from hpo.errors import UsageError
+from hpo.models.weighing import Weighing
 from hpo.objective import NOTHING_OWN
 from hpo.training.embeddings import contrastive, info_nce, triplet
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from hpo.config import TrainConfig
-    from hpo.data.examples import DataSpec, Split
+    from hpo.data.examples import DataSpec
     from hpo.objective import Own
 
 LossFunction = Callable[[Any, Any], "Tensor"]
@@ -29,6 +31,9 @@ LossFunction = Callable[[Any, Any], "Tensor"]
 
 Those for one of several classes also take targets (B, num_classes): the share that an example has of each, when
 examples are mixed."""
+
+Scale = float | Tensor | Mapping[str, float | Tensor]
+"""What numbers are learned in units of: of one target, or by name of several."""
 
 SAMPLE_SIZE = 4096
 """Examples of a reconstruction that its scale is taken from."""
@@ -55,7 +60,7 @@ def training_loss(config: TrainConfig, train: Split, spec: DataSpec, own: Own = 
 
     Raises UsageError for a loss, or weights, that do not fit the data.
     """
-    scale = target_scale(train, spec.kind)
+    scale = target_scale(train, spec)
     if config.class_weights == "none":
         return loss_function(config, spec, scale, own)
     if spec.kind != "classification" or config.loss == OWN:
@@ -70,7 +75,7 @@ def training_loss(config: TrainConfig, train: Split, spec: DataSpec, own: Own = 
 def loss_function(
     config: TrainConfig,
     spec: DataSpec,
-    target_scale: float | Tensor = 1.0,
+    target_scale: Scale = 1.0,
     own: Own = NOTHING_OWN,
     *,
     class_weights: Tensor | None = None,
@@ -84,14 +89,19 @@ def loss_function(
         if own.loss is None:
             raise UsageError("loss='own' needs an Objective whose loss is a callable.")
         return own.loss
-    fitting = LOSSES_OF_KIND[spec.kind]
+    if config.loss == SEVERAL:
+        return _loss_of_several(config, spec, target_scale, own)
+    fitting = LOSSES_OF_KIND.get(spec.kind, ())
     if config.loss not in fitting:
         data = {
             "classification": f"{len(spec.classes)} classes",
             "regression": "no classes (a regression)",
         }.get(spec.kind, f"targets of the kind {spec.kind}")
         advice = f"use {' or '.join(fitting)}" if fitting else "give the Objective a loss of its own"
+        if spec.kind == SEVERAL:
+            advice = "give the Objective a mapping from each target to its loss"
         raise UsageError(f"loss '{config.loss}' does not fit data with {data}; {advice}.")
+    assert not isinstance(target_scale, Mapping), "it is of one target"
     if spec.kind in ("regression", "box", "reconstruction"):
         # A tensor, so that a compiled step is the same for every fold.
         scale = torch.as_tensor(target_scale, dtype=torch.float32, device=config.device)
@@ -129,6 +139,29 @@ def one_by_one(loss: LossFunction, outputs: Tensor, targets: Tensor) -> Tensor:
         return functional.cross_entropy(outputs, targets, reduction="none")
     alone: Callable[[Tensor, Tensor], Tensor] = torch.vmap(lambda output, target: loss(output[None], target[None]))
     return alone(outputs, targets)
+
+
+def _loss_of_several(config: TrainConfig, spec: DataSpec, target_scale: Scale, own: Own) -> LossFunction:
+    """Each target's own loss, weighed by the model's `Weighing`."""
+    if spec.targets.keys() != own.losses.keys():
+        raise UsageError(
+            f"there are losses for the targets {', '.join(own.losses)}, but the data have "
+            f"{', '.join(spec.targets) or 'no targets with names and kinds'}."
+        )
+    weigh = own.weigh or Weighing(own)
+    scales = {n: target_scale[n] if isinstance(target_scale, Mapping) else target_scale for n in own.losses}
+    losses = {}
+    for name, loss in own.losses.items():
+        try:
+            losses[name] = loss_function(replace(config, loss=loss), spec.of(name), scales[name])
+        except UsageError as error:
+            raise UsageError(f"the target {name}: {error}") from error
+
+    def loss_of_several(outputs: Any, targets: Any) -> Tensor:
+        total: Tensor = weigh({name: loss(outputs[name], targets[name]) for name, loss in losses.items()})
+        return total
+
+    return loss_of_several
 
 
 def _cross_entropy(
@@ -181,7 +214,15 @@ def _balanced_weights(train: Split, num_classes: int) -> Tensor:
     return len(train) / (num_classes * counts.clamp(min=1).float())
 
 
-def target_scale(train: Split, kind: str = "regression") -> float | Tensor:
+def target_scale(train: Split, spec: DataSpec | None = None) -> Scale:
+    """`scale_of` the training targets, or of each by name where they are several."""
+    if spec is None or spec.kind != SEVERAL:
+        return scale_of(train, "regression" if spec is None else spec.kind)
+    assert isinstance(train.targets, Mapping), "they are several"
+    return {n: scale_of(Split(train.inputs, train.targets[n]), target.kind) for n, target in spec.targets.items()}
+
+
+def scale_of(train: Split, kind: str) -> float | Tensor:
     """Standard deviation of a regression's training targets, (values,) where there are several; else 1.
 
     For a reconstruction it is that of all values of the inputs, of the first `SAMPLE_SIZE` examples. It is 1 as well

@@ -7,10 +7,12 @@ its cost a step: on one core of a CPU, 10 classes, torch 2.15, a batch of 32 tak
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
+from hpo.config import SEVERAL
 from hpo.data.kinds import IGNORED, read_greedily
 from hpo.data.parts import Padded, tensors_of, values_and_lengths
 from hpo.errors import UnknownNameError, UsageError
@@ -51,7 +53,8 @@ NEED_ALL = ("auroc", "average_precision", "character_error_rate", "exact_match",
 
 def check_metric(name: str, spec: DataSpec, own: Own = NOTHING_OWN) -> None:
     """Raise UnknownNameError for a metric that the data do not have."""
-    available = ["loss", *METRICS_OF_KIND[spec.kind], *own.metrics]
+    of_targets = [f"{target}/{each}" for target, of in spec.targets.items() for each in METRICS_OF_KIND[of.kind]]
+    available = ["loss", *METRICS_OF_KIND.get(spec.kind, ()), *of_targets, *own.metrics]
     if name not in available:
         raise UnknownNameError(f"{spec.kind} metric", name, available)
 
@@ -109,6 +112,18 @@ class EpochMetrics:
         self._loss_sum += torch.stack(losses).double().sum() * self._held_size
         self._num_examples += num_examples
 
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Take in what other processes have counted: `total` gives the sum of a tensor over all of them.
+
+        It is for metrics that are not complete.
+        """
+        self._take_in()
+        for metric in self._metrics:
+            assert isinstance(metric, _Sums), "metrics that need all outputs are not counted in parts"
+            metric.add_up(total)
+        self._loss_sum = total(self._loss_sum)
+        self._num_examples = int(total(torch.tensor(self._num_examples)))
+
     def compute(self) -> dict[str, Tensor]:
         """Scalars on the device, by name. A loss that was not finite in any batch leaves `loss` not finite."""
         self._take_in()
@@ -131,9 +146,23 @@ class _Metrics(Protocol):
     def compute(self) -> dict[str, Tensor]: ...
 
 
+@runtime_checkable
+class _Sums(Protocol):
+    """Metrics that follow from sums over the examples."""
+
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Put `total` of each sum in its place."""
+
+
 def _build_metrics(
     spec: DataSpec, device: torch.device | str, thresholds: Tensor | None, *, is_complete: bool
 ) -> list[_Metrics]:
+    if spec.kind == SEVERAL:
+        return [
+            _OfTarget(name, metric)
+            for name in spec.targets
+            for metric in _build_metrics(spec.of(name), device, None, is_complete=is_complete)
+        ]
     num_classes = len(spec.classes)
     match spec.kind:
         case "classification":
@@ -159,6 +188,20 @@ def _build_metrics(
             return [TranscriptMetrics(device)] if is_complete else []
         case _:
             return []
+
+
+class _OfTarget:
+    """The metrics of one of several targets, by "target/metric"."""
+
+    def __init__(self, name: str, metrics: _Metrics) -> None:
+        self._name = name
+        self._metrics = metrics
+
+    def update(self, outputs: Any, targets: Any) -> None:
+        self._metrics.update(outputs[self._name], targets[self._name])
+
+    def compute(self) -> dict[str, Tensor]:
+        return {f"{self._name}/{metric}": value for metric, value in self._metrics.compute().items()}
 
 
 def _on_device(metric: Any, device: torch.device | str) -> Any:
@@ -192,6 +235,9 @@ class ConfusionMetrics:
         else:
             cells = targets * self._num_classes + predicted
             self._counts.index_add_(0, cells, torch.ones_like(cells, dtype=torch.float64))
+
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        self._counts = total(self._counts)
 
     @property
     def confusion(self) -> Tensor:
@@ -283,6 +329,10 @@ class LabelMetrics:
         self._sums += torch.stack((is_right.sum(), is_right.all(1).sum()))
         self._num_examples += len(targets)
 
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        self._counts, self._sums = total(self._counts), total(self._sums)
+        self._num_examples = int(total(torch.tensor(self._num_examples)))
+
     def compute(self) -> dict[str, Tensor]:
         correct, actual, given = self._counts
         num_seen = (actual + given > 0).sum()
@@ -347,6 +397,9 @@ class MaskMetrics:
         cells = torch.where(labels == IGNORED, self._num_classes**2, cells).flatten()
         self._counts.index_add_(0, cells, torch.ones_like(cells, dtype=torch.float64))
 
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        self._counts = total(self._counts)
+
     def compute(self) -> dict[str, Tensor]:
         confusion = self._counts[:-1].view(self._num_classes, self._num_classes)
         correct, actual, given = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
@@ -371,6 +424,10 @@ class BoxMetrics:
         self._sums += torch.stack((iou_of_pairs(outputs, targets).double().sum(), errors.sum()))
         self._num_examples += len(targets)
 
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        self._sums = total(self._sums)
+        self._num_examples = int(total(torch.tensor(self._num_examples)))
+
     def compute(self) -> dict[str, Tensor]:
         mean_iou, mae = self._sums / self._num_examples
         return {"mean_iou": mean_iou, "mae": mae}
@@ -389,6 +446,9 @@ class TagMetrics:
         surprise = -logits.float().log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         surprise = torch.where(is_counted, surprise, 0.0).double().sum()
         self._sums += torch.stack(((logits.argmax(-1) == labels).sum(), surprise, is_counted.sum()))
+
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        self._sums = total(self._sums)
 
     def compute(self) -> dict[str, Tensor]:
         right, surprise, num_elements = self._sums
@@ -438,6 +498,10 @@ class ShareMetrics:
         self._sums += torch.stack((divergence.sum(), (outputs.argmax(1) == targets.argmax(1)).sum()))
         self._num_examples += len(targets)
 
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        self._sums = total(self._sums)
+        self._num_examples = int(total(torch.tensor(self._num_examples)))
+
     def compute(self) -> dict[str, Tensor]:
         divergence, right = self._sums / self._num_examples
         return {"kl_divergence": divergence, "accuracy": right}
@@ -455,6 +519,10 @@ class ReconstructionMetrics:
         error = tensors_of(outputs)[0].detach().reshape(targets.shape).double() - targets
         self._sums += torch.stack((error.square().sum(), error.abs().sum()))
         self._num_values += targets.numel()
+
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        self._sums = total(self._sums)
+        self._num_values = int(total(torch.tensor(self._num_values)))
 
     def compute(self) -> dict[str, Tensor]:
         mse, mae = self._sums / self._num_values
@@ -485,6 +553,19 @@ class RegressionMetrics:
         sums = [error.abs().sum(0), error.square().sum(0), shifted.sum(0), shifted.square().sum(0)]
         self._sums += torch.stack(sums)
         self._num_examples += len(targets)
+
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        assert self._sums is not None, "there are examples"
+        assert self._shift is not None, "there are examples"
+        num_all = int(total(torch.tensor(self._num_examples)))
+        common = total(self._shift * (self._num_examples / num_all))
+        # Each process has differences to a target of its own.
+        change = self._shift - common
+        absolute, squared, shifted, shifted_squared = self._sums
+        shifted_squared = shifted_squared + 2 * change * shifted + self._num_examples * change.square()
+        shifted = shifted + self._num_examples * change
+        self._sums = total(torch.stack((absolute, squared, shifted, shifted_squared)))
+        self._shift, self._num_examples = common, num_all
 
     def compute(self) -> dict[str, Tensor]:
         """R2 of targets that are all equal is 1 where every prediction is exact and 0 otherwise."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from hpo.data.batches import evaluation_batches
-from hpo.data.parts import tensors_of
+from hpo.data.parts import tensors_of, to_device
 from hpo.models.layers import SquaredReLU
 from hpo.training.device import in_fitting_batches
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hpo.data.examples import Split
-    from hpo.training.losses import LossFunction
+    from hpo.training.losses import LossFunction, Scale
 
 NUM_EXAMPLES = 128
 VANISHED = 1e-4
@@ -47,7 +47,7 @@ class Probe:
         train: Split,
         loss_function: LossFunction,
         *,
-        target_scale: float | Tensor = 1.0,
+        target_scale: Scale = 1.0,
         num_at_a_time: int = NUM_EXAMPLES,
         num_views: int = 1,
         device: str = "cpu",
@@ -102,7 +102,7 @@ def relative_gradients(
     model: nn.Module,
     examples: Split,
     loss_function: LossFunction,
-    target_scale: float | Tensor = 1.0,
+    target_scale: Scale = 1.0,
     num_at_a_time: int = NUM_EXAMPLES,
 ) -> Tensor:
     """For each of the model's `layers` (L,), how much of the error at the outputs reaches it.
@@ -128,8 +128,8 @@ def relative_gradients(
             gradient += share * part
         # The loss is a mean over the batch, and its gradient at an example's outputs has 1 / B in it.
         at_leaves = [
-            (size * target_scale * at_outputs).reshape(size if at_outputs.ndim else 1, -1).norm(dim=1).mean()
-            for at_outputs in found[: len(leaving)]
+            (size * scale * at_outputs).reshape(size if at_outputs.ndim else 1, -1).norm(dim=1).mean()
+            for scale, at_outputs in zip(_scales(outputs, target_scale), found[: len(leaving)], strict=True)
         ]
         error += share * torch.stack(at_leaves).norm()
     norms, sizes = (torch.stack([tensor.detach().norm() for tensor in tensors]) for tensors in (gradients, weights))
@@ -137,8 +137,17 @@ def relative_gradients(
     return torch.where(error > LEAST_ERROR, relative / error, math.nan)
 
 
-def _on_device(scale: float | Tensor, device: torch.device | str) -> float | Tensor:
-    return scale.to(device) if isinstance(scale, torch.Tensor) else scale
+def _scales(outputs: Any, target_scale: Scale) -> list[float | Tensor]:
+    """For each of the outputs that has a gradient, what its target is learned in units of."""
+    if not isinstance(target_scale, Mapping):
+        return [target_scale for each in tensors_of(outputs) if each.requires_grad]
+    return [
+        target_scale.get(name, 1.0) for name, part in outputs.items() for each in tensors_of(part) if each.requires_grad
+    ]
+
+
+def _on_device(scale: Scale, device: torch.device | str) -> Scale:
+    return to_device(scale, device)
 
 
 _ANSWERS: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -72,6 +72,12 @@ class TrainingStep:
         self.precision = precision
         self.num_parts = self._wanted_parts = num_parts
         """Parts that a batch is taken in."""
+        self.may_halve = True
+        """Whether it may be taken in twice as many."""
+        self.share = 1.0
+        """What the gradients of a batch count."""
+        self.forward: Callable[[Batch, Batch], tuple[Any, Tensor]] | None = None
+        """What is called instead of model and loss, for outputs and loss."""
         self.scaler = _scaler(model, precision)
         self.has_stepped = False
         self._fused_step: FusedStep | None = None
@@ -105,7 +111,7 @@ class TrainingStep:
         """
         self._measures_norm = measures_norm or self.clip_norm > 0 or self.clip_value > 0
         result = self._try(inputs, targets)
-        if result is None and self.num_parts == self._wanted_parts:
+        if result is None and self.may_halve and self.num_parts == self._wanted_parts:
             # Out here the failed attempt's tensors are gone; in an except block the traceback would hold them.
             self.num_parts *= 2
             _logger.warning(
@@ -116,8 +122,9 @@ class TrainingStep:
             torch.cuda.empty_cache()
             result = self._try(inputs, targets)
         if result is None:
+            tried = "even with half of batch_size=" if self.may_halve else "with a part of the batch of "
             raise DeviceMemoryError(
-                f"out of memory (oom) even with half of batch_size={_size(targets) // self._wanted_parts} at a time; "
+                f"out of memory (oom) {tried}{_size(targets) // self._wanted_parts} at a time; "
                 "choose a smaller batch or model."
             )
         return result
@@ -184,10 +191,14 @@ class TrainingStep:
     def _backward(self, inputs: Batch, targets: Batch, *, share: float = 1.0) -> tuple[Any, Tensor]:
         """Outputs and loss of a part of the batch, which counts with its share of the examples."""
         with autocast(self.precision, self._parameters[0].device):
-            outputs = self.model(inputs)
-            loss = self.loss_function(outputs, targets)
+            if self.forward:
+                outputs, loss = self.forward(inputs, targets)
+            else:
+                outputs = self.model(inputs)
+                loss = self.loss_function(outputs, targets)
         loss = loss if share == 1 else loss * share
-        self._backpropagate(self.scaler.scale(loss) if self.scaler.is_enabled() else loss)
+        counted = loss if self.share == 1 else loss * self.share
+        self._backpropagate(self.scaler.scale(counted) if self.scaler.is_enabled() else counted)
         return outputs.detach() if type(outputs) is torch.Tensor else map_tensors(_detached, outputs), loss.detach()
 
     def _backpropagate(self, loss: Tensor) -> None:

@@ -21,6 +21,7 @@ from hpo.training.averaging import AveragedWeights
 from hpo.training.captured import CapturedStep, wants_graph
 from hpo.training.checkpoint import CheckpointFolder, CheckpointWriter
 from hpo.training.compiled import CompiledStep, check_compile_mode, has_formula, settle_compile_mode
+from hpo.training.distributed import ALONE, Ranks
 from hpo.training.evaluation import losses_of_examples, measure, read_all
 from hpo.training.losses import loss_function, target_scale, training_loss
 from hpo.training.metrics import EpochMetrics, check_metric
@@ -96,6 +97,7 @@ def fit(
     checkpoint: CheckpointFolder | None = None,
     num_epochs: int | None = None,
     is_streamed: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Generator[EpochResult, None, None]:
     """Train `model` and yield the result of each epoch, until max_epochs, early stopping or divergence.
 
@@ -112,16 +114,19 @@ def fit(
     that its schedule is made for, and the model has the last weights. With `is_streamed` the data stay where they are,
     even if the device has room for them, and the results are the same.
 
+    With several `ranks` all of them make this call, with an equal model, and yield equal results; the config's
+    `compile` must be "off". The first rank alone writes checkpoints.
+
     The global random state is seeded again for each epoch. Raises UsageError before any work where the config does not
     fit the data or the device, CheckpointError where the folder holds a run with another config, and DeviceMemoryError
     where half a batch does not fit either.
     """
-    run = _Run(model, splits if is_streamed else place(splits, config.device), config, num_epochs)
+    run = _Run(model, splits if is_streamed else place(splits, config.device), config, num_epochs, ranks)
     saved = run.resume(checkpoint) if checkpoint else None
     # The stack first writes the last state, then gives the model its best weights.
     with ExitStack() as ending:
         ending.callback(run.restore_best_weights)
-        writer = ending.enter_context(CheckpointWriter(checkpoint)) if checkpoint else None
+        writer = ending.enter_context(CheckpointWriter(checkpoint)) if checkpoint and ranks.leads else None
         result = saved
         if result:
             yield result
@@ -135,13 +140,16 @@ def fit(
 class _Run:
     """A training under way: all that changes from epoch to epoch. The splits are where they stay."""
 
-    def __init__(self, model: nn.Module, splits: Splits, config: TrainConfig, num_epochs: int | None) -> None:
+    def __init__(
+        self, model: nn.Module, splits: Splits, config: TrainConfig, num_epochs: int | None, ranks: Ranks
+    ) -> None:
+        self.ranks = ranks
         self.is_judged = num_epochs is None
         self.last_epoch = config.max_epochs if num_epochs is None else num_epochs
         self.spec, self.own = splits.spec, own_of(model)
         check_metric(config.metric, self.spec, self.own)
         self.config = config
-        scale = target_scale(splits.train, splits.spec.kind)
+        scale = target_scale(splits.train, splits.spec)
         self.model = model.to(config.device)
         self.loss_function = loss_function(config, self.spec, scale, self.own)
         self.splits = splits
@@ -153,6 +161,8 @@ class _Run:
             order=self.order,
             augmentation=self.augmentation,
             difficulty=self.own.difficulty,
+            rank=ranks.rank,
+            num_ranks=ranks.size,
         )
         check_fine_tuning(model, config)
         if has_convolutions(model):
@@ -171,6 +181,7 @@ class _Run:
             precision=settle_precision(config.precision, self.model, loss, self.batches.first),
             num_parts=config.accumulate,
         )
+        self._share_step(self.step)
         check_compile_mode(config.compile, self.step.precision, config.device)
         self.compile_mode = "off"
         averages = config.ema_decay > 0 or config.swa_start > 0
@@ -205,17 +216,17 @@ class _Run:
         with _algorithms(deterministic=deterministic, benchmark=not deterministic), _memory_explained():
             train, grad_norm = self._train()
         with _algorithms(deterministic=deterministic), _memory_explained():
+            self.ranks.agree_on_buffers(self.model)
             candidate = self._candidate(epoch)
             validation = self._validate(candidate)
             probed = self.probe.measure(self.model)
-        metrics = read_all(
-            {
-                **_prefixed("train/", train),
-                **_prefixed("val/", validation),
-                **_prefixed("watch/", probed),
-                "grad_norm": grad_norm,
-            }
-        )
+        measured = {
+            **_prefixed("train/", train),
+            **_prefixed("val/", validation),
+            **_prefixed("watch/", probed),
+            "grad_norm": grad_norm,
+        }
+        metrics = self.ranks.agreed(read_all(measured))
         metrics["lr"] = float(self.optimizer.param_groups[0]["lr"])
         symptoms = self._watch(epoch, metrics)
         metrics["time/epoch_s"] = time.perf_counter() - started
@@ -225,7 +236,8 @@ class _Run:
 
     def _seed(self, epoch: int) -> None:
         """Give each epoch its own streams: a checkpoint needs no random state, and no draw of the caller disturbs."""
-        torch.manual_seed(derive_seed(self.config.seed, "dropout", epoch))
+        own = [self.ranks.rank] if self.ranks.rank else []  # each rank drops units of its own
+        torch.manual_seed(derive_seed(self.config.seed, "dropout", epoch, *own))
         self.order.manual_seed(derive_seed(self.config.seed, "order", epoch))
         self.augmentation.manual_seed(derive_seed(self.config.seed, "augmentation", epoch))
         self.batches.epoch = epoch
@@ -237,7 +249,7 @@ class _Run:
             return
         with _algorithms(deterministic=self.config.deterministic), _memory_explained():
             losses = losses_of_examples(self.model, self.splits.train, self.config, self.loss_function, self.spec.kind)
-        curriculum.difficulty = losses.double().cpu()
+        curriculum.difficulty = self.ranks.of_first(losses.double().cpu())
 
     def _thaw(self, epoch: int) -> None:
         """Let frozen layers train from `thaw_epoch` on, after a resume too."""
@@ -250,6 +262,7 @@ class _Run:
                 self.step = self.step.retire()
             assert isinstance(self.step, TrainingStep), "nothing is compiled before"
             self.step.thaw()
+            self._share_step(self.step)
             self.has_optimizer_state, self.is_captured_faster = False, None
 
     def _train(self) -> tuple[dict[str, Tensor], Tensor]:
@@ -266,7 +279,13 @@ class _Run:
             if step.grad_norm is not None:
                 norm_sum += step.grad_norm
                 num_norms += 1
+        if self.ranks.size > 1:
+            metrics.add_up(self.ranks.total)
         return metrics.compute(), norm_sum / num_norms
+
+    def _share_step(self, step: TrainingStep) -> None:
+        if self.ranks.size > 1:
+            self.ranks.share_step(step, self.spec, self.config, self.batches.first)
 
     def _steps(self, points: Sequence[Point]) -> Iterator[tuple[StepResult, Batch]]:
         """Each step of an epoch, and the targets of its batch."""
@@ -304,7 +323,14 @@ class _Run:
         """Metrics of the validation split, on the device."""
         split, precision = self.splits.validation, self.step.precision
         return measure(
-            candidate, split, self.config, self.loss_function, self.spec, self.own, precision=precision
+            candidate,
+            split,
+            self.config,
+            self.loss_function,
+            self.spec,
+            self.own,
+            precision=precision,
+            ranks=self.ranks,
         ).compute()
 
     def _watch(self, epoch: int, metrics: dict[str, float]) -> dict[str, float]:

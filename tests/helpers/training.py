@@ -13,6 +13,7 @@ from torch.nn import functional
 from hpo.config import TrainConfig
 from hpo.data.datasets import Splits
 from hpo.data.examples import DataSpec, Split
+from hpo.training.distributed import Ranks
 from hpo.training.trainer import EpochResult, fit
 
 NUM_CLASSES = 4
@@ -146,3 +147,11 @@ def scripted(accuracies: list[float], **changes: Any) -> tuple[Scripted, Iterato
     splits = image_splits()
     model = Scripted(accuracies, splits.validation.targets)  # type: ignore[arg-type]
     return model, fit(model, splits, quick_config(max_epochs=len(accuracies), **changes))
+
+
+def trained(ranks: Ranks, changes: dict[str, Any]) -> tuple[list[dict[str, float]], dict[str, Any]]:
+    """The metrics of each epoch, and the weights, of 97 examples; an odd number of 41 is evaluated."""
+    model = ImageNet()
+    config = quick_config(**{"compile": "off", "optimizer": "sgd", "lr": 0.1} | changes)
+    results = list(fit(model, image_splits(97, 41), config, ranks=ranks))
+    return [result.metrics for result in results], {name: each.tolist() for name, each in model.state_dict().items()}

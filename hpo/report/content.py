@@ -1,0 +1,81 @@
+"""What a report says of a study, as records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hpo.search.findings import findings
+from hpo.search.importances import importances
+from hpo.search.winner import find_winner
+
+if TYPE_CHECKING:
+    from hpo.records import TrialRecord, TrialState, Winner
+    from hpo.search.findings import Finding
+    from hpo.search.importances import Importances
+    from hpo.search.settings import StudySettings
+    from hpo.search.study import Study
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """A study as its report shows it."""
+
+    study: str
+    settings: StudySettings
+    trials: list[TrialRecord]
+    """Of the search."""
+    repeats: list[TrialRecord]
+    """Of the confirmation."""
+    counts: dict[TrialState, int]
+    num_trials: int
+    """Finished trials that were asked for."""
+    is_done: bool
+    winner: Winner | None
+    race: dict[str, Any] | None
+    """How the confirmation stands, as plain data."""
+    importances: Importances
+    findings: list[Finding]
+    made_with: list[str]
+    """Lines about versions, commit and data."""
+    command: str | None
+    """The command line of the first session."""
+    pictures: dict[str, bytes] = field(default_factory=dict)
+    """PNG files by what they show."""
+
+    @classmethod
+    def of(
+        cls, study: Study, *, made_with: list[str], command: str | None, pictures: dict[str, bytes] | None = None
+    ) -> Content:
+        race = study.race
+        return cls(
+            study=study.name,
+            settings=study.settings,
+            trials=study.trials(),
+            repeats=study.repeats(),
+            counts=study.counts(),
+            num_trials=study.num_trials,
+            is_done=study.is_done,
+            winner=find_winner(study),
+            race=race.to_dict() if race.contenders and study.has_searched else None,
+            importances=importances(study),
+            findings=findings(study),
+            made_with=made_with,
+            command=command,
+            pictures=pictures or {},
+        )
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs, or folds, that the search has trained."""
+        return sum(len(trial.curve) for trial in self.trials)
+
+    @property
+    def num_epochs_repeated(self) -> int:
+        """Those of the confirmation."""
+        return sum(len(repeat.curve) for repeat in self.repeats)
+
+    @property
+    def seconds(self) -> float:
+        """Of training, over all trials; of a trial that was started again its last attempt alone."""
+        return sum(trial.duration_s or 0.0 for trial in (*self.trials, *self.repeats))

@@ -1,0 +1,125 @@
+"""`hpo report` and `hpo compare`: what is known of studies, as a file that opens in any browser."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpo.errors import StoreError, UsageError
+from hpo.files import write_atomically
+from hpo.home import Home, find_storage
+from hpo.provenance import describe as describe_provenance
+from hpo.provenance import sessions
+from hpo.search.lease import living_sessions
+from hpo.search.storage import read_storage
+from hpo.search.study import Study
+from hpo.search.winner import find_winner
+
+if TYPE_CHECKING:
+    from hpo.report.content import Content
+
+LIVE_S = 10
+"""Seconds after which a live report is written again."""
+
+
+def write_report(
+    study: str,
+    out: Path,
+    *,
+    home: Path | None = None,
+    storage: str | None = None,
+    live: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Write the report of a study to a file; with `live` again and again until nobody searches it.
+
+    Raises UsageError where plotly is not installed, and StoreError where the file cannot be written.
+    """
+    database = read_storage(Home.find(home).path, find_storage(storage))
+    while True:
+        is_searched = live and bool(living_sessions(database, study))
+        page = report_page(Study.load(database, study), refresh_s=LIVE_S if is_searched else None)
+        _write(out, page)
+        if not is_searched:
+            return out
+        tell(f"{out}: written again every {LIVE_S} s while the study is searched, Ctrl-C to stop")
+        tell = _nothing
+        time.sleep(LIVE_S)
+
+
+def _nothing(line: str) -> None:
+    """Said once already."""
+
+
+def report_page(study: Study, *, refresh_s: int | None = None) -> str:
+    """The report of a study as HTML. Raises UsageError where plotly is not installed."""
+    require_plotly()
+    from hpo.report.content import Content
+    from hpo.report.page import draw_page
+
+    return draw_page(_content(study, Content), refresh_s=refresh_s)
+
+
+def compare_studies(
+    studies: Sequence[str], out: Path | None = None, *, home: Path | None = None, storage: str | None = None
+) -> list[dict[str, Any]]:
+    """What several studies came to, a row for each; with `out` also a page with their curves and configurations.
+
+    Raises UsageError where fewer than two are named, or they optimise different metrics.
+    """
+    if len(studies) < 2:
+        raise UsageError(f"hpo compare needs two studies or more, not {len(studies)}.")
+    database = read_storage(Home.find(home).path, find_storage(storage))
+    loaded = [Study.load(database, name) for name in dict.fromkeys(studies)]
+    metrics = {study.settings.metric: study.name for study in loaded}
+    if len(metrics) > 1:
+        (one, first), (other, second), *_ = metrics.items()
+        raise UsageError(f"study '{first}' optimises {one} and study '{second}' {other}: name studies of one metric.")
+    if out is not None:
+        require_plotly()
+        from hpo.report.comparison import draw_comparison
+        from hpo.report.content import Content
+
+        _write(out, draw_comparison([_content(study, Content) for study in loaded]))
+    return [_row(study) for study in loaded]
+
+
+def _row(study: Study) -> dict[str, Any]:
+    winner = find_winner(study)
+    test = winner.test.get(winner.metric) if winner and winner.test else None
+    return {
+        "study": study.name,
+        "task": study.settings.task,
+        "strategy": study.settings.strategy,
+        "pruner": study.settings.pruner,
+        "seed": study.settings.seed,
+        "trials": f"{study.num_finished}/{study.num_trials}",
+        "epochs": sum(len(trial.curve) for trial in study.trials()),
+        f"validation {study.settings.metric}": winner and winner.validation,
+        f"test {study.settings.metric}": test,
+    }
+
+
+def _content(study: Study, content: type[Content]) -> Content:
+    known = sessions(study)
+    return content.of(study, made_with=describe_provenance(study), command=known[0].command if known else None)
+
+
+def require_plotly() -> None:
+    """Raise UsageError where plotly is not installed."""
+    if not has_plotly():
+        raise UsageError("a report needs plotly: pip install 'hpo-torch[report]'.")
+
+
+def has_plotly() -> bool:
+    return find_spec("plotly") is not None
+
+
+def _write(out: Path, page: str) -> None:
+    try:
+        write_atomically(out, page.encode())
+    except OSError as error:
+        raise StoreError(f"cannot write {out}: {error.strerror}; choose another file with --out.") from error

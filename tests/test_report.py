@@ -1,0 +1,167 @@
+"""The report of a study, and studies side by side: whole, safe to open, and linked to their trials."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import threading
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpo.config import Direction
+from hpo.errors import UnknownNameError, UsageError
+from hpo.search.lease import Session
+from hpo.search.settings import StudySettings
+from hpo.search.storage import open_storage
+from hpo.search.study import Study
+from hpo.session import report
+from hpo.session.report import compare_studies, write_report
+from hpo.space import Choice, Float, Group, Int, Space
+
+NASTY = "</script><b>"
+
+SPACE = Space(
+    Group("step size", lr=Float(1e-4, 1.0, log=True, default=0.1), depth=Int(1, 8, default=2)),
+    Group(
+        "optimizer",
+        optimizer=Choice("sgd", NASTY, default="sgd"),
+        momentum=Float(0.5, 0.9, default=0.9, when={"optimizer": "sgd"}),
+    ),
+)
+SETTINGS = StudySettings(
+    task="digits",
+    space=SPACE,
+    seed=0,
+    strategy="random",
+    pruner="none",
+    max_epochs=3,
+    metric="accuracy",
+    direction=Direction.MAXIMIZE,
+    limit=None,
+    planned_trials=5,
+)
+
+
+def make_study(home: Path, name: str = "s", **changes: Any) -> Study:
+    """Two complete trials, and one each that was pruned, diverged and failed; the best two were confirmed."""
+    study = Study.open(open_storage(home), name, replace(SETTINGS, **changes))
+    study.remember_session(num_trials=4, task_reference="digits", tracking_uri=None, confirm="2x2")
+    ends = ("complete", 0.8), ("complete", 0.9), ("pruned", 0.5), ("diverged", math.nan), ("failed", 0.1)
+    for state, value in ends:
+        number, last = study.ask().number, 3 if state == "complete" else 1
+        for epoch in range(1, last + 1):
+            study.report(number, epoch, value - 0.1 * (last - epoch))
+        study.tell(number, state, value=value, best_epoch=last, reason=NASTY)  # type: ignore[arg-type]
+    while repeat := study.ask_repeat():
+        study.tell(repeat.number, "complete", value=0.85 if repeat.repeats == 0 else 0.82, best_epoch=3)
+    return study
+
+
+class Links(HTMLParser):
+    """Everything that a browser would fetch, and the places for figures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        for name, value in attributes:
+            if name in ("src", "href") and value and not value.startswith("data:"):
+                self.fetched.append(value)
+            if name == "id" and value:
+                self.ids.append(value)
+
+
+def read(page: str) -> tuple[dict[str, Any], Links]:
+    """The figures in a page by name, and its links."""
+    found = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL)
+    links = Links()
+    links.feed(page)
+    return json.loads(found[1]), links
+
+
+def test_a_report_is_whole_fetches_nothing_and_its_figures_know_their_trials(tmp_path: Path) -> None:
+    make_study(tmp_path)
+
+    page = write_report("s", tmp_path / "out" / "s.html", home=tmp_path).read_text()
+
+    figures, links = read(page)
+    assert links.fetched == []
+    expected = ["confirmation", "history", "curves", "coordinates", *(f"slice-{number}" for number in range(4))]
+    assert list(figures) == expected
+    assert set(figures) <= set(links.ids)
+    pointed = {number for trace in figures["history"]["data"] for number in trace.get("customdata", [])}
+    assert pointed == {0, 1, 2, 4}, "the diverged one has no value"
+    assert {trace["marker"]["symbol"] for trace in figures["history"]["data"] if "marker" in trace} >= {
+        "circle",
+        "triangle-down",
+    }, "states differ in shape"
+    assert [trace["meta"] for trace in figures["curves"]["data"]][-1] == 1, "the best is drawn last"
+    axes = {axis["label"]: axis for axis in figures["coordinates"]["data"][0]["dimensions"]}
+    assert list(axes) == [*SPACE.parameters, "<b>accuracy</b>"]
+    assert axes["optimizer"]["ticktext"] == ["sgd", NASTY]
+    for text in ("read once, when the search is complete", "a repeat of trial 0", "mean 0.8500", "Seed 0", "4 of 4"):
+        assert text in page
+    assert page.count(NASTY) == 0, "what a stranger named stays text"
+    assert 'http-equiv="refresh"' not in page
+
+
+def test_a_study_without_a_result_has_a_report_too(tmp_path: Path) -> None:
+    study = Study.open(open_storage(tmp_path), "s", SETTINGS)
+    study.remember_session(num_trials=4, task_reference="digits", tracking_uri=None)
+
+    figures, _ = read(write_report("s", tmp_path / "s.html", home=tmp_path).read_text())
+
+    assert figures == {}
+
+
+def test_a_live_report_is_written_until_nobody_searches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_study(tmp_path)
+    monkeypatch.setattr(report, "LIVE_S", 0.01)
+    said: list[str] = []
+    out = tmp_path / "s.html"
+    with Session(open_storage(tmp_path), "s"):
+        writing = threading.Thread(
+            target=write_report, args=("s", out), kwargs={"home": tmp_path, "live": True, "tell": said.append}
+        )
+        writing.start()
+        while not said:
+            writing.join(0.01)
+        assert 'http-equiv="refresh"' in out.read_text()
+    writing.join(60)
+    assert 'http-equiv="refresh"' not in out.read_text()
+    assert len(said) == 1
+
+
+def test_studies_of_one_metric_are_compared(tmp_path: Path) -> None:
+    make_study(tmp_path)
+    make_study(tmp_path, "other", seed=1)
+    make_study(tmp_path, "by-f1", metric="f1")
+
+    rows = compare_studies(["s", "other"], tmp_path / "both.html", home=tmp_path)
+
+    known = [(row["study"], row["seed"], row["validation accuracy"]) for row in rows]
+    assert known == [("s", 0, 0.85), ("other", 1, 0.85)]
+    figures, links = read((tmp_path / "both.html").read_text())
+    assert [trace["name"] for trace in figures["progress"]["data"]] == ["s", "other"]
+    assert links.fetched == []
+    with pytest.raises(UsageError, match="study 's' optimises accuracy and study 'by-f1' f1"):
+        compare_studies(["s", "by-f1"], home=tmp_path)
+    with pytest.raises(UsageError, match="two studies or more, not 1"):
+        compare_studies(["s"], home=tmp_path)
+    with pytest.raises(UnknownNameError, match="no study 'ohter'; did you mean 'other'"):
+        compare_studies(["s", "ohter"], home=tmp_path)
+
+
+def test_without_plotly_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_study(tmp_path)
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+
+    with pytest.raises(UsageError, match=r"pip install 'hpo-torch\[report\]'"):
+        write_report("s", tmp_path / "s.html", home=tmp_path)
