@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hpo.data.mapped import MappedImages as MappedImages
     from hpo.data.parts import Padded as Padded
     from hpo.data.parts import Ragged as Ragged
+    from hpo.data.pasted import load_pasted_clothes as load_pasted_clothes
     from hpo.data.photos import load_image_folder as load_image_folder
     from hpo.data.photos import read_photos as read_photos
     from hpo.data.tables import load_table as load_table
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from hpo.models.networks import recurrent as recurrent
     from hpo.models.networks import tabular as tabular
     from hpo.models.networks import transformer as transformer
+    from hpo.models.networks import unet as unet
     from hpo.models.preprocessed import PreprocessedModel as PreprocessedModel
     from hpo.objective import Objective as Objective
     from hpo.records import SearchOutcome as SearchOutcome
@@ -85,6 +87,7 @@ _MODULES = {
     "MappedImages": "hpo.data.mapped",
     "Padded": "hpo.data.parts",
     "Ragged": "hpo.data.parts",
+    "load_pasted_clothes": "hpo.data.pasted",
     "load_image_folder": "hpo.data.photos",
     "read_photos": "hpo.data.photos",
     "load_table": "hpo.data.tables",
@@ -116,6 +119,7 @@ _MODULES = {
     "recurrent": "hpo.models.networks",
     "tabular": "hpo.models.networks",
     "transformer": "hpo.models.networks",
+    "unet": "hpo.models.networks",
     "PreprocessedModel": "hpo.models.preprocessed",
     "Dataset": "hpo.data.examples",
     "DataSpec": "hpo.data.examples",

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from hpo import Dataset
 
 
-def load(data_dir: Path) -> Dataset:
+def load(data_dir: Path, *, label: str = "", kind: str = "auto") -> Dataset:
     from hpo import load_image_folder
 
-    return load_image_folder(data_dir)
+    return load_image_folder(data_dir, label=label, kind=kind)
 
 
 objective = Objective(
@@ -23,5 +23,7 @@ objective = Objective(
     description="your own photos, a folder for each class below --data-dir, with a pretrained model of torchvision's",
     load=load,
     model=pretrained,
+    loss="auto",
+    metric="auto",
     settings={"max_epochs": 12, "patience": 4},
 )

@@ -38,6 +38,7 @@ SPECS = {
         },
         tuple("0123456789"),
     ),
+    "pasted_clothes": DataSpec((3, 32, 32), tuple("0123456789"), "segmentation"),
     "text_folder": DataSpec(
         InputSpec((), "int64", is_ragged=True, vocabulary=90, is_normalised=False), tuple("0123456789")
     ),
@@ -68,6 +69,7 @@ NUM_TRAIN = {
     "diabetes": 282,
     "image_folder": 128,
     "text_folder": 500,
+    "pasted_clothes": 8000,
     "table": 282,  # of the 442 patients of diabetes
 }
 NUM_DRAWN = {"image_folder": 4}
@@ -165,7 +167,8 @@ def test_the_whole_space_is_valid_for_trainer_and_model(name: str) -> None:
         settings, arguments = settings_and_arguments(name, draw(space_of(name), seed))
         TrainConfig(**settings)
         model = build_model(objective_of(name), spec, arguments, seed=seed, pretrained=False)
-        assert model(examples_of(spec)).shape == ((2, 10) if spec.classes else (2,))
+        sides = spec.input_shape[1:] if spec.kind == "segmentation" else ()
+        assert model(examples_of(spec)).shape == ((2, 10, *sides) if spec.classes else (2,))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,8 +1,9 @@
-"""A user's own photographs, of any size, in a folder for each class.
+"""A user's own photographs, of any size, in a folder for each class, or with labels in a CSV.
 
     photos/<class>/**/*.jpg|png|...                 a fifth is held out as the test split
     photos/{train,test}/<class>/**/*.jpg|png|...    test/ is the test split; val/ is added to train/
     photos/{train,val}/<class>/**/*.jpg|png|...     val/ is the test split
+    photos/labels.csv and photos/**/*.jpg|png|...   labels or numbers of each photo; a fifth is held out
 
 Each photo is decoded once: the square out of its middle, SIDE pixels wide, goes into a file in `photos/hpo-cache/` that
 trainings map into memory. So an epoch decodes nothing, workers share one copy, and what does not fit into memory is
@@ -31,6 +32,7 @@ from torch import Tensor
 from hpo.data.datasets import hold_out
 from hpo.data.examples import Dataset, SealedSplit, Split
 from hpo.data.mapped import MappedImages
+from hpo.data.photo_labels import LABELS, read_photo_labels
 from hpo.errors import DataError
 from hpo.files import write_atomically
 
@@ -48,12 +50,18 @@ _CACHE = "hpo-cache"
 _NUM_NAMED = 5  # damaged files that a message names
 
 
-def load_image_folder(data_dir: Path, side: int = SIDE) -> Dataset:
+def load_image_folder(data_dir: Path, side: int = SIDE, *, label: str = "", kind: str = "auto") -> Dataset:
     """The photos of a folder with a folder for each class, (N, 3, side, side) uint8; the classes are sorted by name.
 
-    Damaged photos are left out, and named in a warning each time. Raises DataError where more than MAX_DAMAGED of them
-    are, and where there are fewer than two classes or a class without photos.
+    If the folder has a `labels.csv`, that says what each photo shows; `label` names the columns that are learned, and
+    `kind` whether a single one is a "class" or a "number". Damaged photos are left out, and named in a warning each
+    time. Raises DataError where more than MAX_DAMAGED of them are, and where there are fewer than two classes or a
+    class without photos.
     """
+    if (data_dir / LABELS).is_file():
+        return _with_labels_in_a_table(data_dir, side, label, kind)
+    if label:
+        raise DataError(f"label={label} names a column, but {data_dir / LABELS} is missing; put it there, or omit it.")
     train_folders, test_folder = _find_splits(data_dir)
     classes = sorted({folder.name for parent in train_folders for folder in _folders(parent)})
     if len(classes) < 2:
@@ -77,6 +85,13 @@ def load_image_folder(data_dir: Path, side: int = SIDE) -> Dataset:
         return hold_out(album.images(sound), targets[sound], classes)
     train, test = sound[sound < num_train], sound[sound >= num_train]
     return Dataset(split(train), SealedSplit(lambda: split(test), len(test)), tuple(classes))
+
+
+def _with_labels_in_a_table(data_dir: Path, side: int, label: str, kind: str) -> Dataset:
+    photos = read_photo_labels(data_dir, label, kind)
+    album = _Album(data_dir, photos.paths, side)
+    sound = album.open()
+    return hold_out(album.images(sound), photos.targets[sound], photos.classes)
 
 
 def read_photos(paths: Iterable[str | Path], side: int = SIDE) -> Tensor:

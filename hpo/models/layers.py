@@ -166,7 +166,7 @@ def scale_to_unit_variance(network: nn.Module, layers: Iterable[nn.Module], inpu
     network.train(was_training)
 
 
-def initialize_output(layer: nn.Linear) -> None:
+def initialize_output(layer: nn.Linear | nn.Conv2d) -> None:
     """Small weights, so that every class begins with about the same chance (Goyal et al. 2017, arXiv:1706.02677)."""
     nn.init.normal_(layer.weight, std=0.01)
     if layer.bias is not None:

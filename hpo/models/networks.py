@@ -95,6 +95,21 @@ def pretrained(
     )
 
 
+def unet(
+    spec: DataSpec,
+    *,
+    width: int = 16,
+    depth: int = 2,
+    activation: str = "relu",
+    norm: str = "batch",
+    dropout: float = 0.0,
+) -> nn.Module:
+    """A small U-Net, for a class of each pixel; see hpo.models.unet.UNet."""
+    from hpo.models.unet import UNet
+
+    return UNet(spec, width=width, depth=depth, activation=activation, norm=norm, dropout=dropout)
+
+
 def recurrent(
     spec: DataSpec,
     *,
