@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hpo.data.photos import load_image_folder as load_image_folder
     from hpo.data.photos import read_photos as read_photos
     from hpo.data.tables import load_table as load_table
+    from hpo.data.text_augment import read_synonyms as read_synonyms
     from hpo.data.texts import load_texts as load_texts
     from hpo.data.vision import load_cifar10 as load_cifar10
     from hpo.data.vision import load_fashion_mnist as load_fashion_mnist
@@ -92,6 +93,7 @@ _MODULES = {
     "read_photos": "hpo.data.photos",
     "load_table": "hpo.data.tables",
     "load_texts": "hpo.data.texts",
+    "read_synonyms": "hpo.data.text_augment",
     "load_cifar10": "hpo.data.vision",
     "load_fashion_mnist": "hpo.data.vision",
     "Exporter": "hpo.deploy.exporters",

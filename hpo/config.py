@@ -24,6 +24,9 @@ AUGMENTATIONS = (
     "randaugment",
     "trivial_augment",
 )
+TEXT_AUGMENTATIONS = ("delete_words", "swap_words", "replace_synonyms", "drop_tokens")
+WAVEFORM_AUGMENTATIONS = ("noise", "gain", "speed", "pitch")
+SPECTROGRAM_AUGMENTATIONS = ("time_mask", "frequency_mask")
 OWN = "own"
 """The name of a loss or an optimizer that the task itself brings."""
 
@@ -54,7 +57,7 @@ LOSSES = (
 CLASS_WEIGHTS = ("none", "balanced")
 CURRICULA = ("none", "given", "loss")
 PACINGS = ("linear", "root")
-SAMPLINGS = ("uniform", "balanced")
+SAMPLINGS = ("uniform", "balanced", "smote")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 COMPILE_MODES = ("auto", "off", "step", "graph")
 
@@ -196,10 +199,15 @@ class TrainConfig:
     """Share of the target spread over all classes, in [0, 1)."""
 
     augment: str = "none"
-    """Names of AUGMENTATIONS joined by "+", applied in this order, or "none"; drawn for each example; images only."""
+    """Names of AUGMENTATIONS (of images), or of those of texts or sound, joined by "+", applied in this order, or
+    "none"; drawn for each example."""
 
     augment_strength: float = 0.5
-    """How far rotation, zoom, translation, contrast, colour_jitter and randaugment go, in (0, 1]."""
+    """How far rotation, zoom, translation, contrast, colour_jitter, randaugment and those of texts and sound go, in
+    (0, 1]."""
+
+    unknown_token: int = 0
+    """The id that drop_tokens puts in, at least 0."""
 
     mixup: float = 0.0
     """Examples are mixed in pairs by shares of the beta distribution with these parameters; 0 turns it off."""
@@ -228,7 +236,8 @@ class TrainConfig:
     """One of CLASS_WEIGHTS: "balanced" makes every class count alike in the training loss, however rare it is."""
 
     sampling: str = "uniform"
-    """One of SAMPLINGS: "balanced" draws every class equally often, with replacement; "uniform" each example once."""
+    """One of SAMPLINGS: "balanced" draws every class equally often, with replacement; "uniform" each example once;
+    "smote" adds examples between those of rare classes first."""
 
     curriculum: str = "none"
     """One of CURRICULA: whether epochs draw from the easiest examples at first, by a difficulty that the task gives or
@@ -314,6 +323,7 @@ class TrainConfig:
             "cutmix",
             "focal_gamma",
             "kl_weight",
+            "unknown_token",
             "min_delta",
             "stop_after",
             "thaw_epoch",
@@ -354,9 +364,10 @@ class TrainConfig:
 def augmentation_names(augment: str) -> tuple[str, ...]:
     """The names in a value of `augment`, none for "none". Raises UnknownNameError for one that is not there."""
     names = () if augment == "none" else tuple(augment.split("+"))
+    known = (*AUGMENTATIONS, *TEXT_AUGMENTATIONS, *WAVEFORM_AUGMENTATIONS, *SPECTROGRAM_AUGMENTATIONS)
     for name in names:
-        if name not in AUGMENTATIONS:
-            raise UnknownNameError("augment", name, ["none", *AUGMENTATIONS])
+        if name not in known:
+            raise UnknownNameError("augment", name, ["none", *known])
     return names
 
 

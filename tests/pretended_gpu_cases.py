@@ -66,6 +66,12 @@ BETWEEN_STEPS = {
     ("bincount", "training/losses.py:_balanced_weights"): "the weights of the classes, once a trial",
     ("copy to the host", "data/batches.py:_balanced_chances"): "the classes, to draw them alike",
     ("copy to the host", "training/trainer.py:_measure_difficulty"): "the losses of a curriculum, once an epoch",
+    (
+        "copy to the host",
+        "data/oversampling.py:oversample",
+    ): "examples that others are made of, once a trial",
+    ("copy from pageable memory", "data/oversampling.py:oversample"): "those that were made, once a trial",
+    ("copy from pageable memory", "data/augment.py:_build"): "the synonyms, once a trial",
     ("copy to the host", "training/checkpoint.py:_on_device"): "the weights of the trial",
     ("copy to the host", "training/optimizers.py:load_optimizer_state"): "a resumed training",
     (

@@ -128,6 +128,35 @@ CASES = {
     "two inputs": Case(
         hold_out({"numbers": FEATURES, "kinds": CLASSES}, CLASSES, NAMES), tabular, "cross_entropy", "f1", WIDTH
     ),
+    "augmented texts": Case(
+        hold_out(Ragged.of(WORDS, synonyms=torch.arange(9)[:, None].repeat(1, 3)), CLASSES, NAMES),
+        convnet1d, "cross_entropy", "f1", WIDTH,
+        settings={"augment": "delete_words+swap_words+replace_synonyms+drop_tokens"},
+    ),
+    "augmented sound": Case(
+        hold_out(Ragged.of([FEATURES[row % 9, : 3 + row % 3] for row in range(NUM)]), CLASSES, NAMES),
+        recurrent, "cross_entropy", "f1", WIDTH, settings={"augment": "noise+gain+speed+pitch"},
+    ),
+    "augmented spectrograms": Case(
+        hold_out(IMAGES.float(), CLASSES, NAMES), mlp, "cross_entropy", "f1", WIDTH,
+        settings={"augment": "time_mask+frequency_mask"},
+    ),
+    "augmented masks": Case(
+        hold_out(IMAGES, IMAGES[:, 0].long() % 2, NAMES[:2]), Pixels, "dice", "dice", {},
+        settings={"augment": "flip+crop+rotation"},
+    ),
+    "augmented boxes": Case(
+        hold_out(IMAGES, boxes(), kind="box"), mlp, "giou", "mean_iou", WIDTH,
+        settings={"augment": "flip+crop+rotation"},
+    ),
+    "smote": Case(
+        hold_out(FEATURES, (torch.arange(NUM) % 3 == 0).long(), NAMES[:2]), mlp, "cross_entropy", "f1", WIDTH,
+        settings={"sampling": "smote"},
+    ),
+    "growing sequences": Case(
+        hold_out(Ragged.of(WORDS), CLASSES, NAMES), recurrent, "cross_entropy", "f1", WIDTH,
+        settings={"progressive_start": 0.5, "progressive_until": 1.0},
+    ),
     "soft labels": Case(
         hold_out(FEATURES, FEATURES[:, :3].softmax(1), NAMES, kind="soft_labels"), mlp, "kl_divergence", "accuracy",
         WIDTH,

@@ -96,6 +96,45 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"inputs": IMAGES, "settings": {"progressive_start": 0.5}},
         "the model of task 'mine' fails with images of 4x4, as progressive_start=0.5 begins",
     ),
+    "augmentation of texts for vectors": (
+        {"settings": {"augment": "swap_words"}},
+        "augment='swap_words' is for texts: Ragged ids of tokens",
+    ),
+    "augmentation of sound for texts": (
+        {"inputs": lambda: Ragged.of(WORDS), "model": fixed(3), "settings": {"augment": "noise"}},
+        r"augment='noise' is for waveforms: floats \(N, T\) or \(N, C, T\)",
+    ),
+    "masks of time for vectors": (
+        {"settings": {"augment": "time_mask"}},
+        r"augment='time_mask' is for spectrograms: floats \(N, F, T\)",
+    ),
+    "synonyms that nobody gives": (
+        {"inputs": lambda: Ragged.of(WORDS), "model": fixed(3), "settings": {"augment": "replace_synonyms"}},
+        "augment='replace_synonyms' needs synonyms: Ragged.of",
+    ),
+    "words that are left out although each has a label": (
+        {
+            "inputs": lambda: Ragged.of(WORDS),
+            "targets": lambda: Ragged.of([[0, 1]] * NUM),
+            "model": fixed(2, 3),
+            "settings": {"augment": "drop_tokens+delete_words"},
+        },
+        "augment='delete_words' moves elements away from their labels",
+    ),
+    "an unknown augmentation": ({"settings": {"augment": "swap_word"}}, "did you mean 'swap_words'"),
+    "an unknown token below 0": ({"settings": {"unknown_token": -1}}, "unknown_token=-1 is not allowed"),
+    "smote of images": (
+        {"inputs": IMAGES, "settings": {"sampling": "smote"}},
+        "sampling='smote' is for vectors of numbers",
+    ),
+    "smote of numbers": (
+        {"targets": FEATURES[:, 0], "classes": [], "loss": "mse", "metric": "r2", "settings": {"sampling": "smote"}},
+        "sampling='smote' is for classes",
+    ),
+    "smote and a curriculum": (
+        {"settings": {"sampling": "smote", "curriculum": "loss"}},
+        "sampling='smote' does not go with a curriculum",
+    ),
     "mixing of soft labels": (
         SHARES | {"targets": LABELS.float(), "settings": {"mixup": 0.2}},
         "mixup and cutmix do not go with targets of the kind soft_labels",

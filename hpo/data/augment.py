@@ -10,13 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from hpo.config import augmentation_names
+from hpo.data.audio_augment import Gain, Mask, Noise, Pitch, Speed
+from hpo.data.parts import Ragged
+from hpo.data.text_augment import DeleteWords, DropTokens, ReplaceSynonyms, SwapWords
+from hpo.errors import UsageError
 
 
 class Augmentation(Protocol):
@@ -25,11 +29,30 @@ class Augmentation(Protocol):
     def draw(self, images: Tensor, size: Sequence[int], epoch: int, generator: torch.Generator) -> Tensor:
         """What is random about it, (N, ...) on the CPU, for the images of these indices (N,) and `size` (H, W)."""
 
-    def apply(self, images: Tensor, draws: Tensor) -> Tensor:
+    def apply(self, images: Any, draws: Tensor) -> Any:
         """The changed images, given the draws of each (on the images' device)."""
 
 
-class Flip:
+@runtime_checkable
+class Moving(Protocol):
+    """An augmentation that moves pixels, and what is known of them."""
+
+    def move_masks(self, masks: Tensor, draws: Tensor) -> Tensor:
+        """Masks (B, H, W) of any type moved as the images are."""
+
+    def move_boxes(self, boxes: Tensor, draws: Tensor, size: Sequence[int]) -> Tensor:
+        """Boxes (B, 4), x1 y1 x2 y2, moved as the images of this size (H, W) are; what leaves an image is cut off."""
+
+
+class _Rearranged:
+    """Masks are moved as the images are: pixel by pixel."""
+
+    def move_masks(self, masks: Tensor, draws: Tensor) -> Tensor:
+        moved: Tensor = self.apply(masks[:, None], draws)[:, 0]  # type: ignore[attr-defined]
+        return moved
+
+
+class Flip(_Rearranged):
     """Mirrors an image left to right, with probability 1/2."""
 
     def draw(self, images: Tensor, size: Sequence[int], epoch: int, generator: torch.Generator) -> Tensor:
@@ -37,6 +60,11 @@ class Flip:
 
     def apply(self, images: Tensor, draws: Tensor) -> Tensor:
         return torch.where(draws, images.flip(-1), images)
+
+    def move_boxes(self, boxes: Tensor, draws: Tensor, size: Sequence[int]) -> Tensor:
+        x1, y1, x2, y2 = boxes.unbind(1)
+        mirrored = torch.stack((size[1] - x2, y1, size[1] - x1, y2), dim=1)
+        return torch.where(draws.view(-1, 1), mirrored, boxes)
 
 
 class AlternatingFlip(Flip):
@@ -49,7 +77,7 @@ class AlternatingFlip(Flip):
         return (bits % 2 == 0).view(-1, 1, 1, 1)
 
 
-class Crop:
+class Crop(_Rearranged):
     """Shifts each image by up to an eighth of its size; what is missing at the edge is reflected.
 
     On 32 pixels it is the usual crop out of an image padded by 4 (He et al. 2016, arXiv:1512.03385, section 4.2).
@@ -66,6 +94,11 @@ class Crop:
         pixels = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)
         # Reading the window through reflected indices spares the padded copy of the batch.
         return images.flatten(2).gather(2, pixels[:, None].expand(-1, images.shape[1], -1)).view_as(images)
+
+    def move_boxes(self, boxes: Tensor, draws: Tensor, size: Sequence[int]) -> Tensor:
+        shift_y, shift_x = (side // 8 - draws[:, axis] for axis, side in enumerate(size))
+        shifts = torch.stack((shift_x, shift_y, shift_x, shift_y), dim=1)
+        return _within(boxes + shifts, size)
 
 
 def _window(side: int, shifts: Tensor) -> Tensor:
@@ -132,6 +165,29 @@ class Distortion:
             images = _recolour(images, draws[:, _NUM_WARPS:])
         return images
 
+    def move_masks(self, masks: Tensor, draws: Tensor) -> Tensor:
+        if not any(self.limits[:_NUM_WARPS]):
+            return masks
+        moved = _sampled(masks[:, None].float(), draws[:, :_NUM_WARPS], mode="nearest")
+        return moved[:, 0].round().to(masks.dtype)
+
+    def move_boxes(self, boxes: Tensor, draws: Tensor, size: Sequence[int]) -> Tensor:
+        """The boxes around the moved corners."""
+        if not any(self.limits[:_NUM_WARPS]):
+            return boxes
+        (a, b, shift_x), (c, d, shift_y) = (row.unbind(1) for row in _origins(draws[:, :_NUM_WARPS], size).unbind(1))
+        height, width = size
+        x1, y1, x2, y2 = boxes.unbind(1)
+        x, y = torch.stack((x1, x2, x1, x2), 1), torch.stack((y1, y1, y2, y2), 1)  # (B, 4) corners
+        x, y = 2 * x / width - 1, 2 * y / height - 1
+        x, y = x - shift_x[:, None], y - shift_y[:, None]
+        scale = (a * d - b * c)[:, None]  # the inverse of where each pixel comes from
+        moved_x = (d[:, None] * x - b[:, None] * y) / scale
+        moved_y = (a[:, None] * y - c[:, None] * x) / scale
+        columns, rows = (moved_x + 1) * width / 2, (moved_y + 1) * height / 2
+        around = torch.stack((columns.amin(1), rows.amin(1), columns.amax(1), rows.amax(1)), dim=1)
+        return _within(around.to(boxes.dtype), size)
+
     @property
     def limits(self) -> tuple[float, ...]:
         """The largest amount of each, angles in radians; shear and translation along x, then along y."""
@@ -165,10 +221,34 @@ class RandomOperations(Distortion):
         return amounts * signs * is_done
 
 
+def _within(boxes: Tensor, size: Sequence[int]) -> Tensor:
+    """Boxes cut off where the image ends; what is outside keeps a pixel at the edge."""
+    height, width = size
+    x1, y1, x2, y2 = boxes.unbind(1)
+    x1, y1 = x1.clamp(0, width - 1), y1.clamp(0, height - 1)
+    return torch.stack(
+        (x1, y1, torch.maximum(x2.clamp(max=width), x1 + 1), torch.maximum(y2.clamp(max=height), y1 + 1)), 1
+    )
+
+
 def _warp(images: Tensor, amounts: Tensor) -> Tensor:
     """Shear, zoom, turn, then shift each image: amounts (B, 6) of radians, logarithm, tangents and shares."""
+    values = images.to(torch.promote_types(images.dtype, torch.float32))
+    return _stored_as(_sampled(values, amounts, mode="bilinear"), images.dtype)
+
+
+def _sampled(values: Tensor, amounts: Tensor, *, mode: str) -> Tensor:
+    origins = _origins(amounts, values.shape[-2:])
+    grid = functional.affine_grid(origins, list(values.shape), align_corners=False)
+    return functional.grid_sample(
+        values, grid.to(values.dtype), mode=mode, padding_mode="reflection", align_corners=False
+    )
+
+
+def _origins(amounts: Tensor, size: Sequence[int]) -> Tensor:
+    """Where each place of a warped image comes from, in coordinates from -1 to 1: (B, 2, 3)."""
     angle, log_zoom, shear_x, shear_y, shift_x, shift_y = amounts.unbind(1)
-    height, width = images.shape[-2:]
+    height, width = size
     ones = torch.ones_like(angle)
     # For each pixel of the result, where it comes from: everything backwards.
     turn = torch.stack((angle.cos(), angle.sin(), -angle.sin(), angle.cos()), 1).view(-1, 2, 2)
@@ -178,10 +258,7 @@ def _warp(images: Tensor, amounts: Tensor) -> Tensor:
     origin[:, 0, 1] *= height / width
     origin[:, 1, 0] *= width / height
     shift = -origin @ (2 * torch.stack((shift_x, shift_y), 1)[:, :, None])
-    grid = functional.affine_grid(torch.cat((origin, shift), 2), list(images.shape), align_corners=False)
-    values = images.to(torch.promote_types(images.dtype, torch.float32))
-    warped = functional.grid_sample(values, grid.to(values.dtype), padding_mode="reflection", align_corners=False)
-    return _stored_as(warped, images.dtype)
+    return torch.cat((origin, shift), 2)
 
 
 def _recolour(images: Tensor, amounts: Tensor) -> Tensor:
@@ -204,9 +281,49 @@ def _stored_as(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values if dtype.is_floating_point else values.round().clamp(0, 255).to(dtype)
 
 
-def build_augmentations(augment: str, strength: float) -> tuple[Augmentation, ...]:
-    """What `TrainConfig.augment` and `augment_strength` ask for. Raises UnknownNameError."""
-    return tuple(AUGMENTATIONS[name](strength) for name in augmentation_names(augment))
+def build_augmentations(
+    augment: str,
+    strength: float,
+    *,
+    words: Ragged | None = None,
+    unknown_token: int = 0,
+    device: torch.device | str | None = None,
+) -> tuple[Augmentation, ...]:
+    """What `TrainConfig.augment` and `augment_strength` ask for, of batches on `device`; texts as `words` allow.
+
+    Raises UnknownNameError, and UsageError for synonyms that the words do not have.
+    """
+    return tuple(_build(name, strength, words, unknown_token, device) for name in augmentation_names(augment))
+
+
+def _build(
+    name: str, strength: float, words: Ragged | None, unknown_token: int, device: torch.device | str | None
+) -> Augmentation:
+    match name:
+        case "delete_words":
+            return DeleteWords(0.2 * strength, padding=int(words.padding) if words else 0)
+        case "swap_words":
+            return SwapWords(0.2 * strength)
+        case "drop_tokens":
+            return DropTokens(0.2 * strength, unknown_token)
+        case "replace_synonyms":
+            if words is None or words.synonyms is None:
+                raise UsageError(
+                    "augment='replace_synonyms' needs synonyms: Ragged.of(..., synonyms=hpo.read_synonyms(FILE, ids))."
+                )
+            return ReplaceSynonyms(0.4 * strength, words.synonyms.to(device or words.device))
+        case "noise":
+            return Noise(0.5 * strength)
+        case "gain":
+            return Gain(12 * strength)
+        case "speed":
+            return Speed(1.3**strength)
+        case "pitch":
+            return Pitch(4 * strength)
+        case "time_mask" | "frequency_mask":
+            return Mask(0.4 * strength, of_time=name == "time_mask")
+        case _:
+            return AUGMENTATIONS[name](strength)
 
 
 def _randomly(num_operations: int, strength: float, *, is_trivial: bool) -> RandomOperations:

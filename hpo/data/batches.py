@@ -12,9 +12,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hpo.data.augment import Augmentation, build_augmentations
+from hpo.config import (
+    SPECTROGRAM_AUGMENTATIONS,
+    TEXT_AUGMENTATIONS,
+    WAVEFORM_AUGMENTATIONS,
+    augmentation_names,
+    derive_seed,
+)
+from hpo.data.augment import Augmentation, Moving, build_augmentations
 from hpo.data.mapped import MappedImages
 from hpo.data.mixing import Mixing, build_mixing
+from hpo.data.oversampling import oversample
 from hpo.data.pacing import Curriculum, Difficulty, Growth, build_curriculum, build_growth
 from hpo.data.parts import Padded, Ragged, map_parts, map_tensors, parts, tensors_of
 from hpo.errors import UsageError
@@ -23,7 +31,7 @@ if TYPE_CHECKING:
     from hpo.config import TrainConfig
     from hpo.data.datasets import Splits
     from hpo.data.examples import DataSpec, Split
-    from hpo.data.parts import Batch, Part, Rows
+    from hpo.data.parts import Batch, Examples, Part, Rows
 
 DEVICE_SHARE = 0.5
 """Of the device's free memory, what splits that stay there may take."""
@@ -85,7 +93,9 @@ class TrainingBatches:
         augment: str,
         augment_strength: float = 0.5,
         mixing: Mixing | None = None,
+        unknown_token: int = 0,
         sampling: str = "uniform",
+        kind: str = "classification",
         num_views: int = 1,
         accumulate: int = 1,
         curriculum: Curriculum | None = None,
@@ -122,7 +132,10 @@ class TrainingBatches:
         self._device = torch.device(device or split.device)
         self._order = order
         self._augmentation = augmentation
-        self._augmentations = _augmentations(augment, augment_strength, split)
+        self._kind = kind
+        self._augmentations = _augmentations(
+            augment, augment_strength, split, kind=kind, unknown_token=unknown_token, device=self._device
+        )
         self._num_views = num_views
         self._mixing = mixing
         if mixing:
@@ -178,6 +191,8 @@ class TrainingBatches:
         if self._num_views > 1:
             return _in_views(self._augmentations, inputs, targets, draws)
         if self._augmentations:
+            if self._kind in ("segmentation", "box"):
+                targets = _moved(self._augmentations, self._kind, targets, inputs.shape[-2:], draws)
             inputs = _augmented(self._augmentations, inputs, draws)
         if not self._mixing:
             return inputs, targets
@@ -257,6 +272,10 @@ def build_batches(
         raise UsageError(
             "targets of the kind instances need augment=...: without it two views of an example would be the same."
         )
+    if config.sampling == "smote":
+        if config.curriculum != "none":
+            raise UsageError("sampling='smote' does not go with a curriculum: use 'balanced'.")
+        split = oversample(split, derive_seed(config.seed, "smote"))
     return TrainingBatches(
         split,
         config.batch_size,
@@ -265,7 +284,9 @@ def build_batches(
         augment=config.augment,
         augment_strength=config.augment_strength,
         mixing=build_mixing(config, spec),
+        unknown_token=config.unknown_token,
         sampling=config.sampling,
+        kind=spec.kind,
         num_views=num_views(spec),
         accumulate=config.accumulate,
         curriculum=build_curriculum(config, split, spec, difficulty),
@@ -283,10 +304,23 @@ def num_views(spec: DataSpec) -> int:
 
 def _augmented(augmentations: Sequence[Augmentation], inputs: Batch, draws: Sequence[Tensor]) -> Batch:
     """Each augmentation in turn, by its draws; there may be more of these."""
-    assert isinstance(inputs, Tensor), "other inputs are not augmented"
     for augmentation, of_batch in zip(augmentations, draws, strict=False):
         inputs = augmentation.apply(inputs, of_batch)
     return inputs
+
+
+def _moved(
+    augmentations: Sequence[Augmentation], kind: str, targets: Tensor, size: Sequence[int], draws: Sequence[Tensor]
+) -> Tensor:
+    """Masks, or boxes, moved as the images are."""
+    for augmentation, of_batch in zip(augmentations, draws, strict=False):
+        if not isinstance(augmentation, Moving):
+            continue
+        if kind == "segmentation":
+            targets = augmentation.move_masks(targets, of_batch)
+        else:
+            targets = augmentation.move_boxes(targets, of_batch, size)
+    return targets
 
 
 def _in_views(
@@ -310,21 +344,49 @@ def _balanced_chances(split: Split) -> Tensor:
     return (1 / torch.bincount(targets).double())[targets]
 
 
-def _augmentations(augment: str, strength: float, split: Split) -> tuple[Augmentation, ...]:
-    augmentations = build_augmentations(augment, strength)
-    if augmentations and not is_of_images(split):
-        raise UsageError(f"augment={augment!r} is for images (C, H, W); this task's examples are others: use 'none'.")
+def _augmentations(
+    augment: str,
+    strength: float,
+    split: Split,
+    *,
+    kind: str = "classification",
+    unknown_token: int = 0,
+    device: torch.device,
+) -> tuple[Augmentation, ...]:
+    """Raises UsageError for those that do not fit the inputs, or would make the targets wrong."""
+    inputs = split.inputs
+    for name in augmentation_names(augment):
+        _require_fitting(name, inputs)
+    words = inputs if isinstance(inputs, Ragged) else None
+    augmentations = build_augmentations(augment, strength, words=words, unknown_token=unknown_token, device=device)
+    for augmentation, name in zip(augmentations, augmentation_names(augment), strict=True):
+        if kind == "tagging" and not getattr(augmentation, "keeps_positions", True):
+            raise UsageError(f"augment={name!r} moves elements away from their labels; this task labels each element.")
+        if kind == "several" and isinstance(augmentation, Moving):
+            raise UsageError(f"augment={name!r} moves pixels, and several targets may depend on them: use others.")
     return augmentations
 
 
-def is_of_images(split: Split) -> bool:
-    """Whether the inputs are images (N, C, H, W)."""
-    return isinstance(split.inputs, Tensor | MappedImages) and split.inputs.ndim == 4
+def _require_fitting(name: str, inputs: Examples) -> None:
+    is_float = isinstance(inputs, Tensor | Ragged) and inputs.dtype.is_floating_point
+    ndim = inputs.values.ndim + 1 if isinstance(inputs, Ragged) else getattr(inputs, "ndim", 0)
+    if name in TEXT_AUGMENTATIONS:
+        fits, wanted = isinstance(inputs, Ragged) and not is_float and ndim == 2, "texts: Ragged ids of tokens"
+    elif name in WAVEFORM_AUGMENTATIONS:
+        fits = is_float and (ndim == 2 or (ndim == 3 and isinstance(inputs, Tensor)))
+        wanted = "waveforms: floats (N, T) or (N, C, T), or Ragged floats"
+    elif name in SPECTROGRAM_AUGMENTATIONS:
+        fits = is_float and (ndim == 3 or (ndim == 4 and isinstance(inputs, Tensor)))
+        wanted = "spectrograms: floats (N, F, T) or (N, C, F, T), or Ragged (T, F)"
+    else:
+        fits, wanted = isinstance(inputs, Tensor | MappedImages) and ndim == 4, "images (C, H, W)"
+    if not fits:
+        raise UsageError(f"augment={name!r} is for {wanted}; this task's examples are others: use 'none'.")
 
 
 def _image_size(split: Split) -> Sequence[int]:
-    assert isinstance(split.inputs, Tensor | MappedImages), "other inputs are not changed"
-    return split.inputs.shape[-2:]
+    inputs = split.inputs
+    return inputs.shape[-2:] if isinstance(inputs, Tensor | MappedImages) else ()
 
 
 def evaluation_batches(
@@ -337,7 +399,15 @@ def evaluation_batches(
 
 def evaluation_views(split: Split, config: TrainConfig, batch_size: int) -> Iterator[tuple[Batch, Batch]]:
     """Every example in two views, in order, on the device of `config`, by draws that are the same each time."""
-    augmentations, device = _augmentations(config.augment, config.augment_strength, split), torch.device(config.device)
+    device = torch.device(config.device)
+    augmentations = _augmentations(
+        config.augment,
+        config.augment_strength,
+        split,
+        kind="instances",
+        unknown_token=config.unknown_token,
+        device=device,
+    )
     rows, generator = torch.arange(len(split)), torch.Generator().manual_seed(0)
     size = _image_size(split)
     draws = [each.draw(rows, size, 1, generator).to(device) for _ in range(2) for each in augmentations]

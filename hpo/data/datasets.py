@@ -86,7 +86,7 @@ def _plain_part(part: Part | None) -> Any:
     if isinstance(part, MappedImages):
         return ["images in a file", str(part.file), part.num_images, tuple(part.shape[1:]), part.rows]
     if isinstance(part, Ragged):
-        return ["sequences", part.values, part.lengths, part.padding]
+        return ["sequences", part.values, part.lengths, part.padding, part.synonyms]
     return part
 
 
@@ -99,8 +99,8 @@ def _part_from_plain(plain: Any) -> Part | None:
         return cast("Part | None", plain)
     what, *content = plain
     if what == "sequences":
-        values, lengths, padding = content
-        return Ragged(values, lengths, padding=padding)
+        values, lengths, padding, *synonyms = content  # an earlier version wrote none
+        return Ragged(values, lengths, padding=padding, synonyms=synonyms[0] if synonyms else None)
     file, num_images, image_shape, rows = content
     return MappedImages(Path(file), num_images, image_shape, rows)
 

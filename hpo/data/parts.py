@@ -56,10 +56,11 @@ def values_and_lengths(batch: Any) -> tuple[Tensor, Tensor | None]:
 class Ragged:
     """Sequences of different lengths, one after the other in one tensor; a batch of them is `Padded`."""
 
-    def __init__(self, values: Tensor, lengths: Tensor, *, padding: float = 0) -> None:
+    def __init__(self, values: Tensor, lengths: Tensor, *, padding: float = 0, synonyms: Tensor | None = None) -> None:
         """`values` (total, ...) are those of all sequences, `lengths` (N,) int64 on the CPU says how many each has.
 
-        `padding` is what fills up the shorter sequences of a batch. Raises DataError where lengths and values disagree.
+        `padding` is what fills up the shorter sequences of a batch. `synonyms` (vocabulary, choices) are other ids for
+        each id, from `hpo.read_synonyms`. Raises DataError where lengths and values disagree.
         """
         if lengths.ndim != 1 or int(lengths.sum()) != len(values) or (len(lengths) and int(lengths.min()) < 0):
             raise DataError(
@@ -69,11 +70,18 @@ class Ragged:
         self.values = values
         self.lengths = lengths
         self.padding = padding
+        self.synonyms = synonyms
         self._starts = lengths.cumsum(0) - lengths  # on the CPU, where batches are planned
         self._starts_there, self._lengths_there = (part.to(values.device) for part in (self._starts, lengths))
 
     @classmethod
-    def of(cls, sequences: Iterable[Tensor | np.ndarray[Any, Any] | list[Any]], *, padding: float = 0) -> Ragged:
+    def of(
+        cls,
+        sequences: Iterable[Tensor | np.ndarray[Any, Any] | list[Any]],
+        *,
+        padding: float = 0,
+        synonyms: Tensor | None = None,
+    ) -> Ragged:
         """From sequences (L, ...) of one type and shape; raises DataError where they do not go together."""
         tensors = [torch.as_tensor(sequence) for sequence in sequences]
         try:
@@ -84,7 +92,7 @@ class Ragged:
         if len(types) > 1:
             raise DataError(f"the sequences have several types ({', '.join(sorted(map(str, types)))}); give them one.")
         lengths = torch.tensor([len(tensor) for tensor in tensors], dtype=torch.int64)
-        return cls(values.to(next(iter(types), values.dtype)), lengths, padding=padding)
+        return cls(values.to(next(iter(types), values.dtype)), lengths, padding=padding, synonyms=synonyms)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -125,15 +133,18 @@ class Ragged:
         lengths, starts = self.lengths[rows], self._starts[rows]
         within = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
         index = (within + starts.repeat_interleave(lengths)).to(self.device)
-        return Ragged(self.values[index], lengths, padding=self.padding)
+        return self._like(self.values[index], lengths)
 
     def join(self, others: Ragged) -> Ragged:
         """These sequences and then others."""
         values, lengths = torch.cat((self.values, others.values)), torch.cat((self.lengths, others.lengths))
-        return Ragged(values, lengths, padding=self.padding)
+        return self._like(values, lengths)
+
+    def _like(self, values: Tensor, lengths: Tensor) -> Ragged:
+        return Ragged(values, lengths, padding=self.padding, synonyms=self.synonyms)
 
     def to(self, device: torch.device | str) -> Ragged:
-        return Ragged(self.values.to(device), self.lengths, padding=self.padding)
+        return self._like(self.values.to(device), self.lengths)
 
 
 Part = Tensor | MappedImages | Ragged
