@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -144,6 +144,50 @@ class Comparison:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
+COVERAGES = (0.8, 0.9, 0.95, 0.99)
+"""Shares of new examples that prediction sets and intervals are made for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certainty:
+    """How sure a model may be, from the validation split; see `hpo.training.certainty`."""
+
+    temperature: float | None
+    """What logits are divided by for calibrated probabilities; None for a regression."""
+    calibration_error: tuple[float, float] | None
+    """The expected calibration error on the test split, before and after; None for a regression."""
+    quantiles: dict[float, float]
+    """By coverage: how improbable the right class may be, 1 for none, or how far a number may be off; infinite where
+    there are too few examples."""
+    found: dict[float, tuple[float, float]]
+    """By coverage: the share of the test examples that were covered, and the mean size of a set, or the width of the
+    interval."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {
+            "temperature": self.temperature,
+            "calibration_error": self.calibration_error,
+            "quantiles": {str(coverage): to_plain(value) for coverage, value in self.quantiles.items()},
+            "found": {str(coverage): to_plain(value) for coverage, value in self.found.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Self:
+        """What `to_dict` described, after JSON too."""
+
+        def number(value: float | None) -> float:
+            return math.inf if value is None else value
+
+        error = plain["calibration_error"]
+        return cls(
+            temperature=plain["temperature"],
+            calibration_error=error and (error[0], error[1]),
+            quantiles={float(coverage): number(value) for coverage, value in plain["quantiles"].items()},
+            found={float(coverage): (share, number(size)) for coverage, (share, size) in plain["found"].items()},
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Winner:
     """The best trial by its validation score, and what the test split says of it."""
@@ -173,6 +217,9 @@ class Winner:
     test_interval: tuple[float, float] | None = None
     """Bounds of the 95 % interval of the metric on the test split, over its examples; None until it is tested, and
     where only the task's own `test` has the examples."""
+    certainty: dict[str, Any] | None = None
+    """A `Certainty` as plain data; None until it is tested, for a model trained on all examples, and for targets that
+    are neither one class nor one number."""
     is_refit: bool = False
     """Whether the model was trained on training and validation examples together."""
     confirmation: dict[str, Any] | None = None

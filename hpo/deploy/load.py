@@ -12,9 +12,10 @@ from hpo.errors import CheckpointError, UsageError
 from hpo.home import Home, find_storage
 from hpo.models.preprocessed import PreprocessedModel, build_model
 from hpo.plugins import OBJECTIVES, load_objective, require_registered
+from hpo.records import Certainty
 from hpo.search.storage import read_storage
 from hpo.search.study import Study
-from hpo.search.winner import TEST_READINGS, find_winner
+from hpo.search.winner import CERTAINTIES, TEST_READINGS, find_winner, reading_of
 from hpo.sources import changed_sources, source_checksums
 from hpo.tracking.store import home_store_uri, open_store
 from hpo.training.checkpoint import load_weights
@@ -64,7 +65,10 @@ def load_best(
     folder = download_trial(store, opened, number, is_refit=is_refit)
     if TrialDescription.read(folder).spec is None:
         return saved_model(folder, device)
-    return load_from_folder(folder, opened, number, device, task).model
+    model = load_from_folder(folder, opened, number, device, task).model
+    known = (opened.recorded(CERTAINTIES) or {}).get(reading_of(number, is_refit=is_refit))
+    model.certainty = known and Certainty.from_dict(known)
+    return model
 
 
 def choose_trial(study: Study, trial: int | None) -> tuple[int, bool]:

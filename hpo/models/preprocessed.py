@@ -30,6 +30,7 @@ from hpo.errors import UsageError
 from hpo.models.pretrained import PretrainedNetwork, find_pretrained
 from hpo.models.weighing import Weighing
 from hpo.objective import NOTHING_OWN, Objective, Own
+from hpo.records import Certainty
 
 if TYPE_CHECKING:
     from hpo.data.parts import Batch, Part
@@ -56,6 +57,8 @@ class PreprocessedModel(nn.Module):
         super().__init__()
         self.network = network
         self.spec = spec
+        self.certainty: Certainty | None = None
+        """How sure it may be: the winner of a study has it."""
         self.own = own
         if isinstance(own.loss, nn.Module):
             self.own_loss = own.loss
@@ -248,6 +251,59 @@ class PreprocessedModel(nn.Module):
         self.eval()
         return mean
 
+    def calibrated(self, inputs: Any) -> Tensor:
+        """The probabilities (B, num_classes) at the temperature that the validation split chose.
+
+        Raises UsageError for a model without one: see `certainty`.
+        """
+        temperature = self._require_certainty("calibrated probabilities", "classification").temperature
+        assert temperature is not None, "classes have one"
+        self.eval()
+        with torch.inference_mode():
+            logits: Tensor = self(self._as_batch(inputs))
+        return (logits / temperature).softmax(1)
+
+    def predict_sets(self, inputs: Any, *, coverage: float = 0.9) -> list[list[str]]:
+        """The classes that may be right of each of a batch of raw examples, the most probable first.
+
+        The right one is among them for a share `coverage` of new examples of the same kind (least ambiguous sets,
+        Sadinle et al. 2019, arXiv:1609.00451). Raises UsageError for a coverage that is not one of COVERAGES, and for a
+        model without `certainty`.
+        """
+        quantile = self._quantile("sets of classes", "classification", coverage)
+        probabilities = self.calibrated(inputs)
+        sets = in_sets(probabilities, quantile).tolist()
+        order = probabilities.argsort(1, descending=True).tolist()
+        return [_named(self.spec, [each for each in row if has[each]]) for row, has in zip(order, sets, strict=True)]
+
+    def predict_intervals(self, inputs: Any, *, coverage: float = 0.9) -> Tensor:
+        """Between which numbers each target lies, (B, 2), for a share `coverage` of new examples of the same kind.
+
+        All have the same width (split conformal prediction, Lei et al. 2018, arXiv:1604.04173). Raises UsageError as
+        `predict_sets` does.
+        """
+        quantile = self._quantile("intervals", "regression", coverage)
+        self.eval()
+        with torch.inference_mode():
+            values = self(self._as_batch(inputs))
+        return torch.stack((values - quantile, values + quantile), 1)
+
+    def _quantile(self, what: str, kind: str, coverage: float) -> float:
+        quantiles = self._require_certainty(what, kind).quantiles
+        if coverage not in quantiles:
+            raise UsageError(f"coverage={coverage} is not allowed: use {', '.join(map(str, quantiles))}.")
+        return quantiles[coverage]
+
+    def _require_certainty(self, what: str, kind: str) -> Certainty:
+        if self.spec.kind != kind:
+            raise UsageError(f"{what} are for a task of the kind {kind}, and this one is of the kind {self.spec.kind}.")
+        if self.certainty is None:
+            raise UsageError(
+                f"this model has no {what}: they come with the tested winner of a study, which load_best returns, "
+                "unless it was trained on all examples (--folds, --refit)."
+            )
+        return self.certainty
+
     def _shares(self, batch: Batch) -> Tensor:
         logits, _ = values_and_lengths(self(batch))
         if self.spec.kind == "multilabel":
@@ -256,6 +312,12 @@ class PreprocessedModel(nn.Module):
 
 
 _KINDS_OF_NUMBERS = ("regression", "box")
+
+
+def in_sets(probabilities: Tensor, quantile: float) -> Tensor:
+    """Which classes (N, classes) belong to each example's set; the most probable one always does."""
+    sets = probabilities >= 1 - quantile
+    return sets.scatter(1, probabilities.argmax(1, keepdim=True), value=True)
 
 
 def _named(spec: DataSpec, indices: list[int]) -> list[str]:

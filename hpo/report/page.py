@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 from hpo.records import TrialRecord, ranked
 from hpo.report import figures
 from hpo.search.importances import describe_share
-from hpo.search.winner import describe_comparison, describe_confirmation, describe_training
+from hpo.search.winner import describe_certainty, describe_comparison, describe_confirmation, describe_training
 from hpo.space import describe_conditions, format_value
 
 if TYPE_CHECKING:
@@ -163,6 +163,7 @@ def _winner(content: Content, winner: Winner) -> str:
         said.append("Test: " + ", ".join(f"{name} {value:.4f}" for name, value in winner.test.items()))
         if winner.metric in winner.test:
             said.append(f"Validation less test: {winner.validation - winner.test[winner.metric]:.4f}")
+    said += [f"Certainty: {describe_certainty(winner)}"] if winner.certainty else []
     return table(("parameter", "best", "default"), rows) + "".join(f"<p>{escape(line)}.</p>" for line in said)
 
 

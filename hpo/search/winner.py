@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hpo.config import METRICS
-from hpo.records import Comparison, Winner, describe_pruning
+from hpo.records import Certainty, Comparison, Winner, describe_pruning
 from hpo.search.confirmation import best_repeat
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 TEST_READINGS = "test_readings"
 TEST_INTERVALS = "test_intervals"
+CERTAINTIES = "certainties"
 REFITS = "refits"
 TEST_CONFUSIONS = "test_confusions"
 COMPARISONS = "comparisons"
@@ -50,6 +51,7 @@ def find_winner(study: Study) -> Winner | None:
         pruned=how_far(best, study.settings),
         test=readings.get(reading),
         test_interval=(study.recorded(TEST_INTERVALS) or {}).get(reading),
+        certainty=(study.recorded(CERTAINTIES) or {}).get(reading),
         is_refit=is_refit,
         confirmation=race.to_dict() if race.contenders and study.has_searched else None,
         comparison=comparisons.get(str(best.number)),
@@ -151,6 +153,20 @@ def describe_confirmation(winner: Winner) -> str:
         f"trial {luckiest['trial']}, the best of the search with {luckiest['searched']:.4f}, has {_mean_of(luckiest)}"
     )
     return f"{text}; {lucky}"
+
+
+def describe_certainty(winner: Winner) -> str:
+    """`calibration error 0.0210 on the test split, 0.0090 with temperature 1.31; sets of 90 % contain 91.2 %, ...`."""
+    assert winner.certainty is not None, "it was measured"
+    known = Certainty.from_dict(winner.certainty)
+    covered, size = known.found[0.9]
+    if known.temperature is None or known.calibration_error is None:
+        return f"intervals of 90 % contain {covered:.1%} of the test examples; they are {size:.4g} wide"
+    before, after = known.calibration_error
+    return (
+        f"calibration error {before:.4f} on the test split, {after:.4f} with temperature {known.temperature:.3g}; sets "
+        f"of 90 % contain the class of {covered:.1%} of the test examples, {size:.2f} classes on average"
+    )
 
 
 def _mean_of(row: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ from hpo.search.findings import findings
 from hpo.search.importances import describe_share, importances
 from hpo.search.winner import (
     BASELINES,
+    CERTAINTIES,
     COMPARISONS,
     MAX_CONFUSED,
     REFITS,
@@ -42,6 +43,7 @@ from hpo.search.winner import (
     reading_of,
 )
 from hpo.session.report import has_plotly, report_page
+from hpo.training.certainty import has_certainty, measure_certainty
 from hpo.training.comparison import Difference, compare_folds, compare_models, score_interval
 from hpo.training.evaluation import evaluate, evaluate_classes
 from hpo.training.losses import target_scale
@@ -158,6 +160,10 @@ def _test_scores(winner: Winner, test: SealedSplit, prepared: Prepared, opened: 
     )
     if all(map(math.isfinite, ends)):
         _record(study, TEST_INTERVALS, reading, ends)
+    if has_certainty(spec) and not study.is_refit:  # else it has seen the validation examples
+        validation = prepared.splits.validation
+        known = measure_certainty(trained.model, validation, examples, trained.config, spec)
+        _record(study, CERTAINTIES, reading, known.to_dict())
     if study.settings.metric != "loss":
         del scores["loss"]  # of use in training alone
     if is_classified and {"flip", "alternating_flip"} & {*augmentation_names(trained.config.augment)}:

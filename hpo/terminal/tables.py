@@ -16,7 +16,13 @@ from hpo.home import Home
 from hpo.records import Winner
 from hpo.search.confirmation import PLANS
 from hpo.search.importances import describe_share
-from hpo.search.winner import describe_baselines, describe_comparison, describe_confirmation, describe_training
+from hpo.search.winner import (
+    describe_baselines,
+    describe_certainty,
+    describe_comparison,
+    describe_confirmation,
+    describe_training,
+)
 from hpo.space import Group, Parameter, Space, describe_conditions, format_value
 from hpo.terminal.words import (
     ESTIMATED,
@@ -391,6 +397,8 @@ def _print_winner(console: Console, winner: Winner) -> None:
     if winner.baselines:
         table.add_row("Baselines", describe_baselines(winner))
     table.add_row("Test", _describe_test(winner))
+    if winner.certainty:
+        table.add_row("Certainty", describe_certainty(winner))
     console.print(table)
 
 

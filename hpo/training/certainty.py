@@ -1,0 +1,107 @@
+"""How sure a model may be: a temperature for its probabilities, and sets or intervals with a stated coverage.
+
+Both follow from the validation split, which the training has not seen, and are judged on the test split. A model that
+was trained on all examples has none.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from hpo.models.preprocessed import in_sets
+from hpo.records import COVERAGES, Certainty
+from hpo.training.evaluation import outputs_and_targets
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hpo.config import TrainConfig
+    from hpo.data.examples import DataSpec, Split
+
+_NUM_BINS = 15
+"""Of the calibration error, as in Guo et al. 2017."""
+
+_RANGE = (0.05, 20.0)
+"""Temperatures that are looked at; a model that gets every example right would have 0."""
+
+
+def has_certainty(spec: DataSpec) -> bool:
+    """Whether targets are of a kind that has one: one class, or one number."""
+    return spec.kind == "classification" or (spec.kind == "regression" and not spec.target_shape)
+
+
+def measure_certainty(
+    model: nn.Module, validation: Split, test: Split, config: TrainConfig, spec: DataSpec
+) -> Certainty:
+    """What the validation split says of a model's certainty, and what the test split says of that.
+
+    The model is left in evaluation mode on the config's device.
+    """
+    known, asked = (outputs_and_targets(model, split, config, spec.kind) for split in (validation, test))
+    if spec.kind == "classification":
+        return _of_classes(*known, *asked)
+    return _of_numbers(*known, *asked)
+
+
+def fit_temperature(logits: Tensor, targets: Tensor) -> float:
+    """What logits (N, classes) are divided by so that the cross-entropy is smallest.
+
+    Guo et al. 2017, arXiv:1706.04599. Found by golden-section search over its logarithm.
+    """
+    logits = logits.double()
+
+    def loss(log_temperature: float) -> float:
+        return float(cross_entropy(logits / math.exp(log_temperature), targets))
+
+    low, high = map(math.log, _RANGE)
+    ratio = (math.sqrt(5) - 1) / 2
+    while high - low > 1e-3:
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        low, high = (low, right) if loss(left) < loss(right) else (left, high)
+    return math.exp((low + high) / 2)
+
+
+def conformal_quantile(scores: Tensor, coverage: float) -> float:
+    """The score (of N examples, larger is stranger) that a new example stays below with probability `coverage`.
+
+    It is the ceil((N + 1) coverage)-th smallest (Vovk et al. 2005); infinite where there are too few examples.
+    """
+    rank = math.ceil((len(scores) + 1) * coverage)
+    return float(scores.double().sort().values[rank - 1]) if rank <= len(scores) else math.inf
+
+
+def _of_classes(logits: Tensor, targets: Tensor, test_logits: Tensor, test_targets: Tensor) -> Certainty:
+    temperature = fit_temperature(logits, targets)
+    # Least ambiguous sets: a class belongs if its probability reaches a threshold; see PreprocessedModel.predict_sets.
+    of_target = (logits / temperature).softmax(1).gather(1, targets[:, None]).squeeze(1)
+    quantiles = {coverage: conformal_quantile(1 - of_target, coverage) for coverage in COVERAGES}
+    test = (test_logits / temperature).softmax(1)
+    found = {}
+    for coverage, quantile in quantiles.items():
+        sets = in_sets(test, quantile)
+        covered = sets.gather(1, test_targets[:, None])
+        found[coverage] = float(covered.double().mean()), float(sets.sum(1).double().mean())
+    before, after = (_calibration_error(each, test_targets) for each in (test_logits.softmax(1), test))
+    return Certainty(temperature=temperature, calibration_error=(before, after), quantiles=quantiles, found=found)
+
+
+def _calibration_error(probabilities: Tensor, targets: Tensor) -> float:
+    """The expected calibration error: how far confidence and accuracy are apart, over bins of confidence."""
+    classes = probabilities.shape[1]
+    return float(multiclass_calibration_error(probabilities, targets, num_classes=classes, n_bins=_NUM_BINS))
+
+
+def _of_numbers(values: Tensor, targets: Tensor, test_values: Tensor, test_targets: Tensor) -> Certainty:
+    # Intervals of one width around the prediction (Lei et al. 2018, arXiv:1604.04173).
+    errors, test_errors = (values - targets).abs(), (test_values - test_targets).abs()
+    quantiles = {coverage: conformal_quantile(errors, coverage) for coverage in COVERAGES}
+    found = {
+        coverage: (float((test_errors <= quantile).double().mean()), 2 * quantile)
+        for coverage, quantile in quantiles.items()
+    }
+    return Certainty(temperature=None, calibration_error=None, quantiles=quantiles, found=found)
