@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hpo.data.examples import Split
+from hpo.training.class_metrics import ConfusionMetrics
 from hpo.training.losses import loss_function, target_scale, training_loss
-from hpo.training.metrics import ConfusionMetrics
 from hpo.training.optimizers import build_optimizer
 from hpo.training.step import TrainingStep
 from hpo.training.trainer import fit

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hpo.training.class_metrics import ConfusionMetrics, auroc
 from hpo.training.evaluation import evaluate_classes
-from hpo.training.metrics import ConfusionMetrics, RegressionMetrics, auroc
+from hpo.training.value_metrics import RegressionMetrics
 
 
 def measured(metrics: Any, outputs: Tensor, targets: Tensor, batch_size: int) -> dict[str, float]:

@@ -10,10 +10,11 @@ import torch
 from hpo.data.batches import evaluation_batch_size, evaluation_batches, evaluation_views
 from hpo.data.parts import joined
 from hpo.models.preprocessed import own_of
+from hpo.training.class_metrics import best_thresholds
 from hpo.training.device import in_fitting_batches
 from hpo.training.distributed import ALONE, Ranks
 from hpo.training.losses import loss_function, one_by_one
-from hpo.training.metrics import EpochMetrics, best_thresholds
+from hpo.training.metrics import EpochMetrics
 from hpo.training.precision import autocast, has_convolutions
 
 if TYPE_CHECKING:
