@@ -143,7 +143,7 @@ class TrainConfig:
     """Whether the momentum of SGD and Muon is Nesterov's; without effect when momentum is 0."""
 
     beta1: float = 0.9
-    """Decay of the average of the gradients in Adam and its kin (all but SGD, RMSprop and Adagrad), in [0, 1)."""
+    """Decay of the average of the gradients in Adam and its variants (not SGD, RMSprop and Adagrad), in [0, 1)."""
 
     beta2: float = 0.999
     """Decay of the average of the squared gradients, where there is a `beta1`, in [0, 1)."""
@@ -331,7 +331,7 @@ class TrainConfig:
             self._require(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
         for name in ("momentum", "beta1", "beta2", "warmup_fraction", "label_smoothing", "ema_decay", "swa_start"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        self._require("swa_start", self.swa_start == 0 or self.ema_decay == 0, "0 where ema_decay averages the weights")
+        self._require("swa_start", self.swa_start == 0 or self.ema_decay == 0, "0 when ema_decay averages the weights")
         for name in (
             "backbone_lr_factor",
             "curriculum_start",

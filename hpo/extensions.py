@@ -67,7 +67,7 @@ def _attribute(reference: str) -> Any:
 def _registered(group: str, name: str, built_in: Sequence[str]) -> Any:
     points = {point.name: point for point in entry_points(group=group)}
     if name not in points:
-        raise UnknownNameError(_KINDS[group], name, [*built_in, *sorted(points)], "One of your own: module:factory.")
+        raise UnknownNameError(_KINDS[group], name, [*built_in, *sorted(points)], "Or give your own as module:factory.")
     try:
         return points[name].load()
     except (Exception, SystemExit) as error:  # a stranger's code may raise anything

@@ -131,7 +131,7 @@ class StudyFiles:
 
     @property
     def spool(self) -> Path:
-        """A folder for each session, with a file for each trial of which MLflow has yet to be told."""
+        """A folder for each session, with a file for each trial that MLflow does not have yet."""
         return self.home.path / "spool" / self.name
 
     @property
@@ -177,11 +177,11 @@ class StudyFiles:
         return folder
 
     def spool_file(self, session: str, number: int) -> Path:
-        """What MLflow has yet to be told of a trial."""
+        """What MLflow does not have yet of a trial."""
         return self.spool / session / f"trial-{number:04d}.jsonl"
 
     def is_spooled(self, number: int) -> bool:
-        """Whether MLflow has yet to be told of a trial, by any session."""
+        """Whether MLflow lacks anything of a trial, of any session."""
         return any(self.spool.glob(f"*/trial-{number:04d}.jsonl"))
 
     def claim(self, storage: str | None) -> None:

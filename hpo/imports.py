@@ -1,4 +1,4 @@
-"""Code of strangers, imported on demand: what goes wrong is told in one line."""
+"""Code of others, imported on demand: what goes wrong is reported in one line."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ class Objective:
                 raise UsageError(f"metric '{name}' of task '{self.name}' may have {METRIC_CHARACTERS} alone.")
         if self.direction is not None and self.metric not in self.metrics:
             raise UsageError(
-                f"direction= of task '{self.name}' is for a training loop or a metric of its own; it is known of "
+                f"direction= of task '{self.name}' is for a training loop or a metric of its own; it is known for "
                 f"{self.metric}: omit it."
             )
 

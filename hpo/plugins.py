@@ -99,7 +99,7 @@ def _load(group: str, reference: str, wanted: type) -> _Found:
     kind = "task" if wanted is Objective else "search space"
     if reference not in modules:
         own = "FILE.py" if "/" in reference else f"./{reference}.py"
-        raise UnknownNameError(kind, reference, modules, f"A file of your own: {own}, or module:attribute.")
+        raise UnknownNameError(kind, reference, modules, f"Or give a file of your own: {own}, or module:attribute.")
     return _Found(_attribute(import_module(modules[reference]), attribute, wanted, reference), reference)
 
 

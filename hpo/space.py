@@ -334,7 +334,7 @@ class Space:
         return Space(*(group for group in groups if group.parameters))
 
     def configure(self, text: str) -> dict[str, Value]:
-        """The default configuration but for what `lr=0.1,optimizer=sgd` says; a value for every parameter.
+        """The default configuration except for what `lr=0.1,optimizer=sgd` says; a value for every parameter.
 
         Raises SpaceError for malformed text, a value that is not allowed, and one that would be without effect because
         its condition does not hold; UnknownNameError for an unknown parameter.

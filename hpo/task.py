@@ -147,7 +147,7 @@ def _parse_setting(name: str, text: str) -> Value:
 
 
 def load_dataset(task: Task, data_dir: Path) -> Dataset:
-    """The task's data, read with its data options unless they have been; what goes wrong is told as a DataError."""
+    """The task's data, read with its data options unless they have been; what goes wrong is raised as a DataError."""
     from hpo.data.examples import Dataset, SealedSplit  # they import torch, which `hpo tasks` can do without
 
     if task.dataset is not None:

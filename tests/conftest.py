@@ -68,6 +68,15 @@ def _figures_are_drawn_where_they_are_looked_at(
         monkeypatch.setattr(conclude, "log_report", lambda *_: None)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many as a worker has; with small tensors more would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
     """A real PostgreSQL, one for each process that runs tests; whoever kills it starts it again."""

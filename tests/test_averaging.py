@@ -96,5 +96,5 @@ def test_swa_is_the_mean_of_the_weights_at_the_ends_of_the_late_epochs(tmp_path:
 
 
 def test_two_ways_of_averaging_at_once_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"swa_start=0\.5 is not allowed: it must be 0 where ema_decay"):
+    with pytest.raises(UsageError, match=r"swa_start=0\.5 is not allowed: it must be 0 when ema_decay"):
         quick_config(swa_start=0.5, ema_decay=0.9)

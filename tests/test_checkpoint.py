@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import warm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -256,7 +257,9 @@ print(sha256)
 
 
 def test_a_write_that_the_disk_cannot_hold_fails_and_leaves_the_previous_file(tmp_path: Path) -> None:
-    output = run_python(FULL_DISK, tmp_path).split()
+    finished = warm.run([sys.executable, "-c", FULL_DISK, tmp_path])
+    assert finished.returncode == 0, finished.stderr
+    output = finished.stdout.split()
     assert output[:2] == ["EFBIG", "EFBIG"]
     folder = CheckpointFolder(tmp_path / "run")
     loaded = folder.load()
@@ -281,7 +284,8 @@ for epoch in count(1):
 def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with subprocess.Popen([sys.executable, "-c", ENDLESS_SAVES, str(tmp_path)], stdout=subprocess.PIPE) as process:
+    command = [sys.executable, "-c", ENDLESS_SAVES, tmp_path]
+    with warm.WarmPopen(command, text=True, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         last_reported = [int(process.stdout.readline()) for _ in range(5)][-1]
         os.kill(process.pid, signal.SIGKILL)
@@ -302,11 +306,6 @@ def test_the_rename_comes_after_the_content_is_on_the_disk(
     monkeypatch.setattr(Path, "replace", lambda path, target: (calls.append("rename"), rename(path, target))[1])
     folder.save({"x": 1}, epoch=1)
     assert calls == ["fsync", "rename", "fsync"], "the content, the rename, then the folder"
-
-
-def run_python(program: str, *arguments: Path) -> str:
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 # Writing in a thread.

@@ -153,7 +153,7 @@ BAD_INPUT = [
     ("search digits -p max_epochs=5", "max_epochs cannot be searched; give --epochs instead of -p max_epochs="),
     ("search digits --set seed=5", "seed has a command-line option of its own, --seed"),
     ("search digits --folds 2000", "--folds 2000 is not allowed: there are only 1437 examples"),
-    ("search ./folder/task", "A file of your own: FILE.py, or module:attribute"),
+    ("search ./folder/task", "Or give a file of your own: FILE.py, or module:attribute"),
     (
         "search digits --limit 100",
         "larger than the 80 training examples; allow smaller ones only, as -p batch_size=32,64",
@@ -328,7 +328,7 @@ def hpo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(("line", "message"), BAD_INPUT, ids=[line[:60] for line, _ in BAD_INPUT])
-def test_bad_input_is_told_in_one_line_and_nothing_is_written(
+def test_bad_input_is_reported_in_one_line_and_nothing_is_written(
     hpo: Callable[[str], Answer], tmp_path: Path, line: str, message: str
 ) -> None:
     for name, text in BROKEN_FILES.items():
@@ -342,7 +342,9 @@ def test_bad_input_is_told_in_one_line_and_nothing_is_written(
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {*BROKEN_FILES, "data"}
 
 
-def test_a_damaged_store_is_told_in_one_line_and_left_as_it_is(hpo: Callable[[str], Answer], tmp_path: Path) -> None:
+def test_a_damaged_store_is_reported_in_one_line_and_left_as_it_is(
+    hpo: Callable[[str], Answer], tmp_path: Path
+) -> None:
     for name in ("optuna.db", "mlflow.db"):
         home = tmp_path / name.removesuffix(".db")
         home.mkdir()

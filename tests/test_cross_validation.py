@@ -209,7 +209,7 @@ def test_a_trial_that_is_worse_in_two_folds_is_pruned(direction: Any) -> None:
     assert "Pruning saved 15% of the 20 folds that 4 trials of 5 might have run" in saved.text
 
 
-def test_a_trial_without_folds_to_compare_with_goes_on() -> None:
+def test_a_trial_without_folds_to_compare_with_continues() -> None:
     study = new_study()
     assert run(study, [value - 0.2 for value in BASELINE]).number == 0
     assert study.counts()["complete"] == 1
@@ -300,7 +300,7 @@ def test_the_winner_is_trained_again_where_that_was_cut_short(home: Path, monkey
         patched.setattr(conclude, "refit", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_search("diabetes", **options)
-    with pytest.raises(UsageError, match="has no model of its own: with --folds the winner alone gets one"):
+    with pytest.raises(UsageError, match="has no model of its own: with --folds only the winner gets one"):
         hpo.load_best("diabetes", home=home)
     winner = run_search("diabetes", **options).winner
     assert winner is not None

@@ -93,7 +93,7 @@ def test_every_command_that_reads_data_takes_their_options(task: Path, home: Pat
         (["label=class", "unused=3"], "no data option 'unused'"),
     ],
 )
-def test_what_is_no_option_of_the_data_is_told_before_they_are_read(task: Path, given: Any, message: str) -> None:
+def test_what_is_no_option_of_the_data_is_reported_before_they_are_read(task: Path, given: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         load_task(str(task)).with_data_options(given)
     assert not (task.parent / "loads.txt").exists()

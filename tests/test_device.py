@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from helpers.data import of_classes
+from helpers.pretended_cuda import TOTAL_MEMORY, pretended_cuda
 from helpers.training import ImageNet, image_splits, quick_config
-from pretended_cuda import TOTAL_MEMORY, pretended_cuda
 from torch import Tensor, nn
 
 from hpo.data import batches

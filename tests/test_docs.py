@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from helpers import warm
 from helpers.postgres import Postgres
 
 from hpo.cli import cli, main
@@ -165,20 +166,15 @@ def test_nothing_is_left_to_be_filled_in() -> None:
         assert not re.search(r"^[A-Z]{5,}$", page.read_text(), re.MULTILINE), page.name
 
 
-def test_the_prediction_example_runs_after_the_search_of_the_readme(home: Path) -> None:
-    environment = {**os.environ, "HPO_HOME": str(home)}
-    for command in (["-m", "hpo", "search", "digits", "--trials", "2", "--epochs", "2"], ["examples/predict.py"]):
-        finished = subprocess.run(
-            [sys.executable, "-W", "error::UserWarning:hpo", *command],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
-        assert finished.returncode == 0, finished.stderr
-        assert finished.stderr == ""
+def test_the_prediction_example_runs_after_the_search_of_the_readme(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HPO_HOME", str(home))
+    succeeds("search digits --trials 20", monkeypatch)
+    assert capfd.readouterr().err == ""
+    finished = warm.run([sys.executable, "examples/predict.py"], cwd=ROOT)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr == ""
     assert re.fullmatch(r"predicted:( \d){8}\n", finished.stdout)
 
 

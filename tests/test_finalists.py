@@ -59,7 +59,7 @@ def record(number: int, state: TrialState, *curve: float, stage: str = EVERYTHIN
 # --- who is never pruned ----------------------------------------------------------------------------------------------
 
 
-def test_a_trial_goes_on_while_none_was_better_in_any_epoch() -> None:
+def test_a_trial_continues_while_none_was_better_in_any_epoch() -> None:
     slow_winner = record(0, "complete", 0.5, 0.6, 0.9)
 
     assert not is_spared(record(1, "running", 0.8), [slow_winner], SETTINGS)
@@ -70,7 +70,7 @@ def test_a_trial_goes_on_while_none_was_better_in_any_epoch() -> None:
 
 
 @pytest.mark.parametrize("stage", [DEFAULT_CONFIGURATION, TRIED_BY_HAND])
-def test_what_the_user_asked_for_goes_on_until_another_was_better_by_the_same_epoch(stage: str) -> None:
+def test_what_the_user_asked_for_continues_until_another_was_better_by_the_same_epoch(stage: str) -> None:
     others = [record(2, "complete", 0.5, 0.6, 0.9), record(3, "diverged", 0.99), record(4, "failed", 0.99)]
 
     assert is_spared(record(1, "running", 0.55, stage=stage), others, SETTINGS)

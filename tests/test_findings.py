@@ -104,7 +104,7 @@ def texts(found: Any) -> list[str]:
 # --- the edge of a range ----------------------------------------------------------------------------------------------
 
 
-def test_a_best_value_at_the_end_of_its_range_is_told_on_the_scale_of_the_range() -> None:
+def test_a_best_value_at_the_end_of_its_range_is_reported_on_the_scale_of_the_range() -> None:
     study = a_study(60, rising_with(log_lr))
 
     (finding,) = find_edges(study)
@@ -116,13 +116,13 @@ def test_a_best_value_at_the_end_of_its_range_is_told_on_the_scale_of_the_range(
     assert finding.data == {"parameter": "lr", "value": best.values["lr"], "end": "upper", "bound": 0.1}
 
 
-def test_the_lower_end_is_told_too_and_where_smaller_is_better() -> None:
+def test_the_lower_end_is_reported_too_and_where_smaller_is_better() -> None:
     study = a_study(60, rising_with(log_lr), direction=Direction.MINIMIZE, seed=1)
 
     assert [finding.data["end"] for finding in find_edges(study)] == ["lower"]
 
 
-def test_the_ends_of_whole_numbers_are_told() -> None:
+def test_the_ends_of_whole_numbers_are_reported() -> None:
     study = a_study(60, rising_with(lambda values: float(values["depth"])))
 
     assert [finding.data["parameter"] for finding in find_edges(study)] == ["depth"]
@@ -165,7 +165,7 @@ def diverging_above(limit: float) -> Callable[[Suggestion], Ending]:
     return lambda suggestion: ("diverged", []) if suggestion.values["lr"] > limit else ("complete", [0.5])
 
 
-def test_the_learning_rate_above_which_everything_diverged_is_told_with_an_override_that_can_be_typed() -> None:
+def test_the_learning_rate_above_which_everything_diverged_is_reported_with_an_override_that_can_be_typed() -> None:
     study = a_study(40, diverging_above(0.02))
 
     (finding,) = find_divergence(study)
@@ -199,7 +199,7 @@ def test_the_learning_rate_above_which_everything_diverged_is_told_with_an_overr
         ),
     ],
 )
-def test_no_limit_of_the_learning_rate_is_told_where(ending: Callable[[Suggestion], Ending], why: str) -> None:
+def test_no_limit_of_the_learning_rate_is_reported_where(ending: Callable[[Suggestion], Ending], why: str) -> None:
     assert texts(find_divergence(a_study(40, ending))) == [], why
 
 
@@ -226,7 +226,7 @@ def best_in(epoch: int, state: EndState = "complete") -> Callable[[Suggestion], 
 
 
 @pytest.mark.parametrize(("epoch", "advice"), [(2, "fewer --epochs"), (16, "more --epochs"), (20, "more --epochs")])
-def test_a_best_epoch_near_an_end_of_the_training_is_told(epoch: int, advice: str) -> None:
+def test_a_best_epoch_near_an_end_of_the_training_is_reported(epoch: int, advice: str) -> None:
     (finding,) = find_training_length(a_study(4, best_in(epoch)))
 
     assert finding.text.startswith(f"The best trials are at their best in epoch {epoch} of 20: {advice}")
@@ -234,7 +234,7 @@ def test_a_best_epoch_near_an_end_of_the_training_is_told(epoch: int, advice: st
 
 
 @pytest.mark.parametrize("study", [a_study(4, best_in(3)), a_study(4, best_in(15)), a_study(2, best_in(20))])
-def test_an_ordinary_best_epoch_or_that_of_few_trials_is_not_told(study: Study) -> None:
+def test_an_ordinary_best_epoch_or_that_of_few_trials_is_not_reported(study: Study) -> None:
     assert list(find_training_length(study)) == []
 
 
@@ -252,7 +252,7 @@ def test_three_epochs_have_no_first_tenth_and_no_last_quarter() -> None:
 # --- epochs saved -----------------------------------------------------------------------------------------------------
 
 
-def test_the_share_of_epochs_that_pruning_saved_is_told_apart_from_other_savings() -> None:
+def test_the_share_of_epochs_that_pruning_saved_is_reported_apart_from_other_savings() -> None:
     endings: list[Ending] = [
         ("complete", [0.5] * 20),
         ("complete", [0.5] * 15),  # stopped early
@@ -292,7 +292,7 @@ def with_symptoms(study_symptoms: Sequence[dict[str, float]]) -> Study:
     return study
 
 
-def test_what_goes_wrong_in_the_best_trial_is_told() -> None:
+def test_what_goes_wrong_in_the_best_trial_is_reported() -> None:
     study = with_symptoms([{"overfits_from": 6, "vanishing_layers": 3, "dead_units": 0.7}, {}, {}, {}])
 
     assert [text.partition(":")[0] for text in texts(find_symptoms(study))] == [
@@ -302,7 +302,7 @@ def test_what_goes_wrong_in_the_best_trial_is_told() -> None:
     ]
 
 
-def test_what_goes_wrong_in_many_other_trials_is_told_with_their_number() -> None:
+def test_what_goes_wrong_in_many_other_trials_is_reported_with_their_number() -> None:
     study = with_symptoms([{}, *({"vanishing_layers": depth} for depth in (2, 4, 9)), *[{"exploding": 50.0}] * 2])  # type: ignore[list-item]
 
     (finding,) = find_symptoms(study)
@@ -321,7 +321,7 @@ def test_every_symptom_has_its_sentence() -> None:
         assert topics == ["overfitting", "plateau", "vanishing gradients", "exploding gradients", "dead units"]
 
 
-def test_symptoms_of_a_few_trials_of_many_are_not_told() -> None:
+def test_symptoms_of_a_few_trials_of_many_are_not_reported() -> None:
     assert list(find_symptoms(with_symptoms([*[{}] * 10, *[{"stalls_from": 3}] * 3]))) == []  # type: ignore[list-item]
     assert list(find_symptoms(with_symptoms([{}, {"stalls_from": 3}]))) == []
 

@@ -103,10 +103,10 @@ def test_a_server_that_does_not_answer_costs_no_trial_and_one_warning(
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         assert hpo.run_search(task, home=home, notify=url, **OPTIONS).is_done
     warnings = [record.getMessage() for record in caplog.records if "--notify" in record.getMessage()]
-    assert warnings == ["the server of --notify did not take a post (timed out); the search goes on"]
+    assert warnings == ["the server of --notify did not accept a post (timed out); the search continues"]
 
 
-def test_a_search_that_fails_is_told_without_its_message(posts: tuple[str, list[dict[str, Any]]]) -> None:
+def test_a_search_that_fails_is_reported_without_its_message(posts: tuple[str, list[dict[str, Any]]]) -> None:
     url, taken = posts
     Notifier(url, "x").search_failed(hpo.SearchError("the token is 1234"))
     assert taken == [{"event": "failed", "study": "x", "text": "x: the search failed with a SearchError"}]

@@ -77,7 +77,7 @@ def test_an_example_is_pruned_and_resumed_after_kill_9_and_its_best_model_loads(
 
 
 @pytest.mark.parametrize("name", ["lightning", "transformers"])
-def test_a_missing_library_is_told_with_the_extra_that_has_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_reported_with_the_extra_that_has_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, f"hpo.integrations.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "lightning.pytorch" if name == "lightning" else name, None)
     with pytest.raises(hpo.UsageError, match=rf"pip install 'hpo-torch\[{name}\]'"):

@@ -33,9 +33,10 @@ from hpo.checks.verdicts import Subject
 from hpo.data.datasets import class_counts
 from hpo.models.preprocessed import build_model
 from hpo.task import Task
+from hpo.training.class_metrics import best_thresholds
 from hpo.training.evaluation import choose_thresholds, outputs_and_targets
 from hpo.training.losses import iou_of_pairs, loss_function
-from hpo.training.metrics import EpochMetrics, best_thresholds
+from hpo.training.metrics import EpochMetrics
 from hpo.training.trainer import EpochResult, fit
 
 NUM_EXAMPLES = 500

@@ -264,7 +264,7 @@ def test_a_machine_leaves_and_one_comes_back_and_nobody_waits_for_a_lease(team: 
     assert team.trial(left.mark).attempts == 3
 
 
-def test_outages_of_postgresql_and_of_mlflow_lose_nothing_and_a_machine_that_is_told_to_leaves(team: Team) -> None:
+def test_outages_of_postgresql_and_of_mlflow_lose_nothing_and_a_machine_leaves_when_asked(team: Team) -> None:
     team.submit(trials=6)
     both = ("anna", "bert")
     for machine in both:
@@ -293,7 +293,7 @@ def test_outages_of_postgresql_and_of_mlflow_lose_nothing_and_a_machine_that_is_
             team.reached(machine, 1, *workers, times=3)
             team.hold(machine, 2)
         for worker in workers:
-            wait_until(lambda worker=worker: "until MLflow takes it" in worker.said, *workers)  # type: ignore[misc]
+            wait_until(lambda worker=worker: "until MLflow accepts it" in worker.said, *workers)  # type: ignore[misc]
 
     anna, bert = workers
     for machine in both:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers.homes import copy_database
-from helpers.searches import Searches
+from helpers.searches import Searches, searching
 
 from hpo.records import TrialRecord
 
@@ -30,12 +30,11 @@ def unruly(tmp_path_factory: pytest.TempPathFactory, mlflow_template: Path) -> I
     home = folder / "home"
     home.mkdir()
     copy_database(mlflow_template, home / "mlflow.db")
-    searches = Searches(folder, home)
     moods = ["calm", "nan", "prints", *MISBEHAVIOURS]
     overrides = ("lr=0.1", "width=16", f"mood={','.join(moods)}")
-    searches.run(strategy="grid", trials=len(moods), overrides=overrides)
-    yield searches
-    searches.end()
+    with searching(folder, home) as searches:
+        searches.run(strategy="grid", trials=len(moods), overrides=overrides)
+        yield searches
 
 
 def the_trial(searches: Searches, mood: str) -> TrialRecord:
@@ -44,7 +43,7 @@ def the_trial(searches: Searches, mood: str) -> TrialRecord:
 
 
 @pytest.mark.parametrize(("mood", "reason"), MISBEHAVIOURS.items())
-def test_a_trial_that_misbehaves_fails_with_its_reason_and_the_search_goes_on(
+def test_a_trial_that_misbehaves_fails_with_its_reason_and_the_search_continues(
     unruly: Searches, mood: str, reason: str
 ) -> None:
     trial = the_trial(unruly, mood)

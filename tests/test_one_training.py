@@ -85,7 +85,7 @@ def test_folds_and_own_loops_are_run_again_and_a_change_of_the_source_is_named(h
     assert found.difference == pytest.approx((found.value or 0) - (found.earlier_value or 0))
 
 
-def test_an_own_loop_is_trained_once_and_what_it_raises_is_told(home: Path, tmp_path: Path) -> None:
+def test_an_own_loop_is_trained_once_and_what_it_raises_is_reported(home: Path, tmp_path: Path) -> None:
     trained = train_once(EXAMPLE, overrides=("lr=0.2",), epochs=2, home=home)
     assert (sorted(trained.curve), trained.configuration["lr"], trained.has_model) == ([1, 2], 0.2, True)
     assert isinstance(hpo.load_run(trained.run_id, task=EXAMPLE, home=home)["0.weight"], torch.Tensor)
@@ -99,7 +99,7 @@ def test_an_own_loop_is_trained_once_and_what_it_raises_is_told(home: Path, tmp_
     assert {run.info.status for run in client.search_runs([experiment.experiment_id])} == {"FINISHED", "FAILED"}
 
 
-def test_what_a_training_or_a_rerun_cannot_do_is_told_before_anything_is_written(home: Path) -> None:
+def test_what_a_training_or_a_rerun_cannot_do_is_reported_before_anything_is_written(home: Path) -> None:
     with pytest.raises(hpo.UsageError, match=r"-p lr=0.01:0.1 is more than one value; .* give -p lr=VALUE"):
         train_once("digits", overrides=("lr=0.01:0.1",), home=home)
     with pytest.raises(hpo.UsageError, match=r"--limit 5 is for the shared trainer"):

@@ -273,7 +273,7 @@ def test_muon_takes_hidden_matrices_and_adamw_all_else() -> None:
     assert all(0.5 < value < 1.5 for value in singular_values.tolist()), "its step is nearly orthogonal"
 
 
-def test_muon_goes_on_from_its_saved_state_in_both_of_its_parts() -> None:
+def test_muon_continues_from_its_saved_state_in_both_of_its_parts() -> None:
     def stepped(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
         torch.manual_seed(seed)
         for parameter in model.parameters():

@@ -93,7 +93,7 @@ def test_a_setting_that_is_searched_may_be_fixed_at_a_value_that_the_space_lacks
         ("patience", SpaceError, "--set 'patience' is not NAME=VALUE"),
     ],
 )
-def test_what_cannot_be_fixed_is_told(assignment: str, error: type[Exception], message: str) -> None:
+def test_what_cannot_be_fixed_is_reported(assignment: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         load_task("digits").fix([assignment])
 
@@ -197,7 +197,7 @@ def test_a_strategy_a_pruner_and_an_executor_of_others_run_a_search(
         ({"executor": "thiers"}, "no executor 'thiers'"),
     ],
 )
-def test_what_others_made_wrong_is_told_before_anything_is_written(
+def test_what_others_made_wrong_is_reported_before_anything_is_written(
     options: dict[str, str], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=message):

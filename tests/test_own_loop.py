@@ -269,14 +269,14 @@ def saves_a_class(trial: hpo.Trial) -> None:
         (lambda trial: trial.save_model(3), "save_model takes a module or a dictionary of tensors, not a int"),
     ],
 )
-def test_what_breaks_a_rule_is_told_in_one_line(train: Any, told: str, tmp_path: Path) -> None:
+def test_what_breaks_a_rule_is_reported_in_one_line(train: Any, told: str, tmp_path: Path) -> None:
     with pytest.raises(hpo.UsageError, match=told) as raised:
         attempt(train, tmp_path)
     assert "\n" not in str(raised.value)
 
 
-def test_a_loop_that_goes_on_after_it_was_stopped_is_told(tmp_path: Path) -> None:
-    with pytest.raises(hpo.UsageError, match=r"went on to epoch 3 after trial.report had returned False"):
+def test_a_loop_that_continues_after_it_was_stopped_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(hpo.UsageError, match=r"continued to epoch 3 after trial.report returned False"):
         attempt(reports(1, 2, 3), tmp_path, stops_in=2)
 
 

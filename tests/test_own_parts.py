@@ -187,7 +187,7 @@ def test_a_metric_says_itself_whether_more_is_better_or_the_task_does() -> None:
     assert task_of(**given, metric="calibration").objective.better is Direction.MINIMIZE  # type: ignore[arg-type]
     with pytest.raises(UsageError, match='must say whether a larger or a smaller regret is better: direction="max'):
         assert task_of(**given, metric="regret").objective.better  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="it is known of accuracy: omit it"):
+    with pytest.raises(UsageError, match="it is known for accuracy: omit it"):
         task_of(**given, metric="accuracy", direction="minimize")  # type: ignore[arg-type]
 
 

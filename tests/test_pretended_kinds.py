@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from pretended_cuda import Seen, pretended_cuda
-from pretended_gpu_cases import BETWEEN_STEPS
+from helpers.pretended_cuda import Seen, pretended_cuda
+from helpers.pretended_trials import BETWEEN_STEPS
 from torch import Tensor, nn
 
 from hpo import Dataset, DataSpec, Objective, Ragged, TrainConfig, convnet1d, hold_out, mlp, recurrent, split_dataset
@@ -18,8 +18,9 @@ from hpo import tabular, transformer  # isort: skip
 from hpo.data import batches
 from hpo.execution.messages import Assignment, Decision
 from hpo.execution.worker import TrialData, run_with_data
+from hpo.training import costs
 
-pytestmark = pytest.mark.pretended_gpu
+pytestmark = [pytest.mark.pretended_gpu, pytest.mark.usefixtures("one_thread")]
 
 NUM = 75  # 48 of them are trained on
 GENERATOR = torch.Generator().manual_seed(0)
@@ -123,7 +124,7 @@ CASES = {
         hold_out(Ragged.of(WORDS), Ragged.of([each[:2] % 3 for each in WORDS]), NAMES, kind="transcription"),
         recurrent, "ctc", "character_error_rate", WIDTH,
         # Edits are counted on the CPU after an evaluation, batch by batch.
-        frozenset({("tolist", "training/metrics.py:<listcomp>"), ("tolist", "data/kinds.py:read_greedily")}),
+        frozenset({("tolist", "training/position_metrics.py:<listcomp>"), ("tolist", "data/kinds.py:read_greedily")}),
     ),
     "two inputs": Case(
         hold_out({"numbers": FEATURES, "kinds": CLASSES}, CLASSES, NAMES), tabular, "cross_entropy", "f1", WIDTH
@@ -192,6 +193,7 @@ def trained(case: Case, folder: Path, *, batch_size: int, is_streamed: bool) -> 
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches, "_SMALL_EXAMPLE", 0)
+        patch.setattr(costs, "TIMING_S", 0.001)
         if is_streamed:
             patch.setattr(batches, "DEVICE_SHARE", 0.0)
         with pretended_cuda() as seen:
@@ -207,7 +209,7 @@ def test_a_trial_of_each_kind_waits_between_epochs_alone_and_leaves_nothing(
 ) -> None:
     case = CASES[name]
     few = trained(case, tmp_path / "few", batch_size=24, is_streamed=is_streamed)
-    many = trained(case, tmp_path / "many", batch_size=8, is_streamed=is_streamed)
+    many = trained(case, tmp_path / "many", batch_size=12, is_streamed=is_streamed)
     more = {wait for wait, count in many.waits.items() if count > few.waits[wait] and "costs.py" not in wait[1]}
     assert more == case.waits_in_each_step
     assert many.waits.keys() <= BETWEEN_STEPS.keys() | more

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from pretended_cuda import Seen, pretended_cuda
-from pretended_gpu_cases import make_splits
+from helpers.pretended_cuda import Seen, pretended_cuda
+from helpers.pretended_trials import make_splits
 from torch import nn
 
 from hpo.config import TrainConfig
@@ -20,7 +20,7 @@ from hpo.execution.worker import TrialData, run_with_data
 from hpo.models.preprocessed import build_model
 from hpo.objective import Objective
 
-pytestmark = pytest.mark.pretended_gpu
+pytestmark = [pytest.mark.pretended_gpu, pytest.mark.usefixtures("one_thread")]
 
 
 class Large(nn.Module):
@@ -93,7 +93,7 @@ def test_a_trial_streams_the_data_of_the_ones_before_if_it_needs_their_memory(
         assert caplog.text == ""
         tight = run(1, WITHOUT_DATA, tmp_path, data, fails_in_evaluation=fails_in_evaluation)
         assert not data.splits.train.targets.is_cuda
-        assert "does not hold the trial beside its data, which are streamed" in caplog.text
+        assert "cannot hold the trial and its data; the data are streamed" in caplog.text
         assert seen.bytes_alive() == 0
         assert tight == before
         assert run(2, ROOMY, tmp_path, data) == before

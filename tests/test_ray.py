@@ -253,7 +253,7 @@ def trials_with_checkpoint(home: Path, epoch: int) -> int:
     return len({path.parent for path in home.glob(f"checkpoints/held/trial-*/epoch-{epoch:04d}.*.pt")})
 
 
-def test_a_search_goes_on_as_nodes_join_and_are_lost(
+def test_a_search_continues_as_nodes_join_and_are_lost(
     search: Callable[..., subprocess.Popen[str]], cluster: Cluster, home: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "hold").touch()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import warm
 from helpers.training import (
     ImageNet,
     Scripted,
@@ -159,8 +159,7 @@ list(fit(Killed(dropout=0.3), image_splits(), quick_config(max_epochs=5, compile
 
 
 def test_a_killed_process_is_continued_bit_equal_by_another(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLED_IN_ITS_THIRD_EPOCH, str(Path(__file__).parent), str(tmp_path)]
-    killed = subprocess.run(command, check=False, capture_output=True, text=True)
+    killed = warm.run([sys.executable, "-c", KILLED_IN_ITS_THIRD_EPOCH, Path(__file__).parent, tmp_path])
     assert killed.returncode == -signal.SIGKILL, killed.stderr
 
     # What was compiled in this process already is compiled again at once, which the other one does not know.

@@ -124,7 +124,7 @@ def test_files_and_texts_become_artifacts(runs: StudyRuns, tmp_path: Path) -> No
     assert (runs.store.download(run_id, "checkpoint") / "best.pt").read_bytes() == b"weights"
 
 
-def test_a_file_that_is_gone_is_told_and_holds_nothing_up(
+def test_a_file_that_is_gone_is_reported_and_holds_nothing_up(
     runs: StudyRuns, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = runs.trial_run(0, params={})
@@ -135,7 +135,7 @@ def test_a_file_that_is_gone_is_told_and_holds_nothing_up(
     assert find_trial(runs.store, 0).info.status == "FINISHED"
 
 
-def test_a_resumed_trial_goes_on_in_its_run_and_repeats_no_epoch(runs: StudyRuns) -> None:
+def test_a_resumed_trial_continues_in_its_run_and_repeats_no_epoch(runs: StudyRuns) -> None:
     first = runs.trial_run(0, params={"lr": 0.1}, attempt=1)
     for epoch in (1, 2):
         first.log_epoch(epoch, {"val/accuracy": epoch / 10})

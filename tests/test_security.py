@@ -22,6 +22,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from helpers.warm import WarmPopen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna._transform import _SearchSpaceTransform
@@ -170,7 +171,7 @@ anything = st.recursive(
 
 @settings(max_examples=30)
 @given(generation=anything)
-def test_cmaes_goes_on_whatever_the_database_says_of_generations(generation: Any) -> None:
+def test_cmaes_continues_whatever_the_database_says_of_generations(generation: Any) -> None:
     study = optuna.create_study(sampler=CmaEsSampler(seed=0))
     study.optimize(bowl, n_trials=3)
     for trial in study.trials:
@@ -367,7 +368,7 @@ def group_is_gone(group: int) -> bool:
 
 
 def test_killing_the_ui_with_minus_9_takes_its_server_and_its_children_along(home: Path, free_port: int) -> None:
-    with subprocess.Popen([sys.executable, "-c", UI, str(home), str(free_port)], stdout=subprocess.PIPE) as ui:
+    with WarmPopen([sys.executable, "-c", UI, home, free_port], text=True, stdout=subprocess.PIPE) as ui:
         assert ui.stdout is not None
         group = int(ui.stdout.readline())
         assert not group_is_gone(group)

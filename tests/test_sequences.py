@@ -150,7 +150,7 @@ def test_weights_begin_as_their_layer_needs_it() -> None:
         (lambda: tabular(DataSpec(IDS, ("a", "b"))), "takes no sequences; use hpo.recurrent"),
     ],
 )
-def test_what_a_network_cannot_be_is_told(make: Callable[[], nn.Module], message: str) -> None:
+def test_what_a_network_cannot_be_is_reported(make: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises((UsageError, UnknownNameError), match=message):
         make()
 

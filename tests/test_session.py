@@ -330,7 +330,7 @@ def test_a_study_is_shown_again_while_it_is_searched(
     assert shown.output.count("searched by") == 2
 
 
-def test_a_study_that_is_taken_or_has_other_settings_is_told_before_the_data_is_read(
+def test_a_study_that_is_taken_or_has_other_settings_is_reported_before_the_data_is_read(
     finished: Callable[..., SearchOutcome], home: Path
 ) -> None:
     class Notes(Observer):

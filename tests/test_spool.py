@@ -72,7 +72,7 @@ def test_an_error_in_the_search_leaves_no_trial_running(store: TrackingStore) ->
     assert spooled(store.home) == []
 
 
-def test_a_spool_told_twice_changes_nothing(store: TrackingStore) -> None:
+def test_a_spool_sent_twice_changes_nothing(store: TrackingStore) -> None:
     client = BrokenClient(store.client)
     with open_runs(replace(store, client=client)) as runs:  # type: ignore[arg-type]
         client.broken = True
@@ -101,7 +101,7 @@ def test_half_a_line_at_the_end_of_a_spool_is_cut_off(tmp_path: Path) -> None:
         file.write('{"epoch": 2, "met')
     spool = Spool(path)
     spool.append({"epoch": 3})
-    assert [event["epoch"] for event in spool.untold()[0]] == [1, 3]
+    assert [event["epoch"] for event in spool.unsent()[0]] == [1, 3]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -112,7 +112,7 @@ def test_a_damaged_line_is_skipped_with_a_warning(
     path = tmp_path / "trial-0000.jsonl"
     path.write_bytes(b'{"epoch": 1}\n' + junk + b'\n{"epoch": 2}\n')
     caplog.clear()
-    events = Spool(path).untold()[0]
+    events = Spool(path).unsent()[0]
     assert events == [{"epoch": 1}, {"epoch": 2}]
     assert "skipped a damaged line" in caplog.text
 
@@ -122,26 +122,26 @@ _texts = st.dictionaries(st.text(), st.text() | st.integers() | st.floats(allow_
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(events=st.lists(_texts, max_size=6), told=st.integers(0, 6))
-def test_a_spool_gives_back_what_is_not_told_yet(tmp_path: Path, events: list[dict[str, Any]], told: int) -> None:
+def test_a_spool_gives_back_what_is_not_sent_yet(tmp_path: Path, events: list[dict[str, Any]], told: int) -> None:
     path = tmp_path / "trial-0000.jsonl"
     path.write_bytes(b"")
     spool = Spool(path)
     for event in events[:told]:
         spool.append({"event": event})
-    spool.told(spool.untold()[1])
+    spool.mark_sent(spool.unsent()[1])
     for event in events[told:]:
         spool.append({"event": event})
-    assert [entry["event"] for entry in spool.untold()[0]] == events[told:]
-    assert [entry["event"] for entry in Spool(path).untold()[0]] == events, "a new process tells all of it again"
+    assert [entry["event"] for entry in spool.unsent()[0]] == events[told:]
+    assert [entry["event"] for entry in Spool(path).unsent()[0]] == events, "a new process tells all of it again"
 
 
-def test_a_spool_that_grew_while_it_was_told_is_kept(tmp_path: Path) -> None:
+def test_a_spool_that_grew_while_it_was_sent_is_kept(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "trial-0000.jsonl")
     spool.append({"end": {}})
-    spool.told(spool.untold()[1])
+    spool.mark_sent(spool.unsent()[1])
     spool.append({"start": {}})
     spool.remove_if_told()
-    assert [list(event) for event in spool.untold()[0]] == [["time_ms", "start"]]
+    assert [list(event) for event in spool.unsent()[0]] == [["time_ms", "start"]]
 
 
 def test_a_disk_that_takes_nothing_is_named(runs: StudyRuns) -> None:
@@ -152,7 +152,7 @@ def test_a_disk_that_takes_nothing_is_named(runs: StudyRuns) -> None:
         run.log_epoch(1, {"val/accuracy": 0.5})
 
 
-def test_training_goes_on_while_mlflow_is_away_and_no_metric_is_lost(
+def test_training_continues_while_mlflow_is_away_and_no_metric_is_lost(
     store: TrackingStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     client = BrokenClient(store.client)
@@ -183,7 +183,7 @@ def test_what_does_not_arrive_before_the_end_is_kept_for_the_next_search(
     with open_runs(replace(store, client=client)) as runs:  # type: ignore[arg-type]
         client.broken = True
         runs.trial_run(0, params={}).finish("failed", reason="out of memory")
-    assert "did not take everything" in caplog.text
+    assert "did not accept everything" in caplog.text
     assert spooled(store.home) == ["trial-0000.jsonl"]
     with open_runs(store) as later:
         later.recover()

@@ -154,7 +154,7 @@ def test_auto_compiles_where_the_remaining_steps_save_more_than_it_costs() -> No
     ("changes", "message"),
     [
         ({"compile": "graph"}, "--compile graph needs a CUDA device, not cpu"),
-        ({"compile": "step", "precision": "fp16"}, "--compile step does not go with --precision fp16"),
+        ({"compile": "step", "precision": "fp16"}, "--compile step does not work with --precision fp16"),
     ],
 )
 def test_a_compile_mode_that_cannot_be_had_is_refused_before_any_work(changes: dict[str, str], message: str) -> None:
@@ -189,7 +189,7 @@ def test_a_batch_that_does_not_fit_is_taken_in_two_halves_with_the_same_result(
     assert [r.metrics["grad_norm"] for r in results] == pytest.approx([r.metrics["grad_norm"] for r in expected], 1e-4)
     for name, weight in weights_of(roomy).items():
         torch.testing.assert_close(weights_of(cramped)[name], weight)
-    assert caplog.text.count("does not hold a batch of 31; it is taken in two halves") == 1
+    assert caplog.text.count("does not hold a batch of 31; it is processed in two halves") == 1
 
 
 def test_a_training_gives_up_when_half_a_batch_does_not_fit_either() -> None:

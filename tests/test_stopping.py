@@ -71,7 +71,7 @@ def test_the_best_is_the_first_of_the_best_finite_values(values: list[float], di
 
 
 @given(values=any_values, at=st.integers(0, 12), stop_after=st.integers(0, 5), min_delta=st.sampled_from([0.0, 0.5]))
-def test_early_stopping_goes_on_from_its_saved_state(
+def test_early_stopping_continues_from_its_saved_state(
     values: list[float], at: int, stop_after: int, min_delta: float
 ) -> None:
     def new() -> EarlyStopping:

@@ -18,6 +18,7 @@ from typing import Any, get_args
 import optuna
 import pytest
 from helpers.postgres import PASSWORD, Postgres
+from helpers.warm import WarmPopen
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
@@ -94,7 +95,7 @@ class Process:
     def __init__(self, url: str, code: str, *args: object) -> None:
         opening = "import sys\nfrom pathlib import Path\nfrom hpo.search.lease import Session\n"
         opening += "from hpo.search.storage import open_storage\nstorage = open_storage(Path(), sys.argv[1])\n"
-        self.process = subprocess.Popen(
+        self.process = WarmPopen(
             [sys.executable, "-c", opening + code, url, *map(str, args)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -157,7 +158,7 @@ def test_an_address_that_is_not_postgresql_is_refused_with_what_to_give(
     assert not (tmp_path / "home").exists()
 
 
-def test_a_server_that_does_not_answer_a_wrong_password_and_an_unknown_database_are_told_apart(
+def test_a_server_that_does_not_answer_a_wrong_password_and_an_unknown_database_are_distinguished(
     postgres: Postgres, tmp_path: Path
 ) -> None:
     refused = {
@@ -514,7 +515,7 @@ def test_a_study_outlives_outages_of_its_database_and_ends_with_exactly_its_tria
     assert all("the study's database does not answer" in told for told in warnings)
 
 
-def test_after_its_patience_the_storage_says_that_the_same_command_goes_on(
+def test_after_its_patience_the_storage_says_that_the_same_command_continues(
     shared: StudyStorage, postgres: Postgres, caplog: pytest.LogCaptureFixture
 ) -> None:
     shared.patience_s = 0.5

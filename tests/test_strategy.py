@@ -188,7 +188,7 @@ def test_what_is_running_counts_as_known() -> None:
     assert abs(proposals([*ended, running])[0] - first) > 0.005
 
 
-def test_nothing_is_proposed_while_the_trials_cannot_be_told_apart() -> None:
+def test_nothing_is_proposed_while_the_trials_cannot_be_distinguished() -> None:
     alike = [past_trial(x, [0.5], TrialState.COMPLETE, i) for i, x in enumerate((0.0, 0.3, 0.6, 1.0))]
 
     assert Surrogate(LINE).propose(alike, {}, direction=Direction.MINIMIZE, rng=np.random.default_rng(0)) is None
@@ -335,7 +335,7 @@ def bloomed(direction: Direction = Direction.MINIMIZE) -> list[optuna.trial.Froz
 
 
 @pytest.mark.parametrize("direction", [*Direction])
-def test_a_trial_goes_on_if_the_model_expects_the_best_end_of_it_however_it_begins(direction: Direction) -> None:
+def test_a_trial_continues_if_the_model_expects_the_best_end_of_it_however_it_begins(direction: Direction) -> None:
     assert goes_on(1.0, bloomed(direction), direction)
     assert not goes_on(0.1, bloomed(direction), direction)
 
@@ -345,7 +345,7 @@ def test_a_trial_need_only_promise_more_than_what_may_be_tried_next() -> None:
     assert goes_on(0.9, bloomed(), held={"x": 0.2})
 
 
-def test_a_trial_goes_on_while_there_is_nothing_to_compare_it_with() -> None:
+def test_a_trial_continues_while_there_is_nothing_to_compare_it_with() -> None:
     assert goes_on(0.5, [])
 
 

@@ -151,7 +151,7 @@ def test_a_training_from_a_file_is_bit_equal_to_one_from_memory(
     assert_same(trained(in_file, **settings), trained(resident, **settings))
 
 
-def test_a_training_from_a_file_goes_on_bit_equal(in_file: Splits, resident: Splits, tmp_path: Path) -> None:
+def test_a_training_from_a_file_continues_bit_equal(in_file: Splits, resident: Splits, tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path / "run")
     settings: dict[str, Any] = {"augment": "crop+flip", "max_epochs": 3}
     whole = trained(resident, **settings)

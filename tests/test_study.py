@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 import pytest
 from helpers.studies import DISTRIBUTIONS, SETTINGS, SPACE, run_trials, values_of
+from helpers.warm import WarmPopen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.samplers._tpe.sampler import _split_trials
@@ -251,8 +252,8 @@ sys.stdin.read()
 def test_the_trial_of_a_killed_coordinator_is_adopted_and_given_again(tmp_path: Path) -> None:
     study = Study.open(open_storage(tmp_path), "study", SETTINGS)
     run_trials(study, 2)
-    coordinator = subprocess.Popen(
-        [sys.executable, "-c", COORDINATOR, str(tmp_path)],
+    coordinator = WarmPopen(
+        [sys.executable, "-c", COORDINATOR, tmp_path],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

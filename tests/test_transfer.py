@@ -111,7 +111,7 @@ def test_damaged_photos_are_left_out_and_named_each_time(folder: Path, caplog: p
         caplog.clear()
         assert len(load_image_folder(folder, side=8).train) == 24
         assert "1 of 31 photos" in caplog.text
-        assert re.search(r"left out: red/99\.jpg \(.+\)", caplog.text)
+        assert re.search(r"skipped: red/99\.jpg \(.+\)", caplog.text)
         assert "1 files in" in caplog.text
 
 
@@ -171,7 +171,7 @@ def test_a_class_of_the_test_photos_alone_is_refused(tmp_path: Path) -> None:
         load_image_folder(tmp_path)
 
 
-def test_a_full_disk_is_told_before_photos_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_photos_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_room(*_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -412,7 +412,7 @@ def test_frozen_layers_thaw_at_their_epoch_with_every_optimizer(optimizer: str, 
     ],
     ids=lambda settings: settings["optimizer"],
 )
-def test_a_training_that_thaws_goes_on_bit_equal_after_any_epoch(
+def test_a_training_that_thaws_continues_bit_equal_after_any_epoch(
     settings: dict[str, Any], weights: str, tmp_path: Path
 ) -> None:
     splits, chosen = photo_splits(16), config(max_epochs=3, thaw_epoch=2, **settings)

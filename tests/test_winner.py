@@ -94,7 +94,7 @@ def test_the_metric_that_is_given_decides_about_the_winner(tmp_path: Path, home:
         run_search(str(path), metric="f1", **both)
 
 
-def test_a_winner_that_was_trained_on_mirror_images_is_also_tested_with_them_and_that_is_told_apart(
+def test_a_winner_that_was_trained_on_mirror_images_is_also_tested_with_them_and_that_is_distinguished(
     tmp_path: Path, home: Path
 ) -> None:
     path = tmp_path / "mirrored.py"
@@ -175,13 +175,13 @@ def test_a_home_that_was_moved_loads_and_continues_in_its_new_place(
         assert store.file_sizes(run.info.run_id, "checkpoint")
 
 
-def test_a_study_of_another_task_and_a_task_that_moved_are_told_with_what_to_do(
+def test_a_study_of_another_task_and_a_task_that_moved_are_reported_with_what_to_do(
     search: Callable[..., SearchOutcome], task: str, home: Path
 ) -> None:
     study = search(trials=1).study
     with pytest.raises(StudyMismatchError, match=f"study '{study}' is of task .*, not 'diabetes'; choose another name"):
         run_search("diabetes", study=study, home=home)
     moved = Path(task).rename(Path(task).with_name("elsewhere.py"))
-    with pytest.raises(UsageError, match=r"there is no file .* name its new place with task="):
+    with pytest.raises(UsageError, match=r"there is no file .* pass its new location as task="):
         hpo.load_best(study, home=home)
     assert hpo.load_best(study, home=home, task=str(moved)).classes

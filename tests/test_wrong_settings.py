@@ -137,13 +137,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "mixing of soft labels": (
         SHARES | {"targets": LABELS.float(), "settings": {"mixup": 0.2}},
-        "mixup and cutmix do not go with targets of the kind soft_labels",
+        "mixup and cutmix do not work with targets of the kind soft_labels",
     ),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_does_not_fit_is_told_in_one_line_before_the_first_trial(name: str) -> None:
+def test_what_does_not_fit_is_reported_in_one_line_before_the_first_trial(name: str) -> None:
     given, message = WRONG[name]
     with pytest.raises(HpoError, match=message) as raised:
         prepared(**given)

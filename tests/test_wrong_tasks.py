@@ -128,7 +128,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "sequences of several shapes": (
         {"inputs": lambda: Ragged.of([torch.ones(2, 3), *[torch.ones(2, 4)] * 59])},
-        "the sequences do not go together",
+        "the sequences cannot be combined",
     ),
     "lengths that do not add up": (
         {"inputs": lambda: Ragged(torch.arange(10), torch.tensor([3, 3]))},
@@ -234,7 +234,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a metric of numbers for classes": ({"metric": "r2"}, "no classification metric 'r2'"),
     "mixing several labels": (
         {"targets": LABELS, "loss": "binary_cross_entropy", "metric": "f1", "settings": {"mixup": 0.2}},
-        "mixup and cutmix do not go with targets of the kind multilabel",
+        "mixup and cutmix do not work with targets of the kind multilabel",
     ),
     "augmentation of masked images": (
         {"inputs": {"image": IMAGES, "more": FEATURES}, "model": fixed(3), "settings": {"augment": "flip"}},
@@ -298,7 +298,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a metric of several numbers": (
         {"metrics": {"mine": Vector}},
-        r"the metric mine must give one number, but gives the shape \(3,\)",
+        r"the metric mine must return one number, but returned the shape \(3,\)",
     ),
     "a metric that is an object": (
         {"metrics": {"mine": Vector()}},
@@ -308,7 +308,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a metric with a name that MLflow refuses": ({"metrics": {"a:b": Vector}}, "metric 'a:b' of task 'mine' may have"),
     "an optimizer that is none": (
         {"optimizer": lambda groups, config: None},
-        "the task's optimizer must give a torch.optim.Optimizer, not a NoneType",
+        "the task's optimizer must return a torch.optim.Optimizer, not a NoneType",
     ),
     "an optimizer that is not there": (
         {"settings": {"optimizer": "own"}},
@@ -326,7 +326,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_a_task_gives_wrong_is_told_in_one_line_before_the_first_trial(name: str) -> None:
+def test_what_a_task_gives_wrong_is_reported_in_one_line_before_the_first_trial(name: str) -> None:
     given, message = WRONG[name]
     with pytest.raises(HpoError, match=message) as raised:
         prepared(**given)
@@ -346,7 +346,7 @@ def test_what_a_task_gives_wrong_is_told_in_one_line_before_the_first_trial(name
         (FEATURES, CLASSES + 1, "the targets are from 1 to 3; 3 classes have the indices from 0"),
     ],
 )
-def test_a_test_split_of_another_kind_is_told_when_it_is_opened(inputs: Any, targets: Tensor, message: str) -> None:
+def test_a_test_split_of_another_kind_is_reported_when_it_is_opened(inputs: Any, targets: Tensor, message: str) -> None:
     spec = hold_out(FEATURES, CLASSES, NAMES).spec
     with pytest.raises(HpoError, match=message):
         Split(inputs, targets).require_like(spec)
@@ -360,7 +360,7 @@ def test_a_test_split_may_hold_no_id_that_the_model_has_no_room_for() -> None:
         Split(Ragged.of([[9]]), CLASSES[:1]).require_like(words.spec)
 
 
-def test_a_right_task_is_not_told_anything() -> None:
+def test_a_right_task_gets_no_complaint() -> None:
     prepared()
     prepared(targets=LABELS, loss="binary_cross_entropy", metric="f1")
     prepared(targets=None, **own(lambda outputs, inputs: (outputs - inputs).abs().mean(), model=fixed(4)))

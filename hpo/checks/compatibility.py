@@ -195,7 +195,7 @@ def _check_loss(task: Task, loss: Any) -> None:
     name = task.objective.name
     if not isinstance(loss, torch.Tensor) or loss.ndim != 0:
         given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-        raise UsageError(f"the loss of task '{name}' gives {given}; it must be the mean over the batch, one number.")
+        raise UsageError(f"the loss of task '{name}' returns {given}; it must be the mean over the batch, one number.")
     if not loss.requires_grad:
         raise UsageError(
             f"the loss of task '{name}' has no gradient: compute it from the model's outputs, without detach or item."
@@ -217,7 +217,7 @@ def _check_choices(task: Task, splits: Splits) -> None:
 
 @contextmanager
 def _blamed_on(task: Task, what: str, condition: str) -> Iterator[None]:
-    """Whatever a part of the task raises, told as a UsageError."""
+    """Whatever a part of the task raises, as a UsageError."""
     try:
         yield
     except (DataError, SpaceError):  # no pretrained weights; it says what to do

@@ -97,7 +97,10 @@ def _check_sequences(name: str, part: Ragged) -> Verdict:
         advice = "all elements are the same: look at what `load` reads"
         return Verdict(state="wrong", text=text, advice=advice, data=data)
     if longest > LONG * typical:
-        advice = f"the longest is {longest / typical:.0f} times as long as most: cut it, for batches are padded to it"
+        advice = (
+            f"the longest is {longest / typical:.0f} times as long as most: truncate it, because batches are padded to "
+            "its length"
+        )
         return Verdict(state="warning", text=text, advice=advice, data=data)
     return Verdict(state="ok", text=text, data=data)
 
@@ -189,7 +192,7 @@ def _check_columns(values: Tensor) -> Verdict:
     text = f"{values.shape[1]} numbers from {values.min():.4g} to {values.max():.4g}"
     data = {"means": values.mean(0).tolist(), "deviations": deviations.tolist()}
     if constant := (deviations == 0).nonzero().flatten().tolist():
-        advice = f"number {constant[0]} never varies, so there is nothing to learn of it: leave it out"
+        advice = f"number {constant[0]} never varies, so there is nothing to learn from it: leave it out"
         return Verdict(state="wrong", text=text, advice=advice, data=data)
     return Verdict(state="ok", text=text, data=data)
 
@@ -211,7 +214,7 @@ def check_normalised(subject: Subject) -> Verdict:
         advice = "a network learns best from inputs of mean 0 and deviation 1: scale them in `load`"
         return Verdict(state="warning", text=text, advice=advice, data=data)
     if max(map(abs, shifts)) > 0.5:
-        advice = "the validation examples are of another kind than the training examples: look at what `load` reads"
+        advice = "the validation examples look different from the training examples: look at what `load` reads"
         return Verdict(state="warning", text=text, advice=advice, data=data)
     is_of_features = isinstance(subject.splits.train.inputs, Tensor) and subject.splits.train.inputs.ndim == 2
     if is_of_features and furthest > OUTLIER:
@@ -265,7 +268,7 @@ def check_duplicates(subject: Subject) -> Verdict:
         advice = f"{num_contradictory} of them have different classes: look at these labels"
         return Verdict(state="warning", text=text, advice=advice, data=data)
     if num_shared > LEAK * len(validation):
-        advice = "what was learned by heart passes for knowledge: leave the copies out in `load`"
+        advice = "memorised examples count as correct predictions: remove the copies in `load`"
         return Verdict(state="warning", text=text, advice=advice, data=data)
     return Verdict(state="ok", text=text, data=data)
 

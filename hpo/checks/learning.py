@@ -153,7 +153,7 @@ def check_baseline(subject: Subject) -> Verdict:
         advice = "nothing was learned that helps with new examples: are the labels right, and lr and the loss?"
         return Verdict(state="wrong", text=text, advice=advice, data=data)
     if network < linear - margin and last.epoch < subject.config.max_epochs:
-        return Verdict(state="ok", text=f"{text}, which so few epochs say little of", data=data)
+        return Verdict(state="ok", text=f"{text}, but so few epochs say little about it", data=data)
     if network < linear - margin:
         advice = "a linear model does better: train longer, tune lr first, or take a smaller network"
         return Verdict(state="warning", text=text, advice=advice, data=data)
@@ -212,7 +212,9 @@ def check_learning_rate(subject: Subject) -> Verdict:
     data: dict[str, Any] = {"rates": rates, "losses": losses, "smoothed": smoothed}
     steps = f"{len(rates)} steps"
     if not fall > 0.05 * first:
-        advice = "the loss falls at no rate: look at the loss, the labels, and whether gradients reach the layers"
+        advice = (
+            "no learning rate lowers the loss: look at the loss, the labels, and whether gradients reach the layers"
+        )
         text = f"the loss is {first:.3f} at first and at lowest {smoothed[lowest]:.3f} in {steps}"
         return Verdict(state="warning", text=text, advice=advice, data=data)
     begin = max(index for index, loss in enumerate(smoothed[: lowest + 1]) if not index or loss > first - 0.1 * fall)

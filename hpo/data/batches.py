@@ -40,7 +40,7 @@ GROUPED_BATCHES = 50
 """Batches of sequences that are sorted by length together."""
 
 _SMALL_EXAMPLE = 3 * 32 * 32  # values
-_STATES_OF_AN_ELEMENT = 64  # values that a network makes of an element of a sequence, at the least
+_STATES_OF_AN_ELEMENT = 64  # values that a network makes of an element of a sequence, at least
 
 
 def place(splits: Splits, device: torch.device | str) -> Splits:
@@ -105,7 +105,7 @@ class TrainingBatches:
         num_ranks: int = 1,
     ) -> None:
         """With a `sampling` of "balanced" each class is drawn equally often, so that rare examples are repeated. With
-        several views each example is as many times in its batch, one after the other, augmented each time anew. A batch
+        several views each example is as many times in its batch, one after the other, augmented separately. A batch
         is one of a step, of `accumulate` times `batch_size` examples. A `curriculum` says which examples are drawn, and
         `growth` how large they are.
 
@@ -243,7 +243,7 @@ class TrainingBatches:
     def _grouped(self, order: Tensor) -> Tensor:
         """The order with sequences of similar lengths in the same batch, which saves padding.
 
-        Only so many batches are sorted together that it stays random who meets whom (Khomenko et al. 2016,
+        Only as many batches are sorted together that it stays random who meets whom (Khomenko et al. 2016,
         arXiv:1708.05604); which batch comes first is drawn again.
         """
         assert self._lengths is not None, "there are sequences"
@@ -339,7 +339,7 @@ def _balanced_chances(split: Split) -> Tensor:
     """For each example, on the CPU, a chance with which all classes have the same."""
     targets = split.targets
     if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.ndim != 1:
-        raise UsageError("sampling='balanced' is for classes; this task is a regression or the like: use 'uniform'.")
+        raise UsageError("sampling='balanced' is for classes, which this task does not have: use 'uniform'.")
     targets = targets.cpu()
     return (1 / torch.bincount(targets).double())[targets]
 

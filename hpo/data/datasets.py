@@ -143,7 +143,7 @@ def all_examples(splits: Splits) -> Split:
 def folds(splits: Splits, num_folds: int) -> Iterator[Splits]:
     """All examples of `splits` divided again for a cross-validation: each is validated on in one fold.
 
-    The folds are of the same size, but for one example, and hold the classes in proportion.
+    The folds are of the same size, up to one example, and hold the classes in proportion.
     """
     examples = all_examples(splits)
     ends = [len(examples) * number // num_folds for number in range(num_folds + 1)]

@@ -303,7 +303,7 @@ class InputSpec:
     """Whether examples are sequences of different lengths, so that a batch is `Padded`."""
 
     vocabulary: int | None = None
-    """How many different integers there are, the largest being one less; None for what is no integer."""
+    """How many different integers there are, the largest being one less; None for what is not an integer."""
 
     categories: tuple[int, ...] = ()
     """The same for each column of integers (N, F)."""

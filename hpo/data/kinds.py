@@ -246,7 +246,7 @@ def _require_transcription(targets: Tensor | Ragged, classes: Sequence[str]) -> 
 
 
 def _require_indices(labels: Tensor, classes: Sequence[str], ignored: int | None = None) -> None:
-    """Raise DataError where a label is no index of a class."""
+    """Raise DataError if a label is not the index of a class."""
     counted = labels if ignored is None else labels[labels != ignored]
     if not counted.numel():
         raise DataError("all labels are ignored, so there is nothing to learn.")

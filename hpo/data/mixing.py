@@ -77,7 +77,7 @@ def build_mixing(config: TrainConfig, spec: DataSpec) -> Mixing | None:
     if not (config.mixup > 0 or config.cutmix > 0):
         return None
     if spec.kind not in ("classification", "regression"):
-        raise UsageError(f"mixup and cutmix do not go with targets of the kind {spec.kind}: use 0.")
+        raise UsageError(f"mixup and cutmix do not work with targets of the kind {spec.kind}: use 0.")
     return Mixing(config.mixup, config.cutmix, len(spec.classes))
 
 

@@ -87,7 +87,7 @@ class Ragged:
         try:
             values = torch.cat(tensors) if tensors else torch.empty(0)
         except RuntimeError as error:
-            raise DataError(f"the sequences do not go together: {error}") from error
+            raise DataError(f"the sequences cannot be combined: {error}") from error
         types = {tensor.dtype for tensor in tensors if len(tensor)}
         if len(types) > 1:
             raise DataError(f"the sequences have several types ({', '.join(sorted(map(str, types)))}); give them one.")

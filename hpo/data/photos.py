@@ -104,7 +104,7 @@ def read_photos(paths: Iterable[str | Path], side: int = SIDE) -> Tensor:
         try:
             images.append(_read(Path(path), side))
         except Exception as problem:  # a stranger's file: its decoder may raise anything
-            raise DataError(f"{path} cannot be read ({problem}); name another photo.") from problem
+            raise DataError(f"{path} cannot be read ({problem}); choose another photo.") from problem
     return torch.stack(images)
 
 
@@ -137,7 +137,7 @@ def _list_photos(parent: Path, classes: Sequence[str]) -> list[tuple[Path, int]]
         photos += found
         num_others += len(files) - len(found)
     if num_others:
-        logger.warning("%d files in %s are passed over: photos are %s.", num_others, parent, ", ".join(SUFFIXES))
+        logger.warning("%d files in %s are skipped: photos are %s.", num_others, parent, ", ".join(SUFFIXES))
     return photos
 
 
@@ -174,7 +174,7 @@ class _Album:
         damaged: dict[str, str] = json.loads(self._index.read_bytes())
         if damaged:
             logger.warning(
-                "%d of %d photos in %s are damaged and left out: %s. %s names them all.",
+                "%d of %d photos in %s are damaged and skipped: %s. The full list is in %s.",
                 len(damaged), len(self.paths), self.data_dir, _listed(damaged), self._index,
             )  # fmt: skip
         names = (self._name(path) for path in self.paths)
@@ -185,7 +185,7 @@ class _Album:
         return are_there and self._file.stat().st_size == self._num_bytes
 
     def _make(self) -> None:
-        logger.info("%d photos are read; the next time this is spared.", len(self.paths))
+        logger.info("%d photos are read; next time they come from the cache.", len(self.paths))
         for outdated in self._file.parent.glob(f"photos-{self.side}.*"):
             outdated.unlink()
         unfinished = self._file.with_name(f".{self._file.name}.{uuid4().hex}.tmp")

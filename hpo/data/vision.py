@@ -224,7 +224,7 @@ def _verify_idx_pair(images: Path, labels: Path, *, size: tuple[int, int]) -> in
 
 
 def _idx_shape(path: Path, num_dimensions: int) -> tuple[int, ...]:
-    """Shape of the uint8 array in an IDX file, told by its header and its length: the examples are not read.
+    """Shape of the uint8 array in an IDX file, from its header and its length; the examples are not read.
 
     The header is 0, 0, 8 for uint8 and the number of dimensions, each a byte; then each dimension as a big-endian int32
     (http://yann.lecun.com/exdb/mnist).

@@ -1,1 +1,1 @@
-"""From a finished study to a model in use: crown the winner, test it once, load it."""
+"""From a finished study to a model in use: load the winner, or any trial."""

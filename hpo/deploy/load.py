@@ -123,7 +123,7 @@ def _load_objective(task: str | Objective | None, study: Study) -> Objective:
     try:
         return load_objective(study.task_reference)
     except UsageError as error:
-        raise UsageError(f"{error} If the task has moved since the search, name its new place with task=.") from error
+        raise UsageError(f"{error} If the task has moved since the search, pass its new location as task=.") from error
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def load_trial(
 ) -> LoadedTrial:
     """The best checkpoint of one trial, rebuilt from what its MLflow run holds; or what it became when it was refit.
 
-    Which task's code is imported is told by the study, not by the run, which may come from a server of many people.
+    Which task's code is imported is decided by the study, not by the run, which may come from a server of many people.
     """
     return load_from_folder(download_trial(store, study, number, is_refit=is_refit), study, number, device, task)
 
@@ -195,7 +195,7 @@ def _rebuild(folder: Path, objective: Objective, what: str, device: str) -> Load
     changed = changed_sources(description.sources, source_checksums(objective)) if description.sources else []
     if changed:
         _logger.warning(
-            "%s was trained with another version of %s; its predictions may differ from then.",
+            "%s was trained with another version of %s; its predictions may differ.",
             what,
             ", ".join(changed),
         )

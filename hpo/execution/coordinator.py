@@ -1,7 +1,7 @@
 """The coordinator: the only one that asks and tells, the only writer of its trials.
 
 It owns the budget (the study's total of finished trials), hands each trial to a worker, decides after every
-epoch whether to go on, writes down how the trial ended, in Optuna and in MLflow, and queues again what a dead worker
+epoch whether to continue, writes down how the trial ended, in Optuna and in MLflow, and queues again what a dead worker
 has left. Where several machines search one study each has a coordinator; what one of them runs is its own until its
 lease expires.
 """
@@ -64,7 +64,7 @@ class Coordinator:
     """Runs the trials of one study until its total is reached, time is up or someone stops it.
 
     After a first Ctrl-C or SIGTERM the running trials end their epoch and are kept for the next start; a second one
-    leaves at once, and they go on from the epoch before. `interrupted` tells either from a search that is done.
+    leaves at once, and they continue from the epoch before. `interrupted` tells either from a search that is done.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class Coordinator:
         return self._deadline is not None and time.monotonic() >= self._deadline
 
     def _begin(self, suggestion: Suggestion) -> None:
-        """Hand a trial to a worker; one that was begun before goes on from its newest checkpoint."""
+        """Hand a trial to a worker; one that was begun before continues from its newest checkpoint."""
         if suggestion.pruned:
             self._runs.flush(_FLUSH_S)  # its folder gets another name, and MLflow may yet have to fetch weights from it
         if self._session.is_shared or suggestion.pruned:
@@ -270,7 +270,7 @@ class Coordinator:
         return {f"best/{self._study.settings.metric}": rounded(result.best_value)}
 
     def _report(self, number: int, result: EpochResult) -> bool:
-        """Tell the study of an epoch, or of a fold that is over; whether the trial is too weak to go on."""
+        """Tell the study of an epoch, or of a fold that is over; whether the trial is too weak to continue."""
         if result.fold is None:
             return self._study.report(number, result.epoch, result.value)
         if not result.is_last:
@@ -321,7 +321,7 @@ class Coordinator:
     def _tell(self, attempt: _Attempt, value: float | None) -> bool:
         """Tell the study how a trial ended; False where another machine has taken it over."""
         if self._study.owners().get(attempt.number) != self._session.id:
-            # Told already where the answer to a first try was lost in an outage.
+            # Told already if the answer to a first try was lost in an outage.
             return self._study.last_owner(attempt.number) == self._session.id
         self._study.tell(
             attempt.number,
@@ -348,7 +348,7 @@ class Coordinator:
         if self._session.may_adopt() and self._session.exclusively(self._put_orphans_back):
             try:
                 self._runs.recover(self._session.living, self._study.owners)
-            except StoreError as error:  # what is left of the dead is told by the next search
+            except StoreError as error:  # what is left of the dead is recorded by the next search
                 _logger.warning("%s", error)
 
     def _put_orphans_back(self) -> bool:

@@ -139,11 +139,11 @@ class Notifier(BestObserver):
         try:
             with urllib.request.urlopen(request, timeout=ANSWER_S):
                 pass
-        except (OSError, ValueError) as error:  # of urllib's own, of sockets, and of what is no HTTP
+        except (OSError, ValueError) as error:  # of urllib's own, of sockets, and of what is not HTTP
             if not self._has_warned:
                 self._has_warned = True
                 reason = getattr(error, "code", None) or getattr(error, "reason", None) or error
-                _logger.warning("the server of --notify did not take a post (%s); the search goes on", reason)
+                _logger.warning("the server of --notify did not accept a post (%s); the search continues", reason)
 
 
 class CommandRunner(BestObserver):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a worker is told once, when it starts."""
+    """What a worker gets once, when it starts."""
 
     task_reference: str
     """What finds the task's code."""
@@ -59,7 +59,7 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """All that a worker is told of a trial."""
+    """All that a worker gets for a trial."""
 
     number: int
     model_parameters: dict[str, Value]

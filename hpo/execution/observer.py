@@ -52,7 +52,7 @@ class Observer:
         """Other machines have moved the study on, or pruned trials are continued; where it stands now."""
 
     def trial_started(self, suggestion: Suggestion) -> None:
-        """A trial begins, or goes on after an interruption."""
+        """A trial begins, or continues after an interruption."""
 
     def epoch_done(self, suggestion: Suggestion, result: EpochResult) -> None:
         """A running trial has finished an epoch."""

@@ -80,7 +80,7 @@ class RayWorkers(WorkerPool):
         super().__init__(num_workers or self._room, silence_s=setup.silence_s)
         self.device = "cuda" if gpus_per_trial else "cpu"
         self._setup = setup
-        # A process for each worker: one that has served cannot be told apart from one that is about to leave.
+        # A process for each worker: one that has served cannot be distinguished from one that is about to leave.
         task = self._ray.remote(num_cpus=setup.num_ranks, num_gpus=gpus_per_trial, max_retries=0, max_calls=1)
         self._task = task(_work)
         self._listener = _Listener(self._ray.util.get_node_ip_address())

@@ -1,4 +1,4 @@
-"""A worker: runs the trials it is given, reports each epoch and does as it is told."""
+"""A worker: runs the trials it is given, reports each epoch and follows the answer."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def _run_own_loop(assignment: Assignment, objective: Objective, report: Callable
 def _keep_freed_memory() -> None:
     """Let this process keep up to 1 GB that it has freed, for the next tensor of that size.
 
-    glibc gives every large tensor back to the system at once and gets it anew, page by page, for the next: with the
+    glibc gives every large tensor back to the system at once and gets it again, page by page, for the next: with the
     small conv net of CIFAR-10 and batches of 256, a sixth to a quarter of the time in fp32 (torch 2.15, one core).
     """
     if platform.libc_ver()[0] == "glibc":
@@ -213,7 +213,7 @@ class _Line:
 
 
 def _leave() -> NoReturn:
-    """End the process at once, in the midst of an epoch: its checkpoints are whole, and the trial goes on elsewhere."""
+    """End the process at once, within an epoch: its checkpoints are whole, and the trial continues elsewhere."""
     os._exit(0)
 
 
@@ -260,7 +260,7 @@ def run_with_data(
         if ranks.size > 1 or not (data.splits.train.device.type == "cuda" or places_its_folds):
             raise
     # Out here the failed attempt's tensors are gone.
-    _logger.warning("the device's memory does not hold the trial beside its data, which are streamed from now on")
+    _logger.warning("the device's memory cannot hold the trial and its data; the data are streamed from now on")
     if data.splits.train.device.type == "cuda":
         data.splits = data.splits.to("cpu")
     free_memory(device)
@@ -278,7 +278,7 @@ def run_trial(
 ) -> dict[str, float]:
     """Train until the trainer ends or `report` says so; the costs of the model that the assignment asks for.
 
-    A trial that was begun before goes on from its checkpoint. Unless it is left to be continued, its folder then holds
+    A trial that was begun before continues from its checkpoint. Unless it is left to be continued, its folder then has
     the weights of the best epoch (`best.pt`) and all that is needed to rebuild the model (`trial.json`); but not with
     folds, where each had a model of its own. With several `ranks` the first one alone writes and measures.
     """

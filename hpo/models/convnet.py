@@ -155,7 +155,7 @@ class _Layers:
     dropout_type: str
 
     def convolution(self, num_inputs: int, num_outputs: int, *, kernel_size: int = 3, stride: int = 1) -> nn.Module:
-        """A convolution that keeps the resolution but for its stride, and its norm where that comes first."""
+        """A convolution that keeps the resolution except for its stride, and its norm where that comes first."""
         has_norm = self.norm != "none" and self.norm_first
         convolution = nn.Conv2d(
             num_inputs, num_outputs, kernel_size, stride, padding=kernel_size // 2, bias=not has_norm

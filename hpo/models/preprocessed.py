@@ -78,7 +78,7 @@ class PreprocessedModel(nn.Module):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Name of each class, in the order of the logits; empty where targets are no classes."""
+        """Name of each class, in the order of the logits; empty if targets are not classes."""
         return self.spec.classes
 
     def forward(self, inputs: Batch) -> Any:
@@ -237,7 +237,7 @@ class PreprocessedModel(nn.Module):
 
         With `dropout_samples` it is the mean over that many passes, in which the dropout layers alone act as in
         training: Monte-Carlo dropout (Gal and Ghahramani 2016, arXiv:1506.02142), often slower to be sure of a mistake.
-        Raises UsageError where targets are no classes, and for examples of another shape.
+        Raises UsageError if targets are not classes, and for examples of another shape.
         """
         if self.spec.kind not in OF_CLASSES:
             raise UsageError(f"a {self.spec.kind} has no probabilities; call the model itself for its values.")

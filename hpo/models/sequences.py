@@ -181,7 +181,7 @@ class Elements(nn.Module):
         self.embedding: nn.Module
         if given.vocabulary is not None:
             if element:
-                raise UsageError(f"networks of sequences take one id an element; the inputs have {element}.")
+                raise UsageError(f"sequence networks take one id per element; the inputs have {element}.")
             self.embedding = nn.Embedding(given.vocabulary, width)
             nn.init.normal_(self.embedding.weight, std=0.02)
         else:

@@ -140,7 +140,7 @@ def plot_slices(records: Sequence[TrialRecord], space: Space, *, metric: str, di
     """The value against each parameter that is searched, in the order of the space.
 
     A trial is left out of the plots of its inactive parameters. Choices are spread sideways, so that points that fall
-    together can be told apart.
+    together can be distinguished.
     """
     searched = {name: parameter for name, parameter in space.parameters.items() if not parameter.is_fixed}
     valued = [record for record in records if _has_value(record)]

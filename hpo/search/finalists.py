@@ -27,7 +27,7 @@ _RIVALS: tuple[TrialState, ...] = ("complete", "pruned", "running", "interrupted
 def is_spared(trial: TrialRecord, trials: Sequence[TrialRecord], settings: StudySettings) -> bool:
     """Whether a running trial continues, whatever the pruner says.
 
-    The default configuration and those of `--try` go on until another trial was better by the same epoch. Any other
+    The default configuration and those of `--try` continue until another trial was better by the same epoch. Any other
     continues while no trial has been better in any epoch. With folds, means over the same folds are compared.
     """
     step = max(trial.curve, default=0)

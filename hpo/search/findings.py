@@ -36,7 +36,7 @@ ACCIDENT = 0.05
 
 
 COMMON = 0.25
-"""Share of the trials from which on something is told that the best one does not suffer from."""
+"""Share of the trials above which something is reported that the best one does not suffer from."""
 
 Topic = Literal[
     "edge of range",
@@ -63,7 +63,7 @@ class Finding:
 
 
 def findings(study: Study) -> list[Finding]:
-    """What the study found beside its winner; empty where nothing can be told."""
+    """What the study found beside its winner; empty if there is nothing to report."""
     return [
         *find_edges(study),
         *find_divergence(study),
@@ -198,7 +198,7 @@ _SYMPTOMS: dict[str, tuple[Topic, str, str, str]] = {
         "use a smaller learning rate, a norm, or an activation such as leaky_relu or gelu",
     ),
 }
-"""By the name of a symptom (see TrialRecord.symptoms): its topic, what is told of one trial and of many, what to do."""
+"""By the name of a symptom (see TrialRecord.symptoms): its topic, what is said of one trial and of many, what to do."""
 
 
 def find_savings(study: Study) -> Iterator[Finding]:

@@ -88,7 +88,7 @@ class Importances:
     """Of the groups, in the order of the space, with a sentence on what is missing."""
 
     groups: dict[str, GroupImportance] = field(default_factory=dict)
-    """Empty where nothing can be told, not even of one parameter."""
+    """Empty if nothing can be said, not even of one parameter."""
 
     note: str | None = None
     """Which importances need more trials, and how many; None where all are known or nothing varies."""

@@ -212,7 +212,7 @@ class Session:
         """What `action` gives when it is run under the study's lock; nobody else's action runs meanwhile.
 
         An outage of the database breaks the lock. The action is then run again from its beginning, so it must look at
-        the study anew, and put back trials that have no owner, for its own last attempt may have left one. An action
+        the study again, and put back trials that have no owner, for its own last attempt may have left one. An action
         that asks the database nothing for the time `idle` loses the lock; "0" waits forever.
         """
 

@@ -106,7 +106,7 @@ class EndPosterior:
         return drawn
 
     def draw_functions(self, scales: Array, inputs: Array, number: int, rng: np.random.Generator) -> Array:
-        """(m, number) losses at the last epoch of configurations (m, d), but for a constant.
+        """(m, number) losses at the last epoch of configurations (m, d), up to a constant.
 
         A function drawn from the prior, by random Fourier features (Rahimi and Recht, 2007), is corrected by what the
         observations differ from it (Wilson et al., 2020, arXiv:2002.09309).

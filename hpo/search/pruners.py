@@ -95,7 +95,7 @@ def build_pruner(
 
 
 def describe_verdict(name: str, number: int, step: int) -> str:
-    """Why that pruner has stopped a trial after an epoch, or after so many folds."""
+    """Why that pruner has stopped a trial after an epoch, or after a number of folds."""
     if name == "model" and NUM_HALVED_TRIALS <= number < NUM_MODELLED_TRIALS:
         return f"expected to gain less per epoch than a new configuration (epoch {step})"
     return _VERDICTS.get(name, f"stopped by {name} after {{step}}").format(step=step)

@@ -98,7 +98,7 @@ class CmaEsSampler(BaseSampler):
 
     Optuna's sampler of this name keeps its optimizer in the database, pickled: whoever may write there runs code on
     every machine that asks. Of this one the database holds only the generation that each trial was drawn in, under the
-    same name, and the optimizer is told all complete trials again, generation after generation, in the order in which
+    same name, and the optimizer gets all complete trials again, generation after generation, in the order in which
     they ended. That leaves it in the state that Optuna would have stored; pickles that lie there are not read. Telling
     it 5 000 trials of 8 parameters takes 0.15 s (cmaes 0.13.1, one core).
     """

@@ -142,7 +142,7 @@ class Study:
 
     @classmethod
     def open(cls, storage: BaseStorage, name: str, settings: StudySettings) -> Self:
-        """Make the study, or go on with it if it was made with the same settings.
+        """Create the study, or resume it if it was made with the same settings.
 
         Raises StudyMismatchError, naming every difference, if it was made with others; nothing is written then.
         """
@@ -255,7 +255,7 @@ class Study:
 
     @_explained()
     def report(self, number: int, step: int, value: float) -> bool:
-        """Store the metric after an epoch, or a fold, counted from 1; whether the trial is too weak to go on.
+        """Store the metric after an epoch, or a fold, counted from 1; whether the trial is too weak to continue.
 
         Raises TrialTakenError where another session has ended the trial, while this one was cut off.
 
@@ -408,7 +408,7 @@ class Study:
         self._running.pop(number, None)
 
     def has_ended(self, number: int) -> bool:
-        """Whether the trial neither runs nor waits to go on; True for one that the study does not know."""
+        """Whether the trial neither runs nor waits to continue; True for one that the study does not know."""
         trials = self._trials()
         return number >= len(trials) or trials[number].state.is_finished()
 

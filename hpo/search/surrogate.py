@@ -97,7 +97,7 @@ class Surrogate:
         direction: Direction,
         rng: np.random.Generator,
     ) -> dict[str, Value] | None:
-        """The configuration with the highest expected improvement; None while the trials cannot be told apart.
+        """The configuration with the highest expected improvement; None while the trials cannot be distinguished.
 
         `held` fixes some of its values. What is running counts as
         if it would end as the model expects, so that trials asked for together differ.
@@ -122,7 +122,7 @@ class Surrogate:
         """Whether the epochs that a trial has left promise more than as many of a new configuration.
 
         The measure is the expected improvement an epoch, over `last_epoch` epochs for a new one, some of whose values
-        are `held`. True while the trials cannot be told apart.
+        are `held`. True while the trials cannot be distinguished.
         """
         own = self._curve(trial, direction)
         with on_one_thread():
@@ -136,7 +136,7 @@ class Surrogate:
     def _belief(self, curves: Sequence[_Curve], last_epoch: int, judged: _Curve | None = None) -> _Belief | None:
         """What the curves tell about all configurations at the last epoch; None while they are all the same.
 
-        Running trials are believed to end as expected, but for the one that is `judged`, which comes on top.
+        Running trials are believed to end as expected, except for the one that is `judged`, which comes on top.
         """
         units, epochs, losses = _observations([*curves, judged] if judged else curves, last_epoch)
         if len(losses) == 0 or losses.min() == losses.max():

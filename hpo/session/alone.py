@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _POLL_S = 1.0
 
 Report = Callable[["EpochResult"], bool]
-"""Takes each result, and says whether to go on."""
+"""Takes each result, and returns whether to continue."""
 
 
 def run_alone(assignment: Assignment, setup: Setup, splits: Splits | None, report: Report) -> TrialDone:

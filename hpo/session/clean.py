@@ -78,7 +78,7 @@ def _unread_files(files: StudyFiles, study: Study, living: Callable[[], Collecti
     folders = files.trial_folders()
     ended = without_use_for_checkpoints(study, {number for number, _ in folders})
     for number, folder in folders:
-        # A trial that is spooled is told to MLflow by the next search, with the files of its folder.
+        # A trial that is spooled is sent to MLflow by the next search, with the files of its folder.
         if number in ended and not files.is_spooled(number):
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
             yield _Leftover(f"checkpoints of trial {number}", size, partial(shutil.rmtree, folder, ignore_errors=True))

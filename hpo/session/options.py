@@ -346,7 +346,7 @@ class WorkerOptions(MachineOptions, HookOptions, StoreOptions, total=False):
 
 
 class SessionOptions(MachineOptions, ExecutorOptions, HookOptions, StoreOptions, total=False):
-    """All that a session is told beside its study."""
+    """All options of a session besides its study."""
 
 
 class SearchOptions(StudyOptions, SessionOptions, total=False):
@@ -371,7 +371,7 @@ def declarations(options: type) -> list[Declaration]:
 def checked(given: Mapping[str, object]) -> SearchOptions:
     """The options, with defaults for those that no study keeps.
 
-    Raises UnknownNameError for a name that is no option, and UsageError for a number that is too small.
+    Raises UnknownNameError for a name that is not an option, and UsageError for a number that is too small.
     """
     found, declared_options = dict(given), declarations(SearchOptions)
     names = [declared.name for declared in declared_options]

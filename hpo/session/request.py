@@ -402,9 +402,9 @@ def _read_source(machine: Machine, source: str, name: str, task: str) -> Study:
 def agreed_tracking_uri(machine: Machine, study: Study | None) -> str | None:
     """Where the runs of a study go: where they went so far, so that they stay together.
 
-    Where machines share a study each is told by its user: a database that others write to must not choose who gets the
-    password of an MLflow account. Raises StudyMismatchError where another store is given than before, UsageError where
-    a shared study has none that all can reach.
+    If machines share a study, each user configures the store: a database that others write to must not choose who gets
+    the password of an MLflow account. Raises StudyMismatchError if another store is given than before, UsageError if a
+    shared study has none that all can reach.
     """
     given = machine.tracking_uri
     if machine.is_shared:

@@ -1,4 +1,4 @@
-"""Live progress of a search in a notebook: one output that is replaced as the search goes on."""
+"""Live progress of a search in a notebook: one output that is replaced as the search continues."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class NotebookProgress(Observer):
         self._best = ""
         self._tally: Tally | None = None
         self._drawn = time.monotonic()
-        self._display: Any = display(self._as_bundle(), raw=True, display_id=True)  # type: ignore[no-untyped-call]
+        self._display: Any = display(self._as_bundle(), raw=True, display_id=True)
 
     def note(self, text: str) -> None:
         self._note = text

@@ -275,7 +275,7 @@ def _describe_comparison(found: Rerun) -> str:
         return f"{differs}; one of them has no finite value."
     if found.is_within_spread is None:
         return f"{differs}; the difference is {found.difference:.4f}, without an interval: no model of before was kept."
-    verdict = "within the spread" if found.is_within_spread else "more than the spread explains"
+    verdict = "within the spread" if found.is_within_spread else "more than chance explains"
     interval = f"95 % interval {found.low:.4f} to {found.high:.4f}"
     return f"{differs}; the difference is {found.difference:.4f}, {interval}: {verdict}."
 

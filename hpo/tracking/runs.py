@@ -204,7 +204,7 @@ class StudyRuns:
             arrived = self._sender.close(timeout_s)
         if not arrived:
             _logger.warning(
-                "MLflow at %s did not take everything; the rest waits in %s and is sent by the next search of '%s'.",
+                "MLflow at %s did not accept everything; the rest waits in %s and is sent by the next search of '%s'.",
                 without_password(self.store.uri),
                 self._folder,
                 self.study,

@@ -66,7 +66,7 @@ def _addresses(store: TrackingStore, study: str | None, base_url: str) -> list[s
     if len(studies) == 1:
         return [f"MLflow is at {store.study_url(studies[0], base_url)}"]
     return [
-        "MLflow shows, the newest study first:",
+        "Studies in MLflow, newest first:",
         *(f"  {name}  {store.study_url(name, base_url)}" for name in studies),
     ]
 

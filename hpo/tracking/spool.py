@@ -1,7 +1,7 @@
 """How a trial's story reaches MLflow: a spool file on disk, and a thread that tells MLflow what stands in it.
 
 A spool is a list of events, one JSON line each: `start`, `epoch`, `file`, `text`, `end`, `remove`. Telling the same
-events twice changes nothing, so after kill -9 or a server's outage a spool is simply told again, from its beginning.
+events twice changes nothing, so after kill -9 or a server's outage a spool is simply sent again, from its beginning.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ RUN_STATUS: dict[EndState, str] = {
 
 
 class Spool:
-    """The events of one run in a file, in the order they happened; what was told is remembered in memory only."""
+    """The events of one run in a file, in the order they happened; what was sent is remembered in memory only."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -69,8 +69,8 @@ class Spool:
                 f"cannot write {self.path}: {error.strerror}; make room, then run the same command again."
             ) from error
 
-    def untold(self) -> tuple[list[Event], int]:
-        """The events not yet told, and the size of the file up to them."""
+    def unsent(self) -> tuple[list[Event], int]:
+        """The events not yet sent, and the size of the file up to them."""
         with self._lock, self.path.open("rb") as file:
             file.seek(self._told)
             lines = file.read().splitlines(keepends=True)
@@ -88,15 +88,15 @@ class Spool:
                 _logger.warning("%s: skipped a damaged line of %d bytes", self.path, len(line))
 
     def has_ended(self) -> bool:
-        """Whether the trial has ended, by the last event; one without a file has ended, and all of it was told."""
+        """Whether the trial has ended, by the last event; one without a file has ended, and all of it was sent."""
         with self._lock:
             if not self.path.exists():
                 return True
             last_line = self.path.read_bytes().splitlines()[-1:]
         return any(_closes(event) for event in self._parse(last_line))
 
-    def told(self, size: int) -> None:
-        """Remember that everything in the first `size` bytes was told."""
+    def mark_sent(self, size: int) -> None:
+        """Remember that everything in the first `size` bytes was sent."""
         self._told = size
 
     def remove_if_told(self) -> None:
@@ -142,14 +142,14 @@ class Delivery:
         self._nonfinite: set[str] = set()
 
     def deliver(self) -> None:
-        """Tell all that is untold; the file goes when the trial has ended. Raises what MLflow raises."""
+        """Tell all that is unsent; the file goes when the trial has ended. Raises what MLflow raises."""
         if self._is_abandoned or not self.spool.path.exists():
             return
-        events, size = self.spool.untold()
+        events, size = self.spool.unsent()
         self._attempt = max(
             [self._attempt, *(_attempt(event["start"]["tags"]) for event in events if "start" in event)]
         )
-        for event in events:  # a spool that a lost study has left is told to the runs of that study
+        for event in events:  # a spool that a lost study left belongs to the runs of that study
             self._study_id = event.get("start", {}).get("tags", {}).get(STUDY_ID_TAG, self._study_id)
         if self._is_superseded():
             self.abandon()
@@ -163,12 +163,12 @@ class Delivery:
             epochs = []
             self._tell(event)
         self._tell_epochs(epochs)
-        self.spool.told(size)
+        self.spool.mark_sent(size)
         if events and _closes(events[-1]):
             self.spool.remove_if_told()
 
     def abandon(self) -> None:
-        """Tell nothing more, and forget what was not told."""
+        """Send nothing more, and forget what was not sent."""
         self._is_abandoned = True
         self.spool.path.unlink(missing_ok=True)
 
@@ -192,7 +192,7 @@ class Delivery:
             self._end(event["time_ms"], **event["end"])
 
     def _start(self, time_ms: int, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
-        """Create the run, or go on with it: then its parameters stand already, and MLflow lets no one change them."""
+        """Create the run, or continue it: then its parameters stand already, and MLflow lets no one change them."""
         from mlflow.entities import Param, RunTag
 
         run = self._client.get_run(self._run_id) if self._run_id else self._create_run(time_ms)
@@ -226,7 +226,7 @@ class Delivery:
         return run
 
     def _last_recorded_epoch(self, run: Run) -> int:
-        """Epochs up to this one are not told again: a resumed trial repeats the epoch that its checkpoint missed."""
+        """Epochs up to this one are not sent again: a resumed trial repeats the epoch that its checkpoint missed."""
         keys = [key for key in run.data.metrics if key != f"best/{self._metric}"]
         return max(
             (row.step for key in keys for row in self._client.get_metric_history(run.info.run_id, key)), default=-1
@@ -317,7 +317,7 @@ class Sender:
     def __init__(self, interval_s: float = 10.0) -> None:
         self._interval_s = interval_s
         self._changed = threading.Condition()
-        self._waiting: dict[Delivery, None] = {}  # an ordered set: first in, first told
+        self._waiting: dict[Delivery, None] = {}  # an ordered set: first in, first sent
         self._rounds_asked = 0
         self._rounds_done = 0
         self._arrived = True
@@ -381,5 +381,5 @@ class Sender:
         level = logging.WARNING if self._arrived else logging.DEBUG  # once an outage
         reason = str(error).partition("\n")[0]
         _logger.log(
-            level, "trial %d waits in %s until MLflow takes it: %s", delivery.number, delivery.spool.path, reason
+            level, "trial %d waits in %s until MLflow accepts it: %s", delivery.number, delivery.spool.path, reason
         )

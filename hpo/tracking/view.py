@@ -19,7 +19,7 @@ FRONT_TAG = "hpo.front"
 
 _TRIALS = "tags.`hpo.kind` = 'trial'"
 _SECTION = "learning-curves"
-_NUM_IN_PARALLEL = 8  # parameters whose axes can be told from each other at 1 400 pixels
+_NUM_IN_PARALLEL = 8  # parameters whose axes can be distinguished at 1 400 pixels
 
 
 def study_view(metric: str, direction: Direction, parameters: Sequence[str], costs: Sequence[str]) -> str:

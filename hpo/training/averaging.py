@@ -63,7 +63,7 @@ class AveragedWeights:
 def _renew_batch_norms(model: nn.Module, batches: Iterable[tuple[Batch, Batch]]) -> None:
     """Recompute the statistics of batch norms in a pass over `batches`.
 
-    It is torch's update_bn, but for frozen norms, which stay in evaluation mode and keep theirs.
+    It is torch's update_bn, except for frozen norms, which stay in evaluation mode and keep theirs.
     """
     model.train()
     momenta = {m: m.momentum for m in model.modules() if isinstance(m, _BatchNorm) and m.training}

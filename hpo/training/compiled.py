@@ -56,7 +56,7 @@ class FormulaStep:
         self._formulas = Formulas(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training continues with. The optimizer is told how many steps it has made."""
+        """What a resumed training continues with. The optimizer is given the number of steps it has made."""
         self._formulas.complete_optimizer()
         return self._eager.state_dict()
 
@@ -179,11 +179,13 @@ def check_compile_mode(wanted: str, precision: str, device: str) -> None:
     if wanted == "step" and not _can_trace():
         reason = f"needs a newer torch than {torch.__version__}"
     elif wanted in ("step", "graph") and precision == "fp16":
-        reason = "does not go with --precision fp16"
+        reason = "does not work with --precision fp16"
     elif wanted == "graph" and not device.startswith("cuda"):
         reason = f"needs a CUDA device, not {device}"
     if reason:
-        raise UsageError(f"--compile {wanted} {reason}; use --compile auto, which compiles where it can and pays.")
+        raise UsageError(
+            f"--compile {wanted} {reason}; use --compile auto, which compiles when that is possible and faster."
+        )
 
 
 def has_formula(step: TrainingStep) -> bool:

@@ -102,7 +102,7 @@ class RunningTrial(Trial):
         folder: Path,
         report: Callable[[EpochResult], bool],
     ) -> None:
-        """`folder` may hold what an earlier attempt has left; `report` takes each result and says whether to go on."""
+        """`folder` may hold files of an earlier attempt; `report` takes each result and returns whether to continue."""
         files = folder / "files"
         files.mkdir(parents=True, exist_ok=True)
         super().__init__(
@@ -171,7 +171,7 @@ class RunningTrial(Trial):
     def report(self, epoch: int, metrics: Mapping[str, float]) -> bool:
         if self.is_stopped:
             raise UsageError(
-                f"train went on to epoch {epoch} after trial.report had returned False; return from train when it does."
+                f"train continued to epoch {epoch} after trial.report returned False; return from train when it does."
             )
         self._epoch = self._checked_epoch(epoch)
         numbers = self._checked_metrics(metrics)

@@ -65,7 +65,7 @@ def training_loss(config: TrainConfig, train: Split, spec: DataSpec, own: Own = 
         return loss_function(config, spec, scale, own)
     if spec.kind != "classification" or config.loss == OWN:
         raise UsageError(
-            "class_weights='balanced' is for one of several classes and a loss of hpo's; this task has a "
+            "class_weights='balanced' is for classification with one of hpo's losses; this task has a "
             f"{spec.kind if config.loss != OWN else 'loss of its own'}: use 'none'."
         )
     weights = _balanced_weights(train, len(spec.classes)).to(config.device)

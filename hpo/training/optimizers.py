@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def build_optimizer(model: nn.Module, config: TrainConfig, own: Own = NOTHING_OWN) -> optim.Optimizer:
     """The optimizer that `config` names, over all parameters of `model`, which must be on its device already.
 
-    Raises UsageError where a task's own is wanted and there is none, or it is no optimizer.
+    Raises UsageError if a task's own is wanted and there is none, or it is not an optimizer.
 
     The weight decay of AdamW, LAMB and Muon is decoupled (Loshchilov and Hutter 2019, arXiv:1711.05101): it shrinks the
     weights, and the averages do not see it. Elsewhere it is L2, a part of the gradient.
@@ -50,7 +50,7 @@ def _build_own(groups: list[dict[str, Any]], config: TrainConfig, own: Own) -> o
         raise UsageError("optimizer='own' needs an Objective with an optimizer.")
     built = own.optimizer(groups, config)
     if not isinstance(built, optim.Optimizer):
-        raise UsageError(f"the task's optimizer must give a torch.optim.Optimizer, not a {type(built).__name__}.")
+        raise UsageError(f"the task's optimizer must return a torch.optim.Optimizer, not a {type(built).__name__}.")
     return built
 
 

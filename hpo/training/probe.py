@@ -31,7 +31,7 @@ EXPLODED = 30.0
 
 
 LEAST_ERROR = 1e-6
-"""Of what is right up to rounding there is nothing to be told."""
+"""What is right up to rounding says nothing."""
 
 
 class Probe:

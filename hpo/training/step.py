@@ -37,8 +37,8 @@ class StepResult(NamedTuple):
 class TrainingStep:
     """Forward, backward, clip, optimizer.
 
-    When the device's memory does not hold a batch, it is taken in two halves from then on, whose gradients are added
-    up; only batch norm sees the difference. Raises DeviceMemoryError when a half is too much as well.
+    If the device's memory does not hold a batch, batches are processed in two halves from then on, whose gradients are
+    added; only batch norm sees the difference. Raises DeviceMemoryError if a half is too much as well.
     """
 
     mode = "off"
@@ -94,7 +94,7 @@ class TrainingStep:
         return {"precision": self.precision, "num_parts": self.num_parts, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on in the precision, and in as many parts, as before."""
+        """Continue in the same precision and in as many parts as before."""
         self.precision, self.num_parts = state["precision"], state["num_parts"]
         self.scaler = _scaler(self.model, self.precision)
         self.scaler.load_state_dict(state["scaler"])
@@ -115,7 +115,7 @@ class TrainingStep:
             # Out here the failed attempt's tensors are gone; in an except block the traceback would hold them.
             self.num_parts *= 2
             _logger.warning(
-                "the device's memory does not hold a batch of %d; it is taken in two halves from now on",
+                "the device's memory does not hold a batch of %d; it is processed in two halves from now on",
                 _size(targets) // self._wanted_parts,
             )
             gc.collect()

@@ -1,4 +1,4 @@
-"""What goes wrong in a training, told from the figures of its epochs."""
+"""What goes wrong in a training, detected in the figures of its epochs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ OVERFIT_RISE = 0.1
 """Share by which the validation loss must lie above its lowest, ..."""
 
 OVERFIT_EPOCHS = 3
-"""... and for so many epochs in a row, before a training is said to overfit."""
+"""... and for this many epochs in a row before a training counts as overfitting."""
 
 STALL_EPOCHS = 5
 LEAST_PROGRESS = 0.01
@@ -26,7 +26,7 @@ LEARNED = 0.1
 """Share of the first epoch's training loss below which nothing much is left to learn."""
 
 DEAD = 0.5
-"""Share of dead units above which they are told."""
+"""Share of dead units above which they are reported."""
 
 
 @dataclass

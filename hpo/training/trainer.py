@@ -1,4 +1,4 @@
-"""The training of one trial: `fit` yields one result an epoch, and the caller decides whether to go on."""
+"""The training of one trial: `fit` yields one result per epoch, and the caller decides whether to continue."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def fit(
     bit-equal to one that was not; for that the caller passes the same model, splits and config. Its first result is
     then the saved one once more: whoever was killed may not have got it.
 
-    With `num_epochs` nothing is judged by the validation split: the training ends after so many of the `max_epochs`
+    With `num_epochs` nothing is judged by the validation split: the training ends after that many of the `max_epochs`
     that its schedule is made for, and the model has the last weights. With `is_streamed` the data stay where they are,
     even if the device has room for them, and the results are the same.
 
@@ -467,7 +467,7 @@ def check_fine_tuning(model: nn.Module, config: TrainConfig) -> None:
 
 
 def _comparable(config: TrainConfig) -> dict[str, Any]:
-    """The settings that a run cannot change on the way; it may well go on on another device, in what was settled."""
+    """The settings that a run cannot change on the way. It may continue on another device, with what was settled."""
     free = ("device", "precision", "compile", "deterministic")
     return {name: value for name, value in asdict(config).items() if name not in free}
 

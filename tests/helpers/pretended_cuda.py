@@ -21,8 +21,8 @@ tests/test_gpu.py. It leans on private names of torch, read in 2.15.
 from __future__ import annotations
 
 import functools
-import gc
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 CUDA = torch.device("cuda:0")
 TOTAL_MEMORY = 80 * 10**9
-HPO = str(Path(__file__).parent.parent / "hpo")
+HPO = str(Path(__file__).parents[2] / "hpo")
 aten = torch.ops.aten
 
 
@@ -72,7 +72,7 @@ class Seen:
 
     def bytes_alive(self) -> int:
         """Of all tensors on the device that are alive; nothing is collected for it."""
-        storages = [each._cpu.untyped_storage() for each in gc.get_objects() if type(each) is GpuTensor]
+        storages = [each._cpu.untyped_storage() for each in _alive()]
         # Several tensors may share a storage, whose Python object comes and goes; its address is what lasts.
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
@@ -80,6 +80,14 @@ class Seen:
 _seen = Seen()
 _captured: list[tuple[Any, Any, Any, Any]] | None = None
 """Operations of the graph that is being captured, with their arguments and results; None outside of a capture."""
+
+
+_references: dict[int, weakref.ref[GpuTensor]] = {}
+"""To every tensor on the device; the garbage collector knows them too, among millions of other objects."""
+
+
+def _alive() -> list[GpuTensor]:
+    return [tensor for reference in [*_references.values()] if (tensor := reference()) is not None]
 
 
 def place_in_hpo() -> str:
@@ -118,6 +126,8 @@ class GpuTensor(torch.Tensor):
         assert not isinstance(cpu, GpuTensor)
         made: GpuTensor = torch.Tensor._make_subclass(GpuTensor, cpu, device_for_backend_keys=CUDA)
         made._cpu = cpu
+        key = id(made)
+        _references[key] = weakref.ref(made, lambda _: _references.pop(key))
         return made
 
     @classmethod
@@ -454,7 +464,7 @@ def _capture(graph: _Graph, **kwargs: Any) -> Iterator[None]:
     """Note the operations in here. On a GPU they are not run; here they are, and what they changed is undone."""
     global _captured
     torch.cuda.synchronize()
-    alive = [each for each in gc.get_objects() if type(each) is GpuTensor]
+    alive = _alive()
     before, random_state = [each._cpu.clone() for each in alive], torch.get_rng_state()
     _seen.num_captures += 1
     _captured = graph.operations

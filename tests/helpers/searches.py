@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from hpo.execution.observer import Observer
 from hpo.records import SearchOutcome, TrialRecord
 from hpo.search.storage import open_storage
 from hpo.search.study import Study
+from hpo.session import conclude
 from hpo.session.search import run_search
 from hpo.tracking.store import open_store
 
@@ -33,6 +35,15 @@ PATIENCE_S = 120.0  # until a condition that must come true counts as missed, on
 GONE_WITHIN_S = 5.0  # the promise, of a machine that has nothing else to do
 STOPPING = "stopping after the current epoch; press Ctrl-C again to stop now"
 
+
+# Tests of faults do not look at this: the winner is found, but neither compared nor tested, and nothing is summarised.
+# It is run in this process, and at the beginning of those that it starts.
+WITHOUT_CONCLUSION = """
+from hpo.search.winner import find_winner
+from hpo.session import conclude
+conclude.tested_winner = lambda prepared, opened: find_winner(opened.study)
+conclude.write_summary = lambda study, summary, winner: None
+"""
 
 # The digits, with a model that leaves a footprint in each epoch, waits where it is held, and misbehaves as asked.
 TASK = """
@@ -201,13 +212,13 @@ class Searches:
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """One search as a process that leads a group of its own, as in a terminal."""
         options = ["--home", self.home, "-p", "mood=calm", "--strategy", "random", "--pruner", "none", *arguments]
-        return self._begin(WarmPopen, "-m", "hpo", "search", self.task, *options)
+        return self._begin(partial(WarmPopen, prelude=WITHOUT_CONCLUSION), "-m", "hpo", "search", self.task, *options)
 
     def start_script(self, *arguments: object) -> subprocess.Popen[str]:
         """A script of a user, which is really started anew."""
         return self._begin(subprocess.Popen, *arguments)
 
-    def _begin(self, popen: type[subprocess.Popen[str]], *arguments: object) -> subprocess.Popen[str]:
+    def _begin(self, popen: Callable[..., subprocess.Popen[str]], *arguments: object) -> subprocess.Popen[str]:
         self._processes.append(
             popen(
                 [sys.executable, *map(str, arguments)],
@@ -304,10 +315,22 @@ class Searches:
 
 @pytest.fixture
 def searches(tmp_path: Path, home: Path) -> Iterator[Searches]:
-    """None of them outlives the test."""
-    found = Searches(tmp_path, home)
-    yield found
-    found.end()
+    """None of them outlives the test, and none tests its winner."""
+    with searching(tmp_path, home) as found:
+        yield found
+
+
+@contextmanager
+def searching(folder: Path, home: Path) -> Iterator[Searches]:
+    found = Searches(folder, home)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("tested_winner", "write_summary"):
+            patch.setattr(conclude, name, getattr(conclude, name))  # so that they are there again afterwards
+        exec(WITHOUT_CONCLUSION, {})
+        try:
+            yield found
+        finally:
+            found.end()
 
 
 def wait_until(condition: Callable[[], bool], *searches: Future[SearchOutcome], within_s: float = PATIENCE_S) -> None:

@@ -12,6 +12,7 @@ from uuid import uuid4
 
 import pytest
 
+from helpers.warm import WarmPopen
 from hpo.config import Direction
 from hpo.tracking.runs import StudyRuns
 from hpo.tracking.store import TrackingStore, open_store
@@ -63,8 +64,8 @@ def run_python(code: str, *arguments: object, **environment: str) -> subprocess.
     prelude = "import os, sys, time\nfrom pathlib import Path\nfrom hpo.config import Direction\n"
     prelude += "from hpo.tracking.runs import StudyRuns\n"
     prelude += "from hpo.tracking.store import open_store\nhome = Path(sys.argv[1])\n"
-    return subprocess.Popen(
-        [sys.executable, "-c", prelude + code, *map(str, arguments)],
+    return WarmPopen(
+        [sys.executable, "-c", prelude + code, *arguments],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},

@@ -3,7 +3,7 @@
 `python -m hpo search` imports for 10 s of CPU time, and the server of its workers for another 5 (2 cores, torch 2.15).
 A test that only needs a process to kill, stop or interrupt takes `WarmPopen` in place of `subprocess.Popen`. What runs
 is the same: a process of its own, which is the parent of a server of its own, which is the parent of its workers. What
-is not shown is that the command can be started at all; tests/test_docs.py starts those of the documentation.
+is not shown is that the command can be started at all; tests/test_plugins.py starts one.
 """
 
 from __future__ import annotations
@@ -49,11 +49,14 @@ _CLONE_NEWUTS, _CLONE_NEWNET = 0x04000000, 0x40000000  # linux/sched.h; Python h
 class WarmPopen(subprocess.Popen[str]):
     """`subprocess.Popen` of `[sys.executable, ...]`, for the interpreter options -c, -m and the name of a script.
 
-    `machine` is the name of a network namespace, in which the process also has the last part of it as its host name.
+    `prelude` is Python code that it runs first. `machine` is the name of a network namespace, in which the process also
+    has the last part of it as its host name.
     """
 
-    def __init__(self, command: Sequence[object], *, machine: tuple[str, str] | None = None, **options: Any) -> None:
-        self._machine = machine
+    def __init__(
+        self, command: Sequence[object], *, prelude: str = "", machine: tuple[str, str] | None = None, **options: Any
+    ) -> None:
+        self._prelude, self._machine = prelude, machine
         super().__init__([*map(str, command)], **options)
 
     def _execute_child(  # type: ignore[override]
@@ -74,6 +77,7 @@ class WarmPopen(subprocess.Popen[str]):
             "folder": str(cwd or Path.cwd()),
             "environment": dict(os.environ if env is None else env),
             "leads_a_group": start_new_session,
+            "prelude": self._prelude,
             "machine": self._machine,
         }
         streams = [own if own != -1 else inherited for own, inherited in ((p2cread, 0), (c2pwrite, 1), (errwrite, 2))]
@@ -184,6 +188,7 @@ def become(request: dict[str, Any], streams: Sequence[int]) -> Callable[[], obje
     sys.stdout = open(1, "w", buffering=1 if unbuffered else -1, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     _fork_the_workers_server_from_here()
+    exec(request["prelude"], {})
     option, *arguments = request["arguments"]
     named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     own = str(Path(option).parent) if option not in ("-c", "-m") else request["folder"]
