@@ -69,17 +69,6 @@ def test_averaging_steadies_a_training_with_a_rate_that_is_too_high() -> None:
     assert sum(losses(0.95)) < 0.9 * sum(losses(0.0))
 
 
-def test_a_compiled_step_is_averaged_as_the_eager_one() -> None:
-    weights = []
-    for mode in ("off", "step"):
-        model = ImageNet(dropout=0.0)
-        model.dropout = nn.Dropout(1e-9)  # which a compiled step replaces by a module with a buffer
-        model.hidden.bias = None
-        list(fit(model, image_splits(), quick_config(optimizer="sgd", max_epochs=3, ema_decay=0.9, compile=mode)))
-        weights.append(model.output.weight.detach())
-    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
-
-
 def test_swa_is_the_mean_of_the_weights_at_the_ends_of_the_late_epochs(tmp_path: Path) -> None:
     config = quick_config(max_epochs=5, swa_start=0.6, metric="loss", lr=0.02, optimizer="sgd")
     model, ends = ImageNet(dropout=0.0), []

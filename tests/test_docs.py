@@ -13,9 +13,12 @@ import click
 import pytest
 from click.testing import CliRunner
 from helpers import warm
+from helpers.homes import copy_home
 from helpers.postgres import Postgres
 
 from hpo.cli import cli, main
+from hpo.session import conclude
+from hpo.session.search import run_search
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -102,24 +105,27 @@ ON_SEVERAL_MACHINES = [line for line in documented_commands() if " --storage " i
 RUNNABLE = [line for line in documented_commands() if line not in (*SERVERS, *ON_REAL_DATA, *ON_SEVERAL_MACHINES)]
 
 
+@pytest.fixture(scope="session")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home in which the digits were searched: one trial is complete."""
+    home = tmp_path_factory.mktemp("searched")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conclude, "draw_figures", lambda *_: {})
+        run_search("digits", trials=1, epochs=1, home=home)
+    return home
+
+
 @pytest.mark.parametrize("arguments", RUNNABLE)
-def test_every_command_that_is_shown_runs(arguments: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_command_that_is_shown_runs(
+    arguments: str, home: Path, searched: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HPO_HOME", str(home))
     monkeypatch.chdir(ROOT)
-    needs_a_study = (
-        "best",
-        "show",
-        "gc",
-        "rerun",
-        "confirm",
-        "refit",
-        "report",
-        "compare",
-        "export",
-        "register",
-        "predict",
-    )
-    if arguments.startswith(needs_a_study) or "--warm-start" in arguments:
+    if arguments.startswith(("best", "show", "gc", "compare")) or "--warm-start" in arguments:
+        copy_home(searched, home)
+    if arguments.startswith(
+        ("rerun", "confirm", "refit", "report", "export", "register", "predict")
+    ):  # which read or write artifacts
         succeeds("search digits --trials 1 --epochs 1", monkeypatch)
     if arguments.startswith("compare"):
         succeeds("search digits --study digits-tpe --strategy tpe --trials 1 --epochs 1", monkeypatch)
@@ -179,11 +185,8 @@ def test_the_prediction_example_runs_after_the_search_of_the_readme(
 
 
 @pytest.mark.parametrize("page", ["README.md", "searching.md"])
-def test_the_loading_example_runs(page: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hpo.session.search import run_search
-
-    monkeypatch.setenv("HPO_HOME", str(home))
-    run_search("digits", trials=1, epochs=1)
+def test_the_loading_example_runs(page: str, searched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPO_HOME", str(searched))
     (code,) = [code for name, language, code in fenced_code() if name == page and language == "python"]
     names: dict[str, object] = {}
     exec(compile(code, page, "exec"), names)

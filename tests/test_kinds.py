@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torchmetrics.classification as reference
+from helpers.data import LR_SPACE
 from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics.text import CharErrorRate, Perplexity
@@ -16,12 +17,9 @@ from torchvision.ops import generalized_box_iou_loss
 from hpo import (
     Dataset,
     DataSpec,
-    Float,
-    Group,
     Objective,
     Padded,
     Ragged,
-    Space,
     TrainConfig,
     hold_out,
     mlp,
@@ -40,7 +38,6 @@ from hpo.training.metrics import EpochMetrics
 from hpo.training.trainer import EpochResult, fit
 
 NUM_EXAMPLES = 500
-SPACE = Space(Group("step size", lr=Float(1e-4, 1e-1, log=True, default=1e-2)))
 
 
 class Recurrent(nn.Module):
@@ -164,10 +161,10 @@ KINDS: dict[str, tuple[Callable[[], Dataset], Any, str, str, float]] = {
 def task_of(load: Callable[[], Dataset], model: Any, loss: Any, metric: str, **given: Any) -> Task:
     settings = {"max_epochs": 12, "patience": 12, "batch_size": 16, "lr": 1e-2, "compile": "off"}
     objective = Objective(
-        name="made", description="made", load=lambda _: load(), model=model, loss=loss, metric=metric, space=SPACE,
+        name="made", description="made", load=lambda _: load(), model=model, loss=loss, metric=metric, space=LR_SPACE,
         settings=settings, **given,
     )  # fmt: skip
-    return Task(reference="made", objective=objective, space=SPACE)
+    return Task(reference="made", objective=objective, space=LR_SPACE)
 
 
 def trained(task: Task, data: Dataset) -> tuple[Any, EpochResult]:

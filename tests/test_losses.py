@@ -84,11 +84,9 @@ def test_a_mixed_example_counts_for_each_of_its_classes_by_its_share() -> None:
     assert values["recall"].item() == pytest.approx((1 + 1 / 1.75 + 0) / 3)
 
 
-@pytest.mark.parametrize("compile_mode", ["off", "step"])
-def test_a_training_on_mixed_examples_learns_what_it_is_validated_on(compile_mode: str) -> None:
-    config = quick_config(mixup=0.3, cutmix=1.0, max_epochs=8, lr=0.03, batch_size=16, compile=compile_mode)
+def test_a_training_on_mixed_examples_learns_what_it_is_validated_on() -> None:
+    config = quick_config(mixup=0.3, cutmix=1.0, max_epochs=8, lr=0.03, batch_size=16, compile="off")
     results = list(fit(ImageNet(), image_splits(), config))
-    assert results[-1].settled["compile"] == compile_mode
     assert max(result.value for result in results) > 0.9
     assert results[-1].metrics["train/accuracy"] < results[-1].metrics["val/accuracy"], "the mixed are harder"
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.data import LR_SPACE
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional
 
-from hpo import Dataset, DataSpec, Float, Group, Objective, Space, TrainConfig, hold_out, mlp, split_dataset
+from hpo import Dataset, DataSpec, Objective, TrainConfig, hold_out, mlp, split_dataset
 from hpo.checks.checklist import whole_list
 from hpo.checks.compatibility import check_task
 from hpo.checks.verdicts import Subject
@@ -27,7 +28,6 @@ from hpo.training.embeddings import RetrievalMetrics
 from hpo.training.losses import loss_function
 from hpo.training.trainer import EpochResult, fit
 
-SPACE = Space(Group("step size", lr=Float(1e-4, 1e-1, log=True, default=1e-2)))
 NUM = 400
 
 
@@ -202,9 +202,9 @@ def task_of(name: str) -> tuple[Task, Dataset]:
     settings = {"max_epochs": 30, "patience": 30, "batch_size": 32, "compile": "off"} | settings
     objective = Objective(
         name="made", description="made", load=lambda _: load(), model=model, loss=name.partition(" ")[0], metric=metric,
-        space=SPACE, settings=settings,
+        space=LR_SPACE, settings=settings,
     )  # fmt: skip
-    return Task(reference="made", objective=objective, space=SPACE), load()
+    return Task(reference="made", objective=objective, space=LR_SPACE), load()
 
 
 def trained(task: Task, data: Dataset) -> tuple[Any, EpochResult]:

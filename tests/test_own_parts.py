@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torchmetrics
+from helpers.data import LR_SPACE
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -38,12 +39,11 @@ from hpo.training.checkpoint import CheckpointFolder
 from hpo.training.costs import measure_costs
 from hpo.training.trainer import EpochResult, fit
 
-SPACE = Space(Group("step size", lr=Float(1e-4, 1e-1, log=True, default=1e-2)))
 INPUTS = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
 DATA = hold_out(INPUTS, (INPUTS[:, 0] > 0).long(), ["low", "high"])
 
 
-def task_of(space: Space = SPACE, data: Any = DATA, **given: Any) -> Task:
+def task_of(space: Space = LR_SPACE, data: Any = DATA, **given: Any) -> Task:
     given = {"name": "mine", "description": "mine", "load": lambda _: data, "model": mlp, "space": space} | given
     settings = {"max_epochs": 3, "patience": 3, "batch_size": 16, "compile": "off"} | given.pop("settings", {})
     return Task(reference="mine", objective=Objective(settings=settings, **given), space=space)  # type: ignore[arg-type]

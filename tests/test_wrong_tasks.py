@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.data import LR_SPACE
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -15,7 +16,6 @@ from hpo import Dataset, Float, Group, HpoError, Objective, Ragged, Space, Split
 from hpo.checks.compatibility import check_task
 from hpo.task import Task, check_parameters, check_ranges, load_dataset
 
-SPACE = Space(Group("step size", lr=Float(1e-4, 1e-1, log=True, default=1e-2)))
 NUM = 60
 FEATURES = torch.randn(NUM, 4, generator=torch.Generator().manual_seed(0))
 CLASSES = torch.arange(NUM) % 3
@@ -60,7 +60,7 @@ def prepared(
             **given or {},
         )
 
-    space = of_task.pop("space", SPACE)
+    space = of_task.pop("space", LR_SPACE)
     objective = Objective(
         name="mine", description="mine", load=load, model=model, loss=loss, metric=metric, space=space,
         settings={"batch_size": 8} | (settings or {}), **of_task,

@@ -63,7 +63,7 @@ class Curriculum:
     """
 
     def __init__(self, pace: Pace, num_examples: int, least: int, difficulty: Tensor | None) -> None:
-        """`least` examples are drawn from at the least."""
+        """Draws from no fewer than `least` examples."""
         self.difficulty = difficulty
         self.pace = pace
         self._num_examples = num_examples

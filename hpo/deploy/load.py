@@ -82,7 +82,7 @@ def choose_trial(study: Study, trial: int | None) -> tuple[int, bool]:
     number = winner.trial if trial is None else study.trial(trial).number
     if study.settings.folds and str(number) not in (study.recorded(TEST_READINGS) or {}):
         raise UsageError(
-            f"trial {number} of study '{study.name}' has no model of its own: with --folds the winner alone gets one, "
+            f"trial {number} of study '{study.name}' has no model of its own: with --folds only the winner gets one, "
             "trained on all examples when the search has all its trials."
         )
     return number, winner.is_refit and trial is None

@@ -154,7 +154,7 @@ def _read_photos(spec: DataSpec, files: Sequence[Path]) -> torch.Tensor:
                 upright = ImageOps.exif_transpose(photo).convert("L" if channels == 1 else "RGB")
                 fitted = np.asarray(ImageOps.fit(upright, (width, height)))
         except Exception as error:  # a stranger's file: its decoder may raise anything
-            raise DataError(f"{file} cannot be read ({in_one_line(error)}); name another photo.") from error
+            raise DataError(f"{file} cannot be read ({in_one_line(error)}); choose another photo.") from error
         images.append(torch.from_numpy(np.array(fitted)).view(height, width, channels).permute(2, 0, 1))
     return torch.stack(images)
 

@@ -217,5 +217,5 @@ def _on_device(metric: Any, device: torch.device | str) -> Any:
 def _as_scalar(name: str, value: Any, device: torch.device) -> Tensor:
     tensor = torch.as_tensor(value, device=device)
     if tensor.numel() != 1:
-        raise UsageError(f"the metric {name} must give one number, but gives the shape {tuple(tensor.shape)}.")
+        raise UsageError(f"the metric {name} must return one number, but returned the shape {tuple(tensor.shape)}.")
     return tensor.reshape(())

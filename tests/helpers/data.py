@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 
 from hpo.data.examples import DataSpec, Split
+from hpo.space import Float, Group, Space
+
+LR_SPACE = Space(Group("step size", lr=Float(1e-4, 1e-1, log=True, default=1e-2)))
+"""The smallest space of a task that is trained."""
 
 
 def assert_same(split: Split, other: Split) -> None:
