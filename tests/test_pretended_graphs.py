@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.pretended_cuda import Seen, pretended_cuda
-from helpers.pretended_trials import make_objective, make_splits
+from helpers.pretended_trials import make_objective, make_splits, small_backbone
 from torch import nn
 
 from hpo.config import TrainConfig
@@ -155,11 +155,6 @@ def test_a_slower_captured_step_is_given_up(monkeypatch: pytest.MonkeyPatch, cap
     _, _, mode = curve_of("graph")
     assert mode == "off"
     assert "not captured as a CUDA graph: it is not faster" in caplog.text
-
-
-def small_backbone(architecture: str, num_outputs: int, *, uses_imagenet_inputs: bool) -> nn.Module:
-    hidden = nn.Sequential(nn.Linear(48, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
-    return nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), hidden, nn.Linear(8, num_outputs))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

@@ -209,7 +209,7 @@ def test_a_trial_of_each_kind_waits_between_epochs_alone_and_leaves_nothing(
 ) -> None:
     case = CASES[name]
     few = trained(case, tmp_path / "few", batch_size=24, is_streamed=is_streamed)
-    many = trained(case, tmp_path / "many", batch_size=12, is_streamed=is_streamed)
+    many = trained(case, tmp_path / "many", batch_size=8, is_streamed=is_streamed)
     more = {wait for wait, count in many.waits.items() if count > few.waits[wait] and "costs.py" not in wait[1]}
     assert more == case.waits_in_each_step
     assert many.waits.keys() <= BETWEEN_STEPS.keys() | more

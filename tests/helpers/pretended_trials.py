@@ -21,7 +21,7 @@ from hpo.data.mapped import MappedImages
 from hpo.execution.messages import Assignment, Decision
 from hpo.execution.worker import run_trial
 from hpo.methods import OPTIMIZERS, SCHEDULES
-from hpo.models import networks
+from hpo.models import networks, pretrained
 from hpo.models.preprocessed import MirrorAveraged, build_model
 from hpo.objective import Objective
 from hpo.training import costs as training_costs
@@ -203,6 +203,12 @@ def make_objective(model: Callable[..., nn.Module]) -> Objective:
     )
 
 
+def small_backbone(architecture: str, num_outputs: int, *, uses_imagenet_inputs: bool) -> nn.Module:
+    """In place of one of torchvision's, whose hundreds of operations are not hpo's."""
+    hidden = nn.Sequential(nn.Linear(48, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), hidden, nn.Linear(8, num_outputs))
+
+
 def listening(seen: Seen, addresses: list[tuple[int, ...]]) -> type[TrainingStep]:
     """A step that notes all operations up to the next one, and where weights and the optimizer's state are after it."""
 
@@ -245,6 +251,7 @@ def train(
         return Decision.LEAVE
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrained, "_build", small_backbone)
         if is_streamed:
             patch.setattr(batches, "DEVICE_SHARE", 0.0)
         patch.setattr(training_costs, "TIMING_S", 0.001)
