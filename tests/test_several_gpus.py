@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers.kinds import CASES as KIND_CASES
 from helpers.ranks import in_ranks, trained_all, trained_kind
 from helpers.searches import wait_until_gone
 from helpers.training import trained
-from pretended_kinds_cases import CASES as KIND_CASES
 
 import hpo
 from hpo.cli import cli

@@ -381,7 +381,7 @@ def _require_fitting(name: str, inputs: Examples) -> None:
     else:
         fits, wanted = isinstance(inputs, Tensor | MappedImages) and ndim == 4, "images (C, H, W)"
     if not fits:
-        raise UsageError(f"augment={name!r} is for {wanted}; this task's examples are others: use 'none'.")
+        raise UsageError(f"augment={name!r} is for {wanted}; this task has other inputs: use 'none'.")
 
 
 def _image_size(split: Split) -> Sequence[int]:

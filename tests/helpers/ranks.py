@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from pretended_kinds_cases import CASES
 from torch import distributed
 
+from helpers.kinds import CASES
 from helpers.training import trained
 from hpo.config import TrainConfig
 from hpo.data.datasets import split_dataset
