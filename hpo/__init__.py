@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hpo.data.examples import InputSpec as InputSpec
     from hpo.data.examples import SealedSplit as SealedSplit
     from hpo.data.examples import Split as Split
+    from hpo.data.from_torch import from_torch as from_torch
     from hpo.data.mapped import MappedImages as MappedImages
     from hpo.data.parts import Padded as Padded
     from hpo.data.parts import Ragged as Ragged
@@ -85,6 +86,7 @@ _MODULES = {
     "hold_out": "hpo.data.datasets",
     "split_dataset": "hpo.data.datasets",
     "InputSpec": "hpo.data.examples",
+    "from_torch": "hpo.data.from_torch",
     "MappedImages": "hpo.data.mapped",
     "Padded": "hpo.data.parts",
     "Ragged": "hpo.data.parts",

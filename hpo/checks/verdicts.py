@@ -15,6 +15,7 @@ from hpo.config import OWN, TrainConfig
 from hpo.data.batches import num_views
 from hpo.data.datasets import Splits
 from hpo.data.kinds import labels_of
+from hpo.data.loaded import Loaded
 from hpo.models.preprocessed import PreprocessedModel, build_model
 from hpo.training.losses import LossFunction, Scale, loss_function, target_scale
 from hpo.training.precision import has_convolutions
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from hpo.task import Task
 
 State = Literal["ok", "warning", "wrong"]
+
+NUM_TRAIN, NUM_VALIDATION = 512, 256
+"""Examples of a torch Dataset that are checked."""
 
 LARGE_EXAMPLE = 3 * 64 * 64
 """Values in an example; networks for larger ones are slow on a CPU."""
@@ -60,11 +64,14 @@ class Subject:
 
     @classmethod
     def of(cls, task: Task, splits: Splits, device: str) -> Self:
-        """The trainer's own choices that are no part of a network are left out: nothing is compiled."""
+        """The trainer's own choices that are no part of a network are left out: nothing is compiled.
+
+        Of a torch Dataset some examples are read, and looked at instead of all.
+        """
         configuration = task.space.active(task.space.defaults())
         return cls(
             task=task,
-            splits=splits,
+            splits=_read_in_part(splits),
             configuration=configuration,
             config=task.train_config(configuration, device=device, compile="off"),
         )
@@ -143,6 +150,17 @@ class Subject:
 
 
 _WITHOUT_REFERENCE = ("own", "transcription", "embedding", "instances", "reconstruction", "several")
+
+
+def _read_in_part(splits: Splits) -> Splits:
+    """The splits with at most so many examples of a torch Dataset as the checks need, in memory."""
+    if not isinstance(splits.train.inputs, Loaded):
+        return splits
+    train, validation = (
+        split.select(slice(0, number)).in_memory()
+        for split, number in ((splits.train, NUM_TRAIN), (splits.validation, NUM_VALIDATION))
+    )
+    return replace(splits, train=train, validation=validation)
 
 
 def in_few_lines(verdicts: Sequence[Verdict], task: str) -> list[str]:

@@ -20,6 +20,7 @@ from hpo.config import (
     derive_seed,
 )
 from hpo.data.augment import Augmentation, Moving, build_augmentations
+from hpo.data.loaded import Loaded
 from hpo.data.mapped import MappedImages
 from hpo.data.mixing import Mixing, build_mixing
 from hpo.data.oversampling import oversample
@@ -48,7 +49,7 @@ def place(splits: Splits, device: torch.device | str) -> Splits:
     wanted, there = torch.device(device), splits.train.device
     if there.type == wanted.type and wanted.index in (None, there.index):
         return splits
-    is_mapped = any(isinstance(part, MappedImages) for part in (*splits.train.parts, *splits.validation.parts))
+    is_mapped = any(isinstance(part, MappedImages | Loaded) for part in (*splits.train.parts, *splits.validation.parts))
     if is_mapped or splits.num_bytes > DEVICE_SHARE * _free_memory(torch.device(device)):
         return splits
     try:
@@ -168,8 +169,15 @@ class TrainingBatches:
 
     def __iter__(self) -> Iterator[tuple[Batch, Batch]]:
         order, *draws = self._draw_epoch()
-        for (inputs, targets), *drawn in zip(_fetched(self._split, order, self._device), *draws, strict=True):
+        seed = self._draw_seed()
+        for (inputs, targets), *drawn in zip(_fetched(self._split, order, self._device, seed), *draws, strict=True):
             yield self._changed(inputs, targets, drawn)
+
+    def _draw_seed(self) -> int | None:
+        """Of what an epoch's examples draw by themselves, if they are read from a torch Dataset."""
+        if not isinstance(self._split.inputs, Loaded):
+            return None
+        return int(torch.randint(2**62, (), generator=self._augmentation))
 
     def drawn(self) -> Iterator[tuple[Tensor, ...]]:
         """For each batch of an epoch what is random about it, on the device; `make` turns it into the batch.
@@ -423,7 +431,7 @@ def evaluation_batch_size(split: Split, training_batch_size: int, *, convolves_o
     each is fetched from the system again, which took as long as the arithmetic (torch 2.15, one core). Sequences count
     with the length of the longest.
     """
-    if max(map(_values_in_example, split.parts)) > _SMALL_EXAMPLE:
+    if isinstance(split.inputs, Loaded) or max(map(_values_in_example, split.parts)) > _SMALL_EXAMPLE:
         return training_batch_size
     return 256 if convolves_on_cpu else 2048
 
@@ -434,22 +442,29 @@ def _values_in_example(part: Part) -> int:
     return int(part.lengths.max()) * part.values.shape[1:].numel() * _STATES_OF_AN_ELEMENT
 
 
-def _fetched(split: Split, batches: Iterable[tuple[Rows, Rows]], device: torch.device) -> Iterator[tuple[Batch, Batch]]:
-    """The examples in the rows of each batch, on the device."""
-    if device.type == "cuda" and split.device.type != "cuda":
-        yield from _streamed(split, (here for here, _ in batches), device)
+def _fetched(
+    split: Split, batches: Iterable[tuple[Rows, Rows]], device: torch.device, seed: int | None = None
+) -> Iterator[tuple[Batch, Batch]]:
+    """The examples in the rows of each batch, on the device; with a `seed` a torch Dataset's as for a training."""
+    to_gpu = device.type == "cuda" and split.device.type != "cuda"
+    if isinstance(split.inputs, Loaded):
+        read = split.inputs.batches((here for here, _ in batches), seed=seed)
+        yield from _streamed(map(_in_pinned_memory, read), device) if to_gpu else read
+    elif to_gpu:
+        yield from _streamed((_pinned(split, here) for here, _ in batches), device)
     else:
         for rows, rows_there in batches:
             yield split.batch(rows, rows_there)
 
 
-def _streamed(split: Split, batches: Iterable[Rows], device: torch.device) -> Iterator[tuple[Batch, Batch]]:
-    """Batches on their way to a GPU one ahead of the one at work: through pinned memory, on a stream of their own."""
+def _streamed(batches: Iterable[tuple[Batch, Batch]], device: torch.device) -> Iterator[tuple[Batch, Batch]]:
+    """Batches in pinned memory on their way to a GPU, one ahead of the one at work, on a stream of their own.
+
+    torch keeps pinned memory for the next batch, and gives it out only when the copy is done.
+    """
     stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def send(rows: Rows) -> tuple[tuple[Batch, Batch], torch.cuda.Event]:
-        # torch keeps pinned memory for the next batch, and gives it out only when the copy is done.
-        batch = _pinned(split, rows)
+    def send(batch: tuple[Batch, Batch]) -> tuple[tuple[Batch, Batch], torch.cuda.Event]:
         with torch.cuda.stream(stream):
             return map_tensors(lambda part: part.to(device, non_blocking=True), batch), stream.record_event()
 
@@ -461,13 +476,17 @@ def _streamed(split: Split, batches: Iterable[Rows], device: torch.device) -> It
         return sent
 
     ahead = None
-    for rows in batches:
-        following = send(rows)
+    for batch in batches:
+        following = send(batch)
         if ahead:
             yield receive(*ahead)
         ahead = following
     if ahead:
         yield receive(*ahead)
+
+
+def _in_pinned_memory(batch: tuple[Batch, Batch]) -> tuple[Batch, Batch]:
+    return map_tensors(lambda tensor: tensor.pin_memory(), batch)
 
 
 def _pinned(split: Split, rows: Rows) -> tuple[Batch, Batch]:

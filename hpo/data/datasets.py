@@ -11,14 +11,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import cloudpickle
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from hpo.config import derive_seed
-from hpo.data.examples import Dataset, DataSpec, SealedSplit, Split, Vocabulary
+from hpo.data.examples import SAMPLE_SIZE, Dataset, DataSpec, SealedSplit, Split, Vocabulary
 from hpo.data.kinds import strata
+from hpo.data.loaded import Loaded
 from hpo.data.mapped import MappedImages
 from hpo.data.parts import Ragged, is_image_or_number, map_parts, named_parts
 from hpo.errors import DataError, UsageError
@@ -81,10 +83,13 @@ def _to_plain(split: Split) -> dict[str, Any]:
     return {name: map_parts(_plain_part, getattr(split, name)) for name in ("inputs", "targets")}
 
 
-def _plain_part(part: Part | None) -> Any:
+def _plain_part(part: Part | Loaded | None) -> Any:
     """What a file holds of a part: a list, to tell it from a mapping of parts, or the tensor itself."""
     if isinstance(part, MappedImages):
         return ["images in a file", str(part.file), part.num_images, tuple(part.shape[1:]), part.rows]
+    if isinstance(part, Loaded):
+        pickled = torch.frombuffer(bytearray(cloudpickle.dumps(part.source)), dtype=torch.uint8)
+        return ["a Dataset", pickled, part.rows]
     if isinstance(part, Ragged):
         return ["sequences", part.values, part.lengths, part.padding, part.synonyms]
     return part
@@ -94,10 +99,13 @@ def _from_plain(saved: dict[str, Any]) -> Split:
     return Split(**{name: map_parts(_part_from_plain, saved[name]) for name in ("inputs", "targets")})
 
 
-def _part_from_plain(plain: Any) -> Part | None:
+def _part_from_plain(plain: Any) -> Part | Loaded | None:
     if not isinstance(plain, list):
         return cast("Part | None", plain)
     what, *content = plain
+    if what == "a Dataset":  # our own session has written it, from the task's code
+        pickled, rows = content
+        return Loaded(cloudpickle.loads(pickled.numpy().tobytes()), rows)
     if what == "sequences":
         values, lengths, padding, *synonyms = content  # an earlier version wrote none
         return Ragged(values, lengths, padding=padding, synonyms=synonyms[0] if synonyms else None)
@@ -229,7 +237,8 @@ def _stratified_order(split: Split, kind: str, num_classes: int, seed: int) -> I
 
 def _require_sound(split: Split, spec: DataSpec) -> None:
     """Raise DataError for what would end every trial, and on a GPU without a word about the cause."""
-    for name, part in named_parts(split.inputs).items():
+    sample = split.select(slice(0, SAMPLE_SIZE)).in_memory() if isinstance(split.inputs, Loaded) else split
+    for name, part in named_parts(sample.inputs).items():
         _require_sound_input(f"the data's inputs{f' ({name})' if name else ''}", part)
     spec.require_sound_targets(split.targets)
     if spec.kind == "reconstruction" and not (
@@ -279,11 +288,13 @@ def _missing_classes(split: Split, spec: DataSpec) -> list[str]:
     return [name for name, count in class_counts(split, spec).items() if count == 0]
 
 
-def _joined(first: Part | None, second: Part | None) -> Part | None:
+def _joined(first: Part | Loaded | None, second: Part | Loaded | None) -> Part | Loaded | None:
     """The examples of both; mapped images are of the same file."""
     if isinstance(first, MappedImages) and isinstance(second, MappedImages):
         return first.join(second)
     if isinstance(first, Ragged) and isinstance(second, Ragged):
+        return first.join(second)
+    if isinstance(first, Loaded) and isinstance(second, Loaded):
         return first.join(second)
     if first is None:
         return None

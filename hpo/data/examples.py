@@ -15,8 +15,9 @@ from torch import Tensor
 
 from hpo.config import SEVERAL
 from hpo.data.kinds import infer_kind, num_outputs, require_sound_targets
+from hpo.data.loaded import Loaded
 from hpo.data.mapped import MappedImages
-from hpo.data.parts import Examples, Ragged, map_parts, named_parts, parts, select, taken, to_device
+from hpo.data.parts import Examples, Padded, Ragged, map_parts, named_parts, parts, select, taken, to_device
 from hpo.data.preprocessing import Preprocessing, preprocessing_from_dict
 from hpo.errors import DataError, UsageError
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from hpo.data.parts import Batch, Part, Rows
     from hpo.data.preprocessing import RawExamples
 
+
+SAMPLE_SIZE = 256
+"""Examples of a torch Dataset that its inputs are known by."""
 
 Vocabulary = int | tuple[int, ...]
 """How many different integers there are, or how many in each column."""
@@ -78,7 +82,10 @@ class Split:
         return Split(moved(self.inputs), None if self.targets is None else moved(self.targets))
 
     def in_memory(self) -> Split:
-        """The split with images that were in a file read."""
+        """The split with images that were in a file read, and the examples of a torch Dataset as they are."""
+        if isinstance(self.inputs, Loaded):
+            inputs, targets = self.inputs.read(slice(None))
+            return Split(*(map_parts(_stored, part) for part in (inputs, targets)))
 
         def read(part: Part) -> Part:
             return part[:] if isinstance(part, MappedImages) else part
@@ -90,6 +97,8 @@ class Split:
 
         `rows` are on the CPU; `rows_there` are the same where the split is, if that is elsewhere.
         """
+        if isinstance(self.inputs, Loaded):
+            return self.inputs.read(rows)
         there = rows if rows_there is None else rows_there
         inputs = taken(self.inputs, rows, there)
         return inputs, inputs if self.targets is None else taken(self.targets, rows, there)
@@ -107,6 +116,9 @@ class Split:
 
     def require_like(self, spec: DataSpec) -> None:
         """Raise DataError where the examples of a test split are not of the kind that a model was made for."""
+        if isinstance(self.inputs, Loaded):
+            self.select(slice(0, SAMPLE_SIZE)).in_memory().require_like(spec)
+            return
         given, wanted = named_parts(self.inputs), spec.input_specs
         if given.keys() != wanted.keys():
             raise DataError(f"the test split has the inputs {', '.join(given)}, not {', '.join(wanted)}.")
@@ -127,11 +139,21 @@ class Split:
 
     def fingerprints(self) -> list[bytes]:
         """A hash of the inputs of each example: equal inputs have equal hashes."""
+        if isinstance(self.inputs, Loaded):
+            batches = (self.select(slice(first, first + SAMPLE_SIZE)) for first in range(0, len(self), SAMPLE_SIZE))
+            return [digest for batch in batches for digest in batch.in_memory().fingerprints()]
         digests = [blake2b(digest_size=16) for _ in range(len(self))]
         for part in parts(self.inputs):
             for digest, content in zip(digests, _bytes_of_examples(part), strict=True):
                 digest.update(content)
         return [digest.digest() for digest in digests]
+
+
+def _stored(part: Any) -> Any:
+    """What a split holds of a part of a batch: sequences without what fills them up."""
+    if not isinstance(part, Padded):
+        return part
+    return Ragged.of([row[:length] for row, length in zip(part.values, part.lengths.tolist(), strict=True)])
 
 
 def _bytes_of_examples(part: Part) -> Any:
@@ -221,6 +243,8 @@ class Dataset:
 
         Of raw examples the inputs are not known before they are divided.
         """
+        if isinstance(self.train.inputs, Loaded):
+            return self._spec_of_sample()
         _require_rows(self.train)
         targets = self.train.targets
         if isinstance(self.classes, Mapping) or isinstance(self.kind, Mapping):
@@ -231,6 +255,19 @@ class Dataset:
             kind=self.kind or infer_kind(targets, self.classes),
             target_shape=tuple(targets.shape[1:]) if isinstance(targets, Tensor) else (),
         )
+
+    def _spec_of_sample(self) -> DataSpec:
+        """What some examples of a torch Dataset say of all. Raises DataError for ids without a vocabulary."""
+        kind = self.kind or ("own" if self.train.targets is None else None)
+        sample = self.train.select(slice(0, SAMPLE_SIZE)).in_memory()
+        spec = replace(self, train=sample, kind=kind).spec
+        for name, each in spec.input_specs.items():
+            if each.vocabulary is not None and _for_input(self.vocabulary, name) is None:
+                raise DataError(
+                    f"the inputs{f' ({name})' if name else ''} of the Dataset are {each.dtype}, which are ids; give "
+                    "from_torch a vocabulary=, or give floats."
+                )
+        return spec
 
     def _target_specs(self) -> dict[str, TargetSpec]:
         targets = self.train.targets

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hpo.data.examples import Split
+from hpo.data.loaded import Loaded
 from hpo.data.parts import Ragged, named_parts
 
 if TYPE_CHECKING:
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 2**30
 """Inputs that are read for a checksum: about a second of SHA-256. Of more, evenly spaced examples are read."""
+
+NUM_READ = 256
+"""Examples of a torch Dataset that are read for a checksum."""
 
 _NUM_AT_ONCE = 1024  # examples
 
@@ -29,6 +34,10 @@ def data_fingerprint(dataset: Dataset) -> str:
     split stays sealed.
     """
     train, digest = dataset.train, hashlib.sha256()
+    if isinstance(train.inputs, Loaded):  # some are read; all targets count
+        some = _rows(len(train), MAX_BYTES // NUM_READ)
+        digest.update(b"".join(train.select(some).fingerprints()))
+        train = Split(torch.arange(len(train)), train.targets)
     inputs = named_parts(train.inputs)
     targets = {} if train.targets is None else named_parts(train.targets)
     digest.update(repr(_about(dataset, inputs, targets)).encode())

@@ -7,6 +7,7 @@ after the other, and padded in a batch.
     Tensor (N, ...)                 Tensor (B, ...)
     MappedImages (N, C, H, W)       Tensor (B, C, H, W)
     Ragged, N sequences             Padded (B, L, ...)
+    Loaded, N of a torch Dataset    what its collate function makes
     mapping or tuple of those       mapping or tuple of theirs
 """
 
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hpo.data.loaded import Loaded
 from hpo.data.mapped import MappedImages
 from hpo.errors import DataError
 
@@ -148,8 +150,8 @@ class Ragged:
 
 
 Part = Tensor | MappedImages | Ragged
-Examples = Part | Mapping[str, Any] | tuple[Any, ...]
-"""How a split holds inputs or targets: one part, or a mapping or tuple of several."""
+Examples = Part | Loaded | Mapping[str, Any] | tuple[Any, ...]
+"""How a split holds inputs or targets: one part, a mapping or tuple of several; `Loaded` stands for both."""
 
 Batch = Any
 """What a model or a loss gets: Tensor, Padded, or a mapping or tuple of them."""
@@ -166,7 +168,7 @@ def named_parts(examples: Examples, name: str = "") -> dict[str, Part]:
         inner = examples.items() if isinstance(examples, Mapping) else enumerate(examples)
         prefix = f"{name}." if name else ""
         return {at: part for key, each in inner for at, part in named_parts(each, f"{prefix}{key}").items()}
-    return {name: examples}
+    return {name: cast(Part, examples)}
 
 
 def parts(examples: Examples) -> list[Part]:

@@ -16,6 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from hpo.config import SEVERAL
 from hpo.data.examples import DataSpec, InputSpec, Split
 from hpo.data.kinds import OF_CLASSES, read_greedily
+from hpo.data.loaded import Loaded
 from hpo.data.parts import (
     Padded,
     Ragged,
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
 
 SAMPLE_SIZE = 4096
 """Images that the statistics of those in a file are taken from; a split is in random order."""
+
+
+NUM_READ = 1024
+"""The same of the examples of a torch Dataset."""
 
 
 class PreprocessedModel(nn.Module):
@@ -142,7 +147,8 @@ class PreprocessedModel(nn.Module):
         in memory a random sample is taken. A network with a method `initialize_from_data` is then shown the first 512
         normalised examples.
         """
-        for name, part in named_parts(train.inputs).items():
+        sample = train.select(slice(0, NUM_READ)).in_memory() if isinstance(train.inputs, Loaded) else train
+        for name, part in named_parts(sample.inputs).items():
             if hasattr(self, _buffer("input_mean", name)):
                 for of_part, statistic in zip(("input_mean", "input_std"), self._input_statistics(part), strict=True):
                     buffer = getattr(self, _buffer(of_part, name))

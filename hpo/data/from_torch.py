@@ -1,0 +1,74 @@
+"""A data set out of map-style torch Datasets, with their own transforms."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpo.data.datasets import hold_out
+from hpo.data.examples import Dataset, SealedSplit, Split, Vocabulary
+from hpo.data.loaded import Loaded, Source, make_source, read_targets
+from hpo.errors import DataError
+
+_logger = logging.getLogger(__name__)
+
+
+def from_torch(
+    train: Any,
+    test: Any = None,
+    *,
+    evaluation: Any = None,
+    targets: Tensor | Sequence[Any] | None = None,
+    classes: Sequence[str] = (),
+    kind: str | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    num_workers: int = 2,
+    vocabulary: Vocabulary | Mapping[str, Vocabulary] | None = None,
+    normalise: bool | Mapping[str, bool] = True,
+) -> Dataset:
+    """The examples of a `torch.utils.data.Dataset` that gives (inputs, target) by index.
+
+    They are read by `num_workers` processes for each trial and stay out of memory. `train` may transform at random:
+    each example is read after Python's, numpy's and torch's global generators were seeded by epoch and example, so that
+    the same batches come again. `evaluation` gives the same examples without that; it is `train` if omitted. Without
+    `test` a fifth is held out. `targets` are those of `train`, in order: without them every example is read once for
+    its target.
+
+    `collate_fn` makes (inputs, targets) of a list of examples; by default torch's. Ids need a `vocabulary`; the other
+    arguments are those of `Dataset`. Raises DataError for what cannot be indexed or read.
+    """
+    source, rows = make_source(train, train if evaluation is None else evaluation, collate_fn, num_workers)
+    given: dict[str, Any] = {"classes": tuple(classes), "kind": kind, "vocabulary": vocabulary, "normalise": normalise}
+    known = _targets(source, len(rows), targets, kind)
+    if test is None:
+        return hold_out(Loaded(source, rows), known, **given)
+    test_source, test_rows = make_source(test, test, collate_fn, num_workers)
+
+    def read_test() -> Split:
+        return Split(Loaded(test_source, test_rows), _targets(test_source, len(test_rows), None, kind))
+
+    return Dataset(Split(Loaded(source, rows), known), SealedSplit(read_test, len(test_rows)), **given)
+
+
+def _targets(source: Source, num_examples: int, given: Any, kind: str | None) -> Tensor | None:
+    """The targets as one tensor; None if they are something that only the task's own loss knows."""
+    if kind == "own":
+        return None
+    if given is None:
+        _logger.info("%d examples are read for their targets; from_torch(targets=...) spares this.", num_examples)
+        given = read_targets(source, num_examples)
+    try:
+        found = given if isinstance(given, Tensor) else torch.stack([torch.as_tensor(target) for target in given])
+    except (RuntimeError, TypeError, ValueError) as error:
+        if kind is None:
+            return None
+        raise DataError(f"the targets of the Dataset are not of one shape, as the kind {kind} needs.") from error
+    if len(found) != num_examples:
+        raise DataError(f"there are {len(found)} targets for {num_examples} examples.")
+    if found.dtype == torch.float64:
+        return found.float()
+    return found if found.is_floating_point() or found.dtype in (torch.bool, torch.uint8) else found.long()
