@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from hpo.records import SearchOutcome as SearchOutcome
     from hpo.search.priority import PrioritySampler as PrioritySampler
     from hpo.search.study import Suggestion as Suggestion
+    from hpo.session.ensemble import load_ensemble as load_ensemble
     from hpo.session.export import export_best as export_best
     from hpo.session.register import register_best as register_best
     from hpo.session.search import run_search as run_search
@@ -101,6 +102,7 @@ _MODULES = {
     "Exporter": "hpo.deploy.exporters",
     "load_best": "hpo.deploy.load",
     "load_run": "hpo.deploy.load",
+    "load_ensemble": "hpo.session.ensemble",
     "CheckpointError": "hpo.errors",
     "DataError": "hpo.errors",
     "DeviceMemoryError": "hpo.errors",

@@ -32,6 +32,11 @@ class BestTrials:
         self.outdone = self._drop_outdone()
         """The trials that have weights, or had, and were not among the best when this was made."""
 
+    @property
+    def kept(self) -> list[int]:
+        """The trials, and repeats, whose weights stay, by number."""
+        return sorted({*self._losses, *(number for own in self._repeats.values() for number in own)})
+
     def add(self, number: int, value: float, costs: Mapping[str, float], *, repeats: int | None = None) -> list[int]:
         """The numbers of trials that are no longer kept, this one perhaps; `repeats` is the trial that it confirms."""
         loss = self._direction.loss(value)

@@ -175,7 +175,7 @@ class PreprocessedModel(nn.Module):
             return _statistics(part.values if part.values.ndim > 1 else part.values[:, None])
         return _input_statistics(part[:SAMPLE_SIZE])
 
-    def _as_batch(self, inputs: Any) -> Batch:
+    def as_batch(self, inputs: Any) -> Batch:
         """The inputs as a batch on the model's device; raw examples are preprocessed.
 
         Raises UsageError for examples of another shape.
@@ -208,7 +208,7 @@ class PreprocessedModel(nn.Module):
         """
         if self.spec.kind == "own":
             raise UsageError("only the task's own loss knows what its outputs mean; call the model itself.")
-        batch = self._as_batch(inputs)
+        batch = self.as_batch(inputs)
         outputs = self(batch)
         if self.spec.kind != SEVERAL:
             return self._predicted(self.spec, outputs, batch)
@@ -248,7 +248,7 @@ class PreprocessedModel(nn.Module):
         if self.spec.kind not in OF_CLASSES:
             raise UsageError(f"a {self.spec.kind} has no probabilities; call the model itself for its values.")
         self.eval()
-        batch = self._as_batch(inputs)
+        batch = self.as_batch(inputs)
         if not dropout_samples:
             return self._shares(batch)
         for module in self.modules():
@@ -266,7 +266,7 @@ class PreprocessedModel(nn.Module):
         assert temperature is not None, "classes have one"
         self.eval()
         with torch.inference_mode():
-            logits: Tensor = self(self._as_batch(inputs))
+            logits: Tensor = self(self.as_batch(inputs))
         return (logits / temperature).softmax(1)
 
     def predict_sets(self, inputs: Any, *, coverage: float = 0.9) -> list[list[str]]:
@@ -291,7 +291,7 @@ class PreprocessedModel(nn.Module):
         quantile = self._quantile("intervals", "regression", coverage)
         self.eval()
         with torch.inference_mode():
-            values = self(self._as_batch(inputs))
+            values = self(self.as_batch(inputs))
         return torch.stack((values - quantile, values + quantile), 1)
 
     def _quantile(self, what: str, kind: str, coverage: float) -> float:

@@ -43,6 +43,12 @@ class Difference:
     high: float
 
 
+@torch.inference_mode()
+def metric_of(outputs: Any, targets: Any, config: TrainConfig, spec: DataSpec, target_scale: Scale, own: Own) -> float:
+    """The config's metric of outputs that are known already."""
+    return _Judged(outputs, targets, config, spec, target_scale, own, config.metric).value()
+
+
 def compare_models(
     one: tuple[nn.Module, TrainConfig],
     other: tuple[nn.Module, TrainConfig],
