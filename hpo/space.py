@@ -132,16 +132,23 @@ class Int(_Range):
 
 @dataclass(frozen=True, init=False)
 class Choice:
-    """One of a few values: `Choice("sgd", "adamw", default="sgd")`."""
+    """One of a few values: `Choice("sgd", "adamw", default="sgd")`.
+
+    With `is_open` these are strings to begin with, and `-p` may name others.
+    """
 
     choices: tuple[Value, ...]
     default: Value | None
     when: Conditions
+    is_open: bool
 
-    def __init__(self, *choices: Value, default: Value | None = None, when: Conditions | None = None) -> None:
+    def __init__(
+        self, *choices: Value, default: Value | None = None, when: Conditions | None = None, is_open: bool = False
+    ) -> None:
         object.__setattr__(self, "choices", choices)
         object.__setattr__(self, "default", default)
         object.__setattr__(self, "when", when or {})
+        object.__setattr__(self, "is_open", is_open)
 
     def check(self) -> None:
         """Raise ValueError where the declaration makes no sense; the space adds the name."""
@@ -162,8 +169,9 @@ class Choice:
         return any(choice == value and type(choice) is type(value) for choice in self.choices)
 
     def narrow(self, text: str) -> Choice:
-        """What an override leaves: `A,B,C` or one value, each among the choices."""
-        chosen = dict.fromkeys(self.parse(part) for part in text.split(","))
+        """What an override leaves: `A,B,C` or one value, each among the choices unless these are open."""
+        read = str.strip if self.is_open else self.parse
+        chosen = dict.fromkeys(read(part) for part in text.split(","))
         default = self.default if self.default in chosen else next(iter(chosen))
         return Choice(*chosen, default=default, when=self.when)
 
@@ -177,7 +185,7 @@ class Choice:
         return self.choices
 
     def with_when(self, when: Conditions) -> Choice:
-        return Choice(*self.choices, default=self.default, when=when)
+        return Choice(*self.choices, default=self.default, when=when, is_open=self.is_open)
 
     def describe(self) -> str:
         """The choices in words: `sgd, adamw`."""

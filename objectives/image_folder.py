@@ -20,7 +20,7 @@ def load(data_dir: Path, *, label: str = "", kind: str = "auto") -> Dataset:
 
 objective = Objective(
     name="image_folder",
-    description="your own photos, a folder for each class below --data-dir, with a pretrained model of torchvision's",
+    description="your own photos, a folder for each class below --data-dir, with a pretrained model",
     load=load,
     model=pretrained,
     loss="auto",

@@ -10,7 +10,7 @@ space = Space(
     ),
     Group(
         "architecture and optimizer",
-        architecture=Choice("mobilenet_v3_large", "resnet18", "resnet50", default="resnet18"),
+        architecture=Choice("mobilenet_v3_large", "resnet18", "resnet50", default="resnet18", is_open=True),
         trainable_layers=Choice(0, 2, -1, default=-1),
         thaw_epoch=Int(0, 6, default=0, when={"trainable_layers": (0, 2)}),
         backbone_lr_factor=Float(0.01, 1.0, log=True, default=0.1),

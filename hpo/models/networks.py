@@ -83,7 +83,7 @@ def pretrained(
     image_size: int = 0,
     trainable_layers: int = -1,
 ) -> nn.Module:
-    """A classification model of torchvision's, for photos; see hpo.models.pretrained.PretrainedNetwork."""
+    """A classification model of torchvision or timm, for photos; see hpo.models.pretrained.PretrainedNetwork."""
     from hpo.models.pretrained import PretrainedNetwork
 
     return PretrainedNetwork(

@@ -1,22 +1,17 @@
-"""Transfer learning: torchvision's classification models with weights that were trained on other photos."""
+"""Transfer learning: classification models of torchvision and timm, with weights that were trained on other photos."""
 
 from __future__ import annotations
 
-from http.client import HTTPException
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from hpo.data.examples import DataSpec
-from hpo.errors import DataError, UnknownNameError, UsageError
+from hpo.errors import DataError, UsageError
+from hpo.models.architectures import AUXILIARY, find_architecture
 from hpo.models.layers import initialize_output
-
-if TYPE_CHECKING:
-    from torchvision.models import WeightsEnum
-
-_AUXILIARY = ("AuxLogits", "aux1", "aux2")  # second heads of Inception and GoogLeNet, of use in their own training only
 
 
 class PretrainedNetwork(nn.Module):
@@ -36,9 +31,9 @@ class PretrainedNetwork(nn.Module):
         image_size: int = 0,
         trainable_layers: int = -1,
     ) -> None:
-        """`architecture` is any of torchvision's classification models.
+        """`architecture` is any of torchvision's classification models, or "timm/NAME" any of timm's.
 
-        `weights` are torchvision's best ("default"), others by its name for them ("IMAGENET1K_V1"), those in a FILE
+        `weights` are the library's best ("default"), others by its name for them ("IMAGENET1K_V1"), those in a FILE
         with a state dict, or "none"; `load_pretrained` loads them. `image_size` is what the images are cropped to, 0
         for the size of the weights' own training. `trainable_layers` counts those before the head that are not frozen
         from the end, -1 for all of them; 0 trains the head alone.
@@ -53,17 +48,23 @@ class PretrainedNetwork(nn.Module):
         from torchvision.transforms import CenterCrop, Resize
 
         self.architecture, self.weights, self.trainable_layers = architecture, weights, trainable_layers
-        preset = self._torchvision_weights().transforms()
-        crop = image_size or preset.crop_size[0]
+        self._found = find_architecture(architecture, weights)
+        preset = self._found.preset
+        if preset.is_fixed and image_size not in (0, preset.crop):
+            raise UsageError(
+                f"image_size={image_size} is not for {architecture}, which takes {preset.crop} alone: use 0."
+            )
+        crop = image_size or preset.crop
         self.transform = nn.Sequential(
-            Resize(round(preset.resize_size[0] * crop / preset.crop_size[0]), preset.interpolation, antialias=True),
+            Resize(round(preset.resize * crop / preset.crop), preset.interpolation, antialias=True),
             CenterCrop(crop),
         )
         self.input_mean = tuple(255 * value for value in preset.mean)
         """What the weights expect to be subtracted from images of bytes, by channel."""
         self.input_std = tuple(255 * value for value in preset.std)
-        self.model = _build(architecture, spec.num_outputs, uses_imagenet_inputs=weights != "none")
-        self._head_name, head = _head(self.model)
+        self.model = self._found.build(spec.num_outputs, uses_imagenet_inputs=weights != "none")
+        self._head_name = self._found.head(self.model)
+        head = self.model.get_submodule(self._head_name)
         if isinstance(head, nn.Linear):
             initialize_output(head)
         self._frozen: list[nn.Module] = []
@@ -99,7 +100,7 @@ class PretrainedNetwork(nn.Module):
         if self.weights == "none":
             return
         state, own = self._state_dict(), self.model.state_dict()
-        for name in [name for name in state if _is_in(name, self._head_name, *_AUXILIARY)]:
+        for name in [name for name in state if _is_in(name, self._head_name, *AUXILIARY)]:
             if name not in own or state[name].shape != own[name].shape:
                 del state[name]
         for name, value in own.items():
@@ -120,24 +121,12 @@ class PretrainedNetwork(nn.Module):
             module.requires_grad_(True)
         self._frozen = [module for layer in layers for module in layer if module not in trainable]
 
-    def _torchvision_weights(self) -> WeightsEnum:
-        """Those that are meant; of a file, those that say how its images are to be transformed."""
-        import torchvision
-        from torchvision.models import get_model_weights, list_models
-
-        available = list_models(module=torchvision.models)
-        if self.architecture not in available:
-            raise UnknownNameError("architecture", self.architecture, available)
-        weights = get_model_weights(self.architecture)
-        return weights[self.weights] if self.weights in weights.__members__ else weights.DEFAULT
-
     def _state_dict(self) -> dict[str, Tensor]:
-        known = self._torchvision_weights()
-        if self.weights in ("default", known.name):
-            return _download(self.architecture, known)
+        if self._found.knows(self.weights):
+            return self._found.state_dict()
         file = Path(self.weights)
         if not file.is_file():
-            names = ", ".join(("default", "none", *(weights.name for weights in type(known))))
+            names = ", ".join(("default", "none", *self._found.weights))
             raise DataError(f"no weights '{file}' for {self.architecture}: give one of {names}, or an existing FILE.")
         try:
             state: Any = torch.load(file, map_location="cpu", weights_only=True)
@@ -148,31 +137,12 @@ class PretrainedNetwork(nn.Module):
         return dict(state)
 
     def _misfit(self, problem: str) -> DataError:
-        return DataError(f"'{self.weights}' is not a state dict for torchvision's {self.architecture}: {problem}.")
+        return DataError(f"'{self.weights}' is not a state dict for {self._found.title}: {problem}.")
 
 
 def find_pretrained(model: nn.Module) -> PretrainedNetwork | None:
     """The pretrained network in a model, if there is one."""
     return next((module for module in model.modules() if isinstance(module, PretrainedNetwork)), None)
-
-
-def _build(architecture: str, num_outputs: int, *, uses_imagenet_inputs: bool) -> nn.Module:
-    from torchvision.models import get_model
-
-    settings: dict[str, Any] = {}
-    if architecture in ("googlenet", "inception_v3"):
-        # Their weights come from TensorFlow, and want other inputs than those of all others.
-        settings = {"init_weights": False, "transform_input": uses_imagenet_inputs}
-    model: nn.Module = get_model(architecture, weights=None, num_classes=num_outputs, **settings)
-    for name in _AUXILIARY:
-        if hasattr(model, name):
-            setattr(model, name, None)
-    return model
-
-
-def _head(model: nn.Module) -> tuple[str, nn.Module]:
-    """The layer that gives the outputs; it is the last one in every model of torchvision's."""
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
 
 
 def _layers(model: nn.Module, head: nn.Module) -> list[list[nn.Module]]:
@@ -196,23 +166,6 @@ def _opened(module: nn.Module, half: float) -> list[nn.Module]:
     if not (children and is_container):
         return [module]
     return [part for child in children for part in _opened(child, half)]
-
-
-def _download(architecture: str, weights: WeightsEnum) -> dict[str, Tensor]:
-    """torchvision's weights, from where it keeps what it has downloaded, or from its server."""
-    from torchvision.models import get_model
-
-    try:
-        # Through the model, for torchvision renames parts of some of its files while it loads them.
-        state: dict[str, Tensor] = get_model(architecture, weights=weights, progress=False).state_dict()
-    except (OSError, RuntimeError, HTTPException) as problem:
-        file = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
-        reason = " ".join(str(problem).split())
-        raise DataError(
-            f"no weights for {architecture}: {file} could not be downloaded or read ({reason}). Copy {weights.url} "
-            "there, or give -p weights=FILE or -p weights=none; -p architecture=NAME selects another model."
-        ) from problem
-    return state
 
 
 def _is_in(name: str, *modules: str) -> bool:

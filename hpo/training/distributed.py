@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from hpo.config import OWN, PRECISIONS
+from hpo.config import OWN, PRECISIONS, SEVERAL
 from hpo.data.batches import own_part
 from hpo.data.kinds import IGNORED, labels_of
 from hpo.data.parts import map_tensors, tensors_of
@@ -66,7 +66,7 @@ class Ranks:
         loss = step.loss_function
         # The gradients of the ranks are averaged, whether or not their parts are equal.
         step.share = self.size * (end - begin) / config.batch_size
-        if spec.kind in _OF_WHOLE_BATCHES or config.loss == "dice":
+        if _compares_examples(spec, config):
             loss = self._of_all_outputs(loss, config.batch_size)
             step.share = 1.0
         elif spec.kind in _MEANS_OVER_POSITIONS and config.loss != OWN:
@@ -156,6 +156,13 @@ def join_ranks(store: dist.TCPStore, rank: int, size: int) -> Ranks:  # type: ig
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return Ranks(rank, size)
+
+
+def _compares_examples(spec: DataSpec, config: TrainConfig) -> bool:
+    """Whether a loss is no mean over the examples of a batch."""
+    if spec.kind != SEVERAL:
+        return spec.kind in _OF_WHOLE_BATCHES or config.loss == "dice"
+    return any(of.kind in (*_OF_WHOLE_BATCHES, "segmentation") for of in spec.targets.values())
 
 
 class _WithLoss(nn.Module):

@@ -206,6 +206,10 @@ class _OfTarget:
     def update(self, outputs: Any, targets: Any) -> None:
         self._metrics.update(outputs[self._name], targets[self._name])
 
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        assert isinstance(self._metrics, _Sums), "metrics that need all outputs are not counted in parts"
+        self._metrics.add_up(total)
+
     def compute(self) -> dict[str, Tensor]:
         return {f"{self._name}/{metric}": value for metric, value in self._metrics.compute().items()}
 
