@@ -45,6 +45,7 @@ _NUM_TRIALS = "num_trials"
 _TASK_REFERENCE = "task_reference"
 _TRACKING_URI = "tracking_uri"
 _HAS_TEST = "has_test"
+_HAS_LOOP = "has_loop"
 _CONFIRM = "confirm"
 _REFIT = "refit"
 _ID = "id"
@@ -492,6 +493,7 @@ class Study:
         task_reference: str,
         tracking_uri: str | None,
         has_test: bool = True,
+        has_loop: bool = False,
         confirm: str | None = None,
         refit: bool = False,
     ) -> None:
@@ -507,6 +509,12 @@ class Study:
         self.record(_TASK_REFERENCE, task_reference)
         self.record(_TRACKING_URI, tracking_uri)
         self.record(_HAS_TEST, has_test)
+        self.record(_HAS_LOOP, has_loop)
+
+    @property
+    def has_loop(self) -> bool:
+        """Whether the task has a training loop of its own."""
+        return bool(self.recorded(_HAS_LOOP))
 
     @property
     def has_test(self) -> bool:

@@ -103,6 +103,7 @@ def _open_study(prepared: Prepared, database: Storage, session: Session, store: 
         task_reference=request.task.reference,
         tracking_uri=None if store.is_in_home or machine.is_shared else store.uri,
         has_test=request.task.has_test,
+        has_loop=request.task.objective.train is not None,
         confirm=request.confirm,
         refit=request.refit,
     )

@@ -78,6 +78,7 @@ def submit_study(task: str, **options: Unpack[SubmitOptions]) -> Study:
             task_reference=task,
             tracking_uri=None,
             has_test=request.task.has_test,
+            has_loop=request.task.objective.train is not None,
             confirm=request.confirm,
             refit=request.refit,
         )

@@ -183,5 +183,6 @@ def best_facts(name: str, home: Path | None, storage: str | None = None) -> dict
         "winner": winner and to_plain(asdict(winner)),
         "made_with": describe_provenance(study),
         "is_object": study.task_reference == OBJECT,
+        "is_loop": study.has_loop,
     }
     return facts | ({"front": to_plain(front_rows(study))} if study.settings.costs else {})

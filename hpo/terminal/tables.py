@@ -369,6 +369,12 @@ def print_best(console: Console, facts: dict[str, Any]) -> None:
         console.print(line, soft_wrap=True)
     rest = "" if facts["home"] == str(Home.find().path) else f", home={facts['home']!r}"
     rest += ", task=objective" if facts["is_object"] else ""
+    if facts["is_loop"]:
+        console.print(f'Load it: state = hpo.load_best("{facts["study"]}"{rest})', soft_wrap=True)
+        console.print(
+            "         model.load_state_dict(state), for the state dict that the loop has saved", soft_wrap=True
+        )
+        return
     console.print(f'Load it: model = hpo.load_best("{facts["study"]}"{rest})', soft_wrap=True)
     if facts.get("front"):
         _print_front(console, facts["front"])

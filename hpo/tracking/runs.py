@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from hpo.database import without_password
 from hpo.errors import StoreError
 from hpo.home import Home
+from hpo.tracking.owners import PROCESS_TAG, end_dead_runs, has_owner, this_process
 from hpo.tracking.spool import ATTEMPT_TAG, RUN_STATUS, Delivery, Event, Sender, Spool
 from hpo.tracking.store import ORPHANED_TAG, STUDY_ID_TAG, TRIAL_TAG, explained, is_of_study, search_runs
 from hpo.tracking.view import FRONT_TAG, VIEW_TAG, study_view
@@ -157,11 +158,14 @@ class StudyRuns:
             alive = {*living(), self._session}
             running = {str(number) for number, owner in owners().items() if owner in alive}
             for run in runs:
+                if has_owner(run):
+                    continue
                 is_summary = run.data.tags.get("hpo.kind") == "study"
                 is_ours = run.info.run_id == self._summary_id
                 if run.data.tags.get(TRIAL_TAG) not in running and not (is_summary and (is_ours or len(alive) > 1)):
                     client.set_tag(run.info.run_id, "hpo.state", "interrupted")
                     client.set_terminated(run.info.run_id, "KILLED")
+        end_dead_runs(self.store, self.experiment_id)
 
     def _recover_folder(self, folder: Path) -> None:
         ours = {delivery.spool.path for delivery in self._deliveries.values()}
@@ -343,13 +347,18 @@ def begin_run(
     tags: Mapping[str, str] | None = None,
     params: Mapping[str, Any] | None = None,
 ) -> SummaryRun:
-    """A new run, RUNNING until it is finished, for a check or a training: there need be no study of that name."""
+    """A new run, RUNNING until it is finished, for a check or a training: there need be no study of that name.
+
+    Such runs that processes which were killed have left RUNNING in the experiment are ended.
+    """
     from mlflow.tracking.context.registry import resolve_tags
 
     described = {} if study in store.studies() else {"mlflow.note.content": note}  # a study has a note of its own
     experiment_id = store.open_experiment(study, {"hpo.study": study, **described})
+    end_dead_runs(store, experiment_id)
     with explained(store.uri):
         described = {**resolve_tags(), **(tags or {}), "hpo.kind": kind, "hpo.study": study, "hpo.state": "running"}
+        described[PROCESS_TAG] = this_process()
         run = store.client.create_run(experiment_id, tags=described, run_name=kind)
         for name, value in (params or {}).items():
             store.client.log_param(run.info.run_id, name, _as_text(value))

@@ -1,0 +1,51 @@
+"""Which process a run of its own belongs to: a check or a training that is killed cannot end its run itself."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hpo.tracking.store import explained, search_runs
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+    from hpo.tracking.store import TrackingStore
+
+PROCESS_TAG = "hpo.process"
+"""Host, process id and the process's start, in ticks since the host's."""
+
+
+def this_process() -> str:
+    """The value of `PROCESS_TAG` for runs of this process."""
+    return _process_tag(os.getpid())
+
+
+def has_owner(run: Run) -> bool:
+    """Whether a run belongs to one process, and not to a session of a study."""
+    return PROCESS_TAG in run.data.tags
+
+
+def end_dead_runs(store: TrackingStore, experiment_id: str) -> None:
+    """End as KILLED what processes of this host that are gone have left RUNNING in an experiment."""
+    with explained(store.uri):
+        for run in search_runs(store.client, experiment_id, "attributes.status = 'RUNNING'"):
+            if _is_dead(run.data.tags.get(PROCESS_TAG, "")):
+                store.client.set_tag(run.info.run_id, "hpo.state", "interrupted")
+                store.client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _is_dead(tag: str) -> bool:
+    host, pid, _ = tag.split("/") if tag.count("/") == 2 else ("", "", "")
+    return host == socket.gethostname() and _process_tag(int(pid)) != tag
+
+
+def _process_tag(pid: int) -> str:
+    try:
+        # The name, in parentheses, may contain anything; proc(5) has the fields.
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if state == "Z" else f"{socket.gethostname()}/{pid}/{fields[18]}"
