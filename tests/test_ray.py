@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 import ray
+from helpers.loops import LOOP, footprints
 from helpers.warm import WarmPopen
 from hpo.objectives.digits import load
 
@@ -30,7 +31,7 @@ from hpo.data.datasets import save_splits, split_dataset
 from hpo.errors import SearchError, UsageError
 from hpo.execution import pool
 from hpo.execution import ray as ray_workers
-from hpo.execution.messages import Assignment, Setup
+from hpo.execution.messages import Assignment, Decision, EpochDone, Setup, TrialDone
 from hpo.execution.pool import WorkerDied
 from hpo.execution.ray import RayWorkers
 from hpo.plugins import load_task
@@ -294,6 +295,45 @@ def test_ctrl_c_leaves_no_task_and_the_cluster_as_it_was(
     assert errors == "asked Ray for --workers 1\n"
     assert "raylet" not in output
     assert_nothing_is_left_running(home, cluster)
+
+
+def test_a_loop_of_ones_own_resumes_from_its_save_when_its_task_is_killed(
+    search: Callable[..., subprocess.Popen[str]], cluster: Cluster, home: Path, tmp_path: Path
+) -> None:
+    cluster.let_late_node_join()
+    (tmp_path / "held.py").write_text(LOOP)
+    (tmp_path / "hold").touch()
+    process = search("--workers", "1", "--trials", "1")
+    wait_until(lambda: bool(footprints(tmp_path, 3)), process)
+    os.kill(footprints(tmp_path, 3)[0].pid, signal.SIGKILL)
+    wait_until(lambda: len(footprints(tmp_path, 3)) == 2, process)
+    (tmp_path / "hold").unlink()
+    _, errors = process.communicate(timeout=START_S)
+    assert process.returncode == 0, errors
+    (trial,) = Study.load(open_storage(home), "looped").trials()
+    assert (trial.state, trial.attempts, list(trial.curve)) == ("complete", 2, [1, 2, 3, 4])
+    assert [each.resumed_after for each in footprints(tmp_path)] == [0, 0, 0, 2, 2]
+
+
+@pytest.mark.usefixtures("connected")
+def test_a_worker_of_two_processes_trains_a_trial_in_both(setup: Setup, tmp_path: Path) -> None:
+    """As with --gpus-per-trial 2, but on CPUs: Ray gives one task two of them, which starts the other process."""
+    config = load_task("digits").train_config({}, max_epochs=2, seed=0, device="cpu")
+    pair = replace(setup, num_ranks=2)
+    with RayWorkers(pair, num_workers=1, address="auto", gpus_per_trial=0) as workers:
+        wait_until(lambda: not list(workers.events(0.1)) and workers.has_room())
+        workers.run(Assignment(number=0, model_parameters={}, config=config, folder=tmp_path))
+        settled = []
+        done: list[object] = []
+        while not done:
+            for _, event in workers.events(0.1):
+                if isinstance(event, EpochDone):
+                    settled.append(event.result.settled["processes"])
+                    workers.answer(0, Decision.GO_ON)
+                else:
+                    done.append(event)
+    assert done == [TrialDone()]
+    assert settled == ["2", "2"]
 
 
 @pytest.mark.usefixtures("connected")
