@@ -22,6 +22,7 @@ from hpo.cli import cli
 from hpo.search.storage import open_storage
 from hpo.search.study import Study
 from hpo.session.search import submit_study
+from hpo.tracking.store import open_store
 
 PATIENCE_S = 240  # seconds that a cell may take on a busy machine
 
@@ -47,6 +48,7 @@ def test_two_machines_run_a_loop_and_a_killed_trial_resumes_from_its_save(
     storage, tracking_uri = postgres.new_database(), postgres.new_database()
     monkeypatch.setenv("HPO_STORAGE", storage)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
+    open_store(tmp_path / "desk", tracking_uri)  # or both machines would make its tables at once
     submit_study("looped", home=tmp_path / "desk", trials=4, strategy="random", pruner="none")
     (tmp_path / "hold").touch()
     path = os.pathsep.join([str(tmp_path / "site"), *sys.path])
@@ -55,13 +57,19 @@ def test_two_machines_run_a_loop_and_a_killed_trial_resumes_from_its_save(
         WarmPopen([*command, tmp_path / "anna"], env=os.environ | {"PYTHONPATH": path}) as anna,
         WarmPopen([*command, tmp_path / "bert"], env=os.environ | {"PYTHONPATH": path}) as bert,
     ):
-        wait_until(lambda: len(footprints(tmp_path, 3)) == 2)
+        machines = (anna, bert)
+
+        def held(number: int) -> bool:
+            assert [machine.poll() for machine in machines] == [None, None]
+            return len(footprints(tmp_path, 3)) == number
+
+        wait_until(lambda: held(2))
         victim, bystander = footprints(tmp_path, 3)
         os.kill(victim.pid, signal.SIGKILL)
-        wait_until(lambda: len(footprints(tmp_path, 3)) == 3)
+        wait_until(lambda: held(3))
         again = footprints(tmp_path, 3)[2]
         (tmp_path / "hold").unlink()
-        assert [anna.wait(), bert.wait()] == [0, 0]
+        assert [machine.wait() for machine in machines] == [0, 0]
     assert again.trial == victim.trial
     assert again.pid not in (victim.pid, bystander.pid)
     assert again.resumed_after == 2

@@ -285,6 +285,7 @@ class _Run:
 
     def _share_step(self, step: TrainingStep) -> None:
         if self.ranks.size > 1:
+            assert self.config.compile == "off", "a step that is compiled or captured has no gradients to average"
             self.ranks.share_step(step, self.spec, self.config, self.batches.first)
 
     def _steps(self, points: Sequence[Point]) -> Iterator[tuple[StepResult, Batch]]:
