@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from pretended_cuda import Seen, pretended_cuda
-from pretended_gpu_cases import BETWEEN_STEPS
+from helpers.pretended_cuda import Seen, pretended_cuda
+from helpers.pretended_trials import BETWEEN_STEPS
 from torch import Tensor, nn
 
 from hpo import Objective, TrainConfig, convnet, hold_out, split_dataset
@@ -21,7 +21,7 @@ from hpo.execution.worker import TrialData, run_with_data
 from hpo.training import distributed
 from hpo.training.distributed import Ranks
 
-pytestmark = pytest.mark.pretended_gpu
+pytestmark = [pytest.mark.pretended_gpu, pytest.mark.usefixtures("one_thread")]
 
 MORE = {
     ("copy from pageable memory", "data/batches.py:__init__"): "the rows that are not only there for mixing",
