@@ -15,7 +15,8 @@ from torch import nn
 
 from hpo.config import TrainConfig
 from hpo.data.examples import DataSpec
-from hpo.models import networks, pretrained
+from hpo.models import networks
+from hpo.models.architectures import TorchvisionArchitecture
 from hpo.models.preprocessed import build_model
 from hpo.training import captured, trainer
 from hpo.training.checkpoint import CheckpointFolder
@@ -160,7 +161,7 @@ def test_a_slower_captured_step_is_given_up(monkeypatch: pytest.MonkeyPatch, cap
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_step_is_captured_again_when_layers_are_thawed(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layers that were frozen begin with Adam's first step, the others continue."""
-    monkeypatch.setattr(pretrained, "_build", small_backbone)
+    monkeypatch.setattr(TorchvisionArchitecture, "build", small_backbone)
     settings: dict[str, Any] = {
         "model": "pretrained",
         "parameters": PRETRAINED,

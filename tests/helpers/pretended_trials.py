@@ -21,7 +21,8 @@ from hpo.data.mapped import MappedImages
 from hpo.execution.messages import Assignment, Decision
 from hpo.execution.worker import run_trial
 from hpo.methods import OPTIMIZERS, SCHEDULES
-from hpo.models import networks, pretrained
+from hpo.models import networks
+from hpo.models.architectures import TorchvisionArchitecture
 from hpo.models.preprocessed import MirrorAveraged, build_model
 from hpo.objective import Objective
 from hpo.training import costs as training_costs
@@ -84,6 +85,8 @@ BETWEEN_STEPS = {
 NOT_COMPARED = {
     # Weights from before a resume lie on the CPU, where none of the later ones is better.
     ("copy from pageable memory", "training/trainer.py:restore_best_weights"),
+    # An architecture and batch size that another case has had are not timed again.
+    ("synchronize", "training/precision.py:_synchronize"),
     # As many passes as fit into 0.2 s.
     ("synchronize", "training/costs.py:_measure_latency"),
 }
@@ -203,7 +206,7 @@ def make_objective(model: Callable[..., nn.Module]) -> Objective:
     )
 
 
-def small_backbone(architecture: str, num_outputs: int, *, uses_imagenet_inputs: bool) -> nn.Module:
+def small_backbone(architecture: object, num_outputs: int, *, uses_imagenet_inputs: bool) -> nn.Module:
     """In place of one of torchvision's, whose hundreds of operations are not hpo's."""
     hidden = nn.Sequential(nn.Linear(48, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
     return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), hidden, nn.Linear(8, num_outputs))
@@ -251,7 +254,7 @@ def train(
         return Decision.LEAVE
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrained, "_build", small_backbone)
+        patch.setattr(TorchvisionArchitecture, "build", small_backbone)
         if is_streamed:
             patch.setattr(batches, "DEVICE_SHARE", 0.0)
         patch.setattr(training_costs, "TIMING_S", 0.001)
