@@ -210,6 +210,9 @@ def test_files_that_do_not_fit_are_named_in_one_line(searched: Path, tmp_path: P
     (tmp_path / "d.npy").write_bytes(b"nonsense")
     done = CliRunner().invoke(cli, ["predict", "digits", str(tmp_path / "d.npy"), "--home", str(searched)])
     assert f"{tmp_path / 'd.npy'} cannot be read" in str(done.exception)
+    (tmp_path / "f.csv").write_text("a,b\n1,2\n")
+    done = CliRunner().invoke(cli, ["predict", "digits", str(tmp_path / "f.csv"), "--home", str(searched)])
+    assert "f.csv is not a file that the model takes; it takes .jpg" in str(done.exception)
     done = CliRunner().invoke(cli, ["predict", "digits", str(tmp_path / "e.npy"), "--home", str(searched)])
     assert f"there is no file {tmp_path / 'e.npy'}" in str(done.exception)
 

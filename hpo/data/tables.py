@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from hpo.data.examples import Dataset, SealedSplit, Split
 from hpo.data.labels import read_labels
 from hpo.data.preprocessing import IGNORED, Preprocessing, RawExamples
 from hpo.data.rows import find_tables, read_rows, require_columns, split_names, without_empty
-from hpo.data.values import category_texts, days, is_integral, numbers, texts
+from hpo.data.values import category_texts, days, encode_table, is_integral, numbers, texts
 from hpo.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ MAX_CATEGORIES = 1000
 ID_SHARE = 0.5
 """Share of different texts above which a column is taken for an ID or a free text."""
 
-_OTHER, _MISSING = 0, 1
 _FEW = 20  # different values that are no sign of an ID
 _IDS = ("id", "index", "key", "uuid")
 
@@ -88,21 +87,11 @@ class TablePreprocessing(Preprocessing):
 
     def encode(self, raw: Any) -> Examples:
         frame = _as_frame(raw)
-        missing = [each.name for each in self.columns if each.name not in frame.columns]
-        if missing:
-            raise UsageError(
-                f"the rows lack the column '{missing[0]}'; the model takes {', '.join(c.name for c in self.columns)}."
-            )
-        if not len(frame):
-            raise UsageError("there are no rows; give at least one.")
-        parts: dict[str, Any] = {}
-        if measured := [each for each in self.columns if each.kind != "category"]:
-            values = [value for column in measured for value in _encoded_numbers(column, frame[column.name])]
-            parts["numbers"] = torch.from_numpy(np.stack(values, axis=1).astype(np.float32))
-        if named := [each for each in self.columns if each.kind == "category"]:
-            indices = [_encoded_categories(column, frame[column.name]) for column in named]
-            parts["categories"] = torch.from_numpy(np.stack(indices, axis=1))
-        return parts
+        try:
+            parts = encode_table(self.columns, frame)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        return {name: torch.from_numpy(part) for name, part in parts.items()}
 
     def is_raw(self, inputs: Any) -> bool:
         """A data frame, or rows as mappings from column to value, such as those of `csv.DictReader`."""
@@ -227,19 +216,3 @@ def _id_of_numbers(name: str, measured: Numbers) -> str | None:
     if is_counted or any(word in _IDS for word in words):
         return "its whole numbers are all different, like an ID or a row number"
     return None
-
-
-def _encoded_numbers(column: Column, values: pd.Series) -> list[Numbers]:
-    told = texts(values)
-    measured = days(told, strict=False) if column.kind == "date" else numbers(told, warn=column.name)
-    centred = cast("Numbers", measured) - column.center
-    is_missing = ~np.isfinite(centred)
-    filled = np.where(is_missing, 0.0, centred)
-    return [filled, is_missing.astype(np.float64)] if column.has_missing else [filled]
-
-
-def _encoded_categories(column: Column, values: pd.Series) -> Any:
-    index = {category: number for number, category in enumerate(column.categories, start=2)}
-    told = category_texts(values)
-    encoded = told.map(index).fillna(_OTHER).to_numpy(dtype=np.int64)
-    return np.where(told.isna().to_numpy(), _MISSING, encoded)

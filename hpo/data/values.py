@@ -1,8 +1,12 @@
-"""Values of columns as they are written: texts, numbers, dates, and what counts as missing."""
+"""Values of columns as they are written: texts, numbers, dates, what counts as missing, and how they are encoded.
+
+This file imports nothing of hpo: exports of models for tables take a copy of it along.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +19,9 @@ Numbers = NDArray[np.float64]
 
 MISSING_WORDS = ("", "na", "n/a", "nan", "null", "none", "nat", "?")
 """Words that stand for a missing value, in any case."""
+
+OTHER, MISSING = 0, 1
+"""The categories of what training rows do not have, or once only, and of missing values."""
 
 _logger = logging.getLogger(__name__)
 
@@ -67,3 +74,40 @@ def category_texts(values: pd.Series) -> pd.Series:
 def is_integral(measured: Any) -> bool:
     """Whether all are whole numbers."""
     return bool((measured == np.round(measured)).all())
+
+
+def encode_table(columns: Sequence[Any], frame: pd.DataFrame) -> dict[str, NDArray[Any]]:
+    """Numbers (N, F) float32 and categories (N, K) int64 of rows; each column has `name`, `kind` and so on.
+
+    Raises ValueError if a column is missing, and if there are no rows.
+    """
+    missing = [each.name for each in columns if each.name not in frame.columns]
+    if missing:
+        names = ", ".join(each.name for each in columns)
+        raise ValueError(f"the rows lack the column '{missing[0]}'; the model takes {names}.")
+    if not len(frame):
+        raise ValueError("there are no rows; give at least one.")
+    parts: dict[str, NDArray[Any]] = {}
+    if measured := [each for each in columns if each.kind != "category"]:
+        values = [value for column in measured for value in _encoded_numbers(column, frame[column.name])]
+        parts["numbers"] = np.stack(values, axis=1).astype(np.float32)
+    if named := [each for each in columns if each.kind == "category"]:
+        parts["categories"] = np.stack([_encoded_categories(each, frame[each.name]) for each in named], axis=1)
+    return parts
+
+
+def _encoded_numbers(column: Any, values: pd.Series) -> list[Numbers]:
+    told = texts(values)
+    measured = days(told, strict=False) if column.kind == "date" else numbers(told, warn=column.name)
+    assert measured is not None, "only strict reading finds none"
+    centred = measured - column.center
+    is_missing = ~np.isfinite(centred)
+    filled = np.where(is_missing, 0.0, centred)
+    return [filled, is_missing.astype(np.float64)] if column.has_missing else [filled]
+
+
+def _encoded_categories(column: Any, values: pd.Series) -> Any:
+    index = {category: number for number, category in enumerate(column.categories, start=2)}
+    told = category_texts(values)
+    encoded = told.map(index).fillna(OTHER).to_numpy(dtype=np.int64)
+    return np.where(told.isna().to_numpy(), MISSING, encoded)

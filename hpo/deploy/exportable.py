@@ -19,6 +19,8 @@ from hpo.data.parts import Padded, map_parts, tensors_of
 from hpo.errors import ExportError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from hpo.data.examples import DataSpec, Split
     from hpo.models.preprocessed import PreprocessedModel
 
@@ -62,6 +64,8 @@ class Exportable:
     outputs: tuple[Port, ...]
     validation: Split
     train: Split
+    raw: pd.DataFrame | None = None
+    """Examples as they came, rows of a table or texts, where the model has a preprocessing for them."""
 
     def batches(self, split: Split, num_examples: int, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
         """Tensors of the first examples of a split, in batches."""
@@ -96,13 +100,15 @@ class Exportable:
         return program
 
 
-def make_exportable(model: PreprocessedModel, train: Split, validation: Split) -> Exportable:
+def make_exportable(
+    model: PreprocessedModel, train: Split, validation: Split, raw: pd.DataFrame | None = None
+) -> Exportable:
     """What an exporter takes. `validation` is what the export is checked with, `train` what it is calibrated with."""
     module = FlatModel(model).eval()
     inputs = tuple(_input_ports(model.spec))
     exportable = Exportable(model=model, module=module, inputs=inputs, outputs=(), validation=validation, train=train)
     outputs = _output_ports(module, exportable.traced, inputs, model.spec.kind)
-    return replace(exportable, outputs=outputs)
+    return replace(exportable, outputs=outputs, raw=raw)
 
 
 def _input_ports(spec: DataSpec) -> Iterator[Port]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,9 @@ Array = NDArray[Any]
 Run = Callable[[Mapping[str, Array]], list[Array]]
 
 SIGNATURE = "signature.json"
+VALUES = "hpo_values"
+"""Module beside this one that encodes tables, in an export of a model for them."""
+
 BY_CLASS = ("classification", "multilabel")
 
 
@@ -146,11 +151,46 @@ class MlflowModel:
         self.model = model
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> Any:
-        names = [each["name"] for each in self.model.signature["inputs"]]
-        inputs = model_input if isinstance(model_input, Mapping) else {names[0]: np.asarray(model_input)}
-        if (params or {}).get("raw"):
-            return self.model.raw(inputs)
-        return self.model.answers(inputs)
+        from mlflow.exceptions import MlflowException
+
+        answer = self.model.raw if (params or {}).get("raw") else self.model.answers
+        try:
+            return answer(self._inputs(model_input))
+        except ValueError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from error
+
+    def get_raw_model(self) -> ExportedModel:
+        """What MLflow returns under this name: it takes tensors, not rows or texts."""
+        return self.model
+
+    def _inputs(self, given: Any) -> Mapping[str, Array]:
+        signature = self.model.signature
+        if signature.get("preprocessing"):
+            return encode(signature["preprocessing"], given)
+        if isinstance(given, Mapping):
+            return given
+        return {signature["inputs"][0]["name"]: np.asarray(given)}
+
+
+def encode(preprocessing: Mapping[str, Any], frame: Any) -> dict[str, Array]:
+    """The tensors of rows or texts, given as a data frame. Raises ValueError for a column that is missing."""
+    if preprocessing["kind"] == "table":
+        columns = [SimpleNamespace(**column) for column in preprocessing["columns"]]
+        return dict(import_module(VALUES).encode_table(columns, frame))
+    from tokenizers import Tokenizer
+
+    name = preprocessing["column"]
+    if name not in frame:
+        raise ValueError(f"the rows lack the column '{name}', which holds the texts.")
+    tokenizer = Tokenizer.from_str(json.dumps(preprocessing["tokenizer"]))
+    texts = [each.ids[: preprocessing["max_length"]] for each in tokenizer.encode_batch(frame[name].tolist())]
+    lengths = np.array([len(each) for each in texts], dtype=np.int64)
+    if not len(texts) or not lengths.all():
+        raise ValueError("a text is empty; leave it out." if len(texts) else "there are no texts; give at least one.")
+    values = np.zeros((len(texts), lengths.max()), dtype=np.int64)
+    for row, each in enumerate(texts):
+        values[row, : len(each)] = each
+    return {"values": values, "lengths": lengths}
 
 
 def _load_pyfunc(data_path: str) -> MlflowModel:

@@ -157,6 +157,9 @@ _LOAD_MLFLOW = """
 def load(folder):
     import mlflow.pyfunc
     model = mlflow.pyfunc.load_model(folder)
+    raw = model.get_raw_model()
+    if raw.signature.get("preprocessing"):  # it takes rows or texts, and these are tensors
+        return raw.raw
     def run(inputs):
         given = inputs if len(inputs) > 1 else next(iter(inputs.values()))
         return model.predict(given, params={"raw": True})

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from hpo.data import values
 from hpo.deploy import exported
 from hpo.deploy.exportable import quietly
-from hpo.deploy.exported import BY_CLASS, SIGNATURE
+from hpo.deploy.exported import BY_CLASS, SIGNATURE, VALUES
 from hpo.tracking.store import prepare_mlflow
 
 if TYPE_CHECKING:
@@ -39,21 +40,26 @@ def save_mlflow_model(exportable: Exportable, folder: Path, signature: Mapping[s
     arrays = [tensor.numpy() for tensor in next(iter(inputs))]
     names = [port.name for port in exportable.inputs]
     example: Any = dict(zip(names, arrays, strict=True)) if len(arrays) > 1 else arrays[0]
+    if exportable.raw is not None:
+        example = exportable.raw.head(NUM_IN_EXAMPLE)
+    is_text = (signature.get("preprocessing") or {}).get("kind") == "text"
+    packages = ["mlflow", "torch", "numpy", *(["tokenizers"] if is_text else [])]
     with TemporaryDirectory() as workshop:
-        data, code = Path(workshop) / "data", Path(workshop) / f"{LOADER}.py"
+        data, code = Path(workshop) / "data", [Path(workshop) / f"{name}.py" for name in (LOADER, VALUES)]
         data.mkdir()
         torch.export.save(exportable.export(), data / "model.pt2")
         (data / SIGNATURE).write_text(json.dumps(dict(signature), indent=2))
-        shutil.copyfile(exported.__file__, code)
+        for source, copy in zip((exported.__file__, values.__file__), code, strict=True):
+            shutil.copyfile(source, copy)
         mlflow.pyfunc.save_model(
             folder,
             loader_module=LOADER,
             data_path=str(data),
-            code_paths=[str(code)],
+            code_paths=[str(each) for each in code],
             mlflow_model=Model(**identity),
             signature=_signature(exportable),
             input_example=example,
-            pip_requirements=[f"{name}=={_release(name)}" for name in ("mlflow", "torch", "numpy")],
+            pip_requirements=[f"{name}=={_release(name)}" for name in packages],
             metadata={key: signature[key] for key in ("task", "study", "trial", "kind") if key in signature},
         )
     for cache in folder.rglob("__pycache__"):
@@ -74,6 +80,9 @@ def _signature(exportable: Exportable) -> Any:
         )
         for port in ports
     ]
+    if exportable.raw is not None:
+        anything = AnyType()  # type: ignore[no-untyped-call]
+        inputs = [ColSpec(anything, name, required=False) for name in exportable.raw.columns]
     prediction: Any = {"classification": DataType.string, "multilabel": Array(DataType.string)}.get(kind)
     prediction = prediction or AnyType()  # type: ignore[no-untyped-call]
     name = "outputs" if kind == "own" else "prediction"

@@ -16,18 +16,16 @@ from hpo.data.examples import InputSpec
 from hpo.data.kinds import OF_CLASSES
 from hpo.data.parts import Ragged
 from hpo.data.photos import SUFFIXES, read_photos
+from hpo.data.rows import SUFFIXES as TABLES
+from hpo.data.rows import read_rows
 from hpo.errors import DataError, UsageError, in_one_line
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from hpo.data.examples import DataSpec
+    from hpo.data.preprocessing import Preprocessing
     from hpo.models.preprocessed import PreprocessedModel
 
 BATCH_SIZE = 64
-
-TABLES = (".csv", ".parquet")
-_READABLE = (*SUFFIXES, *TABLES, ".npy", ".npz", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -48,22 +46,39 @@ class Prediction:
         )
 
 
-def find_files(given: Sequence[Path]) -> list[Path]:
-    """The files, and those in folders, by name. Raises UsageError where one is missing or cannot be read."""
+def find_files(given: Sequence[Path], spec: DataSpec) -> list[Path]:
+    """The files, and those in folders that a model can take, by name.
+
+    Raises UsageError where one is missing or is of no kind that the model takes.
+    """
+    readable = _readable(spec)
     found: list[Path] = []
     for path in given:
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in _READABLE)
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in readable)
             if not inside:
-                raise UsageError(f"there is nothing to predict in {path}; files are {', '.join(_READABLE)}.")
+                raise UsageError(f"{path} holds nothing that the model takes; it takes {', '.join(readable)}.")
             found += inside
             continue
         if not path.is_file():
             raise UsageError(f"there is no file {path}.")
-        if path.suffix.lower() not in _READABLE:
-            raise UsageError(f"{path} is not a file that can be read; files are {', '.join(_READABLE)}.")
+        if path.suffix.lower() not in readable:
+            raise UsageError(f"{path} is not a file that the model takes; it takes {', '.join(readable)}.")
         found.append(path)
     return found
+
+
+def _readable(spec: DataSpec) -> tuple[str, ...]:
+    """Endings of the files that hold examples of a model."""
+    if spec.preprocessing is not None:
+        return *TABLES, ".jsonl", ".txt"
+    if not isinstance(spec.inputs, InputSpec):
+        return ".npz", ".jsonl"
+    if spec.inputs.is_ragged:
+        return (".jsonl",)
+    if spec.inputs.dtype == "uint8" and len(spec.inputs.shape) == 3:
+        return *SUFFIXES, ".npy", ".npz", ".jsonl"
+    return *(TABLES if len(spec.inputs.shape) == 1 else ()), ".npy", ".npz", ".jsonl"
 
 
 def predict_files(
@@ -107,7 +122,9 @@ def _probabilities(model: PreprocessedModel, batch: Any) -> Sequence[dict[str, f
 def _select(inputs: Any, rows: slice) -> Any:
     if isinstance(inputs, Mapping):
         return {name: _select(each, rows) for name, each in inputs.items()}
-    return inputs.select(rows) if isinstance(inputs, Ragged) else inputs[rows]
+    if isinstance(inputs, Ragged):
+        return inputs.select(rows)
+    return inputs.iloc[rows] if hasattr(inputs, "iloc") else inputs[rows]
 
 
 def _examples(spec: DataSpec, files: Sequence[Path]) -> Iterator[_Examples]:
@@ -122,13 +139,13 @@ def _examples(spec: DataSpec, files: Sequence[Path]) -> Iterator[_Examples]:
 
 
 def _read_file(spec: DataSpec, file: Path) -> _Examples:
+    if spec.preprocessing is not None:
+        return _read_raw(spec.preprocessing, file)
     read: dict[str, Callable[[DataSpec, Path], Any]] = {
         ".npy": _read_npy,
         ".npz": _read_npz,
-        ".csv": _read_table,
-        ".parquet": _read_table,
         ".jsonl": _read_jsonl,
-    }
+    } | dict.fromkeys(TABLES, _read_table)
     try:
         inputs = read[file.suffix.lower()](spec, file)
     except UsageError as error:
@@ -137,6 +154,27 @@ def _read_file(spec: DataSpec, file: Path) -> _Examples:
         raise DataError(f"{file} cannot be read: {in_one_line(error)}") from error
     size = len(next(iter(inputs.values()))) if isinstance(inputs, Mapping) else len(inputs)
     return _Examples(inputs, [(str(file), row) for row in range(size)])
+
+
+def _read_raw(preprocessing: Preprocessing, file: Path) -> _Examples:
+    """Rows and texts as they come, which the model's preprocessing encodes."""
+    suffix = file.suffix.lower()
+    if suffix in TABLES:
+        raw: Any = read_rows(file)
+    elif suffix == ".jsonl":
+        raw = _lines(file)
+    else:
+        raw = preprocessing.read([file])
+    if not preprocessing.is_raw(raw):
+        raise DataError(f"{file} does not hold what the model takes: {preprocessing.describe()}.")
+    return _Examples(raw, [(str(file), row) for row in range(len(raw))])
+
+
+def _lines(file: Path) -> list[Any]:
+    try:
+        return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read: {in_one_line(error)}") from error
 
 
 def _read_photos(spec: DataSpec, files: Sequence[Path]) -> torch.Tensor:
@@ -177,9 +215,7 @@ def _read_npz(spec: DataSpec, file: Path) -> Any:
 
 def _read_table(spec: DataSpec, file: Path) -> Any:
     """The rows of a table of numbers, in the order of its columns."""
-    import pandas as pd
-
-    frame: pd.DataFrame = pd.read_csv(file) if file.suffix.lower() == ".csv" else pd.read_parquet(file)
+    frame = read_rows(file)
     wanted = spec.only_input
     if len(wanted.shape) != 1 or wanted.is_ragged:
         raise UsageError(f"it is a table, but the model takes {wanted.dtype} {wanted.describe()}.")
@@ -187,12 +223,16 @@ def _read_table(spec: DataSpec, file: Path) -> Any:
         raise UsageError(
             f"it has {len(frame.columns)} columns, but the model takes {wanted.shape[0]} numbers; leave out the target."
         )
-    return _fitting(wanted, frame.to_numpy())
+    try:
+        values = frame.to_numpy().astype(np.float64)
+    except ValueError as error:
+        raise UsageError(f"it holds what is not a number: {error}.") from error
+    return _fitting(wanted, values)
 
 
 def _read_jsonl(spec: DataSpec, file: Path) -> Any:
     """A line of JSON for each example: a list, or an object with the model's inputs by name."""
-    lines = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+    lines = _lines(file)
     if isinstance(spec.inputs, InputSpec):
         return _of_lines(spec.inputs, lines)
     return {name: _of_lines(each, [line[name] for line in lines]) for name, each in spec.input_specs.items()}

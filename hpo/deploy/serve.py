@@ -57,6 +57,8 @@ def problem_with(body: bytes, signature: Mapping[str, Any]) -> str | None:
         request = json.loads(body)
     except ValueError as error:
         return f"the request is not JSON: {error}."
+    if signature.get("preprocessing"):
+        return None  # rows or texts, which MLflow reads as a data frame
     names = [each["name"] for each in signature["inputs"]]
     if not isinstance(request, dict) or "inputs" not in request:
         return 'the request must be {"inputs": ...}' + (f" with {', '.join(names)}." if len(names) > 1 else ".")

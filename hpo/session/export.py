@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from torch import Tensor
+
 from hpo import __version__
 from hpo.deploy.exportable import make_exportable
 from hpo.deploy.exported import SIGNATURE
@@ -33,7 +35,11 @@ from hpo.tracking.store import open_store
 from hpo.training.trained import TrialDescription
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from hpo.data.datasets import Splits
+    from hpo.data.examples import Dataset
+    from hpo.data.preprocessing import Preprocessing
     from hpo.deploy.exportable import Exportable
     from hpo.deploy.exporters import Exporter
     from hpo.deploy.load import LoadedTrial
@@ -97,8 +103,7 @@ def export_best(
     tell("reading the data")
     if chosen.objective.train:
         return _export_weights(chosen, exporter, folder)
-    loaded, splits = load_with_data(chosen)
-    exportable = make_exportable(loaded.model, splits.train, splits.validation)
+    _, splits, exportable = load_with_data(chosen)
     facts = describe(chosen, exportable, exporter.runtime, compress)
     tell(f"writing {format}")
     with whole_or_not_at_all(folder) as aside:
@@ -144,12 +149,23 @@ def choose(study: str, *, trial: int | None, task: str | Objective | None = None
     return Chosen(request=request, study=opened, store=store, trial=number, is_refit=is_refit, folder=folder)
 
 
-def load_with_data(chosen: Chosen) -> tuple[LoadedTrial, Splits]:
-    """The model, on the CPU, and the data that its study was searched with."""
+def load_with_data(chosen: Chosen) -> tuple[LoadedTrial, Splits, Exportable]:
+    """The model, on the CPU, the data that its study was searched with, and what an exporter takes."""
     loaded = load_from_folder(chosen.folder, chosen.study, chosen.trial, "cpu", chosen.objective)
     dataset = read_data(chosen.request)
     assert dataset is not None, "the task has no training loop of its own"
-    return loaded, split(dataset, chosen.request)
+    splits = split(dataset, chosen.request)
+    raw = _raw_examples(dataset, loaded.model.spec.preprocessing)
+    return loaded, splits, make_exportable(loaded.model, splits.train, splits.validation, raw)
+
+
+def _raw_examples(dataset: Dataset, preprocessing: Preprocessing | None) -> pd.DataFrame | None:
+    """The first training examples as they came, in the columns that the model takes."""
+    if preprocessing is None or dataset.raw is None or not isinstance(dataset.train.inputs, Tensor):
+        return None
+    plain = preprocessing.to_dict()
+    names = [each["name"] for each in plain["columns"]] if "columns" in plain else [plain["column"]]
+    return dataset.raw.frame.iloc[dataset.train.inputs[:2].numpy()][names]
 
 
 def write(exporter: Exporter, exportable: Exportable, folder: Path, facts: Mapping[str, Any], card: str) -> None:
@@ -167,6 +183,7 @@ def describe(chosen: Chosen, exportable: Exportable, runtime: str, compression: 
         "compression": compression,
         "kind": spec.kind,
         "classes": list(spec.classes),
+        "preprocessing": spec.preprocessing.to_dict() if spec.preprocessing else None,
         "thresholds": exportable.model.thresholds.tolist() if spec.kind == "multilabel" else None,
         "inputs": [asdict(port) for port in exportable.inputs],
         "outputs": [asdict(port) for port in exportable.outputs],

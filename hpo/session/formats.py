@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from hpo.data.parts import Padded, tensors_of
-from hpo.deploy.exportable import make_exportable
 from hpo.deploy.exported import ExportedModel
 from hpo.deploy.exporters import COMPRESSIONS, find_exporter
 from hpo.deploy.results import FormatRow, Formats
@@ -42,8 +41,7 @@ def compare_formats(
     chosen = choose(study, trial=trial, **machine_options)
     if chosen.objective.train:
         raise UsageError(f"task '{chosen.objective.name}' has a training loop of its own, which saved no network.")
-    loaded, splits = load_with_data(chosen)
-    exportable = make_exportable(loaded.model, splits.train, splits.validation)
+    loaded, splits, exportable = load_with_data(chosen)
     metric = chosen.study.settings.metric
     card = model_card(chosen.study, chosen.objective, chosen.trial)
 

@@ -32,10 +32,10 @@ def predict(
     The other parameters are those of `load_best`. Raises UsageError where a file is missing, or the study's model has
     no known inputs, and DataError for files that do not fit the model.
     """
-    found = find_files(files)
     model = load_best(study, device=device, **options)
     if not isinstance(model, PreprocessedModel):
         raise UsageError(f"study '{study}' has a training loop of its own: only its code knows what its model takes.")
+    found = find_files(files, model.spec)
     predictions: list[Prediction] = []
     for batch in predict_files(model, found, batch_size=batch_size):
         predictions += batch

@@ -7,7 +7,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from hpo.deploy.exportable import make_exportable
 from hpo.deploy.exporters import find_exporter
 from hpo.deploy.registry import Score, check_promotion, log_model, register
 from hpo.errors import ExportError
@@ -50,8 +49,7 @@ def register_best(
             "network; register it with MLflow's own functions."
         )
     tell("reading the data")
-    loaded, splits = load_with_data(chosen)
-    exportable = make_exportable(loaded.model, splits.train, splits.validation)
+    _, _, exportable = load_with_data(chosen)
     card = model_card(chosen.study, chosen.objective, chosen.trial)
     run_id = chosen.store.find_trial_run(study, chosen.trial, chosen.study.id)
     tags = {"hpo.study": study, "hpo.trial": str(chosen.trial), "hpo.task": chosen.objective.name}
