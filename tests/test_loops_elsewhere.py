@@ -105,7 +105,7 @@ def test_interrupting_a_kernel_twice_stops_in_the_middle_of_an_epoch_as_ctrl_c_t
     (tmp_path / "looped.py").write_text(LOOP)
     client.execute_interactive("import hpo", timeout=PATIENCE_S)
     request = client.execute(f"hpo.run_search('looped.py', home={str(home)!r}, trials=1, workers=1)")
-    wait_until(lambda: bool(footprints(tmp_path, 3)))
+    wait_until(lambda: bool(footprints(tmp_path, 3)), within_s=PATIENCE_S)
     [held] = footprints(tmp_path, 3)
     manager.interrupt_kernel()
     wait_until(lambda: notes_that_it_stops(client))

@@ -180,17 +180,17 @@ class _RayWorker(Worker):
 
 def _work(address: tuple[str, int], key: bytes, number: int, setup: Setup) -> None:
     """The Ray task: a worker that calls its coordinator."""
+    lines: Sequence[Connection] = ()
+    if setup.num_ranks > 1:
+        # Before the call: they take seconds to start, in which nothing would be heard of this worker.
+        setup = replace(setup, visible_gpu=os.environ.get("CUDA_VISIBLE_DEVICES") or None)
+        lines, _ = start_followers(setup, name=f"hpo-worker-{number}")
+        setup = of_rank(setup, 0)
+        if setup.visible_gpu is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = setup.visible_gpu
     connection = Client(address, authkey=key)
     connection.send_bytes(str(number).encode())
-    if setup.num_ranks == 1:
-        serve(connection, setup)
-        return
-    setup = replace(setup, visible_gpu=os.environ.get("CUDA_VISIBLE_DEVICES") or None)
-    lines, _ = start_followers(setup, name=f"hpo-worker-{number}")
-    own = of_rank(setup, 0)
-    if own.visible_gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = own.visible_gpu
-    serve(connection, own, lines)
+    serve(connection, setup, lines)
 
 
 class _Listener:
