@@ -109,6 +109,15 @@ def test_a_batch_in_which_nothing_is_alike_has_a_finite_gradient(loss: str) -> N
     assert outputs.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("loss", ["triplet", "contrastive", "info_nce"])
+def test_embeddings_are_compared_in_fp32_whatever_the_precision(loss: str) -> None:
+    outputs, targets = embedded()
+    outputs = outputs.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        within = loss_of("embedding", loss)(outputs, targets)
+    assert within.item() == loss_of("embedding", loss)(outputs.float(), targets).item()
+
+
 def test_the_divergence_of_soft_labels_is_torchs() -> None:
     torch.manual_seed(0)
     outputs, shares = torch.randn(6, 3), torch.rand(6, 3).softmax(1)

@@ -48,8 +48,7 @@ def info_nce(temperature: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
     count.
     """
     alike, _ = _pairs(targets)
-    unit = functional.normalize(outputs.float(), dim=1)
-    similarities = (unit @ unit.T / temperature).masked_fill(_is_self(targets), torch.finfo(torch.float32).min)
+    similarities = (_similarities(outputs) / temperature).masked_fill(_is_self(targets), torch.finfo(torch.float32).min)
     log_shares = similarities.log_softmax(1)
     of_alike = torch.where(alike, -log_shares, 0.0).sum(1) / alike.sum(1).clamp(min=1)
     return _mean_where(alike.any(1), of_alike)
@@ -57,8 +56,14 @@ def info_nce(temperature: Tensor, outputs: Tensor, targets: Tensor) -> Tensor:
 
 def _distances(outputs: Tensor) -> Tensor:
     """Of embeddings of length 1 from each other (B, B), in [0, 2]; kept off 0, where the root has no slope."""
-    unit = functional.normalize(outputs.float(), dim=1)
-    return (2 - 2 * unit @ unit.T).clamp(min=1e-8).sqrt()
+    return (2 - 2 * _similarities(outputs)).clamp(min=1e-8).sqrt()
+
+
+def _similarities(outputs: Tensor) -> Tensor:
+    """Cosines (B, B), in fp32 whatever the training's precision: in bf16 neighbours would be equal."""
+    with torch.autocast(outputs.device.type, enabled=False):
+        unit = functional.normalize(outputs.float(), dim=1)
+        return unit @ unit.T
 
 
 def _pairs(targets: Tensor) -> tuple[Tensor, Tensor]:
