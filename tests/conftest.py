@@ -36,6 +36,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:The ``noload`` loader strategy:DeprecationWarning")
     if config.getoption("numprocesses", None):
         config.option.dist = "loadgroup"  # tests that share a cluster or servers run in one process
+    if hasattr(config, "workerinput"):  # one of xdist's processes, which do not hear of that
+        config.option.loadgroup = True
 
 
 @pytest.fixture(scope="session")

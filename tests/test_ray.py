@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from importlib import import_module
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, wait
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from helpers.loops import LOOP, footprints
 from helpers.warm import WarmPopen
 from hpo.objectives.digits import load
@@ -42,6 +42,9 @@ from hpo.tracking.store import open_store
 from hpo.training.device import ranks_of_trial
 
 pytestmark = pytest.mark.xdist_group("ray")  # one cluster for all
+
+os.environ.update(ray_workers._READ_AT_IMPORT)  # below `uv run` each worker would install an environment of its own
+ray = import_module("ray")
 
 START_S = 120  # seconds that anything may take to begin on a busy machine
 
