@@ -52,7 +52,9 @@ def test_the_distributions_hold_what_they_should_and_nothing_else(tmp_path: Path
         archive.extractall(tmp_path / "installed")
     assert {name for name in top if not name.endswith(".dist-info")} == {"hpo"}
     assert {"hpo/py.typed", "hpo/cli.py", "hpo/objectives/digits.py", "hpo/search_spaces/digits.py"} <= names
-    assert all(name.endswith((".py", "py.typed")) or ".dist-info/" in name for name in names)
+    pages = {"hpo/report/page.css", "hpo/report/page.js"}
+    assert pages <= set(names)
+    assert all(name.endswith((".py", "py.typed")) or name in pages or ".dist-info/" in name for name in names)
 
     installed = tmp_path / "installed"
     code = (
