@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ class Task:
         """
         if self.objective.train:
             return TrainConfig(**{**self.objective.settings, **settings})
-        searched = {name: value for name, value in values.items() if name in config_fields()}
+        searched = {name: value for name, value in values.items() if self.is_setting(name)}
         return TrainConfig(**{**self.objective.judged_by, **self.objective.settings, **settings, **searched})
 
     def model_parameters(self, values: Mapping[str, Value]) -> dict[str, Value]:
@@ -55,7 +56,16 @@ class Task:
         the task's own."""
         if self.objective.train:
             return dict(values)
-        return {name: value for name, value in values.items() if name not in config_fields()}
+        return {name: value for name, value in values.items() if not self.is_setting(name)}
+
+    def is_setting(self, name: str) -> bool:
+        """Whether a parameter is a setting of the trainer. A keyword of the task's model or of its own loss is not,
+        whatever settings there are: such as `temperature`, or `margin`."""
+        return name in config_fields() and name not in self._keywords
+
+    @cached_property
+    def _keywords(self) -> set[str]:
+        return self.objective.model_parameters() | self.objective.loss_parameters()
 
     @property
     def has_test(self) -> bool:
@@ -204,7 +214,7 @@ def check_ranges(task: Task) -> None:
     """Both ends of every range must be accepted by the trainer, before a trial finds out."""
     task.train_config(task.space.defaults())
     for name, parameter in task.space.declared.items():
-        if task.objective.train or name not in config_fields():
+        if task.objective.train or not task.is_setting(name):
             continue
         for value in parameter.extremes():
             try:

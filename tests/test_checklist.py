@@ -179,7 +179,7 @@ def test_repeated_examples_are_counted_and_contradictory_labels_are_reported() -
     assert verdict.data == {"in_training": 30, "in_validation": 0, "contradictory": contradictory}
     assert f"{contradictory} of them have different classes" in verdict.advice
     assert (
-        "passes for knowledge"
+        "memorised examples count"
         in check_duplicates(subject(validation=Split(train.inputs[:9], train.targets[:9]))).advice
     )
 

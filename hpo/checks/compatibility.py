@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hpo.config import OWN, SEVERAL, config_fields
+from hpo.config import OWN, SEVERAL
 from hpo.data.batches import build_batches
 from hpo.data.datasets import Splits
 from hpo.data.kinds import labels_of
@@ -207,7 +207,7 @@ def _check_loss(task: Task, loss: Any) -> None:
 def _check_choices(task: Task, splits: Splits) -> None:
     """Every choice must build the model: an architecture, above all, for which there are no pretrained weights."""
     for name, parameter in task.space.parameters.items():
-        if not isinstance(parameter, Choice) or name in config_fields():
+        if not isinstance(parameter, Choice) or task.is_setting(name):
             continue
         for value in (choice for choice in parameter.choices if choice != parameter.default):
             parameters = task.model_parameters(task.space.active(task.space.defaults() | {name: value}))
