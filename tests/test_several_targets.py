@@ -277,7 +277,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"settings": {"batch_size": 8, "class_weights": "balanced"}},
         "class_weights='balanced' is",
     ),
-    "mixing": ({"settings": {"batch_size": 8, "mixup": 0.2}}, "do not go with targets of the kind several"),
+    "mixing": ({"settings": {"batch_size": 8, "mixup": 0.2}}, "do not work with targets of the kind several"),
     "a curriculum by losses": ({"settings": {"batch_size": 8, "curriculum": "loss"}}, "curriculum='loss' needs a loss"),
 }
 

@@ -141,7 +141,7 @@ def test_a_search_of_the_example_reads_with_workers_and_comes_out_the_same_witho
     for workers in (0, 2):
         outcome = run_search(
             str(EXAMPLE), study=f"workers-{workers}", trials=1, epochs=3, workers=1, device="cpu", home=home,
-            data_options={"workers": workers},
+            data_options={"workers": workers}, precision="fp32", compile="off",
         )  # fmt: skip
         assert outcome.winner is not None
         assert outcome.winner.test is not None

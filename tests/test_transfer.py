@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.models import ResNet18_Weights, get_model
+from torchvision.models import ResNet18_Weights, get_model, get_model_weights
 
 import hpo
 from hpo.cli import main
@@ -222,7 +222,7 @@ def test_the_deployed_model_has_the_transform_of_its_weights(architecture: str, 
     model.fit_statistics(Split(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.tensor([0, 1])))
     theirs = get_model(architecture, num_classes=len(COLOURS))
     theirs.load_state_dict(torch.load(file, weights_only=True))
-    transform = network_of(model)._torchvision_weights().transforms()
+    transform = get_model_weights(architecture).DEFAULT.transforms()
     photo = torch.randint(256, (1, 3, 300, 260), dtype=torch.uint8)
     with torch.inference_mode():
         difference = model.eval()(photo) - theirs.eval()(transform(photo.float() / 255))

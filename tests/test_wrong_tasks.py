@@ -247,7 +247,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
             "metric": "f1",
             "settings": {"class_weights": "balanced"},
         },
-        "class_weights='balanced' is for one of several classes",
+        "class_weights='balanced' is for classification with one of hpo's losses; this task has a multilabel",
     ),
     "balanced sampling of numbers": (
         {"targets": FEATURES, "classes": [], "loss": "mse", "metric": "r2", "settings": {"sampling": "balanced"}},
@@ -278,7 +278,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a loss that raises": (own(lambda outputs, targets: outputs @ targets), "the loss of task 'mine' fails with"),
     "a loss for each example": (
         own(lambda outputs, targets: functional.cross_entropy(outputs, targets, reduction="none")),
-        r"gives a tensor of shape \(2,\); it must be the mean over the batch, one number",
+        r"returns a tensor of shape \(2,\); it must be the mean over the batch, one number",
     ),
     "a loss without a gradient": (
         own(lambda outputs, targets: functional.cross_entropy(outputs.detach(), targets)),
@@ -286,7 +286,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a loss that is no tensor": (
         own(lambda outputs, targets: functional.cross_entropy(outputs, targets).item()),
-        "gives float; it must be the mean over the batch",
+        "returns float; it must be the mean over the batch",
     ),
     "a loss that is not finite": (
         own(lambda outputs, targets: outputs.sum() / 0),
