@@ -95,7 +95,7 @@ def test_words_are_replaced_by_their_synonyms_alone(tmp_path: Path) -> None:
     ids = {"big": 10, "large": 2, "huge": 3, "red": 11, "small": 12}
     table = read_synonyms(file, ids, vocabulary=30)
     assert set(table[10].tolist()) == {2, 3}
-    assert set(table[11].tolist()) == {11}, "scarlet is no word of the vocabulary"
+    assert set(table[11].tolist()) == {11}, "scarlet is not in the vocabulary"
     assert set(table[12].tolist()) == {12}
     before, after = texts(), ReplaceSynonyms(0.4, table).apply(texts(), seeds())
     of_big = after.values[before.values == 10]

@@ -71,7 +71,7 @@ def test_a_trial_runs_waits_between_epochs_alone_repeats_its_step_and_leaves_not
 
 
 def test_the_data_stay_on_the_device_from_trial_to_trial_and_their_statistics_are_kept() -> None:
-    """As a worker places them: what the next trial moves, and computes anew, does not grow with the data."""
+    """As a worker places them: what the next trial moves, and computes again, does not grow with the data."""
     splits = make_splits()
     with pretended_cuda() as seen:
         placed = batches.place(splits, "cuda")

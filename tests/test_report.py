@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import studies
 
-from hpo.config import Direction
 from hpo.errors import UnknownNameError, UsageError
 from hpo.search.lease import Session
-from hpo.search.settings import StudySettings
 from hpo.search.storage import open_storage
 from hpo.search.study import Study
 from hpo.session import report
@@ -33,18 +32,7 @@ SPACE = Space(
         momentum=Float(0.5, 0.9, default=0.9, when={"optimizer": "sgd"}),
     ),
 )
-SETTINGS = StudySettings(
-    task="digits",
-    space=SPACE,
-    seed=0,
-    strategy="random",
-    pruner="none",
-    max_epochs=3,
-    metric="accuracy",
-    direction=Direction.MAXIMIZE,
-    limit=None,
-    planned_trials=5,
-)
+SETTINGS = replace(studies.SETTINGS, space=SPACE, strategy="random", planned_trials=5)
 
 
 def make_study(home: Path, name: str = "s", **changes: Any) -> Study:

@@ -153,7 +153,7 @@ _WITHOUT_REFERENCE = ("own", "transcription", "embedding", "instances", "reconst
 
 
 def _read_in_part(splits: Splits) -> Splits:
-    """The splits with at most so many examples of a torch Dataset as the checks need, in memory."""
+    """The splits in memory, with only as many examples of a torch Dataset as the checks need."""
     if not isinstance(splits.train.inputs, Loaded):
         return splits
     train, validation = (

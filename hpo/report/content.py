@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hpo.search.findings import findings
@@ -40,13 +40,9 @@ class Content:
     """Lines about versions, commit and data."""
     command: str | None
     """The command line of the first session."""
-    pictures: dict[str, bytes] = field(default_factory=dict)
-    """PNG files by what they show."""
 
     @classmethod
-    def of(
-        cls, study: Study, *, made_with: list[str], command: str | None, pictures: dict[str, bytes] | None = None
-    ) -> Content:
+    def of(cls, study: Study, *, made_with: list[str], command: str | None) -> Content:
         race = study.race
         return cls(
             study=study.name,
@@ -62,7 +58,6 @@ class Content:
             findings=findings(study),
             made_with=made_with,
             command=command,
-            pictures=pictures or {},
         )
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ MAX_ROWS = 200
 
 
 def draw_page(content: Content, *, refresh_s: int | None = None) -> str:
-    """The report as HTML; with `refresh_s` a browser that shows it reads the file again every so many seconds."""
+    """The report as HTML; with `refresh_s` a browser that shows it reloads it after that many seconds."""
     drawn: dict[str, Figure] = {}
     body = "\n".join(_sections(content, drawn))
     return as_page(content.study, body, drawn, refresh_s=refresh_s)
@@ -93,9 +92,6 @@ def _sections(content: Content, drawn: dict[str, Figure]) -> Iterator[str]:
     if figure := figures.plot_confusion(content):
         drawn["confusion"] = figure
         yield section("Confusion matrix of the test split", place("confusion"))
-    for what, png in content.pictures.items():
-        data = base64.b64encode(png).decode()
-        yield section(what, f'<img alt="{escape(what)}" src="data:image/png;base64,{data}">')
     yield section("Trials", _trials(content))
     yield section("How to reproduce it", _reproduce(content))
 
