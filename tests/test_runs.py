@@ -43,11 +43,12 @@ def test_a_trial_is_a_run_with_parameters_curves_and_its_end(runs: StudyRuns, st
     assert found.info.status == status
     assert found.data.params == {
         "lr": "1e-05",
-        "momentum": "0.30000000000000004",
+        "momentum": "0.3",
         "depth": "3",
         "optimizer": "sgd",
         "nesterov": "True",
     }
+    assert json.loads(found.data.tags["hpo.parameters"]) == params, "with all digits"
     expected = {"hpo.kind": "trial", "hpo.trial": "7", "hpo.state": state, "hpo.stage": "step size"}
     assert (expected | {"hpo.reason": "because"}).items() <= found.data.tags.items()
     assert {"mlflow.user", "mlflow.source.name"} <= set(found.data.tags)
@@ -209,7 +210,8 @@ def test_the_ui_names_the_address_of_each_study(store: TrackingStore) -> None:
         StudyRuns(store, study, metric="accuracy", direction=Direction.MAXIMIZE, session="one").close()
     base = "http://127.0.0.1:5000"
     one, several = (server._addresses(store, study, base) for study in ("wine", None))
-    assert one == [f"MLflow is at {store.study_url('wine', base)}"]
+    curves = store.study_url("wine", base, "hpo-curves")
+    assert one == [f"MLflow is at {store.study_url('wine', base)}", f"Curves of the best 10 trials: {curves}"]
     assert several[1:] == [f"  {name}  {store.study_url(name, base)}" for name in ("wine", "digits")]
 
 
@@ -231,4 +233,15 @@ def test_the_saved_view_of_the_runs_table_puts_the_best_on_top(
         None,
     ]
     assert tags["mlflow.note.content"] == "What this is."
-    assert "viewStateShareKey=hpo" in store.study_url("digits", "http://127.0.0.1:5000")
+    shown = [json.loads(tags[f"mlflow.sharedViewState.{name}"])["runsHiddenMode"] for name in ("hpo", "hpo-curves")]
+    assert shown == ["SHOW_ALL", "FIRST_10_RUNS"]
+    assert {chart["metricSectionId"] for chart in view["compareRunCharts"]} == {
+        section["uuid"] for section in view["compareRunSections"]
+    }
+    assert store.study_url("digits", "http://127.0.0.1:5000/").endswith(
+        f":5000/#/experiments/{runs.experiment_id}/runs?viewStateShareKey=hpo&workflowType=machine_learning"
+    )
+    assert store.study_url("digits", "", "hpo-curves").endswith(
+        "viewStateShareKey=hpo-curves&workflowType=machine_learning&compareRunsMode=CHART"
+    )
+    assert tags["mlflow.experimentKind"] == "custom_model_development"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -17,7 +18,7 @@ from hpo.home import Home
 from hpo.tracking.owners import PROCESS_TAG, end_dead_runs, has_owner, this_process
 from hpo.tracking.spool import ATTEMPT_TAG, RUN_STATUS, Delivery, Event, Sender, Spool
 from hpo.tracking.store import ORPHANED_TAG, STUDY_ID_TAG, TRIAL_TAG, explained, is_of_study, search_runs
-from hpo.tracking.view import FRONT_TAG, VIEW_TAG, study_view
+from hpo.tracking.view import FRONT_TAG, view_tags
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from hpo.tracking.store import TrackingStore
 
 _logger = logging.getLogger(__name__)
+
+PARAMETERS_TAG = "hpo.parameters"
+"""The parameters of a run as JSON, with all their digits."""
+
 _FLUSH_TIMEOUT_S = 60.0
 _HURRIED_FLUSH_TIMEOUT_S = 3.0
 
@@ -60,7 +65,7 @@ class StudyRuns:
         from mlflow.tracking.context.registry import resolve_tags
 
         described = {"hpo.study": study, "hpo.metric": metric, "hpo.direction": direction, **(tags or {})}
-        described[VIEW_TAG] = study_view(metric, direction, columns, costs)
+        described |= view_tags(metric, direction, columns, costs)
         if note:
             described["mlflow.note.content"] = note
         self.store = store
@@ -95,7 +100,8 @@ class StudyRuns:
         """The run of a trial: a new one, or after an interruption the one it had. Returns at once."""
         run = TrialRun(self._delivery(number), self._sender)
         texts = {name: _as_text(value) for name, value in params.items()}
-        run.start(texts, {**self._source_tags, **(tags or {}), **self._study_tags, ATTEMPT_TAG: str(attempt)})
+        exact = {PARAMETERS_TAG: json.dumps(dict(params))}
+        run.start(texts, {**self._source_tags, **(tags or {}), **self._study_tags, **exact, ATTEMPT_TAG: str(attempt)})
         return run
 
     @property
@@ -358,7 +364,7 @@ def begin_run(
     end_dead_runs(store, experiment_id)
     with explained(store.uri):
         described = {**resolve_tags(), **(tags or {}), "hpo.kind": kind, "hpo.study": study, "hpo.state": "running"}
-        described[PROCESS_TAG] = this_process()
+        described |= {PROCESS_TAG: this_process(), PARAMETERS_TAG: json.dumps(dict(params or {}))}
         run = store.client.create_run(experiment_id, tags=described, run_name=kind)
         for name, value in (params or {}).items():
             store.client.log_param(run.info.run_id, name, _as_text(value))
@@ -379,5 +385,5 @@ def _make_folder(path: Path) -> Path:
 
 
 def _as_text(value: Any) -> str:
-    """MLflow's parameters are strings that never change: `repr` writes a float the same way every time."""
-    return repr(value) if isinstance(value, float) else str(value)
+    """As MLflow's table has room for it: of 2.118234561e-05 it would show 2.11823456. PARAMETERS_TAG has all digits."""
+    return f"{value:.5g}" if isinstance(value, float) else str(value)

@@ -20,6 +20,7 @@ from typing import IO
 from hpo.errors import StoreError, UsageError
 from hpo.home import Home
 from hpo.tracking.store import TrackingStore, prepare_mlflow
+from hpo.tracking.view import CURVES_VIEW, NUM_CURVES
 
 _START_TIMEOUT_S = 120.0  # 10 to 20 s on two quiet cores
 _STOP_TIMEOUT_S = 5.0
@@ -64,7 +65,11 @@ def _addresses(store: TrackingStore, study: str | None, base_url: str) -> list[s
     if not studies:
         return [f"MLflow is at {base_url}"]
     if len(studies) == 1:
-        return [f"MLflow is at {store.study_url(studies[0], base_url)}"]
+        curves = store.study_url(studies[0], base_url, CURVES_VIEW)
+        return [
+            f"MLflow is at {store.study_url(studies[0], base_url)}",
+            f"Curves of the best {NUM_CURVES} trials: {curves}",
+        ]
     return [
         "Studies in MLflow, newest first:",
         *(f"  {name}  {store.study_url(name, base_url)}" for name in studies),

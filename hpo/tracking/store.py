@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from hpo.database import prepare_sqlite, without_password
 from hpo.errors import StoreError, UnknownNameError
 from hpo.home import Home
-from hpo.tracking.view import VIEW_NAME
+from hpo.tracking.view import TRIALS_VIEW, view_address
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -157,13 +157,12 @@ class TrackingStore:
         artifacts = self.client.get_run(run_id).info.artifact_uri
         return get_artifact_repository(artifacts, tracking_uri=self.uri)
 
-    def study_url(self, study: str, base_url: str) -> str:
+    def study_url(self, study: str, base_url: str, view: str = TRIALS_VIEW) -> str:
         """Where the UI shows a study: its trials, the best first. Raises UnknownNameError for an unknown study."""
         experiment = self._find_experiment(study)
         if experiment is None:
             raise UnknownNameError("study", study, self.studies())
-        query = f"viewStateShareKey={VIEW_NAME}&workflowType=machine_learning"
-        return f"{base_url.rstrip('/')}/#/experiments/{experiment.experiment_id}/runs?{query}"
+        return base_url.rstrip("/") + view_address(experiment.experiment_id, view)
 
     def studies(self) -> list[str]:
         """Names of the studies that the store holds, the newest first."""
@@ -197,7 +196,7 @@ class TrackingStore:
             return self.client.create_experiment(
                 _experiment_name(study),
                 artifact_location=location,
-                # Without it MLflow 3 asks every visitor whether this is a GenAI experiment.
+                # Without it versions of MLflow 3 ask every visitor whether this is a GenAI experiment.
                 tags={"mlflow.experimentKind": "custom_model_development"},
             )
 
