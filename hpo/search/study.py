@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import fmean
-from typing import TYPE_CHECKING, Any, Self, get_args
+from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
 
 import optuna
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, create_trial
 from optuna.trial import TrialState as OptunaState
+from optuna.trial import create_trial
 
-from hpo.config import Direction, derive_seed
-from hpo.errors import HpoError, StoreError, StudyMismatchError, UnknownNameError, UsageError
-from hpo.records import EndState, TrialRecord, TrialState, describe_pruning, losses, pareto_front, ranked
-from hpo.search.confirmation import REPEATS, Race, find_plan
+from hpo.config import Direction
+from hpo.errors import HpoError, StoreError, StudyMismatchError, UnknownNameError
+from hpo.records import EndState, TrialRecord, TrialState, describe_pruning
+from hpo.search import stored
+from hpo.search.confirmation import REPEATS
 from hpo.search.encoding import distribution
-from hpo.search.finalists import finalists, is_spared
+from hpo.search.finalists import is_spared
 from hpo.search.internals import trial_id
-from hpo.search.priority import DEFAULT_CONFIGURATION, EVERYTHING, stage_name, tunable_groups
 from hpo.search.pruners import build_pruner, describe_verdict
+from hpo.search.reading import ReadStudy
 from hpo.search.settings import FORMAT, StudySettings, differences
 from hpo.search.storage import StudyStorage
-from hpo.search.strategies import build_sampler, grid_size
+from hpo.search.strategies import build_sampler
 
 if TYPE_CHECKING:
     from optuna.pruners import BasePruner
@@ -37,28 +36,6 @@ if TYPE_CHECKING:
 
     from hpo.space import Value
 
-
-# Names of what is stored beside Optuna's own columns.
-_SETTINGS = "hpo:settings"
-_RECORD = "hpo:record:"
-_NUM_TRIALS = "num_trials"
-_TASK_REFERENCE = "task_reference"
-_TRACKING_URI = "tracking_uri"
-_HAS_TEST = "has_test"
-_HAS_LOOP = "has_loop"
-_CONFIRM = "confirm"
-_REFIT = "refit"
-_ID = "id"
-_ATTEMPT = "attempt"
-_OWNER = "owner"
-_INACTIVE = "inactive"
-_STAGE = "stage"
-_BEST_EPOCH = "best_epoch"
-_REASON = "reason"
-_DIVERGED = "diverged"
-_WAS_PRUNED = "was_pruned"
-_SYMPTOMS = "symptoms"
-_CONTINUED = "continued"
 
 _WAITING: tuple[TrialState, ...] = ("queued", "interrupted")
 
@@ -115,7 +92,7 @@ def _explained() -> Iterator[None]:
         ) from error
 
 
-class Study:
+class Study(ReadStudy):
     """A study in a storage. One process at a time may ask and tell: the holder of the study's lock.
 
     Where several sessions share a study, each holds the lock while it asks or tells, and reports its own trials alone.
@@ -123,13 +100,9 @@ class Study:
 
     def __init__(self, storage: BaseStorage, name: str, settings: StudySettings) -> None:
         """Use `open`, `load` or `list_studies`: the study must be there, with these settings."""
-        self.name = name
-        self.settings = settings
-        self._storage = storage
+        super().__init__(storage, name, settings)
         self._distributions = {name: distribution(parameter) for name, parameter in settings.space.parameters.items()}
-        self._stages = list(tunable_groups(settings.space))
         self._running: dict[int, _RunningTrial] = {}
-        self._study_id = storage.get_study_id_from_name(name)
 
     @cached_property
     def _optuna(self) -> optuna.Study:
@@ -147,12 +120,12 @@ class Study:
 
         Raises StudyMismatchError, naming every difference, if it was made with others; nothing is written then.
         """
-        stored = read_settings(storage, name)
-        if stored is None:
+        made = read_settings(storage, name)
+        if made is None:
             _create(storage, name, settings)
             return cls(storage, name, settings)
-        require_same_settings(name, stored, settings)
-        return cls(storage, name, stored)
+        require_same_settings(name, made, settings)
+        return cls(storage, name, made)
 
     @classmethod
     def load(cls, storage: BaseStorage, name: str) -> Self:
@@ -189,24 +162,24 @@ class Study:
     def _queue_repeat(self, record: TrialRecord) -> int:
         """Queue a training of this configuration with a seed of its own; the number of the new trial."""
         number = len(self._trials())
-        about = {REPEATS: record.number, _STAGE: f"confirms trial {record.number}"}
+        about = {REPEATS: record.number, stored.STAGE: f"confirms trial {record.number}"}
         self._optuna.add_trial(
             create_trial(
                 state=OptunaState.WAITING,
                 params=record.values,
                 distributions=self._distributions,
-                user_attrs=about | {_INACTIVE: list(record.inactive)},
+                user_attrs=about | {stored.INACTIVE: list(record.inactive)},
             )
         )
         return number
 
     def _begin(self, handle: optuna.Trial, owner: str) -> Suggestion:
-        handle.set_user_attr(_OWNER, owner)
+        handle.set_user_attr(stored.OWNER, owner)
         values = {name: handle.params[name] for name in self.settings.space.parameters}
         active_values = self.settings.space.active(values)
-        attempt = handle.user_attrs.get(_ATTEMPT, 0) + 1
-        handle.set_user_attr(_ATTEMPT, attempt)
-        handle.set_user_attr(_INACTIVE, self._inactive(values))
+        attempt = handle.user_attrs.get(stored.ATTEMPT, 0) + 1
+        handle.set_user_attr(stored.ATTEMPT, attempt)
+        handle.set_user_attr(stored.INACTIVE, self._inactive(values))
         earlier_curve = self._trials()[handle.number].intermediate_values if attempt > 1 else {}
         self._running[handle.number] = _RunningTrial(handle, set(earlier_curve))
         return Suggestion(
@@ -221,14 +194,10 @@ class Study:
         )
 
     def _describe_pruning(self, attributes: Mapping[str, Any]) -> str | None:
-        if _CONTINUED not in attributes:
+        if stored.CONTINUED not in attributes:
             return None
-        num_steps = attributes[_CONTINUED]["after"]
+        num_steps = attributes[stored.CONTINUED]["after"]
         return describe_pruning(num_steps, self.settings.num_steps, folds=bool(self.settings.folds))
-
-    def trial_seed(self, number: int) -> int:
-        """Seed of everything random in a trial."""
-        return derive_seed(self.settings.seed, number)
 
     @_explained()
     def enqueue(self, configurations: Iterable[Mapping[str, Value]], stage: str) -> None:
@@ -240,7 +209,7 @@ class Study:
         if not self._trials():
             self._optuna.enqueue_trial(self._as_stored(self.settings.space.defaults()))
         for values in configurations:
-            about = {_STAGE: stage, _INACTIVE: self._inactive(values)}
+            about = {stored.STAGE: stage, stored.INACTIVE: self._inactive(values)}
             self._optuna.enqueue_trial(self._as_stored(values), user_attrs=about, skip_if_exists=True)
 
     def _as_stored(self, values: Mapping[str, Value]) -> dict[str, Any]:
@@ -249,10 +218,6 @@ class Study:
             name: declared.to_external_repr(declared.to_internal_repr(values[name]))
             for name, declared in self._distributions.items()
         }
-
-    def _inactive(self, values: Mapping[str, Value]) -> list[str]:
-        active = self.settings.space.active(values)
-        return [name for name in values if name not in active]
 
     @_explained()
     def report(self, number: int, step: int, value: float) -> bool:
@@ -272,7 +237,7 @@ class Study:
             running.reported.add(step)
         if math.isnan(value) or self.settings.costs or step >= self.settings.num_steps:
             return False
-        if {_CONTINUED, REPEATS} & running.handle.user_attrs.keys() or not running.handle.should_prune():
+        if {stored.CONTINUED, REPEATS} & running.handle.user_attrs.keys() or not running.handle.should_prune():
             return False
         return not is_spared(self.trial(number), self.trials(), self.settings)
 
@@ -309,11 +274,11 @@ class Study:
         """
         running = self._running[number]
         # None is written too: it replaces what an interrupted attempt has left.
-        running.handle.set_user_attr(_BEST_EPOCH, best_epoch)
-        running.handle.set_user_attr(_REASON, reason)
+        running.handle.set_user_attr(stored.BEST_EPOCH, best_epoch)
+        running.handle.set_user_attr(stored.REASON, reason)
         if self.settings.folds:
-            running.handle.set_user_attr(_WAS_PRUNED, state == "pruned")
-        running.handle.set_user_attr(_SYMPTOMS, dict(symptoms or {}))
+            running.handle.set_user_attr(stored.WAS_PRUNED, state == "pruned")
+        running.handle.set_user_attr(stored.SYMPTOMS, dict(symptoms or {}))
         match state:
             case "complete":
                 assert value is not None, "a complete trial has a value"
@@ -333,11 +298,6 @@ class Study:
                 self._requeue(number)
         del self._running[number]
 
-    def finalists(self) -> list[TrialRecord]:
-        """The pruned trials that are continued to their end when the study has all its trials, the best first."""
-        totals = [trial.user_attrs[_CONTINUED]["total"] for trial in self._searched() if _CONTINUED in trial.user_attrs]
-        return finalists(self.trials(), self.settings, num_continued=totals.count(self.num_trials))
-
     @_explained()
     def continue_finalists(self) -> None:
         """Put the finalists back into the queue, to be trained to their end. The caller holds the study's lock.
@@ -347,39 +307,13 @@ class Study:
         assert isinstance(self._storage, StudyStorage), "only a database can take a trial up again"
         for record in self.finalists():
             fact = {"after": len(record.curve), "total": self.num_trials}
-            self._storage.reopen_trial(trial_id(self._trials()[record.number]), _CONTINUED, fact)
-
-    @property
-    def is_done(self) -> bool:
-        """Whether it has all the trials that it was last asked for, and has confirmed what was to be confirmed."""
-        return self.has_searched and self.race.is_done
-
-    @property
-    def has_searched(self) -> bool:
-        """Whether it has all these trials, and each that may win has run to its end."""
-        return self.remaining(self.num_trials) == 0 and self.counts()["running"] == 0 and not self.finalists()
-
-    @property
-    def race(self) -> Race:
-        """The confirmation of the best configurations, as far as it has come."""
-        plan = find_plan(self.recorded(_CONFIRM) or "none")
-        return Race.of(plan, self.trials(), self.repeats(), self.settings.direction)
-
-    def estimated_mean(self, number: int) -> float:
-        """What the folds that a trial has say of its mean over all, when there is a complete trial to compare with.
-
-        It is the best complete trial's mean and the mean difference to it in the same folds: with folds of which some
-        are easier than others, the mean of the first few says little.
-        """
-        best = ranked([trial for trial in self.trials() if trial.state == "complete"], self.settings.direction)[0]
-        assert best.value is not None, "a complete trial has a value"
-        return best.value + fmean(value - best.curve[fold] for fold, value in self.trial(number).curve.items())
+            self._storage.reopen_trial(trial_id(self._trials()[record.number]), stored.CONTINUED, fact)
 
     def _mark_diverged(self, running: _RunningTrial) -> None:
         # TPE ranks pruned trials by how far they came: one that diverged in epoch 30 would beat all that were pruned in
         # epoch 10. Only a violated constraint ranks last. The NaN keeps Optuna from taking the last epoch as its value.
         self._store_value(running, max(running.reported, default=0) + 1, math.nan)
-        running.handle.set_constraint(_DIVERGED, 1.0)
+        running.handle.set_constraint(stored.DIVERGED, 1.0)
 
     @_explained()
     def requeue(self, numbers: Iterable[int]) -> None:
@@ -392,99 +326,13 @@ class Study:
         """Put the trials that this session runs back into the queue."""
         self.requeue(number for number, trial_owner in self.owners().items() if trial_owner == owner)
 
-    def owners(self) -> dict[int, str]:
-        """The session that each running trial belongs to, by number."""
-        return {
-            trial.number: trial.user_attrs.get(_OWNER, "")
-            for trial in self._trials()
-            if trial.state == OptunaState.RUNNING
-        }
-
-    def last_owner(self, number: int) -> str:
-        """The session that ran the trial last, or runs it."""
-        return str(self._trials()[number].user_attrs.get(_OWNER, ""))
-
     def forget(self, number: int) -> None:
         """Let go of a trial that another session has taken over."""
         self._running.pop(number, None)
 
-    def has_ended(self, number: int) -> bool:
-        """Whether the trial neither runs nor waits to continue; True for one that the study does not know."""
-        trials = self._trials()
-        return number >= len(trials) or trials[number].state.is_finished()
-
     def _requeue(self, number: int) -> None:
         id_in_database = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
         self._storage.set_trial_state_values(id_in_database, OptunaState.WAITING)
-
-    def remaining(self, num_trials: int) -> int:
-        """Trials still to be created until `num_trials` are complete, pruned or diverged, if the running ones will be.
-
-        A grid ends at its last point; a point whose trial failed is not tried again.
-        """
-        counts = self.counts()
-        missing = num_trials - _num_finished(counts) - counts["running"]
-        if self.settings.strategy == "grid":
-            num_tried = sum(counts.values()) - counts["interrupted"] - counts["queued"]
-            missing = min(missing, grid_size(self.settings.space) - num_tried)
-        return max(0, missing)
-
-    @property
-    def num_finished(self) -> int:
-        """Trials that count for the study's total: complete, pruned and diverged."""
-        return _num_finished(self.counts())
-
-    def counts(self) -> dict[TrialState, int]:
-        """Number of the search's trials in each state, 0 where there are none."""
-        counted = Counter(_state(trial) for trial in self._searched())
-        return {state: counted[state] for state in get_args(TrialState)}
-
-    def trials(self) -> list[TrialRecord]:
-        """Every trial of the search, by number."""
-        return [self._record(trial) for trial in self._searched()]
-
-    def repeats(self) -> list[TrialRecord]:
-        """The trainings that confirm configurations, by number. They are numbered as trials are."""
-        return [self._record(trial) for trial in self._trials() if REPEATS in trial.user_attrs]
-
-    def trial(self, number: int) -> TrialRecord:
-        """A trial of the search or a repeat. Raises UsageError where there is none of that number."""
-        trials = self._trials()
-        if not 0 <= number < len(trials):
-            raise UsageError(f"study '{self.name}' has no trial {number}; `hpo show {self.name}` lists its trials.")
-        return self._record(trials[number])
-
-    @property
-    def num_numbered(self) -> int:
-        """Trials and repeats that have a number; the next one gets this."""
-        return len(self._trials())
-
-    def best(self) -> TrialRecord | None:
-        """The trial with the best epoch, complete or pruned, the earliest of equals; None while there is none."""
-        return next(iter(ranked(self.trials(), self.settings.direction)), None)
-
-    @property
-    def default_trial(self) -> TrialRecord | None:
-        """The trial of the default configuration; None before there is one, and with a grid, which has points alone."""
-        first = next(iter(self.trials()), None)
-        return first if first and first.stage == DEFAULT_CONFIGURATION else None
-
-    def front(self) -> list[TrialRecord]:
-        """The complete trials that no other one beats in all objectives, the best metric first."""
-        complete = {trial.number: trial for trial in self.trials() if trial.state == "complete"}
-        points = {number: losses(trial, self.settings.direction) for number, trial in complete.items()}
-        return [complete[number] for number in pareto_front(points)]
-
-    @property
-    def id(self) -> str | None:
-        """What tells the study from one of the same name in a database that was lost; None before hpo 0.2."""
-        known: str | None = self.recorded(_ID)
-        return known
-
-    @property
-    def num_trials(self) -> int:
-        """Trials that the study was last asked for."""
-        return int(self.recorded(_NUM_TRIALS) or self.settings.planned_trials)
 
     def remember_session(
         self,
@@ -502,111 +350,24 @@ class Study:
         Without `confirm` the plan of before stays, and so does a `refit` that was asked for.
         """
         if confirm is not None:
-            self.record(_CONFIRM, confirm)
+            self.record(stored.CONFIRM, confirm)
         if refit:
-            self.record(_REFIT, refit)
-        self.record(_NUM_TRIALS, num_trials)
-        self.record(_TASK_REFERENCE, task_reference)
-        self.record(_TRACKING_URI, tracking_uri)
-        self.record(_HAS_TEST, has_test)
-        self.record(_HAS_LOOP, has_loop)
-
-    @property
-    def has_loop(self) -> bool:
-        """Whether the task has a training loop of its own."""
-        return bool(self.recorded(_HAS_LOOP))
-
-    @property
-    def has_test(self) -> bool:
-        """Whether its winner can be tested; a training loop of the task's own may come without a test."""
-        return self.recorded(_HAS_TEST) is not False
-
-    @property
-    def is_refit(self) -> bool:
-        """Whether its winner is trained on training and validation examples together before it is tested."""
-        return bool(self.recorded(_REFIT) or self.settings.folds)
-
-    @property
-    def task_reference(self) -> str:
-        """What finds the task's code, as the last session found it."""
-        return str(self.recorded(_TASK_REFERENCE) or self.settings.task)
-
-    @property
-    def tracking_uri(self) -> str | None:
-        """MLflow store that was named for the runs; None for the one in the home."""
-        uri: str | None = self.recorded(_TRACKING_URI)
-        return uri
+            self.record(stored.REFIT, refit)
+        self.record(stored.NUM_TRIALS, num_trials)
+        self.record(stored.TASK_REFERENCE, task_reference)
+        self.record(stored.TRACKING_URI, tracking_uri)
+        self.record(stored.HAS_TEST, has_test)
+        self.record(stored.HAS_LOOP, has_loop)
 
     @_explained()
     def record(self, key: str, value: Any) -> None:
         """Keep a fact about the study under a key; `value` is anything that JSON can hold."""
-        self._storage.set_study_user_attr(self._study_id, _RECORD + key, value)
-
-    def recorded(self, key: str) -> Any:
-        """The fact kept under the key; None if there is none."""
-        return self._storage.get_study_user_attrs(self._study_id).get(_RECORD + key)
-
-    def _trials(self) -> list[FrozenTrial]:
-        return self._storage.get_all_trials(self._study_id, deepcopy=False)
-
-    def _searched(self) -> list[FrozenTrial]:
-        return [trial for trial in self._trials() if REPEATS not in trial.user_attrs]
-
-    def _stage(self, trial: optuna.Trial | FrozenTrial) -> str:
-        if _STAGE in trial.user_attrs:
-            return str(trial.user_attrs[_STAGE])
-        if self.settings.strategy == "priority":
-            return stage_name(trial.number, self._stages, self.settings.planned_trials)
-        return DEFAULT_CONFIGURATION if trial.number == 0 and self.settings.strategy != "grid" else EVERYTHING
-
-    def _record(self, trial: FrozenTrial) -> TrialRecord:
-        curve = dict(sorted(trial.intermediate_values.items()))
-        best_epoch: int | None = trial.user_attrs.get(_BEST_EPOCH)
-        if self.settings.folds:
-            finite = [value for value in curve.values() if math.isfinite(value)]
-            best_value = fmean(finite) if finite else None
-        else:
-            best_epoch = best_epoch or self._best_epoch(curve)
-            best_value = None if best_epoch is None else curve.get(best_epoch)
-        return TrialRecord(
-            number=trial.number,
-            state=_state(trial),
-            value=trial.values[0] if trial.state == OptunaState.COMPLETE else best_value,
-            values=trial.params or trial.system_attrs.get("fixed_params", {}),  # Optuna's name for what is enqueued
-            inactive=tuple(trial.user_attrs.get(_INACTIVE, ())),
-            curve=curve,
-            best_epoch=best_epoch,
-            stage=self._stage(trial),
-            reason=trial.user_attrs.get(_REASON),
-            attempts=trial.user_attrs.get(_ATTEMPT, 1),
-            duration_s=trial.duration.total_seconds() if trial.duration else None,
-            pruned_after=trial.user_attrs.get(_CONTINUED, {}).get("after"),
-            costs=self._costs(trial),
-            symptoms=trial.user_attrs.get(_SYMPTOMS, {}),
-            repeats=trial.user_attrs.get(REPEATS),
-        )
-
-    def _costs(self, trial: FrozenTrial) -> dict[str, float]:
-        if trial.state != OptunaState.COMPLETE:
-            return {}
-        return dict(zip(self.settings.costs, trial.values[1:], strict=True))
-
-    def _best_epoch(self, curve: dict[int, float]) -> int | None:
-        finite = [epoch for epoch, value in curve.items() if math.isfinite(value)]
-        return min(finite, key=lambda epoch: self._loss(curve[epoch]), default=None)
-
-    def _loss(self, value: float | None) -> float:
-        assert value is not None, "only trials and epochs with a value are compared"
-        return self.settings.direction.loss(value)
-
-
-def _num_finished(counts: Mapping[TrialState, int]) -> int:
-    return counts["complete"] + counts["pruned"] + counts["diverged"]
+        self._storage.set_study_user_attr(self._study_id, stored.RECORD + key, value)
 
 
 def list_studies(storage: BaseStorage) -> list[Study]:
     """The studies in the storage that hpo made, the oldest first."""
-    names = [frozen.study_name for frozen in storage.get_all_studies() if _SETTINGS in frozen.user_attrs]
+    names = [frozen.study_name for frozen in storage.get_all_studies() if stored.SETTINGS in frozen.user_attrs]
     return [Study.load(storage, name) for name in names]
 
 
@@ -619,14 +380,14 @@ def read_settings(storage: BaseStorage, name: str) -> StudySettings | None:
         study_id = storage.get_study_id_from_name(name)
     except KeyError:
         return None
-    stored = storage.get_study_user_attrs(study_id).get(_SETTINGS)
-    if stored is None:
+    written = storage.get_study_user_attrs(study_id).get(stored.SETTINGS)
+    if written is None:
         if storage.get_n_trials(study_id) == 0:
             return None  # its making was cut short before anything was asked
         raise StoreError(f"study '{name}' was not made by hpo; choose another name with --study.")
-    if stored["format"] > FORMAT:
+    if written["format"] > FORMAT:
         raise StoreError(f"study '{name}' was made by a newer version of hpo; upgrade hpo to use it.")
-    return StudySettings.from_dict(stored["settings"])
+    return StudySettings.from_dict(written["settings"])
 
 
 def require_same_settings(name: str, made: StudySettings, asked: StudySettings) -> None:
@@ -652,8 +413,8 @@ def _create(storage: BaseStorage, name: str, settings: StudySettings) -> None:
         directions=[direction.value for direction in (settings.direction, *[Direction.MINIMIZE] * len(settings.costs))],
         load_if_exists=True,
     )
-    study.set_user_attr(_RECORD + _ID, uuid4().hex)
-    study.set_user_attr(_SETTINGS, {"format": FORMAT, "settings": settings.to_dict()})
+    study.set_user_attr(stored.RECORD + stored.ID, uuid4().hex)
+    study.set_user_attr(stored.SETTINGS, {"format": FORMAT, "settings": settings.to_dict()})
 
 
 def _sampler(settings: StudySettings) -> BaseSampler:
@@ -674,17 +435,3 @@ def _pruner(settings: StudySettings) -> BasePruner:
         seed=settings.seed,
         first_rung=settings.first_rung,
     )
-
-
-def _state(trial: FrozenTrial) -> TrialState:
-    match trial.state:
-        case OptunaState.COMPLETE:
-            return "pruned" if trial.user_attrs.get(_WAS_PRUNED) else "complete"
-        case OptunaState.PRUNED:
-            return "diverged" if _DIVERGED in trial.constraints else "pruned"
-        case OptunaState.FAIL:
-            return "failed"
-        case OptunaState.WAITING:
-            return "interrupted" if _ATTEMPT in trial.user_attrs else "queued"
-        case OptunaState.RUNNING:
-            return "running"

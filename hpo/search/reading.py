@@ -1,0 +1,269 @@
+"""Reading a study: its trials, their states, and the facts that were kept about it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, get_args
+
+from optuna.trial import FrozenTrial
+from optuna.trial import TrialState as OptunaState
+
+from hpo.config import derive_seed
+from hpo.errors import UsageError
+from hpo.records import TrialRecord, TrialState, losses, pareto_front, ranked
+from hpo.search import stored
+from hpo.search.confirmation import REPEATS, Race, find_plan
+from hpo.search.finalists import finalists
+from hpo.search.priority import DEFAULT_CONFIGURATION, EVERYTHING, stage_name, tunable_groups
+from hpo.search.strategies import grid_size
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.storages import BaseStorage
+
+    from hpo.search.settings import StudySettings
+    from hpo.space import Value
+
+
+class ReadStudy:
+    """What a study in a storage knows. Reading takes no lock, and none of the code that others added to the study."""
+
+    def __init__(self, storage: BaseStorage, name: str, settings: StudySettings) -> None:
+        self.name = name
+        self.settings = settings
+        self._storage = storage
+        self._study_id = storage.get_study_id_from_name(name)
+        self._stages = list(tunable_groups(settings.space))
+
+    def finalists(self) -> list[TrialRecord]:
+        """The pruned trials that are continued to their end when the study has all its trials, the best first."""
+        totals = [
+            trial.user_attrs[stored.CONTINUED]["total"]
+            for trial in self._searched()
+            if stored.CONTINUED in trial.user_attrs
+        ]
+        return finalists(self.trials(), self.settings, num_continued=totals.count(self.num_trials))
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has all the trials that it was last asked for, and has confirmed what was to be confirmed."""
+        return self.has_searched and self.race.is_done
+
+    @property
+    def has_searched(self) -> bool:
+        """Whether it has all these trials, and each that may win has run to its end."""
+        return self.remaining(self.num_trials) == 0 and self.counts()["running"] == 0 and not self.finalists()
+
+    @property
+    def race(self) -> Race:
+        """The confirmation of the best configurations, as far as it has come."""
+        plan = find_plan(self.recorded(stored.CONFIRM) or "none")
+        return Race.of(plan, self.trials(), self.repeats(), self.settings.direction)
+
+    def estimated_mean(self, number: int) -> float:
+        """What the folds that a trial has say of its mean over all, when there is a complete trial to compare with.
+
+        It is the best complete trial's mean and the mean difference to it in the same folds: with folds of which some
+        are easier than others, the mean of the first few says little.
+        """
+        best = ranked([trial for trial in self.trials() if trial.state == "complete"], self.settings.direction)[0]
+        assert best.value is not None, "a complete trial has a value"
+        return best.value + fmean(value - best.curve[fold] for fold, value in self.trial(number).curve.items())
+
+    def owners(self) -> dict[int, str]:
+        """The session that each running trial belongs to, by number."""
+        return {
+            trial.number: trial.user_attrs.get(stored.OWNER, "")
+            for trial in self._trials()
+            if trial.state == OptunaState.RUNNING
+        }
+
+    def last_owner(self, number: int) -> str:
+        """The session that ran the trial last, or runs it."""
+        return str(self._trials()[number].user_attrs.get(stored.OWNER, ""))
+
+    def has_ended(self, number: int) -> bool:
+        """Whether the trial neither runs nor waits to continue; True for one that the study does not know."""
+        trials = self._trials()
+        return number >= len(trials) or trials[number].state.is_finished()
+
+    def remaining(self, num_trials: int) -> int:
+        """Trials still to be created until `num_trials` are complete, pruned or diverged, if the running ones will be.
+
+        A grid ends at its last point; a point whose trial failed is not tried again.
+        """
+        counts = self.counts()
+        missing = num_trials - _num_finished(counts) - counts["running"]
+        if self.settings.strategy == "grid":
+            num_tried = sum(counts.values()) - counts["interrupted"] - counts["queued"]
+            missing = min(missing, grid_size(self.settings.space) - num_tried)
+        return max(0, missing)
+
+    @property
+    def num_finished(self) -> int:
+        """Trials that count for the study's total: complete, pruned and diverged."""
+        return _num_finished(self.counts())
+
+    def counts(self) -> dict[TrialState, int]:
+        """Number of the search's trials in each state, 0 where there are none."""
+        counted = Counter(_state(trial) for trial in self._searched())
+        return {state: counted[state] for state in get_args(TrialState)}
+
+    def trials(self) -> list[TrialRecord]:
+        """Every trial of the search, by number."""
+        return [self._record(trial) for trial in self._searched()]
+
+    def repeats(self) -> list[TrialRecord]:
+        """The trainings that confirm configurations, by number. They are numbered as trials are."""
+        return [self._record(trial) for trial in self._trials() if REPEATS in trial.user_attrs]
+
+    def trial(self, number: int) -> TrialRecord:
+        """A trial of the search or a repeat. Raises UsageError where there is none of that number."""
+        trials = self._trials()
+        if not 0 <= number < len(trials):
+            raise UsageError(f"study '{self.name}' has no trial {number}; `hpo show {self.name}` lists its trials.")
+        return self._record(trials[number])
+
+    @property
+    def num_numbered(self) -> int:
+        """Trials and repeats that have a number; the next one gets this."""
+        return len(self._trials())
+
+    def best(self) -> TrialRecord | None:
+        """The trial with the best epoch, complete or pruned, the earliest of equals; None while there is none."""
+        return next(iter(ranked(self.trials(), self.settings.direction)), None)
+
+    @property
+    def default_trial(self) -> TrialRecord | None:
+        """The trial of the default configuration; None before there is one, and with a grid, which has points alone."""
+        first = next(iter(self.trials()), None)
+        return first if first and first.stage == DEFAULT_CONFIGURATION else None
+
+    def front(self) -> list[TrialRecord]:
+        """The complete trials that no other one beats in all objectives, the best metric first."""
+        complete = {trial.number: trial for trial in self.trials() if trial.state == "complete"}
+        points = {number: losses(trial, self.settings.direction) for number, trial in complete.items()}
+        return [complete[number] for number in pareto_front(points)]
+
+    @property
+    def id(self) -> str | None:
+        """What tells the study from one of the same name in a database that was lost; None before hpo 0.2."""
+        known: str | None = self.recorded(stored.ID)
+        return known
+
+    @property
+    def num_trials(self) -> int:
+        """Trials that the study was last asked for."""
+        return int(self.recorded(stored.NUM_TRIALS) or self.settings.planned_trials)
+
+    @property
+    def has_loop(self) -> bool:
+        """Whether the task has a training loop of its own."""
+        return bool(self.recorded(stored.HAS_LOOP))
+
+    @property
+    def has_test(self) -> bool:
+        """Whether its winner can be tested; a training loop of the task's own may come without a test."""
+        return self.recorded(stored.HAS_TEST) is not False
+
+    @property
+    def is_refit(self) -> bool:
+        """Whether its winner is trained on training and validation examples together before it is tested."""
+        return bool(self.recorded(stored.REFIT) or self.settings.folds)
+
+    @property
+    def task_reference(self) -> str:
+        """What finds the task's code, as the last session found it."""
+        return str(self.recorded(stored.TASK_REFERENCE) or self.settings.task)
+
+    @property
+    def tracking_uri(self) -> str | None:
+        """MLflow store that was named for the runs; None for the one in the home."""
+        uri: str | None = self.recorded(stored.TRACKING_URI)
+        return uri
+
+    def recorded(self, key: str) -> Any:
+        """The fact kept under the key; None if there is none."""
+        return self._storage.get_study_user_attrs(self._study_id).get(stored.RECORD + key)
+
+    def trial_seed(self, number: int) -> int:
+        """Seed of everything random in a trial."""
+        return derive_seed(self.settings.seed, number)
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self._storage.get_all_trials(self._study_id, deepcopy=False)
+
+    def _searched(self) -> list[FrozenTrial]:
+        return [trial for trial in self._trials() if REPEATS not in trial.user_attrs]
+
+    def _stage(self, trial: optuna.Trial | FrozenTrial) -> str:
+        if stored.STAGE in trial.user_attrs:
+            return str(trial.user_attrs[stored.STAGE])
+        if self.settings.strategy == "priority":
+            return stage_name(trial.number, self._stages, self.settings.planned_trials)
+        return DEFAULT_CONFIGURATION if trial.number == 0 and self.settings.strategy != "grid" else EVERYTHING
+
+    def _record(self, trial: FrozenTrial) -> TrialRecord:
+        curve = dict(sorted(trial.intermediate_values.items()))
+        best_epoch: int | None = trial.user_attrs.get(stored.BEST_EPOCH)
+        if self.settings.folds:
+            finite = [value for value in curve.values() if math.isfinite(value)]
+            best_value = fmean(finite) if finite else None
+        else:
+            best_epoch = best_epoch or self._best_epoch(curve)
+            best_value = None if best_epoch is None else curve.get(best_epoch)
+        return TrialRecord(
+            number=trial.number,
+            state=_state(trial),
+            value=trial.values[0] if trial.state == OptunaState.COMPLETE else best_value,
+            values=trial.params or trial.system_attrs.get("fixed_params", {}),  # Optuna's name for what is enqueued
+            inactive=tuple(trial.user_attrs.get(stored.INACTIVE, ())),
+            curve=curve,
+            best_epoch=best_epoch,
+            stage=self._stage(trial),
+            reason=trial.user_attrs.get(stored.REASON),
+            attempts=trial.user_attrs.get(stored.ATTEMPT, 1),
+            duration_s=trial.duration.total_seconds() if trial.duration else None,
+            pruned_after=trial.user_attrs.get(stored.CONTINUED, {}).get("after"),
+            costs=self._costs(trial),
+            symptoms=trial.user_attrs.get(stored.SYMPTOMS, {}),
+            repeats=trial.user_attrs.get(REPEATS),
+        )
+
+    def _costs(self, trial: FrozenTrial) -> dict[str, float]:
+        if trial.state != OptunaState.COMPLETE:
+            return {}
+        return dict(zip(self.settings.costs, trial.values[1:], strict=True))
+
+    def _best_epoch(self, curve: dict[int, float]) -> int | None:
+        finite = [epoch for epoch, value in curve.items() if math.isfinite(value)]
+        return min(finite, key=lambda epoch: self._loss(curve[epoch]), default=None)
+
+    def _loss(self, value: float | None) -> float:
+        assert value is not None, "only trials and epochs with a value are compared"
+        return self.settings.direction.loss(value)
+
+    def _inactive(self, values: Mapping[str, Value]) -> list[str]:
+        active = self.settings.space.active(values)
+        return [name for name in values if name not in active]
+
+
+def _num_finished(counts: Mapping[TrialState, int]) -> int:
+    return counts["complete"] + counts["pruned"] + counts["diverged"]
+
+
+def _state(trial: FrozenTrial) -> TrialState:
+    match trial.state:
+        case OptunaState.COMPLETE:
+            return "pruned" if trial.user_attrs.get(stored.WAS_PRUNED) else "complete"
+        case OptunaState.PRUNED:
+            return "diverged" if stored.DIVERGED in trial.constraints else "pruned"
+        case OptunaState.FAIL:
+            return "failed"
+        case OptunaState.WAITING:
+            return "interrupted" if stored.ATTEMPT in trial.user_attrs else "queued"
+        case OptunaState.RUNNING:
+            return "running"
