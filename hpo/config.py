@@ -110,6 +110,10 @@ USUAL = {
     "box": ("huber", "mean_iou"),
     "tagging": ("cross_entropy", "accuracy"),
     "transcription": ("ctc", "character_error_rate"),
+    "soft_labels": ("kl_divergence", "kl_divergence"),
+    "embedding": ("triplet", "recall_at_1"),
+    "instances": ("info_nce", "recall_at_1"),
+    "reconstruction": ("mse", "mse"),
 }
 """By kind of target, the loss and the metric that `auto` stands for."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import kinds
 from helpers.data import LR_SPACE
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -20,7 +21,9 @@ from hpo import Dataset, DataSpec, Objective, TrainConfig, hold_out, mlp, split_
 from hpo.checks.checklist import whole_list
 from hpo.checks.compatibility import check_task
 from hpo.checks.verdicts import Subject
+from hpo.config import USUAL
 from hpo.data.batches import build_batches, evaluation_views
+from hpo.data.kinds import KINDS
 from hpo.models.preprocessed import build_model
 from hpo.task import Task
 from hpo.training.comparison import compare_models
@@ -309,3 +312,26 @@ def test_the_loss_of_embeddings_is_measured_in_batches_of_the_training(tmp_path:
     _, last = trained(task, data)
     assert last.metrics["val/loss"] < math.log(32) < math.log(len(splits.validation)), "of 31 others, not of 63"
     assert model.spec.num_outputs == 64
+
+
+OF_ONE_KIND = {name: case for name, case in kinds.CASES.items() if case.data.spec.kind in USUAL and case.loss != "vae"}
+
+
+@pytest.mark.parametrize("name", OF_ONE_KIND)
+def test_a_task_that_leaves_loss_and_metric_to_its_data_trains_with_the_usual_ones(name: str) -> None:
+    case = OF_ONE_KIND[name]
+    objective = Objective(
+        name="usual", description="", load=lambda _: case.data, model=case.model, loss="auto", metric="auto",
+        space=LR_SPACE, settings={"max_epochs": 1, "batch_size": 8, "compile": "off"} | case.settings,
+    )  # fmt: skip
+    task = Task(reference="usual", objective=objective, space=LR_SPACE).suited_to_data(Path())
+    config, splits = task.train_config({}), split_dataset(case.data, seed=0)
+    assert (config.loss, config.metric) == USUAL[case.data.spec.kind]
+    model = build_model(task.objective, splits.spec, case.parameters, seed=0)
+    model.fit_statistics(splits.train)
+    [epoch] = fit(model, splits, config)
+    assert math.isfinite(epoch.metrics[f"val/{config.metric}"])
+
+
+def test_every_kind_has_a_usual_loss_except_one_with_a_loss_of_its_own() -> None:
+    assert {case.data.spec.kind for case in OF_ONE_KIND.values()} == USUAL.keys() == set(KINDS) - {"own"}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.searches import Searches, descendants, lives, wait_until
+from helpers.warm import WarmPopen
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset
@@ -20,6 +23,7 @@ from hpo.data.datasets import all_examples, load_splits, save_splits
 from hpo.data.fingerprint import data_fingerprint
 from hpo.data.loaded import Loaded
 from hpo.plugins import load_task
+from hpo.records import TrialRecord
 
 NUM = 60
 EXAMPLE = Path(__file__).parents[1] / "examples" / "own_dataset.py"
@@ -153,6 +157,52 @@ def test_a_search_of_the_example_reads_with_workers_and_comes_out_the_same_witho
     images, targets = data.test.open().batch(slice(0, 40))
     predicted = load_best("workers-2", home=home).predict(images)
     assert np.mean([name == str(int(target)) for name, target in zip(predicted, targets, strict=True)]) > 0.7
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_torch_datasets as cases
+from hpo import Float, Group, Objective, Space, mlp
+
+class Slow(cases.Noisy):
+    def __getitem__(self, index):
+        time.sleep(0.05 * Path(__file__).with_name("hold-reading").exists())
+        return super().__getitem__(index)
+
+objective = Objective(
+    name="slow", description="", load=lambda folder: cases.dataset(2, train=Slow()), model=mlp,
+    settings={{"batch_size": 8, "compile": "off"}},
+    space=Space(Group("step size", lr=Float(1e-4, 0.1, log=True, default=1e-2))),
+)
+"""
+
+
+def test_a_search_killed_while_its_readers_read_continues_with_the_batches_it_would_have_had(
+    searches: Searches,
+) -> None:
+    def search(study: str) -> TrialRecord:
+        run_search(str(searches.task), study=study, trials=1, epochs=4, workers=1, device="cpu", home=searches.home)
+        return searches.trials(study)[0]
+
+    searches.task.write_text(SLOW.format(tests=str(Path(__file__).parent)))
+    searches.hold("reading")
+    command = [sys.executable, "-m", "hpo", "search", searches.task, "--study", "killed", "--trials=1", "--epochs=4"]
+    options = ["--workers=1", "--device=cpu", "--home", searches.home]
+    with WarmPopen([*map(str, [*command, *options])], start_new_session=True) as process:
+        try:
+            # The server of the workers, its tracker, the worker, and two readers in the middle of an epoch.
+            wait_until(lambda: searches.num_saved(1) == 1 and len(descendants(process.pid)) >= 5)
+            family = descendants(process.pid)
+        finally:
+            process.kill()
+    wait_until(lambda: not any(map(lives, family)))  # readers look every 5 s whether their parent is there
+    searches.release()
+    killed, whole = search("killed"), search("whole")
+
+    assert (killed.attempts, whole.attempts) == (2, 1)
+    assert killed.curve == whole.curve
 
 
 class Stream(IterableDataset[Any]):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpo import Dataset, DataSpec, Ragged, convnet1d, hold_out, mlp, recurrent, tabular, transformer
+from hpo import Dataset, DataSpec, Ragged, convnet1d, from_torch, hold_out, mlp, recurrent, tabular, transformer
 
 NUM = 75  # 48 of them are trained on
 GENERATOR = torch.Generator().manual_seed(0)
@@ -164,6 +164,10 @@ CASES = {
             FEATURES, {"one": FEATURES[:, 0], "other": CLASSES, "some": FEATURES[:, :2]}, {"other": NAMES},
         ),
         Heads, {"one": "mse", "other": "focal", "some": "huber"}, "other/auroc", {"weighting": "uncertainty"},
+    ),
+    "a torch Dataset": Case(
+        from_torch(list(zip(FEATURES, CLASSES.tolist(), strict=True)), classes=NAMES, num_workers=0),
+        mlp, "cross_entropy", "f1", WIDTH,
     ),
     "no targets": Case(hold_out(FEATURES, None), Again, Squared, "distance", {}, metrics=(("distance", Distance),)),
 }  # fmt: skip
