@@ -149,7 +149,7 @@ def _parse_setting(name: str, text: str) -> Value:
         return text.lower() == "true"
     try:
         if kind is not bool:
-            return kind(text)  # type: ignore[no-any-return]
+            return kind(text)
     except ValueError:
         pass
     wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]

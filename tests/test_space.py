@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -186,7 +188,17 @@ def test_a_wrong_override_says_what_is_allowed(space: Space, overrides: list[str
         (Choice("a", "b", default="c"), "default c is not one of a, b"),
         (Choice("a", "a", default="a"), "has a choice twice: a, a"),
         (Choice(1, 2, default=True), "default true is not one of 1, 2"),
-        (Choice(("a",), default="a"), "choice ('a',) is not a string, number or boolean"),  # type: ignore[arg-type]
+        (Choice(["a"], default="a"), "choice ['a'] is not a string, number, boolean, None or a tuple of them"),
+        (Choice(1, "1", default=1), "choices 1 and '1' are both written 1"),
+        (Choice(None, "none", default=None), "choices None and 'none' are both written none"),
+        (Choice((1, 2), "(1,2)", default="(1,2)"), "choices (1, 2) and '(1,2)' are both written (1,2)"),
+        (Choice(1, (True,), True, default=1), "choice (True,) is a tuple of other choices; change one of them"),
+        (Choice(math.inf, 1, default=1), "choice inf is not finite"),
+        (Choice("a\nb", default="a\nb"), "choice 'a\\nb' has control characters; give it a name instead"),
+        (Choice(10**400, 1, default=1), f"a choice is beyond {2**53}, the largest whole number that is stored exactly"),
+        (Int(1, 10**400, default=1), f"high is beyond {2**53}, the largest whole number that is stored exactly"),
+        (Choice(None, 0.1), "has no default; give it one with default="),
+        (Setting((1, 2)), "setting (1, 2) is not a string, number or boolean; use Choice"),  # type: ignore[arg-type]
         (Choice("a", default="a", when={"lr": 1}), "when={'lr': ...} must name a Choice declared before it: other"),
         (
             Choice("a", default="a", when={"later": 1}),
@@ -272,3 +284,53 @@ def test_a_setting_is_fixed_until_an_override_gives_other_values_of_its_type() -
         space.narrow(["size=large"])
     with pytest.raises(SpaceError, match="'mine' is not one of default"):
         space.configure("weights=mine")
+
+
+def test_choices_that_python_takes_for_one_are_told_apart() -> None:
+    space = Space(
+        Group(
+            "all",
+            flag=Choice(1, True, default=True),
+            dropout=Choice(None, 0.1, default=None),
+            kernel=Choice((3, 3), (5, 5), (3, None), default=(3, 3)),
+            ones=Int(1, 3, default=1, when={"flag": 1}),
+            plain=Int(1, 3, default=1, when={"dropout": None}),
+            square=Int(1, 3, default=1, when={"kernel": (3, 3)}),
+            odd=Int(1, 3, default=1, when={"kernel": ((5, 5), (3, None))}),
+            below=Choice(None, 1, default=None, when={"flag": 1}),
+            inner=Int(1, 3, default=1, when={"below": None}),
+        )
+    )
+    assert [name for name, value in space.defaults().items() if value is None] == ["dropout", "below"]
+    active = space.active(space.defaults())
+    assert list(active) == ["flag", "dropout", "kernel", "plain", "square"], "an inactive choice is not None"
+    tried = space.configure("flag=1,dropout=0.1,kernel=(3, none)")
+    assert [*map(repr, space.active(tried).values())] == ["1", "0.1", "(3, None)", "1", "1", "None", "1"]
+    narrowed = space.narrow(["flag=true,1", "kernel=(5,5),(3,3)", "dropout=none"])
+    assert narrowed.parameters["kernel"].describe() == "(5,5), (3,3)"
+    assert [*map(repr, narrowed.parameters["flag"].extremes())] == ["True", "1"]
+    stored = Space.from_dict(json.loads(json.dumps(narrowed.to_dict())))
+    assert stored.to_dict() == narrowed.to_dict()
+    assert repr(stored.active(stored.defaults())) == repr(narrowed.active(narrowed.defaults()))
+    assert space.narrow(["flag=1"]).defaults()["flag"] is not True
+
+
+def test_a_choice_with_a_comma_can_be_named_and_numbers_of_numpy_are_numbers() -> None:
+    lr = Choice(np.float64(0.1), np.int64(2), default=2)
+    space = Space(Group("all", columns=Choice("a,b", "c", default="c"), lr=lr))
+    assert space.narrow(["columns=a,b"]).parameters["columns"].extremes() == ("a,b",)
+    assert [type(value) for value in space.parameters["lr"].extremes()] == [float, int]
+    assert space.configure("lr=0.1")["lr"] == 0.1
+
+
+def test_a_setting_that_is_true_or_false_is_read_as_such() -> None:
+    space = Space(Group("model", bias=Setting(True)))
+    assert space.narrow(["bias=false"]).defaults() == {"bias": False}
+    with pytest.raises(SpaceError, match="'0' is not of type bool"):
+        space.narrow(["bias=0"])
+
+
+@pytest.mark.parametrize("name", ["", " a", "a=b", "a,b", "a\nb"])
+def test_a_parameter_whose_name_an_override_could_not_say_is_refused(name: str) -> None:
+    with pytest.raises(SpaceError, match="cannot be the name of a parameter"):
+        Space(Group("all", closed=False, **{name: Int(1, 2, default=1)}))

@@ -58,6 +58,56 @@ def test_a_study_reopened_every_few_trials_asks_what_an_uninterrupted_one_asks(
     assert len({str(values) for values in values_of(at_once)}) > 10
 
 
+AWKWARD = Space(
+    Group(
+        "step size",
+        lr=Float(1e-4, 1.0, log=True, default=1e-2),
+        flag=Choice(1, True, default=True),
+        depth=Choice(None, 0, 10, default=None),
+        kernel=Choice((3, 3), (5, None), default=(5, None)),
+        padding=Int(0, 2, default=0, when={"kernel": (3, 3), "flag": True}),
+        words=Choice("a" * 3000, "b" * 3000, default="a" * 3000),
+    )
+)
+"""Choices that are one for Python, None, tuples, and more text than Optuna keeps of a declaration."""
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_choices_that_optuna_cannot_store_are_searched_and_come_back_as_they_are(
+    strategy: str, storage: BaseStorage, study_name: str
+) -> None:
+    chosen = replace(SETTINGS, space=AWKWARD, strategy=strategy, max_epochs=1)
+
+    def worth(values: dict[str, Any]) -> float:
+        return (values["depth"] or 0) - (values["flag"] is True) - (values["kernel"] == (3, 3))
+
+    asked = []
+    for _ in range(2):  # and resumed
+        study = Study.open(storage, study_name, chosen)
+        study.enqueue([AWKWARD.configure("flag=1,kernel=(3,3),depth=0")], "by hand")
+        for _ in range(6):
+            suggestion = study.ask()
+            asked.append(suggestion)
+            study.report(suggestion.number, 1, worth(suggestion.values))
+            study.tell(suggestion.number, "complete", value=worth(suggestion.values), best_epoch=1)
+
+    assert repr(asked[0].values) == repr(AWKWARD.defaults())
+    by_hand = next(each for each in asked if each.stage == "by hand")
+    assert repr({**by_hand.active_values, "words": ""}) == (
+        "{'lr': 0.01, 'flag': 1, 'depth': 0, 'kernel': (3, 3), 'words': ''}"
+    )
+    records = Study.load(storage, study_name).trials()
+    assert [repr(record.values) for record in records] == [repr(each.values) for each in asked]
+    assert [record.inactive for record in records] == [
+        () if repr((values["flag"], values["kernel"])) == "(True, (3, 3))" else ("padding",)
+        for values in values_of(asked)
+    ]
+    if strategy != "grid":  # whose first points vary the last parameter alone
+        assert len({repr((each.values["flag"], each.values["kernel"])) for each in asked}) > 2
+    assert {*map(type, (record.values["flag"] for record in records))} <= {int, bool}
+    assert Study.load(storage, study_name).settings.space.to_dict() == AWKWARD.to_dict()
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_another_seed_asks_other_values(strategy: str) -> None:
     first, second = (
@@ -313,7 +363,7 @@ def test_trials_asked_for_in_parallel_differ_and_do_not_depend_on_who_ends_first
 def test_a_grid_visits_each_of_its_points_once(space: Space) -> None:
     sampler = GridSampler(space, seed=3)
     size = grid_size(space)
-    visited = {tuple(sampler._point(number).values()) for number in range(min(size, 2_000))}
+    visited = {repr(sampler._point(number)) for number in range(min(size, 2_000))}
 
     assert len(visited) == min(size, 2_000)
     assert all(space.parameters[name].contains(v) for name, v in sampler._point(size - 1).items())

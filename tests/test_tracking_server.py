@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import signal
 import socket
@@ -9,6 +11,7 @@ import sys
 import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.tracking import curve, find_trial, open_runs, run_python, spooled
@@ -18,9 +21,24 @@ from hpo.tracking import server
 from hpo.tracking.store import TrackingStore, open_store
 
 
-def get(url: str) -> bytes:
+def get(url: str | urllib.request.Request) -> bytes:
     with urllib.request.urlopen(url, timeout=30) as answer:
         return bytes(answer.read())
+
+
+def post(url: str, content: object) -> Any:
+    """What the UI's page asks for, read as its browser reads it."""
+    body, kind = json.dumps(content).encode(), {"Content-Type": "application/json"}
+    return strict_json(get(urllib.request.Request(url, body, kind)))
+
+
+def strict_json(text: bytes) -> Any:
+    """NaN is no JSON for a browser."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def group_is_gone(group: int) -> bool:
@@ -53,7 +71,18 @@ def test_the_ui_serves_the_store_takes_runs_and_leaves_no_process_behind(
         runs = stack.enter_context(open_runs(remote))
         trial = runs.trial_run(5, params={"lr": 0.1})
         trial.log_epoch(1, {"val/accuracy": 0.1})
+        awkward = runs.trial_run(6, params={"layers": "64," * 3000})
+        awkward.log_epoch(1, {"val/accuracy": math.nan, "train/loss": math.inf})
+        awkward.finish("diverged")
         assert runs.flush()
+        asked = {"experiment_ids": [runs.experiment_id], "filter": "tags.`hpo.trial` = '6'"}
+        (shown,) = post(f"{base}/ajax-api/2.0/mlflow/runs/search", asked)["runs"]
+        assert shown["data"]["params"][0]["value"].endswith("... (9000 characters)")
+        assert {each["key"]: each["value"] for each in shown["data"]["metrics"]} == dict.fromkeys(
+            ("val/accuracy", "train/loss"), "NaN"
+        )
+        history = f"run_id={shown['info']['run_id']}&metric_key=val/accuracy"
+        assert strict_json(get(f"{base}/ajax-api/2.0/mlflow/metrics/get-history?{history}"))["metrics"]
 
         os.killpg(group, signal.SIGKILL)
         trial.log_epoch(2, {"val/accuracy": 0.2})

@@ -16,7 +16,7 @@ from hpo.data.pacing import build_growth
 from hpo.data.parts import Padded, map_tensors, tensors_of
 from hpo.errors import DataError, SpaceError, UsageError, in_one_line
 from hpo.models.preprocessed import PreprocessedModel, build_model
-from hpo.space import Choice, Value, format_value
+from hpo.space import Choice, Value, format_value, is_same
 from hpo.task import Task
 from hpo.training.losses import training_loss
 from hpo.training.metrics import EpochMetrics, check_metric
@@ -209,7 +209,7 @@ def _check_choices(task: Task, splits: Splits) -> None:
     for name, parameter in task.space.parameters.items():
         if not isinstance(parameter, Choice) or task.is_setting(name):
             continue
-        for value in (choice for choice in parameter.choices if choice != parameter.default):
+        for value in (choice for choice in parameter.choices if not is_same(choice, parameter.default)):
             parameters = task.model_parameters(task.space.active(task.space.defaults() | {name: value}))
             with _blamed_on(task, "the model", f"{name}={format_value(value)}"):
                 build_model(task.objective, splits.spec, parameters, seed=0)

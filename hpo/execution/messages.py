@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from hpo.config import TrainConfig
+from hpo.space import from_stored
 from hpo.training.trainer import EpochResult
 
 if TYPE_CHECKING:
@@ -76,8 +77,13 @@ class Assignment:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Self:
-        folder, costs = Path(plain["folder"]), tuple(plain["costs"])
-        return cls(**plain | {"config": TrainConfig(**plain["config"]), "folder": folder, "costs": costs})
+        read = {
+            "model_parameters": from_stored(plain["model_parameters"]),
+            "config": TrainConfig(**plain["config"]),
+            "folder": Path(plain["folder"]),
+            "costs": tuple(plain["costs"]),
+        }
+        return cls(**plain | read)
 
 
 class Decision(Enum):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 
@@ -10,7 +11,10 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from hpo.search.gaussian_process import Array
-from hpo.space import Choice, Float, Int, Parameter, Space, Value
+from hpo.space import Choice, Float, Group, Int, Parameter, Space, Value, format_value, is_same
+
+_MAX_DECLARATION = 1800
+"""Characters of JSON that leave room for what else stands in an Optuna declaration."""
 
 
 def distribution(parameter: Parameter) -> BaseDistribution:
@@ -22,6 +26,69 @@ def distribution(parameter: Parameter) -> BaseDistribution:
             return IntDistribution(int(parameter.low), int(parameter.high), log=parameter.log)
         case Float():
             return FloatDistribution(parameter.low, parameter.high, log=parameter.log)
+
+
+class OptunaSpace:
+    """A space as Optuna has it: choices that it could not tell apart, or not store, are labels there.
+
+    It compares choices by `==`, for which 1 is True, stores tuples as lists, and keeps a declaration in 2 048
+    characters.
+    """
+
+    def __init__(self, space: Space) -> None:
+        self._labels: dict[str, dict[str, Value]] = {
+            name: _labels(parameter)
+            for name, parameter in space.parameters.items()
+            if isinstance(parameter, Choice) and not _is_stored_by_optuna(parameter)
+        }
+        self.space = self._labelled(space) if self._labels else space
+
+    def encode(self, values: Mapping[str, Value]) -> dict[str, Value]:
+        """Values as Optuna has them."""
+        return {name: self._label(name, value) for name, value in values.items()}
+
+    def decode(self, values: Mapping[str, Value]) -> dict[str, Value]:
+        """What Optuna has, as values of the space."""
+        if not self._labels:
+            return dict(values)
+        return {
+            name: self._labels[name][str(value)] if name in self._labels else value for name, value in values.items()
+        }
+
+    def _label(self, name: str, value: Value) -> Value:
+        if name not in self._labels:
+            return value
+        return next(label for label, choice in self._labels[name].items() if is_same(choice, value))
+
+    def _labelled(self, space: Space) -> Space:
+        return Space(
+            *(
+                Group(group.name, closed=False, **{n: self._parameter(n, p) for n, p in group.parameters.items()})
+                for group in space.groups
+            )
+        )
+
+    def _parameter(self, name: str, parameter: Parameter) -> Parameter:
+        when = {
+            parent: tuple(self._label(parent, value) for value in wanted)
+            for parent, wanted in parameter.when.items()
+            if isinstance(wanted, tuple)
+        }
+        if name not in self._labels:
+            return parameter.with_when(when)
+        assert isinstance(parameter, Choice), "choices alone have labels"
+        return Choice(*self._labels[name], default=self._label(name, parameter.default), when=when)
+
+
+def _is_stored_by_optuna(choice: Choice) -> bool:
+    if any(isinstance(value, tuple) for value in choice.choices) or len(set(choice.choices)) < len(choice.choices):
+        return False
+    return len(json.dumps(choice.choices)) <= _MAX_DECLARATION
+
+
+def _labels(choice: Choice) -> dict[str, Value]:
+    width = max(8, _MAX_DECLARATION // (8 * len(choice.choices)))
+    return {f"#{index} {format_value(value)[:width]}": value for index, value in enumerate(choice.choices)}
 
 
 class Encoding:
@@ -98,7 +165,8 @@ class Encoding:
             axis = self.names.index(parent)
             choice = self._parameters[axis]
             assert isinstance(choice, Choice), "the space has checked it"
-            allowed = [_position(choice, value) for value in (wanted if isinstance(wanted, tuple) else (wanted,))]
+            assert isinstance(wanted, tuple), "the space has made it one"
+            allowed = [_position(choice, value) for value in wanted]
             result &= active[parent] & np.isin(_positions(units[:, axis], choice), allowed)
         return result
 
@@ -132,8 +200,7 @@ def _scaled_bounds(parameter: Parameter) -> tuple[float, float]:
 
 
 def _position(choice: Choice, value: object) -> int:
-    # 1 == True in Python, but they are different choices.
-    return next(i for i, known in enumerate(choice.choices) if known == value and type(known) is type(value))
+    return next(i for i, known in enumerate(choice.choices) if is_same(known, value))
 
 
 def _positions(units: Array, choice: Choice) -> NDArray[np.int64]:

@@ -304,8 +304,8 @@ class Design:
         for parent, wanted in self._space.parameters[name].when.items():
             units = self._activated(units, parent)
             axis = self._encoding.names.index(parent)
-            values = wanted if isinstance(wanted, tuple) else (wanted,)
-            allowed = np.array([self._encoding.units(self._space.defaults() | {parent: v})[axis] for v in values])
+            assert isinstance(wanted, tuple), "the space has made it one"
+            allowed = np.array([self._encoding.units(self._space.defaults() | {parent: v})[axis] for v in wanted])
             units = units.copy()
             units[:, axis] = allowed[np.minimum((units[:, axis] * len(allowed)).astype(int), len(allowed) - 1)]
         return units

@@ -16,6 +16,7 @@ from hpo.errors import UsageError
 from hpo.records import TrialRecord, TrialState, losses, pareto_front, ranked
 from hpo.search import stored
 from hpo.search.confirmation import REPEATS, Race, find_plan
+from hpo.search.encoding import OptunaSpace
 from hpo.search.finalists import finalists
 from hpo.search.priority import DEFAULT_CONFIGURATION, EVERYTHING, stage_name, tunable_groups
 from hpo.search.strategies import grid_size
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from hpo.space import Value
 
 
+_ENQUEUED = "fixed_params"  # Optuna's name for what is enqueued
+
+
 class ReadStudy:
     """What a study in a storage knows. Reading takes no lock, and none of the code that others added to the study."""
 
@@ -37,6 +41,7 @@ class ReadStudy:
         self._storage = storage
         self._study_id = storage.get_study_id_from_name(name)
         self._stages = list(tunable_groups(settings.space))
+        self._as_optuna = OptunaSpace(settings.space)
 
     def finalists(self) -> list[TrialRecord]:
         """The pruned trials that are continued to their end when the study has all its trials, the best first."""
@@ -219,7 +224,7 @@ class ReadStudy:
             number=trial.number,
             state=_state(trial),
             value=trial.values[0] if trial.state == OptunaState.COMPLETE else best_value,
-            values=trial.params or trial.system_attrs.get("fixed_params", {}),  # Optuna's name for what is enqueued
+            values=self._as_optuna.decode(trial.params or trial.system_attrs.get(_ENQUEUED, {})),
             inactive=tuple(trial.user_attrs.get(stored.INACTIVE, ())),
             curve=curve,
             best_epoch=best_epoch,

@@ -20,7 +20,7 @@ from hpo.errors import HpoError, StoreError, StudyMismatchError, UnknownNameErro
 from hpo.records import EndState, TrialRecord, TrialState, describe_pruning
 from hpo.search import stored
 from hpo.search.confirmation import REPEATS
-from hpo.search.encoding import distribution
+from hpo.search.encoding import OptunaSpace, distribution
 from hpo.search.finalists import is_spared
 from hpo.search.internals import trial_id
 from hpo.search.pruners import build_pruner, describe_verdict
@@ -101,7 +101,8 @@ class Study(ReadStudy):
     def __init__(self, storage: BaseStorage, name: str, settings: StudySettings) -> None:
         """Use `open`, `load` or `list_studies`: the study must be there, with these settings."""
         super().__init__(storage, name, settings)
-        self._distributions = {name: distribution(parameter) for name, parameter in settings.space.parameters.items()}
+        parameters = self._as_optuna.space.parameters
+        self._distributions = {name: distribution(parameter) for name, parameter in parameters.items()}
         self._running: dict[int, _RunningTrial] = {}
 
     @cached_property
@@ -166,7 +167,7 @@ class Study(ReadStudy):
         self._optuna.add_trial(
             create_trial(
                 state=OptunaState.WAITING,
-                params=record.values,
+                params=self._as_optuna.encode(record.values),
                 distributions=self._distributions,
                 user_attrs=about | {stored.INACTIVE: list(record.inactive)},
             )
@@ -175,7 +176,7 @@ class Study(ReadStudy):
 
     def _begin(self, handle: optuna.Trial, owner: str) -> Suggestion:
         handle.set_user_attr(stored.OWNER, owner)
-        values = {name: handle.params[name] for name in self.settings.space.parameters}
+        values = self._as_optuna.decode({name: handle.params[name] for name in self.settings.space.parameters})
         active_values = self.settings.space.active(values)
         attempt = handle.user_attrs.get(stored.ATTEMPT, 0) + 1
         handle.set_user_attr(stored.ATTEMPT, attempt)
@@ -214,8 +215,9 @@ class Study(ReadStudy):
 
     def _as_stored(self, values: Mapping[str, Value]) -> dict[str, Any]:
         """The values as Optuna gives them back: 1 for a real number is 1.0."""
+        encoded = self._as_optuna.encode(values)
         return {
-            name: declared.to_external_repr(declared.to_internal_repr(values[name]))
+            name: declared.to_external_repr(declared.to_internal_repr(encoded[name]))
             for name, declared in self._distributions.items()
         }
 
@@ -420,7 +422,7 @@ def _create(storage: BaseStorage, name: str, settings: StudySettings) -> None:
 def _sampler(settings: StudySettings) -> BaseSampler:
     return build_sampler(
         settings.strategy,
-        settings.space,
+        OptunaSpace(settings.space).space,
         seed=settings.seed,
         num_trials=settings.planned_trials,
         has_curves=not settings.folds,
@@ -431,7 +433,7 @@ def _pruner(settings: StudySettings) -> BasePruner:
     return build_pruner(
         settings.pruner,
         settings.max_epochs,
-        space=settings.space,
+        space=OptunaSpace(settings.space).space,
         seed=settings.seed,
         first_rung=settings.first_rung,
     )

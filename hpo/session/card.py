@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from hpo.provenance import describe, sessions
 from hpo.search.winner import describe_comparison, describe_confirmation, find_winner, how_far
+from hpo.space import format_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,7 +67,7 @@ def _configuration(study: Study, trial: int) -> Iterator[str]:
     ranges = {name: parameter for group in study.settings.space.groups for name, parameter in group.parameters.items()}
     for name, value in record.values.items():
         if name not in record.inactive:
-            yield f"| {name} | {value} | {ranges[name].describe() if name in ranges else ''} |"
+            yield f"| {name} | {format_value(value)} | {ranges[name].describe() if name in ranges else ''} |"
 
 
 def _origin(study: Study) -> Iterator[str]:

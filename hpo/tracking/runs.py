@@ -32,6 +32,9 @@ _logger = logging.getLogger(__name__)
 PARAMETERS_TAG = "hpo.parameters"
 """The parameters of a run as JSON, with all their digits."""
 
+MAX_PARAM = 500
+"""Characters of a parameter's value in MLflow, which itself takes 6 000 at most and 500 in old versions."""
+
 _FLUSH_TIMEOUT_S = 60.0
 _HURRIED_FLUSH_TIMEOUT_S = 3.0
 
@@ -100,7 +103,7 @@ class StudyRuns:
         """The run of a trial: a new one, or after an interruption the one it had. Returns at once."""
         run = TrialRun(self._delivery(number), self._sender)
         texts = {name: _as_text(value) for name, value in params.items()}
-        exact = {PARAMETERS_TAG: json.dumps(dict(params))}
+        exact = {PARAMETERS_TAG: _exact(params)}
         run.start(texts, {**self._source_tags, **(tags or {}), **self._study_tags, **exact, ATTEMPT_TAG: str(attempt)})
         return run
 
@@ -364,7 +367,7 @@ def begin_run(
     end_dead_runs(store, experiment_id)
     with explained(store.uri):
         described = {**resolve_tags(), **(tags or {}), "hpo.kind": kind, "hpo.study": study, "hpo.state": "running"}
-        described |= {PROCESS_TAG: this_process(), PARAMETERS_TAG: json.dumps(dict(params or {}))}
+        described |= {PROCESS_TAG: this_process(), PARAMETERS_TAG: _exact(params or {})}
         run = store.client.create_run(experiment_id, tags=described, run_name=kind)
         for name, value in (params or {}).items():
             store.client.log_param(run.info.run_id, name, _as_text(value))
@@ -386,4 +389,11 @@ def _make_folder(path: Path) -> Path:
 
 def _as_text(value: Any) -> str:
     """As MLflow's table has room for it: of 2.118234561e-05 it would show 2.11823456. PARAMETERS_TAG has all digits."""
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+    text = f"{value:.5g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= MAX_PARAM else f"{text[: MAX_PARAM - 40]}... ({len(text)} characters)"
+
+
+def _exact(params: Mapping[str, Any]) -> str:
+    """All parameters as JSON; long texts are shortened, because MLflow cuts a tag off after 8 000 characters."""
+    is_long = {name: len(str(value)) > MAX_PARAM for name, value in params.items()}
+    return json.dumps({name: _as_text(value) if is_long[name] else value for name, value in params.items()})

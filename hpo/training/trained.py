@@ -11,7 +11,7 @@ from hpo.config import TrainConfig
 from hpo.data.examples import DataSpec
 from hpo.errors import CheckpointError
 from hpo.files import write_atomically
-from hpo.space import Value
+from hpo.space import Value, from_stored
 
 CHECKPOINT = "checkpoint"  # folder of a run's artifacts that holds the next two
 
@@ -50,6 +50,8 @@ class TrialDescription:
         try:
             plain = json.loads((folder / DESCRIPTION).read_bytes())
             spec = plain["spec"] and DataSpec.from_dict(plain["spec"])
-            return cls(**plain | {"spec": spec, "config": TrainConfig(**plain["config"])})
+            parameters = from_stored(plain["model_parameters"])
+            config = TrainConfig(**plain["config"])
+            return cls(**plain | {"spec": spec, "config": config, "model_parameters": parameters})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{folder / DESCRIPTION} is missing or damaged: {error}") from error

@@ -100,9 +100,12 @@ parameters = st.one_of(
     st.tuples(st.integers(1, 50), st.integers(0, 500)).map(
         lambda t: Int(t[0], t[0] + t[1], log=True, default=t[0] + t[1])
     ),
-    st.lists(st.sampled_from(["a", "b", "c", 1, 2, 0.5, True]), min_size=1, max_size=4, unique_by=str)
-    .filter(lambda choices: not (1 in choices and any(choice is True for choice in choices)))
-    .map(lambda choices: Choice(*choices, default=choices[-1])),  # type: ignore[arg-type]
+    st.lists(
+        st.sampled_from(["a", "b", "c", 1, 2, 0.5, True, None, (1, 3), (True, "d")]),
+        min_size=1,
+        max_size=4,
+        unique_by=str,
+    ).map(lambda choices: Choice(*choices, default=choices[-1])),
 )
 spaces = st.lists(parameters, min_size=1, max_size=6).map(
     lambda drawn: Space(*(Group(f"group {i}", **{f"p{i}": parameter}) for i, parameter in enumerate(drawn)))  # type: ignore[arg-type]
