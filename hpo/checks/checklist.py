@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +20,7 @@ from hpo.checks.data import (
 )
 from hpo.checks.learning import check_baseline, check_learning_rate, check_one_batch
 from hpo.checks.network import check_first_loss, check_forward, check_gradients
+from hpo.checks.originals import check_originals, has_originals
 from hpo.checks.own_loop import check_loop
 from hpo.checks.speed import check_speed
 from hpo.checks.verdicts import Subject, Verdict, as_markdown
@@ -34,7 +36,7 @@ from hpo.tracking.store import open_store
 from hpo.training.device import choose_device
 
 if TYPE_CHECKING:
-    from hpo.data.examples import SealedSplit
+    from hpo.data.examples import Dataset, SealedSplit
     from hpo.space import Value
     from hpo.task import Task
     from hpo.tracking.runs import SummaryRun
@@ -119,7 +121,8 @@ def run_check(
         dataset = load_dataset(found, find_data_dir(data_dir))
         splits = split_dataset(dataset, validation_fraction=VALIDATION_FRACTION, seed=0, limit=limit)
         check_task(found, splits)
-        checks = whole_list(Subject.of(found, splits, chosen_device), dataset.test_for(splits.spec))
+        subject = Subject.of(found, splits, chosen_device)
+        checks = chain(whole_list(subject, dataset.test_for(splits.spec)), checks_of_files(subject, dataset))
     store = open_store(Home.find(home).path, tracking_uri)
     run = begin_run(store, name, "check", found.objective.description)
     state: Literal["complete", "failed", "interrupted"] = "interrupted"
@@ -166,6 +169,12 @@ def whole_list(subject: Subject, test: SealedSplit) -> Iterator[Verdict]:
             "speed by batch": check_speed,
         },
     )
+
+
+def checks_of_files(subject: Subject, dataset: Dataset) -> Iterator[Verdict]:
+    """What the files of photos give away; nothing for other data."""
+    if has_originals(dataset):
+        yield from _judged(subject, {"files": lambda subject: check_originals(dataset)})
 
 
 def _judged(subject: Subject, checks: Mapping[str, Callable[[Subject], Verdict]]) -> Iterator[Verdict]:

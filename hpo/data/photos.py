@@ -16,11 +16,13 @@ import hashlib
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -32,6 +34,7 @@ from torch import Tensor
 from hpo.data.datasets import hold_out
 from hpo.data.examples import Dataset, SealedSplit, Split
 from hpo.data.mapped import MappedImages
+from hpo.data.photo_files import SUFFIXES, Original, files_below, folders_in, open_photo
 from hpo.data.photo_labels import LABELS, read_photo_labels
 from hpo.errors import DataError
 from hpo.files import write_atomically
@@ -41,11 +44,10 @@ logger = logging.getLogger(__name__)
 SIDE = 256
 """Pixels that most pretrained networks' photos are resized to before they are cropped."""
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MAX_DAMAGED = 0.05
 """Share of the photos that may be damaged and left out; more look like a mistake."""
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+_VERSION = 2  # of how photos are decoded: what another one has kept is read again
 _CACHE = "hpo-cache"
 _NUM_NAMED = 5  # damaged files that a message names
 
@@ -54,7 +56,9 @@ def load_image_folder(data_dir: Path, side: int = SIDE, *, label: str = "", kind
     """The photos of a folder with a folder for each class, (N, 3, side, side) uint8; the classes are sorted by name.
 
     If the folder has a `labels.csv`, that says what each photo shows; `label` names the columns that are learned, and
-    `kind` whether a single one is a "class" or a "number". Damaged photos are left out, and named in a warning each
+    `kind` whether a single one is a "class" or a "number". Pixels of more than 8 bits are scaled by the range of their
+    type, and what is transparent shows white. Hidden folders, folders of the system and, below a class, thumbnails are
+    passed over. Photos that are damaged, or of pixels without a known range, are left out, and named in a warning each
     time. Raises DataError where more than MAX_DAMAGED of them are, and where there are fewer than two classes or a
     class without photos.
     """
@@ -102,7 +106,7 @@ def read_photos(paths: Iterable[str | Path], side: int = SIDE) -> Tensor:
     images = []
     for path in paths:
         try:
-            images.append(_read(Path(path), side))
+            images.append(_read(Path(path), side)[0])
         except Exception as problem:  # a stranger's file: its decoder may raise anything
             raise DataError(f"{path} cannot be read ({problem}); choose another photo.") from problem
     return torch.stack(images)
@@ -122,22 +126,29 @@ def _find_splits(data_dir: Path) -> tuple[list[Path], Path | None]:
 
 
 def _folders(parent: Path) -> list[Path]:
-    return sorted(path for path in parent.iterdir() if path.is_dir() and path.name != _CACHE and path.name[0] != ".")
+    return list(folders_in(parent, besides=(_CACHE,)))
 
 
 def _list_photos(parent: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
     """Every photo below `parent/<class>/` with the index of its class, by name."""
-    photos, num_others = [], 0
+    photos, num_others, passed_over = [], 0, Counter[str]()
     for folder in _folders(parent):
         if folder.name not in classes:
             raise DataError(f"{folder} is not a class of the training photos; they have {', '.join(classes)}.")
         label = classes.index(folder.name)
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name[0] != "."]
-        found = [(path, label) for path in files if path.suffix.lower() in SUFFIXES]
+        files = files_below(folder)
+        found = [(path, label) for path in files.found if path.suffix.lower() in SUFFIXES]
         photos += found
-        num_others += len(files) - len(found)
+        num_others += len(files.found) - len(found)
+        passed_over += files.passed_over
     if num_others:
         logger.warning("%d files in %s are skipped: photos are %s.", num_others, parent, ", ".join(SUFFIXES))
+    if passed_over:
+        listed = ", ".join(f"{count} in '{name}'" for name, count in passed_over.most_common(_NUM_NAMED))
+        logger.warning(
+            "%d files in %s are passed over, because they are hidden, thumbnails or the system's: %s.",
+            passed_over.total(), parent, listed,
+        )  # fmt: skip
     return photos
 
 
@@ -171,10 +182,10 @@ class _Album:
                 f"the photos cannot be kept in {self._file.parent} ({problem.strerror}); they need "
                 f"{self._num_bytes / 1e6:.0f} MB there. Make room, or name a folder that links to the classes' folders."
             ) from problem
-        damaged: dict[str, str] = json.loads(self._index.read_bytes())
+        damaged: dict[str, str] = json.loads(self._index.read_bytes())["damaged"]
         if damaged:
             logger.warning(
-                "%d of %d photos in %s are damaged and skipped: %s. The full list is in %s.",
+                "%d of %d photos in %s cannot be used and are skipped: %s. The full list is in %s.",
                 len(damaged), len(self.paths), self.data_dir, _listed(damaged), self._index,
             )  # fmt: skip
         names = (self._name(path) for path in self.paths)
@@ -192,41 +203,43 @@ class _Album:
         try:
             with unfinished.open("xb") as file:
                 os.posix_fallocate(file.fileno(), 0, self._num_bytes)  # on a full disk writing to a map would kill us
-                damaged = self._decode_into(unfinished)
+                damaged, originals = self._decode_into(unfinished)
                 self._require_few(damaged)
                 os.fsync(file.fileno())
             unfinished.replace(self._file)
         finally:
             unfinished.unlink(missing_ok=True)
-        write_atomically(self._index, json.dumps(damaged, indent=2).encode())
+        write_atomically(self._index, json.dumps({"damaged": damaged, "originals": originals}).encode())
 
-    def _decode_into(self, file: Path) -> dict[str, str]:
-        """Write each photo to its row; what is wrong with those that could not be read, by name."""
+    def _decode_into(self, file: Path) -> tuple[dict[str, str], list[list[Any] | None]]:
+        """Write each photo to its row; what is wrong with those that could not be read, by name, and what each was."""
         images = torch.from_file(str(file), shared=True, size=self._num_bytes, dtype=torch.uint8)
         images = images.view(len(self.paths), 3, self.side, self.side)
 
-        def decode(row: int) -> str | None:
+        def decode(row: int) -> str | Original:
             try:
-                images[row] = _read(self.paths[row], self.side)
+                images[row], original = _read(self.paths[row], self.side)
             except UnidentifiedImageError:
                 return "not an image"
             except Exception as problem:  # a stranger's file: its decoder may raise anything
-                return str(problem) or type(problem).__name__
-            return None
+                return " ".join(str(problem).split()) or type(problem).__name__
+            return original
 
-        damaged = {}
+        damaged: dict[str, str] = {}
+        originals: list[list[Any] | None] = []
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:  # Pillow lets go of the GIL while it works
-            for row, problem in enumerate(threads.map(decode, range(len(self.paths)))):
-                if problem:
-                    damaged[self._name(self.paths[row])] = problem
+            for row, found in enumerate(threads.map(decode, range(len(self.paths)))):
+                originals.append(list(astuple(found)) if isinstance(found, Original) else None)
+                if isinstance(found, str):
+                    damaged[self._name(self.paths[row])] = found
                 if (row + 1) % 10_000 == 0:
                     logger.info("%d of %d photos read.", row + 1, len(self.paths))
-        return damaged
+        return damaged, originals
 
     def _require_few(self, damaged: dict[str, str]) -> None:
         if len(damaged) > MAX_DAMAGED * len(self.paths):
             raise DataError(
-                f"{len(damaged)} of {len(self.paths)} photos in {self.data_dir} are damaged, more than "
+                f"{len(damaged)} of {len(self.paths)} photos in {self.data_dir} cannot be used, more than "
                 f"{MAX_DAMAGED:.0%} of them: replace or delete them. They are {_listed(damaged)}."
             )
 
@@ -240,13 +253,13 @@ class _Album:
 
     @property
     def _index(self) -> Path:
-        """Names the damaged photos."""
+        """Names the photos that cannot be used, and says what each original was."""
         return self._file.with_suffix(".json")
 
     @cached_property
     def _fingerprint(self) -> str:
         """Changes when a photo is added, removed, renamed, resized or written to."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(f"{_VERSION}".encode())
         for path in self.paths:
             status = path.stat()
             digest.update(f"{self._name(path)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
@@ -261,11 +274,14 @@ def _listed(damaged: dict[str, str]) -> str:
     return f"{named} and {len(damaged) - _NUM_NAMED} more" if len(damaged) > _NUM_NAMED else named
 
 
-def _read(path: Path, side: int) -> Tensor:
+def originals_of(images: MappedImages) -> list[Original]:
+    """What the file of each photo was, for photos that `load_image_folder` has read."""
+    stored = json.loads(images.file.with_suffix(".json").read_bytes())["originals"]
+    return [Original(*stored[row]) for row in images.rows.tolist()]
+
+
+def _read(path: Path, side: int) -> tuple[Tensor, Original]:
     """The square out of the middle of a photo, upright and in colour, (3, side, side) uint8."""
-    # Whatever it is called, Pillow would hand a file that begins as PostScript to Ghostscript.
-    with Image.open(path, formats=_FORMATS) as photo:
-        photo.draft(None, (side, side))  # a JPEG is decoded at a half or a quarter of its size where that suffices
-        upright = ImageOps.exif_transpose(photo).convert("RGB")
+    upright, original = open_photo(path, draft=side)
     square = ImageOps.fit(upright, (side, side), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1), original

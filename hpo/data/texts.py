@@ -23,6 +23,7 @@ from hpo.data.datasets import hold_out
 from hpo.data.examples import Dataset, SealedSplit, Split
 from hpo.data.labels import read_labels
 from hpo.data.parts import Ragged
+from hpo.data.photo_files import files_below, folders_in
 from hpo.data.preprocessing import Preprocessing, RawExamples
 from hpo.data.rows import find_tables, read_rows, require_columns, split_names, without_empty
 from hpo.data.values import texts
@@ -182,14 +183,14 @@ def _require_library() -> None:
 
 
 def _has_folders(data_dir: Path) -> bool:
-    return data_dir.is_dir() and any(path.is_dir() and path.name[0] != "." for path in data_dir.iterdir())
+    return data_dir.is_dir() and any(folders_in(data_dir))
 
 
 def _read_folder(data_dir: Path) -> tuple[pd.DataFrame, int | None]:
     """The texts of all classes with their labels, and how many are for training if there is a test folder."""
     import pandas as pd
 
-    names = {path.name for path in data_dir.iterdir() if path.is_dir() and path.name[0] != "."}
+    names = {path.name for path in folders_in(data_dir)}
     if names != {"train", "test"}:
         return pd.DataFrame(_texts_in(data_dir), columns=[TEXT, LABEL]), None
     train, test = _texts_in(data_dir / "train"), _texts_in(data_dir / "test")
@@ -201,8 +202,8 @@ def _read_folder(data_dir: Path) -> tuple[pd.DataFrame, int | None]:
 def _texts_in(parent: Path) -> list[tuple[str, str]]:
     """Each text with its class, by name. Raises DataError for a class without texts, and for an empty text."""
     found = []
-    for folder in sorted(path for path in parent.iterdir() if path.is_dir() and path.name[0] != "."):
-        files = sorted(folder.rglob("*.txt"))
+    for folder in folders_in(parent):
+        files = [path for path in files_below(folder).found if path.suffix.lower() == ".txt"]
         if not files:
             raise DataError(f"class '{folder.name}' in {parent} has no texts (*.txt); put some there.")
         found += [(_read_text(file), folder.name) for file in files]

@@ -31,6 +31,7 @@ from torchvision.datasets import CIFAR10, FashionMNIST
 
 from hpo.data.cache import cached_split, ensure_converted
 from hpo.data.examples import Dataset, SealedSplit, Split
+from hpo.data.photo_files import folders_in, is_hidden, open_photo
 from hpo.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -162,7 +163,7 @@ def list_images(folder: Path, classes: Sequence[str]) -> list[Path]:
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is missing; it must hold a folder of images for each class: {', '.join(classes)}.")
-    found = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    found = {path.name for path in folders_in(folder)}
     for name in sorted(found ^ set(classes)):
         problem = "is not a class" if name in found else "is missing"
         raise DataError(f"{folder / name} {problem}; the class folders must be {', '.join(classes)}.")
@@ -170,7 +171,7 @@ def list_images(folder: Path, classes: Sequence[str]) -> list[Path]:
 
 
 def _images_of_class(folder: Path) -> list[Path]:
-    images = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES]
+    images = [path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(path.name)]
     if not images:
         raise DataError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}); put those of the class there.")
     return sorted(images, key=lambda path: path.name)
@@ -192,19 +193,15 @@ def read_images(paths: Sequence[Path], classes: Sequence[str], size: tuple[int, 
 
 def _read_image(path: Path, size: tuple[int, int]) -> Tensor:
     try:
-        # Whatever it is called, Pillow would hand a file that begins as PostScript to Ghostscript.
         with Image.open(path, formats=_IMAGE_FORMATS) as image:
-            _require_size(path, image, size)  # before a small file is unpacked into gigabytes
-            pixels = np.array(image.convert("RGB"))  # (H, W, 3) uint8
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:  # what Pillow raises
+            width, height = image.size
+        if (height, width) == size:  # a small file may unpack into gigabytes
+            pixels = np.array(open_photo(path)[0])  # (H, W, 3) uint8
+    except Exception as problem:  # a stranger's file: its decoder may raise anything
         raise DataError(f"{path} is damaged ({problem}); replace it or delete it.") from problem
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def _require_size(path: Path, image: Image.Image, size: tuple[int, int]) -> None:
-    width, height = image.size
     if (height, width) != size:
         raise DataError(f"{path} has {_pixels((height, width))} pixels, not {_pixels(size)}; resize it or delete it.")
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _pixels(size: Sequence[int]) -> str:

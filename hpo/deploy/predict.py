@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 from hpo.data.examples import InputSpec
 from hpo.data.kinds import OF_CLASSES
 from hpo.data.parts import Ragged
-from hpo.data.photos import SUFFIXES, read_photos
+from hpo.data.photo_files import SUFFIXES, files_below, open_photo
+from hpo.data.photos import read_photos
 from hpo.data.rows import SUFFIXES as TABLES
 from hpo.data.rows import read_rows
 from hpo.errors import DataError, UsageError, in_one_line
@@ -55,7 +56,7 @@ def find_files(given: Sequence[Path], spec: DataSpec) -> list[Path]:
     found: list[Path] = []
     for path in given:
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in readable)
+            inside = [file for file in files_below(path).found if file.suffix.lower() in readable]
             if not inside:
                 raise UsageError(f"{path} holds nothing that the model takes; it takes {', '.join(readable)}.")
             found += inside
@@ -188,9 +189,8 @@ def _read_photos(spec: DataSpec, files: Sequence[Path]) -> torch.Tensor:
     images = []
     for file in files:
         try:
-            with Image.open(file) as photo:
-                upright = ImageOps.exif_transpose(photo).convert("L" if channels == 1 else "RGB")
-                fitted = np.asarray(ImageOps.fit(upright, (width, height)))
+            upright, _ = open_photo(file, "L" if channels == 1 else "RGB")
+            fitted = np.asarray(ImageOps.fit(upright, (width, height)))
         except Exception as error:  # a stranger's file: its decoder may raise anything
             raise DataError(f"{file} cannot be read ({in_one_line(error)}); choose another photo.") from error
         images.append(torch.from_numpy(np.array(fitted)).view(height, width, channels).permute(2, 0, 1))
