@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import signal
 import sys
@@ -15,6 +16,7 @@ import click
 
 from hpo import __version__
 from hpo.errors import HpoError, UsageError
+from hpo.machine import has_cpu_quota, num_cores, require_supported_system
 from hpo.session.options import (
     Declaration,
     MachineOptions,
@@ -653,6 +655,9 @@ def main() -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hpo").setLevel(logging.INFO)
     try:
+        require_supported_system()
+        if has_cpu_quota():  # else torch's threads, one per core of the host, would wait for each other
+            os.environ.setdefault("OMP_NUM_THREADS", str(num_cores()))
         sys.exit(cli.main(standalone_mode=False))
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())

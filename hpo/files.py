@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from uuid import uuid4
+
+_CHUNK = 2**20
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
@@ -24,6 +27,23 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     _fsync_folder(path.parent)
+
+
+def allocate(descriptor: int, num_bytes: int) -> None:
+    """Reserve room on the disk for a file that will be mapped: on a full disk, writing to its map would kill us.
+
+    Raises OSError where there is too little.
+    """
+    try:
+        os.posix_fallocate(descriptor, 0, num_bytes)
+        return
+    except AttributeError:  # macOS has no such call
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # nor has each file system
+            raise
+    for start in range(0, num_bytes, _CHUNK):
+        os.pwrite(descriptor, bytes(min(_CHUNK, num_bytes - start)), start)
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 from hpo import __version__
 from hpo.database import without_password
 from hpo.errors import StudyMismatchError
+from hpo.machine import num_cores
 from hpo.sources import changed_sources, source_checksums, source_folder
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class Provenance:
             commit=commit,
             is_dirty=is_dirty,
             command=shlex.join([Path(sys.argv[0]).name, *_without_secrets(sys.argv[1:])]),
-            machine=f"{platform.node()}, {platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            machine=f"{platform.node()}, {platform.system()} {platform.machine()}, {num_cores()} cores",
         )
 
     def tags(self) -> dict[str, str]:

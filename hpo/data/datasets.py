@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -24,13 +23,14 @@ from hpo.data.loaded import Loaded
 from hpo.data.mapped import MappedImages
 from hpo.data.parts import Ragged, is_image_or_number, map_parts, named_parts
 from hpo.errors import DataError, UsageError
+from hpo.machine import memory_bytes
 
 if TYPE_CHECKING:
     from hpo.data.parts import Examples, Part
     from hpo.data.preprocessing import RawExamples
 
 MEMORY_SHARE = 0.25
-"""Of the machine's memory, what images from a file may take; more of them stay in the file."""
+"""Of the memory of the machine or its container, what images from a file may take; more of them stay in the file."""
 
 Indices = NDArray[np.int64]
 
@@ -133,7 +133,7 @@ def split_dataset(
     kept = _stratified_order(dataset.train, spec.kind, len(spec.classes), derive_seed(seed, "split"))[:limit]
     num_validation = math.ceil(len(kept) * validation_fraction)
     train, validation = _select(dataset.train, kept[num_validation:]), _select(dataset.train, kept[:num_validation])
-    if isinstance(train.inputs, MappedImages) and len(kept) * train.inputs[:1].nbytes <= MEMORY_SHARE * _memory():
+    if isinstance(train.inputs, MappedImages) and len(kept) * train.inputs[:1].nbytes <= MEMORY_SHARE * memory_bytes():
         train, validation = train.in_memory(), validation.in_memory()
     _require_examples(train, validation, spec)
     return Splits(*dataset.encoded(train, validation))
@@ -305,8 +305,3 @@ def _joined(first: Part | Loaded | None, second: Part | Loaded | None) -> Part |
 
 def _select(split: Split, indices: Indices) -> Split:
     return split.select(torch.from_numpy(indices))
-
-
-def _memory() -> int:
-    """Bytes of memory that the machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -37,7 +37,8 @@ from hpo.data.mapped import MappedImages
 from hpo.data.photo_files import SUFFIXES, Original, files_below, folders_in, open_photo
 from hpo.data.photo_labels import LABELS, read_photo_labels
 from hpo.errors import DataError
-from hpo.files import write_atomically
+from hpo.files import allocate, write_atomically
+from hpo.machine import num_cores
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +203,7 @@ class _Album:
         unfinished = self._file.with_name(f".{self._file.name}.{uuid4().hex}.tmp")
         try:
             with unfinished.open("xb") as file:
-                os.posix_fallocate(file.fileno(), 0, self._num_bytes)  # on a full disk writing to a map would kill us
+                allocate(file.fileno(), self._num_bytes)
                 damaged, originals = self._decode_into(unfinished)
                 self._require_few(damaged)
                 os.fsync(file.fileno())
@@ -227,7 +228,7 @@ class _Album:
 
         damaged: dict[str, str] = {}
         originals: list[list[Any] | None] = []
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:  # Pillow lets go of the GIL while it works
+        with ThreadPoolExecutor(num_cores()) as threads:  # Pillow lets go of the GIL while it works
             for row, found in enumerate(threads.map(decode, range(len(self.paths)))):
                 originals.append(list(astuple(found)) if isinstance(found, Original) else None)
                 if isinstance(found, str):

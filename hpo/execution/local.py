@@ -1,9 +1,8 @@
-"""Workers as processes of this machine, forked from a server that has torch imported already."""
+"""Workers as processes of this machine, forked from a server that has torch imported already; on macOS spawned."""
 
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
 import os
 import signal
 import sys
@@ -14,6 +13,7 @@ from dataclasses import replace
 from io import TextIOWrapper
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ from hpo.execution.followers import FOLLOWER_LOST
 from hpo.execution.messages import Setup
 from hpo.execution.pool import MAX_FAILED_STARTS, Worker, WorkerPool
 from hpo.execution.worker import serve
+from hpo.machine import num_cores
 from hpo.training.device import (
     check_gpus_per_trial,
     memory_share,
@@ -34,7 +35,7 @@ from hpo.training.device import (
 )
 
 if TYPE_CHECKING:
-    from multiprocessing.context import ForkServerProcess
+    from multiprocessing.process import BaseProcess
 
 # A spawned process imports torch for 2 to 3 s, and its first optimizer torch._dynamo for another 5 (2 cores, torch
 # 2.15). Forked from a server that has both, it trains after a twentieth of a second.
@@ -43,21 +44,22 @@ _KILLED_S = 5.0
 _SERVER_GONE = 255  # what multiprocessing gives as the exit code of a process whose server was killed
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-_forkserver = multiprocessing.get_context("forkserver")
+
+def process_context() -> ForkServerContext | SpawnContext:
+    """How workers are started. Apple's libraries, which torch loads, crash in a process that was forked with them."""
+    return SpawnContext() if sys.platform == "darwin" else ForkServerContext()
 
 
 def warm_up() -> None:
     """Start the server that workers are forked from, and do not wait for it."""
-    _forkserver.set_forkserver_preload(_PRELOADED)
+    context = process_context()
+    if isinstance(context, SpawnContext):
+        return
+    context.set_forkserver_preload(_PRELOADED)
     with _current_folder_ignored():
         resource_tracker.ensure_running()  # a part of what follows, and it would let the signals through again
         with _signals_held_back():
             forkserver.ensure_running()
-
-
-def num_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def local_workers(
@@ -110,7 +112,7 @@ class LocalWorkers(WorkerPool):
         log = self._setup.log and self._setup.log / f"worker-{index}.log"
         setup = replace(self._setup, visible_gpu=visible, log=log)
         name = f"hpo-worker-{index}"
-        ours, theirs = _forkserver.Pipe()
+        ours, theirs = process_context().Pipe()
         lines, followers = start_followers(setup, name)
         process = _fork(theirs, of_rank(setup, 0), lines, name=name)
         for end in (theirs, *lines):
@@ -125,9 +127,7 @@ class LocalWorkers(WorkerPool):
 
 
 class _LocalWorker(Worker):
-    def __init__(
-        self, connection: Connection, processes: Sequence[ForkServerProcess], index: int, log: Path | None
-    ) -> None:
+    def __init__(self, connection: Connection, processes: Sequence[BaseProcess], index: int, log: Path | None) -> None:
         """`processes` are the worker and its followers, which end with it."""
         super().__init__(connection)
         self.index = index
@@ -153,7 +153,7 @@ class _LocalWorker(Worker):
         return _describe_exit(code)
 
 
-def _kill(process: ForkServerProcess) -> None:
+def _kill(process: BaseProcess) -> None:
     process.kill()
     if process.exitcode == _SERVER_GONE:  # multiprocessing then takes it for dead
         assert process.pid, "it was started"
@@ -161,12 +161,12 @@ def _kill(process: ForkServerProcess) -> None:
             os.kill(process.pid, signal.SIGKILL)
 
 
-def start_followers(setup: Setup, name: str) -> tuple[list[Connection], list[ForkServerProcess]]:
+def start_followers(setup: Setup, name: str) -> tuple[list[Connection], list[BaseProcess]]:
     """The processes beside a worker that trains on several GPUs, and the worker's end of the line to each."""
     lines: list[Connection] = []
     processes = []
     for rank in range(1, setup.num_ranks):
-        ours, theirs = _forkserver.Pipe()
+        ours, theirs = process_context().Pipe()
         processes.append(_fork(theirs, of_rank(setup, rank), (), name=f"{name}-{rank}"))
         theirs.close()
         lines.append(ours)
@@ -181,13 +181,14 @@ def of_rank(setup: Setup, rank: int) -> Setup:
     return replace(setup, rank=rank, visible_gpu=gpu)
 
 
-def _fork(connection: Connection, setup: Setup, followers: Sequence[Connection], name: str) -> ForkServerProcess:
+def _fork(connection: Connection, setup: Setup, followers: Sequence[Connection], name: str) -> BaseProcess:
     """A worker's process; from a new server where the old one was killed, which shows a few milliseconds later only."""
     for _ in range(MAX_FAILED_STARTS):
         warm_up()
-        process = _forkserver.Process(target=_work, args=(connection, setup, followers), name=name, daemon=True)
+        process = process_context().Process(target=_work, args=(connection, setup, followers), name=name, daemon=True)
         try:
-            with _main_module_hidden():
+            # The last two for a spawned process; a forked one has them from its server.
+            with _main_module_hidden(), _signals_held_back(), _current_folder_ignored():
                 process.start()
         except (EOFError, OSError) as error:
             refusal = error

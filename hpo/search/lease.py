@@ -347,4 +347,4 @@ def _monotonic() -> float:
     """Seconds on this machine, those too in which it slept."""
     if sys.platform == "linux":
         return time.clock_gettime(time.CLOCK_BOOTTIME)
-    return time.monotonic()
+    return time.clock_gettime(time.CLOCK_MONOTONIC)  # of macOS: Python's own clock stands still while it sleeps

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from hpo.config import derive_seed
 from hpo.deploy.load import load_from_folder, load_trial
 from hpo.errors import CheckpointError, StoreError, UsageError
-from hpo.execution.local import num_cores
 from hpo.execution.messages import Assignment, Setup
+from hpo.machine import num_cores
 from hpo.provenance import Provenance, sessions
 from hpo.records import ELIGIBLE, Rerun
 from hpo.session.alone import ended, log_model, run_alone

@@ -12,9 +12,9 @@ from hpo.config import derive_seed
 from hpo.data.datasets import VALIDATION_FRACTION, split_dataset
 from hpo.data_options import Given
 from hpo.errors import UsageError
-from hpo.execution.local import num_cores
 from hpo.execution.messages import Assignment, Setup
 from hpo.home import check_study_name
+from hpo.machine import num_cores
 from hpo.plugins import load_task
 from hpo.provenance import Provenance
 from hpo.records import Training

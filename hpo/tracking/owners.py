@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from hpo.tracking.store import TrackingStore
 
 PROCESS_TAG = "hpo.process"
-"""Host, process id and the process's start, in ticks since the host's."""
+"""Host, process id and the process's start: in ticks since the host's on Linux, else its date."""
 
 
 def this_process() -> str:
@@ -43,9 +45,21 @@ def _is_dead(tag: str) -> bool:
 
 
 def _process_tag(pid: int) -> str:
+    begun = _start_on_linux(pid) if sys.platform == "linux" else _start_by_ps(pid)
+    return f"{socket.gethostname()}/{pid}/{begun}" if begun else ""
+
+
+def _start_on_linux(pid: int) -> str:
+    """When a process began; "" for one that is gone or a zombie."""
     try:
         # The name, in parentheses, may contain anything; proc(5) has the fields.
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
-    return "" if state == "Z" else f"{socket.gethostname()}/{pid}/{fields[18]}"
+    return "" if state == "Z" else fields[18]
+
+
+def _start_by_ps(pid: int) -> str:
+    command = ["ps", "-o", "state=,lstart=", "-p", str(pid)]
+    state, _, begun = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip().partition(" ")
+    return "" if state.startswith("Z") else "-".join(begun.split())

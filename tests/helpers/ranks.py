@@ -25,11 +25,11 @@ def in_ranks(function: Callable[..., Any], *args: Any, size: int = 2) -> list[An
     local.warm_up()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    lines = [local._forkserver.Pipe() for _ in range(size)]
+    lines = [local.process_context().Pipe() for _ in range(size)]
     with local._main_module_hidden():
         for rank, (_, theirs) in enumerate(lines):
             task = (theirs, port, rank, size, function, args)
-            local._forkserver.Process(target=_run, args=task, daemon=True).start()
+            local.process_context().Process(target=_run, args=task, daemon=True).start()
             theirs.close()
     found = [ours.recv() for ours, _ in lines]
     for each in found:

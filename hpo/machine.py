@@ -1,0 +1,144 @@
+"""What this machine lets a process use: cores, memory, and what kind of disk a folder is on.
+
+A container sees the cores and the memory of its host; what it may use is in its control groups, version 1 or 2
+(https://docs.kernel.org/admin-guide/cgroup-v2.html).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from hpo.errors import UsageError
+
+_PROCESS = Path("/proc/self")
+_VMSTAT = Path("/proc/vmstat")
+
+
+def require_supported_system() -> None:
+    """Raise UsageError on Windows, where processes, locks and signals work otherwise."""
+    if sys.platform == "win32":
+        raise UsageError(
+            "hpo runs on Linux and macOS; on Windows use WSL: run `wsl --install`, then install hpo in there "
+            "(https://learn.microsoft.com/windows/wsl/install)."
+        )
+
+
+def num_cores() -> int:
+    """CPU cores that this process may use: those that it may run on, or the fewer that a container's quota is worth."""
+    quotas = [math.ceil(quota) for folder in _control_groups("cpu") if (quota := _cpu_quota(folder)) is not None]
+    return max(1, min([_num_visible_cores(), *quotas]))
+
+
+def has_cpu_quota() -> bool:
+    """Whether a container's quota allows fewer cores than this process sees."""
+    return num_cores() < _num_visible_cores()
+
+
+def _num_visible_cores() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_quota(folder: Path) -> float | None:
+    """Cores' worth of time that a control group may use; None for no limit."""
+    if words := _read(folder / "cpu.max").split():
+        quota, period = words
+    else:
+        quota, period = _read(folder / "cpu.cfs_quota_us").strip(), _read(folder / "cpu.cfs_period_us").strip()
+    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() else None  # "max" and -1: no limit
+
+
+def memory_bytes() -> int:
+    """Memory that this process and the others of its container may use, in bytes."""
+    limits = [
+        int(limit)
+        for folder in _control_groups("memory")
+        for name in ("memory.max", "memory.limit_in_bytes")
+        if (limit := _read(folder / name).strip()).isdecimal()
+    ]
+    return min([_physical_memory(), *limits])
+
+
+def _physical_memory() -> int:
+    if sys.platform == "darwin":
+        return int(subprocess.run(["sysctl", "-n", "hw.memsize"], capture_output=True, text=True, check=True).stdout)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def num_oom_kills() -> int:
+    """Processes that the kernel has killed for want of memory in this container, or on this machine; 0 if unknown."""
+    files = [folder / name for folder in _control_groups("memory") for name in ("memory.events", "memory.oom_control")]
+    for file in (*files, _VMSTAT):
+        for line in _read(file).splitlines():
+            name, _, count = line.partition(" ")
+            if name == "oom_kill":
+                return int(count)
+    return 0
+
+
+def _control_groups(controller: str) -> Iterator[Path]:
+    """Folders of this process's control group and of those that it is in, the innermost first."""
+    groups = [line.split(":", 2) for line in _read(_PROCESS / "cgroup").splitlines()]
+    for root, mount_point, kind, options in _mounts():
+        if kind not in ("cgroup", "cgroup2") or (kind == "cgroup" and controller not in options.split(",")):
+            continue
+        wanted = controller if kind == "cgroup" else ""
+        for group in (path for _, controllers, path in groups if wanted in controllers.split(",")):
+            inside = Path(group).relative_to(root) if Path(group).is_relative_to(root) else Path()
+            folder = mount_point / inside
+            yield folder
+            yield from (above for above in folder.parents if above.is_relative_to(mount_point))
+
+
+def file_system(path: Path) -> str:
+    """Type of the file system that a path is on, such as ext4 or nfs4; "" if this machine does not say."""
+    path = path.resolve()
+    if sys.platform == "darwin":
+        return _file_system_of_bsd(path)
+    found = max(
+        ((len(mount_point.parts), order, kind) for order, (_, mount_point, kind, _) in enumerate(_mounts())
+         if path.is_relative_to(mount_point)),
+        default=(0, 0, ""),
+    )  # fmt: skip
+    return found[2]
+
+
+def _file_system_of_bsd(path: Path) -> str:
+    """The same by the lines of `mount`: `server:/export on /Volumes/home (nfs, nodev, ...)`."""
+    listed = subprocess.run(["mount"], capture_output=True, text=True, check=False).stdout
+    found = (0, "")
+    for line in listed.splitlines():
+        mounted, _, options = line.rpartition(" (")
+        mount_point = Path(mounted.partition(" on ")[2])
+        if path.is_relative_to(mount_point):
+            found = max(found, (len(mount_point.parts), options.partition(",")[0].rstrip(")")))
+    return found[1]
+
+
+def _mounts() -> Iterator[tuple[str, Path, str, str]]:
+    """Root within its file system, mount point, type and options of every mount, as proc(5) lists them."""
+    for line in _read(_PROCESS / "mountinfo").splitlines():
+        mount, _, system = line.partition(" - ")
+        root, mount_point = mount.split(" ")[3:5]
+        kind, _, options = system.split(" ")[:3]
+        yield _unescaped(root), Path(_unescaped(mount_point)), kind, options
+
+
+def _unescaped(path: str) -> str:
+    for code, character in ((r"\040", " "), (r"\011", "\t"), (r"\012", "\n"), (r"\134", "\\")):
+        path = path.replace(code, character)
+    return path
+
+
+def _read(path: Path) -> str:
+    """The text of a file of the kernel; "" where it has none of that name."""
+    try:
+        return path.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return ""
