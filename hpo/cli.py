@@ -16,7 +16,7 @@ import click
 
 from hpo import __version__
 from hpo.errors import HpoError, UsageError
-from hpo.machine import has_cpu_quota, num_cores, require_supported_system
+from hpo.machine import escape_what_streams_lack, has_cpu_quota, num_cores, require_supported_system
 from hpo.session.options import (
     Declaration,
     MachineOptions,
@@ -537,7 +537,9 @@ def predict(as_csv: bool, as_json: bool, **request: Any) -> None:
 
 @cli.command()
 @click.argument("study")
-@click.option("--port", type=click.IntRange(1, 65535), default=5001, show_default=True, help="Port to listen on.")
+@click.option(
+    "--port", type=click.IntRange(1, 65535), help="Port to listen on. [default: 5001, or the next that is free]"
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--trial", type=click.IntRange(min=0), metavar="N", help="Serve another trial. [default: the winner]")
 @take(SearchOptions, only=["data_dir", "home", "storage", "tracking_uri"])
@@ -630,11 +632,13 @@ def compare(studies: tuple[str, ...], out: Path | None, home: Path | None, stora
 
 @cli.command()
 @click.argument("study", required=False)
-@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Port to listen on.")
+@click.option(
+    "--port", type=click.IntRange(1, 65535), help="Port to listen on. [default: 5000, or the next that is free]"
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @home_option
 @tracking_option
-def ui(study: str | None, port: int, host: str, home: Path | None, tracking_uri: str | None) -> None:
+def ui(study: str | None, port: int | None, host: str, home: Path | None, tracking_uri: str | None) -> None:
     """Open the MLflow UI, at STUDY if given.
 
     Press Ctrl-C to stop it.
@@ -654,6 +658,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: everything that is open is closed
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hpo").setLevel(logging.INFO)
+    escape_what_streams_lack()
     try:
         require_supported_system()
         if has_cpu_quota():  # else torch's threads, one per core of the host, would wait for each other

@@ -197,7 +197,7 @@ class StudyFiles:
     def require_own(self, storage: str | None) -> None:
         """Raise UsageError where these files belong to a study of that name in another database."""
         ours = _database_name(storage)
-        theirs = self._owner_file.read_text() if self._owner_file.exists() else ours
+        theirs = self._owner_file.read_text(encoding="utf-8") if self._owner_file.exists() else ours
         if theirs != ours:
             raise UsageError(
                 f"the home {self.home.path} keeps files of the study '{self.name}' in {theirs}, not of the one in "

@@ -1,4 +1,4 @@
-"""What this machine lets a process use: cores, memory, and what kind of disk a folder is on.
+"""What this machine lets a process use: cores, memory, signs on a terminal, and what kind of disk a folder is on.
 
 A container sees the cores and the memory of its host; what it may use is in its control groups, version 1 or 2
 (https://docs.kernel.org/admin-guide/cgroup-v2.html).
@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from io import TextIOWrapper
 from pathlib import Path
 
 from hpo.errors import UsageError
@@ -26,6 +27,13 @@ def require_supported_system() -> None:
             "hpo runs on Linux and macOS; on Windows use WSL: run `wsl --install`, then install hpo in there "
             "(https://learn.microsoft.com/windows/wsl/install)."
         )
+
+
+def escape_what_streams_lack() -> None:
+    """Let a terminal or a pipe that is not UTF-8 show \\u2248 for a sign that it does not have."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def num_cores() -> int:

@@ -10,6 +10,8 @@ import pytest
 from helpers.homes import copy_database
 from helpers.searches import Searches, searching
 
+from hpo.execution import local
+from hpo.files import keep_end
 from hpo.records import TrialRecord
 
 # --- trials that misbehave --------------------------------------------------------------------------------------------
@@ -92,6 +94,32 @@ def test_a_worker_takes_one_trial_after_the_other_and_a_fresh_one_follows_an_err
     for mood, following in pairwise(workers):
         is_reused = bool(workers[mood] & workers[following])
         assert is_reused == (mood not in MISBEHAVIOURS), (mood, following)
+
+
+def test_a_log_keeps_its_end_within_bounds(tmp_path: Path) -> None:
+    log = tmp_path / "worker-0.log"
+    with log.open("ab", buffering=0) as worker:
+        for line in range(1000):
+            worker.write(f"line {line}\n".encode())
+        keep_end(log, 2000)
+        worker.write(b"the last words\n")
+        kept = log.read_text().splitlines()
+        assert kept[0] == "... (the beginning was cut)"
+        assert kept[-2:] == ["line 999", "the last words"]
+        assert 900 < log.stat().st_size < 1100
+        keep_end(log, 2000)
+        assert log.read_text().splitlines() == kept
+    keep_end(tmp_path / "not there", 2000)
+
+
+def test_the_logs_of_workers_that_print_without_end_are_cut_while_they_run(
+    searches: Searches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "MAX_LOG_BYTES", 20_000)
+    searches.run("prints", trials=1)
+    [log] = searches.home.glob("logs/moody/worker-*.log")
+    assert log.stat().st_size < 420_000 - 20_000, "10 000 rounds of 41 bytes, less what was cut"
+    assert log.read_text().startswith("... (the beginning was cut)\n")
 
 
 def test_what_a_task_prints_goes_to_its_log_to_the_last_word_and_not_to_the_user(

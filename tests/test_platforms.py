@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from io import BytesIO, TextIOWrapper
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -13,9 +14,9 @@ import pytest
 from helpers.searches import Searches, tmpfs
 
 from hpo import machine
-from hpo.errors import UsageError
+from hpo.errors import StoreError, UsageError
 from hpo.execution.local import process_context
-from hpo.files import allocate
+from hpo.files import allocate, temporary_folder, temporary_folder_for_sockets
 from hpo.tracking import owners
 
 VISIBLE = 64
@@ -184,6 +185,47 @@ def test_room_for_a_file_is_reserved_without_the_call_for_it(tmp_path: Path, mon
     small = tmp_path / "small"
     with tmpfs(small, "size=1m"), (small / "file").open("w+b") as file, pytest.raises(OSError, match="No space left"):
         allocate(file.fileno(), 3 * 2**20)
+
+
+# --- temporary folders, and what is not UTF-8 ------------------------------------------------------------------------
+
+
+def test_a_long_temporary_folder_does_not_keep_the_workers_server_from_listening(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 120)
+    long.mkdir()
+    code = """
+import tempfile
+from multiprocessing import forkserver
+from hpo.files import temporary_folder_for_sockets
+with temporary_folder_for_sockets():
+    forkserver.ensure_running()
+assert len(tempfile.gettempdir()) > 100
+"""
+    answer = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(long)}, capture_output=True, text=True
+    )
+    assert (answer.returncode, answer.stderr) == (0, "")
+
+
+def test_no_temporary_folder_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/nowhere', '/tmp']")
+
+    monkeypatch.setenv("TMPDIR", "/nowhere")
+    monkeypatch.setattr("tempfile.gettempdir", nowhere)
+    expected = r"there is no temporary folder that can be written \(TMPDIR=/nowhere\); set TMPDIR to a folder that can"
+    for ask in (temporary_folder, temporary_folder_for_sockets().__enter__):
+        with pytest.raises(StoreError, match=expected):
+            ask()
+
+
+def test_what_a_terminal_cannot_show_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sign that its encoding lacks, and a file name that is not UTF-8."""
+    written = BytesIO()
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(written, encoding="ascii"))
+    machine.escape_what_streams_lack()
+    print("\u2248 0.97 caf\udce9", flush=True)
+    assert written.getvalue() == b"\\u2248 0.97 caf\\udce9\n"
 
 
 def test_windows_is_told_of_wsl(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from hpo.checks.verdicts import Verdict
 from hpo.config import derive_seed
 from hpo.errors import in_one_line
+from hpo.files import temporary_folder
 from hpo.training.loop import RunningTrial, run_loop
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def check_loop(task: Task, device: str) -> Iterator[Verdict]:
     """The verdict of each check as soon as it is made; the first that is wrong is the last."""
-    with TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         attempts = _Attempts(task, device, Path(folder))
         try:
             first, model = attempts.run("first", num_epochs=1)

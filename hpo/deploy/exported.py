@@ -31,7 +31,7 @@ class ExportedModel:
     """A model of an export's folder, `signature.json` beside it."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.signature: dict[str, Any] = json.loads((Path(folder) / SIGNATURE).read_text())
+        self.signature: dict[str, Any] = json.loads((Path(folder) / SIGNATURE).read_text(encoding="utf-8"))
         self._run = RUNTIMES[self.signature["runtime"]](Path(folder))
 
     def raw(self, inputs: Mapping[str, Array]) -> list[Array]:

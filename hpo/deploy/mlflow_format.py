@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from hpo.data import values
 from hpo.deploy import exported
 from hpo.deploy.exportable import quietly
 from hpo.deploy.exported import BY_CLASS, SIGNATURE, VALUES
+from hpo.files import temporary_folder
 from hpo.tracking.store import prepare_mlflow
 
 if TYPE_CHECKING:
@@ -44,11 +44,11 @@ def save_mlflow_model(exportable: Exportable, folder: Path, signature: Mapping[s
         example = exportable.raw.head(NUM_IN_EXAMPLE)
     is_text = (signature.get("preprocessing") or {}).get("kind") == "text"
     packages = ["mlflow", "torch", "numpy", *(["tokenizers"] if is_text else [])]
-    with TemporaryDirectory() as workshop:
+    with temporary_folder() as workshop:
         data, code = Path(workshop) / "data", [Path(workshop) / f"{name}.py" for name in (LOADER, VALUES)]
         data.mkdir()
         torch.export.save(exportable.export(), data / "model.pt2")
-        (data / SIGNATURE).write_text(json.dumps(dict(signature), indent=2))
+        (data / SIGNATURE).write_text(json.dumps(dict(signature), indent=2), encoding="utf-8")
         for source, copy in zip((exported.__file__, values.__file__), code, strict=True):
             shutil.copyfile(source, copy)
         mlflow.pyfunc.save_model(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 
 from hpo.deploy.exportable import quietly
 from hpo.errors import ExportError, in_one_line
+from hpo.files import temporary_folder
 
 if TYPE_CHECKING:
     from hpo.deploy.exportable import Exportable
@@ -91,7 +91,7 @@ def _write_int8(model: Any, exportable: Exportable, path: Path) -> None:
             batch = next(batches, None)
             return None if batch is None else {n: tensor.numpy() for n, tensor in zip(names, batch, strict=True)}
 
-    with TemporaryDirectory() as folder, quietly():
+    with temporary_folder() as folder, quietly():
         whole, prepared = Path(folder) / "whole.onnx", Path(folder) / "prepared.onnx"
         whole.write_bytes(model.SerializeToString())
         quant_pre_process(str(whole), str(prepared), skip_symbolic_shape=True)

@@ -173,7 +173,7 @@ def _read_raw(preprocessing: Preprocessing, file: Path) -> _Examples:
 
 def _lines(file: Path) -> list[Any]:
     try:
-        return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
+        return [json.loads(line) for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read: {in_one_line(error)}") from error
 

@@ -26,7 +26,7 @@ def scoring_app(folder: Path) -> FastAPI:
     from mlflow.pyfunc.scoring_server import init
 
     app: FastAPI = init(mlflow.pyfunc.load_model(str(folder)))
-    signature = json.loads((folder / SIGNATURE).read_text())
+    signature = json.loads((folder / SIGNATURE).read_text(encoding="utf-8"))
 
     @app.middleware("http")
     async def explain(request: Request, call_next: Callable[[Request], Any]) -> Any:

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 
 from hpo.deploy import stranger
 from hpo.errors import ExportError
+from hpo.files import temporary_folder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -74,7 +74,7 @@ def run_as_stranger(
     exporter: Exporter, folder: Path, batches: Mapping[str, NDArray[Any]], forbidden: Iterable[str]
 ) -> dict[str, NDArray[Any]]:
     """What an export makes of batches. Raises ExportError with the last line of what the process said."""
-    with TemporaryDirectory() as work:
+    with temporary_folder() as work:
         given, found = Path(work) / "batches.npz", Path(work) / "outputs.npz"
         job = {
             "folder": str(folder.absolute()),
@@ -84,7 +84,7 @@ def run_as_stranger(
             "batches": str(given),
             "outputs": str(found),
         }
-        (Path(work) / "job.json").write_text(json.dumps(job))
+        (Path(work) / "job.json").write_text(json.dumps(job), encoding="utf-8")
         np.savez(given, **batches)  # type: ignore[arg-type]
         command: Sequence[str] = [sys.executable, "-IB", stranger.__file__, f"{work}/job.json"]
         try:

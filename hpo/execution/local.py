@@ -25,6 +25,7 @@ from hpo.execution.followers import FOLLOWER_LOST
 from hpo.execution.messages import Setup
 from hpo.execution.pool import MAX_FAILED_STARTS, Worker, WorkerPool
 from hpo.execution.worker import serve
+from hpo.files import keep_end, temporary_folder_for_sockets
 from hpo.machine import num_cores
 from hpo.training.device import (
     check_gpus_per_trial,
@@ -37,10 +38,15 @@ from hpo.training.device import (
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
+    from hpo.execution.pool import Event
+
 # A spawned process imports torch for 2 to 3 s, and its first optimizer torch._dynamo for another 5 (2 cores, torch
 # 2.15). Forked from a server that has both, it trains after a twentieth of a second.
 _PRELOADED = ["hpo.execution.local", "hpo.models.mlp", "hpo.models.convnet", "torch._dynamo"]
 _KILLED_S = 5.0
+MAX_LOG_BYTES = 10_000_000
+"""Of what the tasks of a worker print; of more, the beginning is cut."""
+
 _SERVER_GONE = 255  # what multiprocessing gives as the exit code of a process whose server was killed
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -56,7 +62,7 @@ def warm_up() -> None:
     if isinstance(context, SpawnContext):
         return
     context.set_forkserver_preload(_PRELOADED)
-    with _current_folder_ignored():
+    with _current_folder_ignored(), temporary_folder_for_sockets():
         resource_tracker.ensure_running()  # a part of what follows, and it would let the signals through again
         with _signals_held_back():
             forkserver.ensure_running()
@@ -97,6 +103,12 @@ class LocalWorkers(WorkerPool):
         self._gpus = gpus
         warm_up()
 
+    def events(self, timeout_s: float) -> Iterator[tuple[int, Event]]:
+        for worker in self._workers:
+            if isinstance(worker, _LocalWorker) and worker.log:
+                keep_end(worker.log, MAX_LOG_BYTES)
+        yield from super().events(timeout_s)
+
     def has_room(self) -> bool:
         return len([worker for worker in self._workers if worker.trial is not None]) < self.num_workers
 
@@ -132,7 +144,7 @@ class _LocalWorker(Worker):
         super().__init__(connection)
         self.index = index
         self._processes = processes
-        self._log = log
+        self.log = log
 
     def end(self, grace_s: float) -> str:
         self._processes[0].join(grace_s)
@@ -140,7 +152,7 @@ class _LocalWorker(Worker):
             _kill(process)
         for process in self._processes:
             process.join(_KILLED_S)
-        output = f"; see {self._log}" if self._log else ""
+        output = f"; see {self.log}" if self.log else ""
         return self._describe_exit() + output
 
     def _describe_exit(self) -> str:
@@ -211,7 +223,8 @@ def _work(connection: Connection, setup: Setup, followers: Sequence[Connection])
         with setup.log.open("ab", buffering=0) as log:
             for stream in (sys.stdout, sys.stderr):
                 assert isinstance(stream, TextIOWrapper), "a process of Python's own making"
-                stream.reconfigure(line_buffering=True)  # a worker is killed in the end, and its last words count
+                # A worker is killed in the end, and its last words count; no letter that is missing may end a trial.
+                stream.reconfigure(line_buffering=True, errors="backslashreplace")
                 os.dup2(log.fileno(), stream.fileno())
     faulthandler.enable()
     serve(connection, setup, followers)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from hpo.data.datasets import save_splits
@@ -14,6 +13,7 @@ from hpo.errors import SearchError
 from hpo.execution.local import LocalWorkers
 from hpo.execution.messages import Assignment, Decision, EpochDone, Setup, TrialDone, TrialRaised
 from hpo.execution.pool import WorkerDied
+from hpo.files import temporary_folder
 from hpo.training.device import visible_gpus
 from hpo.training.trained import BEST_WEIGHTS, CHECKPOINT, DESCRIPTION
 
@@ -50,7 +50,7 @@ def _in_a_file(splits: Splits | None) -> Iterator[Path | None]:
     if splits is None:
         yield None
         return
-    with TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         path = Path(folder) / "splits.pt"
         save_splits(splits, path)
         yield path

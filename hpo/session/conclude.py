@@ -9,7 +9,6 @@ from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from hpo.checks.table_models import is_table, table_scores
@@ -18,6 +17,7 @@ from hpo.deploy.load import load_trained_trial, load_trial
 from hpo.errors import CheckpointError, HpoError, SearchError, StoreError, in_one_line
 from hpo.execution.messages import Assignment
 from hpo.execution.worker import refit
+from hpo.files import temporary_folder
 from hpo.models.preprocessed import MirrorAveraged
 from hpo.plots.study import plot_confusion, plot_curves, plot_front, plot_history, plot_importances, plot_slices
 from hpo.provenance import describe as describe_provenance
@@ -268,7 +268,7 @@ def _refit(winner: Winner, prepared: Prepared, opened: Opened, artifact: str) ->
         **request.machine.trainer,
     )
     parameters = request.task.model_parameters(winner.configuration)
-    with TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         assignment = Assignment(number=winner.trial, model_parameters=parameters, config=config, folder=Path(folder))
         refit(
             assignment,

@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +16,7 @@ from hpo.deploy.exported import ExportedModel
 from hpo.deploy.exporters import COMPRESSIONS, find_exporter
 from hpo.deploy.results import FormatRow, Formats
 from hpo.errors import ExportError, UsageError
+from hpo.files import temporary_folder
 from hpo.session.card import model_card
 from hpo.session.export import choose, describe, load_with_data, size_of, write
 from hpo.training.evaluation import evaluate
@@ -52,7 +52,7 @@ def compare_formats(
     def of_format(name: str, compression: str | None) -> FormatRow:
         title = f"{name} {compression}" if compression else name
         tell(f"measuring {title}")
-        with TemporaryDirectory() as folder:
+        with temporary_folder() as folder:
             try:
                 exporter = find_exporter(name)
                 facts = describe(chosen, exportable, exporter.runtime, compression)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from hpo.deploy.exporters import find_exporter
 from hpo.deploy.registry import Score, check_promotion, log_model, register
 from hpo.errors import ExportError
+from hpo.files import temporary_folder
 from hpo.provenance import sessions
 from hpo.search.winner import find_winner
 from hpo.session.card import model_card
@@ -53,7 +53,7 @@ def register_best(
     card = model_card(chosen.study, chosen.objective, chosen.trial)
     run_id = chosen.store.find_trial_run(study, chosen.trial, chosen.study.id)
     tags = {"hpo.study": study, "hpo.trial": str(chosen.trial), "hpo.task": chosen.objective.name}
-    with TemporaryDirectory() as workshop:
+    with temporary_folder() as workshop:
         folder = Path(workshop) / "model"
         folder.mkdir()
         tell("writing and checking the model")

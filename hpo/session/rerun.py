@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from hpo.config import derive_seed
 from hpo.deploy.load import load_from_folder, load_trial
 from hpo.errors import CheckpointError, StoreError, UsageError
 from hpo.execution.messages import Assignment, Setup
+from hpo.files import temporary_folder
 from hpo.machine import num_cores
 from hpo.provenance import Provenance, sessions
 from hpo.records import ELIGIBLE, Rerun
@@ -96,7 +96,7 @@ def rerun_trial(
             curve[result.fold] = result.fold_value
         return not result.diverged and max(curve, default=0) < last_step
 
-    with ended(run), TemporaryDirectory() as folder:
+    with ended(run), temporary_folder() as folder:
         assignment = Assignment(
             number=trial,
             model_parameters=request.task.model_parameters(values),

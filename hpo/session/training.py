@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from hpo.checks.compatibility import check_task
@@ -13,6 +12,7 @@ from hpo.data.datasets import VALIDATION_FRACTION, split_dataset
 from hpo.data_options import Given
 from hpo.errors import UsageError
 from hpo.execution.messages import Assignment, Setup
+from hpo.files import temporary_folder
 from hpo.home import check_study_name
 from hpo.machine import num_cores
 from hpo.plugins import load_task
@@ -93,7 +93,7 @@ def train_once(
         tell(result)
         return not result.diverged
 
-    with ended(run), TemporaryDirectory() as folder:
+    with ended(run), temporary_folder() as folder:
         parameters = found.model_parameters(configuration)
         assignment = Assignment(number=0, model_parameters=parameters, config=config, folder=Path(folder))
         done = run_alone(assignment, setup, splits, report)
