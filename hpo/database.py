@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sqlite3
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 
 from hpo.errors import StoreError
+from hpo.machine import file_system
+
+_logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 60.0
 """How long a writer waits for another one."""
+
+_NETWORK = re.compile(r"nfs\d?|cifs|smb\w*|afpfs|9p|afs|ncpfs|lustre|beegfs|gpfs|ceph|fuse\.(?!fuseblk|ntfs).+")
+"""Types of file systems that several machines share, or that may be."""
 
 
 def prepare_sqlite(path: Path, *, holding: str) -> None:
@@ -21,6 +29,12 @@ def prepare_sqlite(path: Path, *, holding: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         damage = _find_damage(path)
+        if not path.exists() and (kind := _network_file_system(path.parent)):
+            _logger.warning(
+                "%s is on a network file system (%s): its database is kept without a write-ahead log, which is slower "
+                "and safe only if the server's locks work; a home on a local disk (--home) has neither problem.",
+                path.parent, kind,
+            )  # fmt: skip
         if damage is None:
             connect_sqlite(path).close()
     except (OSError, sqlite3.OperationalError) as error:
@@ -33,12 +47,27 @@ def prepare_sqlite(path: Path, *, holding: str) -> None:
 
 
 def connect_sqlite(path: Path) -> sqlite3.Connection:
-    """A connection that any thread may use."""
+    """A connection that any thread may use.
+
+    The write-ahead log needs memory that all processes share, which a network file system does not have
+    (https://sqlite.org/wal.html): there the journal is a file that is rolled back.
+    """
     connection = sqlite3.connect(path, timeout=TIMEOUT_S, check_same_thread=False)
+    if _network_file_system(path.parent):
+        connection.execute("PRAGMA journal_mode=DELETE")
+        connection.execute("PRAGMA synchronous=FULL")
+        return connection
     # Readers do not wait for the writer; a power cut may take the last transactions, and harms nothing else.
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=NORMAL")
     return connection
+
+
+@cache
+def _network_file_system(folder: Path) -> str | None:
+    """Type of the file system of a folder if other machines may write to it too."""
+    kind = file_system(folder)
+    return kind if _NETWORK.fullmatch(kind) else None
 
 
 def _find_damage(path: Path) -> str | None:

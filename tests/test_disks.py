@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.searches import Searches, interrupted_in_epoch_3, tmpfs, wait_until, wait_until_gone
+from helpers.searches import Searches, interrupted_in_epoch_3, searching, tmpfs, wait_until, wait_until_gone
 
 import hpo
 from hpo.errors import DataError, SearchError, StoreError, UsageError
@@ -50,6 +50,24 @@ def test_a_disk_that_fills_up_fails_the_trial_and_harms_no_other(searches: Searc
     assert re.search(r"OSError.*No space left on device", searches.trials()[1].reason or "")
     assert outcome.winner is not None
     assert hpo.load_best("moody", home=searches.home).classes
+
+
+def test_a_home_that_fills_up_ends_the_search_in_one_line_and_the_same_command_continues(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    home = tmp_path / "disk"
+    with tmpfs(home, "size=30m"), searching(tmp_path, home) as searches:
+        searches.hold(2)
+        search = searches.begin(trials=2, workers=2)
+        searches.reached(2, 2, search)
+        fill(home / "filler")
+        searches.release()
+        with pytest.raises(SearchError, match=r"^[^\n]*disk is full[^\n]*: run the same command again[^\n]*$"):
+            search.result()
+        assert "Traceback" not in capfd.readouterr().err
+        (home / "filler").unlink()
+        assert searches.run(trials=2, workers=2).counts["complete"] == 2
+        searches.assert_nothing_runs()
 
 
 def fill(path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.studies import SETTINGS, run_python, run_trials
 
+import hpo.database
 from hpo.errors import StoreError, UnknownNameError
 from hpo.search.storage import open_storage, read_storage
 from hpo.search.study import Study, list_studies
@@ -89,7 +90,12 @@ def test_tables_of_another_optuna_are_refused(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "optuna.db") as connection:
         connection.execute("UPDATE alembic_version SET version_num = 'v9.9.9.a'")
 
-    with pytest.raises(StoreError, match=r"optuna\.db is of another version of Optuna"):
+    with pytest.raises(StoreError, match=r"optuna\.db was made by a newer Optuna than .*; use the version of hpo that"):
+        open_storage(tmp_path)
+    with sqlite3.connect(tmp_path / "optuna.db") as connection:
+        connection.execute("UPDATE alembic_version SET version_num = 'v2.6.0.a'")
+    upgrade = rf"make a copy of it, then run `optuna storage upgrade --storage sqlite:///{tmp_path}/optuna\.db`\.$"
+    with pytest.raises(StoreError, match=upgrade):
         open_storage(tmp_path)
 
 
@@ -106,3 +112,25 @@ def test_reading_a_home_shows_what_a_search_wrote(tmp_path: Path) -> None:
     run_trials(Study.open(open_storage(tmp_path), "study", SETTINGS), 2)
 
     assert [record.number for record in Study.load(read_storage(tmp_path), "study").trials()] == [0, 1]
+
+
+@pytest.mark.parametrize("kind", ["nfs4", "cifs", "fuse.sshfs"])
+def test_a_home_on_a_network_file_system_has_no_write_ahead_log(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    open_storage(tmp_path / "local")
+    monkeypatch.setattr(hpo.database, "file_system", lambda path: kind)
+    hpo.database._network_file_system.cache_clear()
+    try:
+        for home, num_warnings in ((tmp_path / "new", 1), (tmp_path / "local", 1)):
+            run_trials(Study.open(open_storage(home), "study", SETTINGS), 2)
+            with sqlite3.connect(home / "optuna.db") as connection:
+                assert connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+            assert sum(f"is on a network file system ({kind})" in text for text in caplog.messages) == num_warnings
+    finally:
+        hpo.database._network_file_system.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs", "apfs", "tmpfs", "overlay", "zfs", "fuse.fuseblk", ""])
+def test_a_local_disk_is_not_taken_for_a_network_file_system(kind: str) -> None:
+    assert not hpo.database._NETWORK.fullmatch(kind)

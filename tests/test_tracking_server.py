@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import socket
+import subprocess
 import sys
 import urllib.request
 from contextlib import ExitStack
@@ -99,6 +101,7 @@ def test_the_ui_serves_the_store_takes_runs_and_leaves_no_process_behind(
 HEALTHY_WITH_A_CHILD = """
 import http.server, os, sys
 os.fork()
+print("Uvicorn running on this port", flush=True)
 class Healthy(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
@@ -143,6 +146,38 @@ def test_a_taken_port_is_named_with_the_way_out(store: TrackingStore) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(UsageError, match=rf"cannot listen on 127\.0\.0\.1:{port}: .*--port {port + 1}"):
             server.serve(store, port=port, say=lambda line: None)
+
+
+def test_another_port_is_found_and_said(store: TrackingStore, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_command", lambda *_: ["false"])
+    monkeypatch.setattr(server, "DEFAULT_PORT", free_port)
+    lines: list[str] = []
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", free_port))
+        taken.listen()
+        with pytest.raises(StoreError):
+            server.serve(store, say=lines.append)
+    assert re.fullmatch(rf"Port {free_port} is taken by another program; using \d+\.", lines[0])
+    port = server.find_free_port("127.0.0.1", free_port, lines.append)
+    assert (port, len(lines)) == (free_port, 2)
+
+
+def test_somebody_elses_server_is_not_taken_for_ours(
+    store: TrackingStore, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that takes the port after we looked, and answers before ours finds it taken."""
+    begin = HEALTHY_WITH_A_CHILD.replace("os.fork()", "")
+    theirs = subprocess.Popen([sys.executable, "-c", begin, str(free_port)], stdout=subprocess.PIPE)
+    try:
+        assert theirs.stdout.readline()
+        late = [sys.executable, "-c", "import sys, time; time.sleep(0.5); sys.exit('address already in use')"]
+        monkeypatch.setattr(server, "_command", lambda *_: late)
+        monkeypatch.setattr(server, "require_free_port", lambda *_: None)
+        with pytest.raises(StoreError, match="ended with code 1 at its start: address already in use"):
+            server.serve(store, port=free_port, say=lambda line: None)
+    finally:
+        theirs.kill()
+        theirs.communicate()
 
 
 def test_a_server_that_does_not_start_says_why(

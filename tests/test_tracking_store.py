@@ -123,7 +123,9 @@ def test_a_store_of_another_mlflow_is_refused_with_the_command_that_helps(home: 
     with closing(sqlite3.connect(home / "mlflow.db")) as database:
         database.execute("UPDATE alembic_version SET version_num = '0123456789ab'")
         database.commit()
-    with pytest.raises(StoreError, match="mlflow db upgrade"):
+    with pytest.raises(
+        StoreError, match=rf"was made by another MLflow than .*run `mlflow db upgrade sqlite:///{home}/mlflow\.db`\.$"
+    ):
         open_store(home)
 
 
@@ -177,7 +179,20 @@ def test_a_missing_file_of_a_run_is_named(runs: StudyRuns) -> None:
         runs.store.download(run_id, "plots/none.png")
 
 
-def test_a_deleted_experiment_is_named_with_the_way_back(runs: StudyRuns) -> None:
+def test_a_deleted_experiment_is_named_with_the_way_back_and_restored_by_who_continues(
+    runs: StudyRuns, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in (0, 1):
+        runs.trial_run(number, params={}).finish("complete", value=0.5)
+    assert runs.flush()
     runs.store.client.delete_experiment(runs.experiment_id)
     with pytest.raises(StoreError, match=rf"was deleted; .*restore -x {runs.experiment_id}"):
-        open_runs(runs.store)
+        runs.store.find_trial_run("digits", 0)
+    with open_runs(runs.store) as again:
+        assert again.experiment_id == runs.experiment_id
+        assert [record.message for record in caplog.records if record.name.startswith("hpo")] == [
+            "the experiment 'hpo/digits' was deleted in MLflow; it is restored with its runs."
+        ]
+        assert again.missing([0, 1]) == []
+        runs.store.client.delete_run(runs.store.find_trial_run("digits", 1))
+        assert again.missing([0, 1]) == [1]

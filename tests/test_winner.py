@@ -158,6 +158,22 @@ def test_the_description_beside_the_weights_holds_all_that_was_set(
     assert description["config"]["device"] in ("cpu", "cuda")
 
 
+@pytest.mark.parametrize("where", ["config", None])
+def test_a_description_of_another_version_is_named_and_not_called_damaged(
+    search: Callable[..., SearchOutcome], home: Path, where: str | None
+) -> None:
+    search(trials=1)
+    (file,) = home.glob("artifacts/moody/*/artifacts/checkpoint/trial.json")
+    plain = json.loads(file.read_text())
+    plain["config"]["direction"] = "maximize"  # as version 0.1 wrote it
+    file.write_text(json.dumps(plain))
+    assert hpo.load_best("moody", home=home).classes
+    (plain[where] if where else plain)["sharpness"] = 0.5
+    file.write_text(json.dumps(plain))
+    with pytest.raises(CheckpointError, match=r"by a newer version of hpo, with 'sharpness'; upgrade hpo to load it"):
+        hpo.load_best("moody", home=home)
+
+
 def test_a_home_that_was_moved_loads_and_continues_in_its_new_place(
     search: Callable[..., SearchOutcome], task: str, home: Path
 ) -> None:

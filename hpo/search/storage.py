@@ -231,7 +231,7 @@ def _open_sqlite(path: Path) -> StudyStorage:
     except Timeout as error:
         raise StoreError(f"another process has held {error.lock_file} for {TIMEOUT_S:.0f} s; stop it first.") from error
     except RuntimeError as error:  # Optuna's word for tables of another version
-        raise StoreError(f"{path} is of another version of Optuna: {error}") from error
+        raise StoreError(_of_another_version(str(path), f"sqlite:///{path}", error)) from error
     except OSError as error:
         raise StoreError(f"{path} cannot be opened: {error.strerror}; choose another home with --home.") from error
 
@@ -248,9 +248,8 @@ def _open_postgresql(url: str) -> StudyStorage:
                 DirectStorage(template, {"connect_args": _connect_args(address), "pool_pre_ping": True})
             )
         except RuntimeError as error:
-            raise StoreError(
-                f"the database {without_password(url)} is of another version of Optuna: {error}"
-            ) from error
+            shown = without_password(url)
+            raise StoreError(_of_another_version(f"the database {shown}", shown, error)) from error
         except (StorageInternalError, DBAPIError) as error:
             raise StoreError(
                 f"the database {without_password(url)} cannot be used: {_reason(error)}; its user must be allowed to "
@@ -313,6 +312,14 @@ def _connect_args(address: URL) -> dict[str, str | int]:
         "options": "-c idle_in_transaction_session_timeout=30s",
     }
     return {name: value for name, value in wanted.items() if name not in address.query}
+
+
+def _of_another_version(what: str, url: str, error: RuntimeError) -> str:
+    if "storage upgrade" in str(error):
+        return (
+            f"{what} was made by an older Optuna; make a copy of it, then run `optuna storage upgrade --storage {url}`."
+        )
+    return f"{what} was made by a newer Optuna than {optuna.__version__}; use the version of hpo that made it."
 
 
 def _is_outage(error: Exception) -> bool:

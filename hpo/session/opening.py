@@ -62,6 +62,7 @@ def open_search(prepared: Prepared, observer: Observer) -> Iterator[Opened]:
         # Of two machines that make the experiment at once, one would fail.
         opened_runs = session.exclusively(lambda: _open_runs(prepared, study, session, store))
         with opened_runs as runs, _written_splits(prepared, session):
+            _note_missing_runs(study, runs, observer)
             yield Opened(
                 study=study,
                 session=session,
@@ -147,6 +148,15 @@ def _open_runs(prepared: Prepared, study: Study, session: Session, store: Tracki
         run_tags=prepared.provenance.tags(),
         note=note,
     )
+
+
+def _note_missing_runs(study: Study, runs: StudyRuns, observer: Observer) -> None:
+    ended = [trial.number for trial in study.trials() if trial.state in ("complete", "pruned")]
+    if missing := runs.missing(ended) if ended else []:
+        named = ", ".join(map(str, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        observer.note(
+            f"MLflow has no run of trial {named}: deleted, with curves and weights; the study continues without them"
+        )
 
 
 @contextmanager

@@ -10,31 +10,35 @@ from typing import Any
 from hpo import __version__
 from hpo.deploy.exported import SIGNATURE
 from hpo.session.export import Chosen, choose, export_best
-from hpo.tracking.server import is_loopback, require_free_port
+from hpo.tracking.server import find_free_port, is_loopback, require_free_port
 from hpo.training.trained import TrialDescription
+
+_DEFAULT_PORT = 5001
 
 
 def serve_best(
     study: str,
     *,
     host: str = "127.0.0.1",
-    port: int = 5001,
+    port: int | None = None,
     trial: int | None = None,
     say: Callable[[str], None] = print,
     **machine_options: Any,
 ) -> None:
     """Serve the best model of a study, or of another `trial`, until Ctrl-C.
 
-    It is served as its export of format mlflow, which is made unless it is in the home. Raises what `export_best`
-    raises, and UsageError where the port is taken.
+    By default it listens on the first free port from 5001. It is served as its export of format mlflow, which is made
+    unless it is in the home. Raises what `export_best` raises, and UsageError where the port is taken.
     """
     from hpo.deploy.serve import run
 
+    if port is None:
+        port = find_free_port(host, _DEFAULT_PORT, say)
     require_free_port(host, port)
     folder = _exported(study, trial, say, machine_options)
     if not is_loopback(host):
         say(f"Warning: whoever can reach {host}:{port} can use the model; the server asks for no password.")
-    signature = json.loads((folder / SIGNATURE).read_text())
+    signature = json.loads((folder / SIGNATURE).read_text(encoding="utf-8"))
     takes = ", ".join(f"{each['name']} {each['dtype']} {each['shape']}" for each in signature["inputs"])
     say(f"Model of trial {signature['trial']} at http://{host}:{port}/invocations, which takes {takes}.")
     say("Stop it with Ctrl-C.")
@@ -53,7 +57,7 @@ def _exported(study: str, trial: int | None, say: Callable[[str], None], options
 
 def _is_of(folder: Path, chosen: Chosen) -> bool:
     try:
-        signature = json.loads((folder / SIGNATURE).read_text())
+        signature = json.loads((folder / SIGNATURE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     weights = TrialDescription.read(chosen.folder).weights_sha256

@@ -10,6 +10,8 @@ from hpo.space import format_value
 if TYPE_CHECKING:
     from hpo.records import TrialState
 
+_LONGEST = 80  # characters of a value in a table
+
 
 def format_configuration(configuration: Mapping[str, Any]) -> str:
     """`lr=0.00123 optimizer=sgd`: short enough to read; --json has all digits."""
@@ -39,7 +41,10 @@ def describe_counts(counts: Mapping[TrialState, int]) -> str:
 
 
 def format_cell(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else format_value(value)
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    text = format_value(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 ESTIMATED = "≈"

@@ -53,7 +53,7 @@ def _start_on_linux(pid: int) -> str:
     """When a process began; "" for one that is gone or a zombie."""
     try:
         # The name, in parentheses, may contain anything; proc(5) has the fields.
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        state, *fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
     except OSError:
         return ""
     return "" if state == "Z" else fields[18]

@@ -135,6 +135,13 @@ class StudyRuns:
                 self._summary_id = run.info.run_id
         return SummaryRun(self.store, self._summary_id)
 
+    def missing(self, numbers: Collection[int]) -> list[int]:
+        """Those of the trials that MLflow has no run of, and that do not wait in a spool: somebody deleted them."""
+        with explained(self.store.uri):
+            runs = search_runs(self.store.client, self.experiment_id, "tags.`hpo.kind` = 'trial'", self._study_id)
+        known = {run.data.tags.get(TRIAL_TAG) for run in runs}
+        return [number for number in numbers if str(number) not in known and self.has_arrived(number)]
+
     def mark_front(self, numbers: Collection[int]) -> None:
         """Say of each trial's run whether it is on the Pareto front, in the tag `hpo.front`: `yes`, or none."""
         client = self.store.client

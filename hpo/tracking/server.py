@@ -18,12 +18,17 @@ from types import FrameType
 from typing import IO
 
 from hpo.errors import StoreError, UsageError
+from hpo.files import require_temporary_folder
 from hpo.home import Home
 from hpo.tracking.store import TrackingStore, prepare_mlflow
 from hpo.tracking.view import CURVES_VIEW, NUM_CURVES
 
+DEFAULT_PORT = 5000  # of MLflow
+_PORTS_TRIED = 100
+_LISTENS = b"Uvicorn running on"  # in the log of a server that has its port
 _START_TIMEOUT_S = 120.0  # 10 to 20 s on two quiet cores
 _STOP_TIMEOUT_S = 5.0
+_LOG_BYTES = 100_000
 
 # A shell that becomes the server, and leaves a watcher in its group. Its standard input is a pipe that nobody writes to
 # and that the system closes when this process ends, however it ends: kill -9 takes the server along.
@@ -35,10 +40,12 @@ def serve(
     *,
     study: str | None = None,
     host: str = "127.0.0.1",
-    port: int = 5000,
+    port: int | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Show MLflow's UI until Ctrl-C, SIGTERM or the server's own end; `say` gets the lines for the user.
+
+    Without a port it is the first from 5000 that is free.
 
     Raises UsageError where the port is taken, UnknownNameError for an unknown study, StoreError where the server does
     not start.
@@ -49,6 +56,7 @@ def serve(
         return
     if study:
         store.study_url(study, "")  # raises where there is none, before the server is started
+    port = port or find_free_port(host, DEFAULT_PORT, say)
     if not is_loopback(host):
         say(f"Warning: whoever can reach {host}:{port} can read and change every run; MLflow asks for no password.")
     say("Starting MLflow, which takes 10 to 20 seconds ...")
@@ -82,6 +90,7 @@ def running_server(store: TrackingStore, *, host: str, port: int) -> Iterator[su
     require_free_port(host, port)
     store.optimise()
     prepare_mlflow()
+    require_temporary_folder()
     with tempfile.TemporaryFile() as log, _sigterm_as_exit():
         server = subprocess.Popen(
             ["sh", "-c", _ENDING_WITH_US, "sh", *_command(store, host, port)],
@@ -114,7 +123,8 @@ def _command(store: TrackingStore, host: str, port: int) -> list[str]:
 
 def _await_answer(server: subprocess.Popen[bytes], host: str, port: int, log: IO[bytes]) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
-    while not _is_healthy(host, port):
+    # Its log says that it listens: what answers may be another's server, which has taken the port since we looked.
+    while not (_LISTENS in os.pread(log.fileno(), _LOG_BYTES, 0) and _is_healthy(host, port)):
         if server.poll() is not None:
             raise StoreError(f"MLflow's server ended with code {server.returncode} at its start: {_last_line(log)}")
         if time.monotonic() > deadline:
@@ -177,6 +187,23 @@ def _sigterm_as_exit() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def find_free_port(host: str, first: int, say: Callable[[str], None]) -> int:
+    """The first port from `first` on that nobody listens on; `say` hears of it if that is another one.
+
+    Raises UsageError if none of the next hundred is free, or the host is not an address of this machine.
+    """
+    for port in range(first, first + _PORTS_TRIED):
+        try:
+            require_free_port(host, port)
+        except UsageError:
+            continue
+        if port != first:
+            say(f"Port {first} is taken by another program; using {port}.")
+        return port
+    require_free_port(host, first)
+    raise UsageError(f"the ports {first} to {port} are taken; choose another with --port.")
 
 
 def require_free_port(host: str, port: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
@@ -9,6 +10,7 @@ import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Experiment, Run
     from mlflow.store.artifact.artifact_repo import ArtifactRepository
 
+_logger = logging.getLogger(__name__)
 _SCHEMES = ("http", "https", "databricks", "sqlite", "postgresql", "mysql", "mssql")
 _LOCK_TIMEOUT_S = 120.0  # creating the schema takes 3 s on a quiet machine
 _CONNECT_TIMEOUT_S = 5.0
@@ -92,8 +95,11 @@ class TrackingStore:
         return _is_server(self.uri)
 
     def open_experiment(self, study: str, tags: Mapping[str, str]) -> str:
-        """The id of a study's experiment, `hpo/<study>`, which is created on first use; sets `tags` on it."""
-        experiment = self._find_experiment(study)
+        """The id of a study's experiment, `hpo/<study>`, which is created on first use; sets `tags` on it.
+
+        One that was deleted in MLflow's UI is restored with its runs, which a warning says.
+        """
+        experiment = self._restored(study) or self._find_experiment(study)
         experiment_id = experiment.experiment_id if experiment else self._create_experiment(study)
         with explained(self.uri):
             for key, value in tags.items():
@@ -179,13 +185,23 @@ class TrackingStore:
             database.execute("PRAGMA analysis_limit=1000")
             database.execute("ANALYZE")
 
+    def _restored(self, study: str) -> Experiment | None:
+        """The study's experiment if it was deleted, which it is no longer."""
+        with explained(self.uri):
+            experiment = self.client.get_experiment_by_name(_experiment_name(study))
+            if experiment is None or experiment.lifecycle_stage != "deleted":
+                return None
+            self.client.restore_experiment(experiment.experiment_id)
+        _logger.warning("the experiment '%s' was deleted in MLflow; it is restored with its runs.", experiment.name)
+        return experiment
+
     def _find_experiment(self, study: str) -> Experiment | None:
         with explained(self.uri):
             experiment = self.client.get_experiment_by_name(_experiment_name(study))
         if experiment and experiment.lifecycle_stage == "deleted":
             raise StoreError(
                 f"the experiment '{experiment.name}' in {without_password(self.uri)} was deleted; bring it back with "
-                f"`mlflow experiments restore -x {experiment.experiment_id}`, or choose another --study."
+                f"`mlflow experiments restore -x {experiment.experiment_id}`, or continue the study, which restores it."
             )
         return experiment
 
@@ -360,12 +376,21 @@ def _connect(uri: str) -> MlflowClient:
     prepare_mlflow()
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
+
+    # It prints the traceback of each error that it raises too; a full disk has one a second.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
         client = MlflowClient(tracking_uri=uri)
         client.search_experiments(max_results=1)
     except (MlflowException, SQLAlchemyError, ImportError) as error:  # a database's driver may be missing
+        if "database schema" in str(error):
+            shown = without_password(uri)
+            raise StoreError(
+                f"the MLflow store at {shown} was made by another MLflow than {version('mlflow')}; make a copy of it, "
+                f"then run `mlflow db upgrade {shown}`."
+            ) from error
         raise StoreError(f"cannot use the MLflow store at {without_password(uri)}: {_first_line(error)}") from error
     return client
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Self
 
@@ -22,6 +22,8 @@ BEST_WEIGHTS = "best.pt"
 
 
 DESCRIPTION = "trial.json"
+
+_FORMER_SETTINGS = ("direction",)  # of TrainConfig in version 0.1; a trained model does not need them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +51,19 @@ class TrialDescription:
         """Raises CheckpointError where the file is missing or damaged."""
         try:
             plain = json.loads((folder / DESCRIPTION).read_bytes())
+            config = {name: value for name, value in plain["config"].items() if name not in _FORMER_SETTINGS}
+            _require_known(folder / DESCRIPTION, {*plain} - {each.name for each in fields(cls)})
+            _require_known(folder / DESCRIPTION, {*config} - {each.name for each in fields(TrainConfig)})
             spec = plain["spec"] and DataSpec.from_dict(plain["spec"])
             parameters = from_stored(plain["model_parameters"])
-            config = TrainConfig(**plain["config"])
-            return cls(**plain | {"spec": spec, "config": config, "model_parameters": parameters})
+            return cls(**plain | {"spec": spec, "config": TrainConfig(**config), "model_parameters": parameters})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{folder / DESCRIPTION} is missing or damaged: {error}") from error
+
+
+def _require_known(file: Path, unknown: set[str]) -> None:
+    """Raise CheckpointError for what only a later version writes: it may change what the weights mean."""
+    if unknown:
+        raise CheckpointError(
+            f"{file} was written by a newer version of hpo, with '{min(unknown)}'; upgrade hpo to load it."
+        )
