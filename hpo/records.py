@@ -252,6 +252,8 @@ class SearchOutcome:
     """The Pareto front, the best metric first; empty with one objective."""
     trials: tuple[TrialRecord, ...] = ()
     """Every trial of the study, by number; then the repeats that confirm configurations."""
+    stopped_at: float | None = None
+    """The value of the metric that a trial has reached, and that ended the search before it had all its trials."""
 
     @property
     def all_diverged(self) -> bool:

@@ -193,6 +193,11 @@ BAD_INPUT = [
     ("search digits --device cuda:99", "no device 'cuda:99'.* Available: auto, cpu"),
     ("search digits -p learning_rate=0.1", "no parameter 'learning_rate'; did you mean 'lr'\\?"),
     ("search digits -p wd=0.1", "no parameter 'wd'; did you mean 'weight_decay'\\?"),
+    (
+        "search digits --stop-at f1=0.9",
+        "--stop-at must be accuracy=VALUE, because this study optimises accuracy, or none; not 'f1=0.9'",
+    ),
+    ("search digits --stop-at accuracy=high", "--stop-at must be accuracy=VALUE,.* not 'accuracy=high'"),
     ("search digits -p lr", "-p 'lr' is not NAME=VALUE, NAME=LOW:HIGH or NAME=A,B,C"),
     ("search digits -p lr=0.1:0.01", "lr \\(in 'step size'\\): low 0.1 is above high 0.01"),
     ("search digits -p lr=fast", "lr \\(in 'step size'\\): 'fast' is not a number; allowed is 0.0001:0.3"),

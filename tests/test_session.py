@@ -45,6 +45,17 @@ from hpo.tracking.store import open_store
 from hpo.training.trainer import EpochResult
 
 
+def test_a_search_that_has_reached_the_value_to_stop_at_is_done_and_continues_without_it(home: Path) -> None:
+    options: Any = {"home": home, "workers": 1, "device": "cpu", "epochs": 1}
+    outcome = run_search("digits", trials=20, stop_at="accuracy=0.2", **options)
+    assert (outcome.is_done, outcome.counts["complete"], outcome.stopped_at) == (True, 1, 0.2)
+    assert outcome.winner is not None
+    assert outcome.winner.test is not None
+
+    outcome = run_search("digits", trials=2, stop_at="none", **options)
+    assert (outcome.counts["complete"], outcome.stopped_at) == (2, None)
+
+
 @pytest.mark.figures
 def test_a_search_leaves_runs_curves_checkpoints_and_a_summary(
     search: Callable[..., SearchOutcome], home: Path

@@ -49,6 +49,26 @@ def test_whatever_becomes_of_the_trials_exactly_the_total_is_finished(ends: list
     assert len(study.trials()) == sum(counts.values())
 
 
+@pytest.mark.parametrize("direction", list(Direction))
+def test_no_new_trial_is_missing_once_one_has_reached_the_value_to_stop_at(direction: Direction) -> None:
+    study = Study.open(InMemoryStorage(), "s", replace(SETTINGS, strategy="random", direction=direction))
+    low, high = sorted((0.5, 0.7), key=direction.loss, reverse=True)
+    study.remember_session(num_trials=5, task_reference="digits", tracking_uri=None, stop_at=high)
+    for value in (low, high):
+        assert study.remaining(5) == 5 - study.num_finished
+        running = study.ask().number
+        study.report(running, 1, value)
+        if value == low:
+            study.tell(running, "complete", value=value)
+
+    assert study.remaining(5) == 0
+    assert not study.has_searched, "the trial that has reached it still runs"
+    study.tell(running, "diverged")
+    assert study.remaining(5) == 3, "it has not reached it after all"
+    study.remember_session(num_trials=5, task_reference="digits", tracking_uri=None, stop_at="none")
+    assert study.stop_at is None
+
+
 def test_running_trials_are_not_asked_for_twice(storage: BaseStorage, study_name: str) -> None:
     study = Study.open(storage, study_name, SETTINGS)
 

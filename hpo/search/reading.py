@@ -44,7 +44,12 @@ class ReadStudy:
         self._as_optuna = OptunaSpace(settings.space)
 
     def finalists(self) -> list[TrialRecord]:
-        """The pruned trials that are continued to their end when the study has all its trials, the best first."""
+        """The pruned trials that are continued to their end when the study has all its trials, the best first.
+
+        None are if a trial has reached `stop_at`: it was not pruned, and is good enough.
+        """
+        if self.has_reached_target:
+            return []
         totals = [
             trial.user_attrs[stored.CONTINUED]["total"]
             for trial in self._searched()
@@ -61,6 +66,29 @@ class ReadStudy:
     def has_searched(self) -> bool:
         """Whether it has all these trials, and each that may win has run to its end."""
         return self.remaining(self.num_trials) == 0 and self.counts()["running"] == 0 and not self.finalists()
+
+    @property
+    def stop_at(self) -> float | None:
+        """The value of the metric that is good enough: no new trial is started when one has it. None without one."""
+        value: float | None = self.recorded(stored.STOP_AT)
+        return value
+
+    @property
+    def has_reached_target(self) -> bool:
+        """Whether a trial has reached `stop_at`: in one of its epochs, or with folds as its mean over all of them."""
+        target = self.stop_at
+        if target is None:
+            return False
+        gain = self.settings.direction.gain
+        return any(gain(value, over=target) >= 0 for trial in self.trials() for value in self._judged(trial))
+
+    def _judged(self, trial: TrialRecord) -> list[float]:
+        """What decides whether a trial is good enough."""
+        if trial.state in ("diverged", "failed"):
+            return []
+        if self.settings.folds:
+            return [trial.value] if trial.state == "complete" and trial.value is not None else []
+        return [value for value in trial.curve.values() if math.isfinite(value)]
 
     @property
     def race(self) -> Race:
@@ -98,8 +126,11 @@ class ReadStudy:
     def remaining(self, num_trials: int) -> int:
         """Trials still to be created until `num_trials` are complete, pruned or diverged, if the running ones will be.
 
-        A grid ends at its last point; a point whose trial failed is not tried again.
+        A grid ends at its last point; a point whose trial failed is not tried again. None are missing once a trial
+        has reached `stop_at`.
         """
+        if self.has_reached_target:
+            return 0
         counts = self.counts()
         missing = num_trials - _num_finished(counts) - counts["running"]
         if self.settings.strategy == "grid":

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 from uuid import uuid4
 
 import optuna
@@ -345,14 +345,17 @@ class Study(ReadStudy):
         has_test: bool = True,
         has_loop: bool = False,
         confirm: str | None = None,
+        stop_at: float | Literal["none"] | None = None,
         refit: bool = False,
     ) -> None:
         """Keep what a session was given and the next one, or a reader, wants to know.
 
-        Without `confirm` the plan of before stays, and so does a `refit` that was asked for.
+        Without `confirm` or `stop_at` those of before stay, and so does a `refit` that was asked for.
         """
         if confirm is not None:
             self.record(stored.CONFIRM, confirm)
+        if stop_at is not None:
+            self.record(stored.STOP_AT, None if stop_at == "none" else stop_at)
         if refit:
             self.record(stored.REFIT, refit)
         self.record(stored.NUM_TRIALS, num_trials)

@@ -106,6 +106,7 @@ def _open_study(prepared: Prepared, database: Storage, session: Session, store: 
         has_test=request.task.has_test,
         has_loop=request.task.objective.train is not None,
         confirm=request.confirm,
+        stop_at=request.stop_at,
         refit=request.refit,
     )
     study.requeue(number for number, owner in study.owners().items() if owner in gone or not machine.is_shared)

@@ -86,6 +86,15 @@ class StudyOptions(TypedDict, total=False):
             metavar="PLAN",
         ),
     ]
+    stop_at: Annotated[
+        str | None,
+        Option(
+            "--stop-at",
+            "Start no new trial once one has reached this value of the metric: accuracy=0.98; none never stops. "
+            "[default: none]",
+            metavar="METRIC=VALUE",
+        ),
+    ]
     refit: Annotated[
         bool,
         Option(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hpo.config import COSTS, TrainConfig
 from hpo.database import without_password
@@ -87,6 +88,8 @@ class Request:
     """What is tried first."""
     confirm: str | None = None
     """How the best configurations are confirmed, as `--confirm` has it; None leaves it as it is."""
+    stop_at: float | Literal["none"] | None = None
+    """The value of the metric that ends the search; "none" takes it back, and None leaves it as it is."""
     refit: bool = False
     """Whether the winner is trained on training and validation examples together; False leaves it as it is."""
     machine: Machine
@@ -112,9 +115,29 @@ def request_for(machine: Machine, task: str | Objective, options: SearchOptions)
         trials=options.get("trials"),
         proposals=find_proposals(machine, name, settings, options.get("tries") or (), options.get("warm_starts") or ()),
         confirm=confirm,
+        stop_at=_read_target(options.get("stop_at"), settings),
         refit=options["refit"],
         machine=machine,
     )
+
+
+def _read_target(given: str | None, settings: StudySettings) -> float | Literal["none"] | None:
+    """The value in METRIC=VALUE, of the study's own metric. Raises UsageError for anything else."""
+    if given is None:
+        return None
+    if given == "none":
+        return "none"
+    metric, _, text = given.rpartition("=")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if metric != settings.metric or not math.isfinite(value):
+        raise UsageError(
+            f"--stop-at must be {settings.metric}=VALUE, because this study optimises {settings.metric}, or none; not "
+            f"'{given}'."
+        )
+    return value
 
 
 def this_machine(options: Mapping[str, Any]) -> Machine:

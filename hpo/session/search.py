@@ -80,6 +80,7 @@ def submit_study(task: str, **options: Unpack[SubmitOptions]) -> Study:
             has_test=request.task.has_test,
             has_loop=request.task.objective.train is not None,
             confirm=request.confirm,
+            stop_at=request.stop_at,
             refit=request.refit,
         )
         enqueue(study, request.proposals)
@@ -194,4 +195,5 @@ def _outcome(request: Request, opened: Opened, winner: Winner | None) -> SearchO
         to_continue=tuple(trial.number for trial in study.finalists()) if not study.remaining(study.num_trials) else (),
         front=front_rows(study),
         trials=(*study.trials(), *study.repeats()),
+        stopped_at=study.stop_at if study.has_reached_target else None,
     )

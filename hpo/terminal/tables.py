@@ -57,6 +57,10 @@ def print_outcome(console: Console, outcome: SearchOutcome) -> None:
     """The last words of `hpo search`: the winner, its scores, where everything is and what to type next."""
     ending = "Done" if outcome.is_done else "Interrupted" if outcome.interrupted else "Time is up"
     console.print(f"{ending}: {describe_counts(outcome.counts)}.")
+    if outcome.stopped_at is not None:
+        console.print(
+            f"A trial has reached {outcome.stopped_at:g}, so no new one is started. --stop-at none continues."
+        )
     if outcome.winner is not None:
         _print_winner(console, outcome.winner)
     if outcome.front:
