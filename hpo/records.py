@@ -189,6 +189,22 @@ class Certainty:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mistake:
+    """A test example that a model takes for another class than it is."""
+
+    example: int
+    """Its row in the test split."""
+    truth: str
+    answer: str
+    probability: float
+    """Of the answer, as the network says it."""
+    picture: str | None = None
+    """A small PNG as base64, for images."""
+    text: str | None = None
+    """The text, or the row of the table."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Winner:
     """The best trial by its validation score, and what the test split says of it."""
 

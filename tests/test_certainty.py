@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 import math
+from base64 import b64decode
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.data import of_classes
+from helpers.homes import copy_database
 from hpo.objectives.digits import load
+from PIL import Image
 from torch import nn
 
 import hpo
 from hpo.config import TrainConfig
-from hpo.data.examples import Split
+from hpo.data.examples import SealedSplit, Split
+from hpo.data.mapped import MappedImages
 from hpo.errors import UsageError
 from hpo.models.preprocessed import PreprocessedModel
-from hpo.records import Certainty
+from hpo.plugins import load_objective
+from hpo.records import Certainty, Mistake, SearchOutcome
+from hpo.search.storage import read_storage
+from hpo.search.study import Study
+from hpo.search.winner import find_mistakes, find_winner
+from hpo.session.card import model_card
+from hpo.session.report import report_page
 from hpo.session.search import run_search
 from hpo.terminal.facts import best_facts
 from hpo.training.certainty import conformal_quantile, fit_temperature, measure_certainty
+from hpo.training.evaluation import outputs_and_targets
+from hpo.training.mistakes import worst_mistakes
+
+
+def answers(model: nn.Module, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
+    return outputs_and_targets(model, split, TrainConfig(batch_size=256), "classification")
 
 
 def draw(count: int, seed: int, *, sharper: float) -> Split:
@@ -46,10 +64,9 @@ def test_the_quantile_leaves_room_for_the_new_example(coverage: float, expected:
 
 
 def test_sets_and_probabilities_are_as_good_on_new_examples_as_they_say() -> None:
-    config = TrainConfig(batch_size=256)
     validation, test = draw(4000, 1, sharper=3.0), draw(4000, 2, sharper=3.0)
 
-    known = measure_certainty(nn.Identity(), validation, test, config, of_classes(3))
+    known = measure_certainty(answers(nn.Identity(), validation), answers(nn.Identity(), test), is_classified=True)
 
     before, after = known.calibration_error
     assert before > 0.1
@@ -71,19 +88,31 @@ def test_intervals_contain_the_share_that_they_say_and_too_few_examples_promise_
     targets = inputs.squeeze(1) + torch.randn(4000, generator=generator)
     split, other = Split(inputs[:2000], targets[:2000]), Split(inputs[2000:], targets[2000:])
 
-    known = measure_certainty(_Centre(), split, other, TrainConfig(), of_classes(0))
+    asked = answers(_Centre(), other)
+    known = measure_certainty(answers(_Centre(), split), asked, is_classified=False)
 
     for coverage, (share, width) in known.found.items():
         assert share == pytest.approx(coverage, abs=0.03)
         assert width == 2 * known.quantiles[coverage]
     assert known.quantiles[0.9] == pytest.approx(1.645, abs=0.1)
-    few = measure_certainty(_Centre(), Split(inputs[:9], targets[:9]), other, TrainConfig(), of_classes(0))
+    few = measure_certainty(answers(_Centre(), Split(inputs[:9], targets[:9])), asked, is_classified=False)
     assert few.quantiles[0.95] == math.inf
     assert Certainty.from_dict(few.to_dict()) == few
 
 
-def test_the_winner_of_a_search_knows_how_sure_it_may_be(tmp_path: Path, home: Path) -> None:
-    outcome = run_search("digits", home=home, trials=1, epochs=3, workers=1)
+def picture_of(mistake: Mistake) -> Image.Image:
+    return Image.open(BytesIO(b64decode(mistake.picture)))
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory, mlflow_template: Path) -> SearchOutcome:
+    home = tmp_path_factory.mktemp("searched")
+    copy_database(mlflow_template, home / "mlflow.db")
+    return run_search("digits", home=home, trials=1, epochs=3, workers=1)
+
+
+def test_the_winner_of_a_search_knows_how_sure_it_may_be(tmp_path: Path, searched: SearchOutcome) -> None:
+    outcome, home = searched, searched.home
     model = hpo.load_best("digits", home=home)
     test = load(tmp_path).test.open()
 
@@ -100,6 +129,56 @@ def test_the_winner_of_a_search_knows_how_sure_it_may_be(tmp_path: Path, home: P
         model.predict_sets(test.inputs, coverage=0.85)
     with pytest.raises(UsageError, match="intervals are for a task of the kind regression"):
         model.predict_intervals(test.inputs)
+
+
+def test_the_report_shows_the_mistakes_it_is_most_sure_of_and_the_card_how_sure_it_may_be(
+    searched: SearchOutcome,
+) -> None:
+    home = searched.home
+    images, targets = load(home).test.open().batch(slice(None))
+    study = Study.load(read_storage(home, None), "digits")
+    winner = find_winner(study)
+
+    mistakes = find_mistakes(study, winner)
+
+    probabilities = [mistake.probability for mistake in mistakes]
+    assert probabilities == sorted(probabilities, reverse=True)
+    model = hpo.load_best("digits", home=home)
+    for mistake in mistakes:
+        assert mistake.truth == model.classes[targets[mistake.example]] != mistake.answer
+        assert (np.asarray(picture_of(mistake)) == images[mistake.example, 0].numpy()).all()
+    page = report_page(study)
+    assert page.count('<figure><img src="data:image/png;base64,') == len(mistakes) == 12
+    card = model_card(study, load_objective("digits"), winner.trial)
+    before, after = winner.certainty["calibration_error"]
+    assert f"Expected calibration error on the test split: {before:.4f} before, {after:.4f} after." in card
+    counts = winner.confusion["counts"]
+    assert f"| **3** | {' | '.join(map(str, counts[3]))} |" in card
+    assert "were not calibrated" not in card
+
+
+def test_mistakes_of_texts_are_texts_and_large_photos_become_small() -> None:
+    logits, targets = torch.tensor([[0.0, 2.0], [3.0, 0.0], [0.0, 9.0]]), torch.tensor([0, 1, 1])
+    test = SealedSplit(lambda: Split(logits, targets), 3, lambda rows: [f"text {row}" for row in rows.tolist()])
+    photos = torch.zeros(3, 3, 200, 100, dtype=torch.uint8)
+
+    sure, other = worst_mistakes(logits, targets, inputs=logits, test=test, classes=("a", "b"))
+    small, _ = worst_mistakes(logits, targets, inputs=photos, test=test, classes=("a", "b"))
+
+    assert (sure.example, sure.truth, sure.answer, sure.text, sure.picture) == (1, "b", "a", "text 1", None)
+    assert sure.probability == pytest.approx(1 / (1 + math.exp(-3)))
+    assert (other.example, other.truth, other.answer) == (0, "a", "b")
+    assert picture_of(small).size == (32, 64)
+
+
+def test_photos_that_stay_in_a_file_become_pictures_too(tmp_path: Path) -> None:
+    (tmp_path / "photos").write_bytes(bytes(range(4 * 3 * 2 * 2)))
+    photos = MappedImages(tmp_path / "photos", 4, (3, 2, 2), torch.tensor([3, 1]))
+    test = SealedSplit(lambda: Split(photos, None), 2)
+
+    (mistake,) = worst_mistakes(torch.eye(2), torch.tensor([0, 0]), inputs=photos, test=test, classes=("a", "b"))
+
+    assert np.asarray(picture_of(mistake))[0, 0].tolist() == [12, 16, 20]
 
 
 def test_a_model_that_was_not_tested_says_that_it_does_not_know() -> None:

@@ -17,9 +17,9 @@ from torch import nn
 
 import hpo
 from hpo.config import Direction, TrainConfig
-from hpo.data.examples import Split
 from hpo.errors import UsageError
 from hpo.execution.observer import Observer
+from hpo.objective import NOTHING_OWN
 from hpo.records import SearchOutcome, TrialRecord, TrialState
 from hpo.search.confirmation import Plan, Race, find_plan
 from hpo.search.settings import StudySettings
@@ -363,22 +363,23 @@ def test_what_was_cross_validated_is_confirmed_too(task: Path, home: Path) -> No
 # --- how sure a test score is -----------------------------------------------------------------------------------------
 
 
-class AsGiven(nn.Module):
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return inputs
-
-
 def test_the_interval_of_an_accuracy_is_wilsons_and_of_others_a_bootstraps() -> None:
     targets = torch.arange(40) % 2
     outputs = nn.functional.one_hot(torch.where(torch.arange(40) < 36, targets, 1 - targets), 2).float()
-    split, spec = Split(outputs, targets), of_classes(2)
+    given: dict[str, Any] = {
+        "num_examples": 40,
+        "spec": of_classes(2),
+        "target_scale": 1.0,
+        "own": NOTHING_OWN,
+        "seed": 0,
+    }
     config = TrainConfig(metric="accuracy")
 
-    found = score_interval(AsGiven(), config, split, spec=spec, target_scale=1.0, seed=0)
+    found = score_interval((outputs, targets), config, **given)
 
     expected = binomtest(36, 40).proportion_ci(method="wilson")
     assert found == pytest.approx((expected.low, expected.high), abs=1e-4)
     by_f1 = replace(config, metric="f1")
-    low, high = score_interval(AsGiven(), by_f1, split, spec=spec, target_scale=1.0, seed=0)
+    low, high = score_interval((outputs, targets), by_f1, **given)
     assert 0.75 < low < 0.9 < high < 1.0
-    assert (low, high) == score_interval(AsGiven(), by_f1, split, spec=spec, target_scale=1.0, seed=0)
+    assert (low, high) == score_interval((outputs, targets), by_f1, **given)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from importlib.metadata import files, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ import pytest
 import torch
 from helpers.homes import copy_database
 from hpo.objectives.digits import load as load_digits
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from torch import nn
 
 from hpo.data.examples import Dataset, SealedSplit, Split
@@ -66,12 +70,11 @@ def test_each_format_equals_the_checkpoint_in_a_process_without_hpo(exports: dic
 
 STRANGER = """
 import importlib.util, json, sys
-sys.path.append(sys.argv[1])
 assert importlib.util.find_spec("hpo") is None and importlib.util.find_spec("objectives") is None
 sys.addaudithook(lambda event, _: sys.exit(f"it uses {event}") if event == "socket.connect" else None)
 import numpy as np, onnxruntime, torch, mlflow.pyfunc
 from safetensors.torch import load_file
-folders, images = json.loads(sys.argv[2]), np.load(sys.argv[3])
+folders, images = json.loads(sys.argv[1]), np.load(sys.argv[2])
 classes = json.load(open(folders["pt2"] + "/signature.json"))["classes"]
 def named(logits): return [classes[index] for index in np.asarray(logits).argmax(1)]
 print(json.dumps({
@@ -83,19 +86,43 @@ print(json.dumps({
 """
 
 
+def make_environment(folder: Path) -> Path:
+    """The Python of a new virtual environment with MLflow's small package, onnxruntime and PyTorch; without hpo.
+
+    PyTorch is not installed again, which would take gigabytes: what it consists of and needs is linked.
+    """
+    uv = shutil.which("uv")
+    assert uv, "these tests need uv: pip install uv"
+    python = folder / "bin" / "python"
+    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, str(folder)], check=True)
+    pinned = [f"{name}=={version(name)}" for name in ("mlflow-skinny", "pandas", "onnxruntime", "safetensors")]
+    subprocess.run([uv, "pip", "install", "--quiet", "--python", str(python), *pinned], check=True)
+    site, ours = next((folder / "lib").glob("python*/site-packages")), Path(torch.__file__).parent.parent
+    for name in {path.parts[0] for package in needed_by("torch") for path in files(package)} - {"..", "__pycache__"}:
+        if not (site / name).exists():
+            (site / name).symlink_to(ours / name)
+    return python
+
+
+def needed_by(package: str, known: frozenset[str] = frozenset()) -> frozenset[str]:
+    """An installed package and what it requires here, directly or not."""
+    known |= {package}
+    for line in requires(package) or []:
+        requirement = Requirement(line)
+        name = canonicalize_name(requirement.name)
+        if name not in known and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+            known |= needed_by(name, known)
+    return known
+
+
 def test_a_stranger_loads_every_format_and_predicts(exports: dict[str, Export], searched: Path, tmp_path: Path) -> None:
     from hpo.deploy.load import load_best
 
     model, images = load_best("digits", home=searched), load_digits(Path()).train.inputs[:5]
     np.save(tmp_path / "images.npy", images.numpy())
     folders = json.dumps({name: str(done.folder) for name, done in exports.items()})
-    # All that is installed here but hpo; without the module `site`, which would read what makes it importable.
-    site = tmp_path / "site"
-    site.mkdir()
-    for entry in Path(torch.__file__).parent.parent.iterdir():
-        if "hpo" not in entry.name and entry.suffix != ".pth":
-            (site / entry.name).symlink_to(entry)
-    command = [sys.executable, "-ISB", "-c", STRANGER, str(site), folders, str(tmp_path / "images.npy")]
+    python = make_environment(tmp_path / "venv")
+    command = [str(python), "-IB", "-c", STRANGER, folders, str(tmp_path / "images.npy")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
     predicted = json.loads(done.stdout.splitlines()[-1])

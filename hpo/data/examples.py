@@ -172,9 +172,12 @@ class SealedSplit:
     Before that only its size is visible; `times_opened` lets a test check this.
     """
 
-    def __init__(self, read: Callable[[], Split], size: int) -> None:
+    def __init__(
+        self, read: Callable[[], Split], size: int, texts: Callable[[Tensor], list[str]] | None = None
+    ) -> None:
         self._read = read
         self._size = size
+        self._texts = texts
         self.times_opened = 0
 
     def __len__(self) -> int:
@@ -184,6 +187,10 @@ class SealedSplit:
         """The examples. Only the final report of a study calls this."""
         self.times_opened += 1
         return self._read()
+
+    def texts(self, rows: Tensor) -> list[str] | None:
+        """Some examples by row (M,) int64 as a person reads them; None where they are tensors from the beginning."""
+        return self._texts(rows) if self._texts else None
 
     def count_known(self, fingerprints: Collection[bytes]) -> int:
         """Number of examples whose fingerprint is among these. The split stays sealed."""
@@ -230,7 +237,14 @@ class Dataset:
         preprocessing = spec.preprocessing
         if self.raw is None or preprocessing is None:
             return self.test
-        return SealedSplit(lambda: self._encode(self.test.open(), preprocessing), len(self.test))
+        raw = self.raw
+
+        def texts(rows: Tensor) -> list[str]:
+            inputs = self.test.open().inputs
+            assert isinstance(inputs, Tensor), "they are row numbers"
+            return raw.texts(inputs[rows], preprocessing)
+
+        return SealedSplit(lambda: self._encode(self.test.open(), preprocessing), len(self.test), texts)
 
     def _encode(self, split: Split, preprocessing: Preprocessing) -> Split:
         assert self.raw is not None, "there are raw examples"

@@ -50,6 +50,11 @@ class Preprocessing(ABC):
     def vocabulary(self) -> Any:
         """How many different integers the tensors may hold, as `Dataset` takes it."""
 
+    @property
+    @abstractmethod
+    def raw_columns(self) -> list[str]:
+        """The columns of a data frame that it reads."""
+
     @abstractmethod
     def describe(self) -> str:
         """What was found, in one line."""
@@ -92,6 +97,14 @@ class RawExamples:
 
     def encode(self, rows: Tensor, preprocessing: Preprocessing) -> Examples:
         return preprocessing.encode(self.frame.iloc[rows.numpy()])
+
+    def texts(self, rows: Tensor, preprocessing: Preprocessing) -> list[str]:
+        """Some examples for a person to read: a text as it is, a row as `column: value, ...`."""
+        names = preprocessing.raw_columns
+        some = self.frame.iloc[rows.numpy()][names].to_dict("records")
+        if len(names) == 1:
+            return [str(row[names[0]]) for row in some]
+        return [", ".join(f"{name}: {value}" for name, value in row.items()) for row in some]
 
     def content(self, rows: Tensor) -> Iterable[bytes]:
         """What a checksum of these rows is made of."""

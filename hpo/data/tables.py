@@ -105,6 +105,10 @@ class TablePreprocessing(Preprocessing):
         return pd.concat([read_rows(path) for path in paths], ignore_index=True)
 
     @property
+    def raw_columns(self) -> list[str]:
+        return [column.name for column in self.columns]
+
+    @property
     def vocabulary(self) -> dict[str, tuple[int, ...]]:
         sizes = tuple(len(each.categories) + 2 for each in self.columns if each.kind == "category")
         return {"categories": sizes} if sizes else {}

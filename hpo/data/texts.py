@@ -87,6 +87,10 @@ class TextPreprocessing(Preprocessing):
         return [_read_text(path) for path in paths]
 
     @property
+    def raw_columns(self) -> list[str]:
+        return [self.column]
+
+    @property
     def vocabulary(self) -> int:
         return int(self._tokenizer.get_vocab_size())
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.search.findings import findings
 from hpo.search.importances import importances
-from hpo.search.winner import find_winner
+from hpo.search.winner import find_mistakes, find_winner
 
 if TYPE_CHECKING:
-    from hpo.records import TrialRecord, TrialState, Winner
+    from hpo.records import Mistake, TrialRecord, TrialState, Winner
     from hpo.search.findings import Finding
     from hpo.search.importances import Importances
     from hpo.search.settings import StudySettings
@@ -32,6 +32,8 @@ class Content:
     """Finished trials that were asked for."""
     is_done: bool
     winner: Winner | None
+    mistakes: list[Mistake]
+    """The test examples that the winner is most sure of and wrong about."""
     race: dict[str, Any] | None
     """How the confirmation stands, as plain data."""
     importances: Importances
@@ -43,7 +45,7 @@ class Content:
 
     @classmethod
     def of(cls, study: Study, *, made_with: list[str], command: str | None) -> Content:
-        race = study.race
+        race, winner = study.race, find_winner(study)
         return cls(
             study=study.name,
             settings=study.settings,
@@ -52,7 +54,8 @@ class Content:
             counts=study.counts(),
             num_trials=study.num_trials,
             is_done=study.is_done,
-            winner=find_winner(study),
+            winner=winner,
+            mistakes=find_mistakes(study, winner) if winner else [],
             race=race.to_dict() if race.contenders and study.has_searched else None,
             importances=importances(study),
             findings=findings(study),

@@ -20,11 +20,13 @@ from hpo.space import describe_conditions, format_value
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from hpo.records import Winner
+    from hpo.records import Mistake, Winner
     from hpo.report.content import Content
 
 MAX_ROWS = 200
 """Trials in the table, the best first."""
+
+_MAX_TEXT = 400
 
 
 def draw_page(content: Content, *, refresh_s: int | None = None) -> str:
@@ -92,6 +94,8 @@ def _sections(content: Content, drawn: dict[str, Figure]) -> Iterator[str]:
     if figure := figures.plot_confusion(content):
         drawn["confusion"] = figure
         yield section("Confusion matrix of the test split", place("confusion"))
+    if content.mistakes:
+        yield section("Most confident mistakes on the test split", _mistakes(content.mistakes))
     yield section("Trials", _trials(content))
     yield section("How to reproduce it", _reproduce(content))
 
@@ -237,6 +241,27 @@ def _cells(trial: TrialRecord, names: Sequence[str]) -> list[str]:
     cells = [str(trial.number), trial.state, value, str(trial.best_epoch or ""), escape(trial.stage)]
     active = {name: value for name, value in trial.values.items() if name not in trial.inactive}
     return [*cells, *(escape(short(active[name])) if name in active else "" for name in names)]
+
+
+def _mistakes(mistakes: Sequence[Mistake]) -> str:
+    """What the best model is most sure of and wrong about, as pictures or texts."""
+    pictures = []
+    for mistake in mistakes:
+        said = (
+            f"example {mistake.example}: <b>{escape(mistake.truth)}</b> taken for <b>{escape(mistake.answer)}</b> "
+            f"({mistake.probability:.1%})"
+        )
+        shown = f"<blockquote>{escape(_cut(mistake.text))}</blockquote>" if mistake.text else ""
+        if mistake.picture:
+            named = escape(f"{mistake.truth} taken for {mistake.answer}", quote=True)
+            shown = f'<img src="data:image/png;base64,{mistake.picture}" alt="{named}">'
+        pictures.append(f"<figure>{shown}<figcaption>{said}</figcaption></figure>")
+    is_text = any(mistake.text for mistake in mistakes)
+    return f'<div class="{"texts" if is_text else "pictures"}">{"".join(pictures)}</div>'
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]} ..."
 
 
 def _reproduce(content: Content) -> str:

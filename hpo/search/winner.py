@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hpo.config import METRICS
-from hpo.records import Certainty, Comparison, Winner, describe_pruning
+from hpo.records import Certainty, Comparison, Mistake, Winner, describe_pruning
 from hpo.search.confirmation import best_repeat
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ TEST_INTERVALS = "test_intervals"
 CERTAINTIES = "certainties"
 REFITS = "refits"
 TEST_CONFUSIONS = "test_confusions"
+TEST_MISTAKES = "test_mistakes"
 COMPARISONS = "comparisons"
 BASELINES = "baselines"
 
@@ -60,6 +61,12 @@ def find_winner(study: Study) -> Winner | None:
         has_test=study.has_test,
         baselines=study.recorded(BASELINES),
     )
+
+
+def find_mistakes(study: Study, winner: Winner) -> list[Mistake]:
+    """The test examples that a tested winner is most sure of and wrong about."""
+    known = (study.recorded(TEST_MISTAKES) or {}).get(reading_of(winner.trial, is_refit=winner.is_refit))
+    return [Mistake(**plain) for plain in known or []]
 
 
 def reading_of(trial: int, *, is_refit: bool) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hpo.provenance import describe, sessions
+from hpo.records import Certainty
 from hpo.search.winner import describe_comparison, describe_confirmation, find_winner, how_far
 from hpo.space import format_value
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from hpo.objective import Objective
     from hpo.search.study import Study
@@ -26,6 +27,7 @@ def model_card(study: Study, objective: Objective, trial: int) -> str:
         "",
         *_scores(study, trial),
         "",
+        *_calibration(study, trial),
         "## Configuration",
         "",
         "| parameter | value | searched |",
@@ -39,6 +41,7 @@ def model_card(study: Study, objective: Objective, trial: int) -> str:
         "## Limits",
         "",
         *_limits(study, trial),
+        *_confusion(study, trial),  # the last, as it may be long and MLflow's registry cuts descriptions
     ]
     return "\n".join(lines) + "\n"
 
@@ -56,10 +59,53 @@ def _scores(study: Study, trial: int) -> Iterator[str]:
         yield f"- Test split: {scores}. The study has read it {winner.num_test_readings} time(s)."
     else:
         yield "- Not tested."
+    if winner.test_interval:
+        low, high = winner.test_interval
+        yield f"- 95 % interval of the test {winner.metric} over the examples: {low:.4f} to {high:.4f}."
     if winner.confirmation:
         yield f"- Confirmed: {describe_confirmation(winner)}."
+        yield from _spread(winner.confirmation)
     if winner.comparison:
         yield f"- {describe_comparison(winner)}."
+
+
+def _spread(confirmation: Mapping[str, Any]) -> Iterator[str]:
+    """A row for each configuration that was trained again."""
+    yield from ("", "| trial | in the search | mean of new seeds | standard deviation | seeds |")
+    yield "| --- | --- | --- | --- | --- |"
+    for row in confirmation["configurations"]:
+        numbers = ("-" if row[name] is None else f"{row[name]:.4f}" for name in ("searched", "mean", "std"))
+        yield f"| {row['trial']} | {' | '.join(numbers)} | {len(row['values'])} |"
+    yield ""
+
+
+def _calibration(study: Study, trial: int) -> Iterator[str]:
+    """How well it knows what it knows; nothing for a model that was not tested."""
+    winner = find_winner(study)
+    if winner is None or winner.trial != trial or not winner.certainty:
+        return
+    known = Certainty.from_dict(winner.certainty)
+    yield from ("## Calibration", "")
+    if known.temperature and known.calibration_error:
+        before, after = known.calibration_error
+        yield f"- Temperature {known.temperature:.4g}, fitted on the validation split."
+        yield f"- Expected calibration error on the test split: {before:.4f} before, {after:.4f} after."
+        yield ""
+    size_of = "classes in a set" if known.temperature else "width of the interval"
+    yield from (f"| stated coverage | covered on the test split | {size_of} |", "| --- | --- | --- |")
+    yield from (f"| {coverage:.0%} | {share:.1%} | {size:.4g} |" for coverage, (share, size) in known.found.items())
+    yield ""
+
+
+def _confusion(study: Study, trial: int) -> Iterator[str]:
+    winner = find_winner(study)
+    if winner is None or winner.trial != trial or not winner.confusion:
+        return
+    names = [name.replace("|", "\\|") for name in winner.confusion["classes"]]
+    yield from ("", "## Confusion matrix of the test split", "", "A row for each true class, a column for each answer.")
+    yield from ("", f"| | {' | '.join(names)} |", f"| --- |{' --- |' * len(names)}")
+    for name, row in zip(names, winner.confusion["counts"], strict=True):
+        yield f"| **{name}** | {' | '.join(map(str, row))} |"
 
 
 def _configuration(study: Study, trial: int) -> Iterator[str]:
@@ -87,4 +133,7 @@ def _limits(study: Study, trial: int) -> Iterator[str]:
         yield "- Its validation score is the best of several trials, so it is optimistic; the test score is not."
     if winner is not None and winner.trial == trial and winner.is_refit:
         yield "- It was trained on the validation examples too, so only the test score is its own."
-    yield "- Probabilities come from the network as they are; they were not calibrated."
+    if winner is None or winner.trial != trial or not winner.certainty:
+        yield "- Probabilities come from the network as they are; they were not calibrated."
+    elif Certainty.from_dict(winner.certainty).temperature:
+        yield "- Probabilities come from the network as they are; its logits divided by the temperature are calibrated."

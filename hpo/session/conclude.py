@@ -18,7 +18,7 @@ from hpo.errors import CheckpointError, HpoError, SearchError, StoreError, in_on
 from hpo.execution.messages import Assignment
 from hpo.execution.worker import refit
 from hpo.files import temporary_folder
-from hpo.models.preprocessed import MirrorAveraged
+from hpo.models.preprocessed import MirrorAveraged, own_of
 from hpo.plots.study import plot_confusion, plot_curves, plot_front, plot_history, plot_importances, plot_slices
 from hpo.provenance import describe as describe_provenance
 from hpo.records import ELIGIBLE, Comparison, Winner
@@ -32,6 +32,7 @@ from hpo.search.winner import (
     REFITS,
     TEST_CONFUSIONS,
     TEST_INTERVALS,
+    TEST_MISTAKES,
     TEST_READINGS,
     describe_baselines,
     describe_comparison,
@@ -45,8 +46,9 @@ from hpo.search.winner import (
 from hpo.session.report import has_plotly, report_page
 from hpo.training.certainty import has_certainty, measure_certainty
 from hpo.training.comparison import Difference, compare_folds, compare_models, score_interval
-from hpo.training.evaluation import evaluate, evaluate_classes
+from hpo.training.evaluation import evaluate, evaluate_classes, outputs_and_targets
 from hpo.training.losses import target_scale
+from hpo.training.mistakes import worst_mistakes
 from hpo.training.trained import CHECKPOINT, REFIT
 
 if TYPE_CHECKING:
@@ -150,20 +152,25 @@ def _test_scores(winner: Winner, test: SealedSplit, prepared: Prepared, opened: 
     else:
         scores = evaluate(trained.model, examples, trained.config, spec)
     assert prepared.splits is not None, "a task with a test split has others"
+    answers = outputs_and_targets(trained.model, examples, trained.config, spec.kind)
     ends = score_interval(
-        trained.model,
+        answers,
         trained.config,
-        examples,
+        num_examples=len(examples),
         spec=spec,
         target_scale=target_scale(prepared.splits.train),
+        own=own_of(trained.model),
         seed=derive_seed(study.settings.seed, "test interval"),
     )
     if all(map(math.isfinite, ends)):
         _record(study, TEST_INTERVALS, reading, ends)
     if has_certainty(spec) and not study.is_refit:  # else it has seen the validation examples
-        validation = prepared.splits.validation
-        known = measure_certainty(trained.model, validation, examples, trained.config, spec)
-        _record(study, CERTAINTIES, reading, known.to_dict())
+        known = outputs_and_targets(trained.model, prepared.splits.validation, trained.config, spec.kind)
+        certainty = measure_certainty(known, answers, is_classified=is_classified)
+        _record(study, CERTAINTIES, reading, certainty.to_dict())
+    if is_classified:
+        mistakes = worst_mistakes(*answers, inputs=examples.inputs, test=test, classes=classes)
+        _record(study, TEST_MISTAKES, reading, [asdict(mistake) for mistake in mistakes])
     if study.settings.metric != "loss":
         del scores["loss"]  # of use in training alone
     if is_classified and {"flip", "alternating_flip"} & {*augmentation_names(trained.config.augment)}:

@@ -163,9 +163,7 @@ def _raw_examples(dataset: Dataset, preprocessing: Preprocessing | None) -> pd.D
     """The first training examples as they came, in the columns that the model takes."""
     if preprocessing is None or dataset.raw is None or not isinstance(dataset.train.inputs, Tensor):
         return None
-    plain = preprocessing.to_dict()
-    names = [each["name"] for each in plain["columns"]] if "columns" in plain else [plain["column"]]
-    return dataset.raw.frame.iloc[dataset.train.inputs[:2].numpy()][names]
+    return dataset.raw.frame.iloc[dataset.train.inputs[:2].numpy()][preprocessing.raw_columns]
 
 
 def write(exporter: Exporter, exportable: Exportable, folder: Path, facts: Mapping[str, Any], card: str) -> None:

@@ -15,13 +15,9 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from hpo.models.preprocessed import in_sets
 from hpo.records import COVERAGES, Certainty
-from hpo.training.evaluation import outputs_and_targets
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from hpo.config import TrainConfig
-    from hpo.data.examples import DataSpec, Split
+    from hpo.data.examples import DataSpec
 
 _NUM_BINS = 15
 """Of the calibration error, as in Guo et al. 2017."""
@@ -36,16 +32,11 @@ def has_certainty(spec: DataSpec) -> bool:
 
 
 def measure_certainty(
-    model: nn.Module, validation: Split, test: Split, config: TrainConfig, spec: DataSpec
+    validation: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], *, is_classified: bool
 ) -> Certainty:
-    """What the validation split says of a model's certainty, and what the test split says of that.
-
-    The model is left in evaluation mode on the config's device.
-    """
-    known, asked = (outputs_and_targets(model, split, config, spec.kind) for split in (validation, test))
-    if spec.kind == "classification":
-        return _of_classes(*known, *asked)
-    return _of_numbers(*known, *asked)
+    """What outputs and targets of the validation split say of a model's certainty, and what those of the test split
+    say of that: logits (N, classes) and classes (N,), or numbers (N,) both."""
+    return (_of_classes if is_classified else _of_numbers)(*validation, *test)
 
 
 def fit_temperature(logits: Tensor, targets: Tensor) -> float:

@@ -78,17 +78,24 @@ def compare_models(
 
 
 def score_interval(
-    model: nn.Module, config: TrainConfig, split: Split, *, spec: DataSpec, target_scale: Scale, seed: int
+    answers: tuple[Any, Any],
+    config: TrainConfig,
+    *,
+    num_examples: int,
+    spec: DataSpec,
+    target_scale: Scale,
+    own: Own,
+    seed: int,
 ) -> tuple[float, float]:
-    """The 95 % interval of the config's metric on a split, over its examples.
+    """The 95 % interval of the config's metric over the examples that `answers`, outputs and targets, belong to.
 
     For accuracy and recall at k, which are shares of the examples, it is Wilson's (1927), which holds near 0 and 1 too;
     for any other metric that of a percentile bootstrap. Infinite ends mean that no resample has the metric.
     """
-    judged = _Judged.by(model, config, split, spec, target_scale, config.metric)
+    judged = _Judged(*answers, config, spec, target_scale, own, config.metric)
     if (config.metric == "accuracy" and spec.kind == "classification") or config.metric.startswith("recall_at_"):
-        return _wilson(judged.value(), len(split))
-    return _bootstrapped(judged.value, len(split), seed)
+        return _wilson(judged.value(), num_examples)
+    return _bootstrapped(judged.value, num_examples, seed)
 
 
 def _wilson(share: float, count: int) -> tuple[float, float]:
