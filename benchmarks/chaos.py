@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +97,8 @@ def torment(home: Path, options: argparse.Namespace) -> tuple[list[float], int]:
             elif victims := workers_of(process.pid):
                 victim = draw.choice(victims)
                 worker_kills.append(time.time())
-                os.kill(victim, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it has ended since it was listed
+                    os.kill(victim, signal.SIGKILL)
         if process.returncode == 0:
             return worker_kills, num_parent_kills
         if process.returncode != -signal.SIGKILL:
@@ -143,6 +145,8 @@ def judge(home: Path, options: argparse.Namespace, worker_kills: list[float], nu
     print(f"killed: {len(worker_kills)} workers, {num_parent_kills} times the search itself")
     print(f"trials: { {state: count for state, count in counts.items() if count} }, MLflow: {dict(statuses)}")
     for what, times in (("handed to a new worker", asked_s), ("trained on by it", running_s)):
+        if len(times) < 2:
+            continue
         print(
             f"from the kill until the trial was {what}: median {statistics.median(times):.3f} s, "
             f"90th percentile {statistics.quantiles(times, n=10)[-1]:.3f} s (n={len(times)})"

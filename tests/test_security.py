@@ -8,6 +8,7 @@ import http.server
 import json
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -357,6 +358,20 @@ with server.running_server(store, host="127.0.0.1", port=int(sys.argv[2])) as ru
     print(running.pid, flush=True)
     running.wait()
 """
+
+
+def test_every_line_of_the_table_of_threats_names_tests_that_exist() -> None:
+    folder = Path(__file__).parent
+    text = (folder.parent / "docs" / "security.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .*\|$", text.partition("## Threats")[2].partition("\n## ")[0], re.MULTILINE)[2:]
+    defined = {
+        name for file in folder.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+    }
+    assert len(rows) == 8
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row)
+        assert named, row
+        assert set(named) <= defined, set(named) - defined
 
 
 def group_is_gone(group: int) -> bool:

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
@@ -64,6 +65,10 @@ def test_the_ui_serves_the_store_takes_runs_and_leaves_no_process_behind(
     with ExitStack() as stack:
         group = stack.enter_context(server.running_server(store, host="127.0.0.1", port=free_port)).pid
         assert b"<title>MLflow</title>" in get(base)
+        for header in ({"Origin": "http://elsewhere.example"}, {"Host": "elsewhere.example"}):
+            page = urllib.request.Request(f"{base}/ajax-api/2.0/mlflow/runs/search", b"{}", header, method="POST")
+            with pytest.raises(urllib.error.HTTPError, match="403"):
+                urllib.request.urlopen(page, timeout=30)
         assert get(f"{base}/get-artifact?run_uuid={summary.run_id}&path=report.txt") == b"what an artifact viewer shows"
 
         remote = open_store(tmp_path / "remote", base)
