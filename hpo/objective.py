@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hpo.config import AUTO, LOSSES, METRICS, OWN, SEVERAL, Direction
-from hpo.errors import UnknownNameError, UsageError
+from hpo.errors import UnknownNameError, UsageError, in_one_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -259,8 +259,19 @@ class Objective:
             built: Callable[[Any, Any], Any] = self.loss(**keywords)
             return built
         if hasattr(self.loss, "state_dict"):
-            return deepcopy(self.loss)
+            return self._copied_loss()
         return partial(self.loss, **keywords) if keywords else self.loss
+
+    def _copied_loss(self) -> Callable[[Any, Any], Any]:
+        """A copy of the loss, whose parameters are trained, for one trial."""
+        try:
+            copied: Callable[[Any, Any], Any] = deepcopy(self.loss)  # type: ignore[assignment]
+        except Exception as error:  # whatever is in it may raise anything
+            raise UsageError(
+                f"the loss of task '{self.name}' cannot be copied for each trial: {in_one_line(error)}; give its "
+                "class, or a function, instead."
+            ) from error
+        return copied
 
     def model_parameters(self) -> set[str]:
         """Names that `model` accepts as keywords."""

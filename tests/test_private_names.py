@@ -29,7 +29,7 @@ KNOWN = {
     # autograd, the compiler, which types a CPU multiplies, and whether a tensor was changed in place.
     # The fused optimizers and the engine were run with torch 2.9.0 and 2.15.0, the oldest allowed and the newest.
     "inputs._version": 1,
-    "torch.nn.modules.batchnorm._BatchNorm": 2,
+    "torch.nn.modules.batchnorm._BatchNorm": 3,
     "nn.modules.batchnorm._BatchNorm": 1,
     "torch.nn.modules.dropout._DropoutNd": 1,
     "torch._foreach_*": 2,

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hpo.config import OWN, SEVERAL
 from hpo.data.batches import build_batches
@@ -15,7 +16,7 @@ from hpo.data.kinds import labels_of
 from hpo.data.pacing import build_growth
 from hpo.data.parts import Padded, map_tensors, tensors_of
 from hpo.errors import DataError, SpaceError, UsageError, in_one_line
-from hpo.models.preprocessed import PreprocessedModel, build_model
+from hpo.models.preprocessed import MAIN_OUTPUTS, PreprocessedModel, build_model
 from hpo.space import Choice, Value, format_value, is_same
 from hpo.task import Task
 from hpo.training.losses import training_loss
@@ -95,7 +96,12 @@ def _check_model(task: Task, splits: Splits) -> None:
     inputs, targets = splits.train.batch(slice(0, 2))
     with _blamed_on(task, "the model", "the default configuration"):
         model = build_model(task.objective, splits.spec, task.model_parameters(values), seed=0).eval()
+        other = build_model(task.objective, splits.spec, task.model_parameters(values), seed=0, pretrained=False)
         model.fit_statistics(splits.train)
+    _check_is_new(task, model, other)
+    _check_is_trained(task, model)
+    _check_sizes_of_batches(task, splits, model)
+    with _blamed_on(task, "the model", "the default configuration"):
         outputs = model(inputs)
     if config.loss != OWN:
         _check_outputs(task, splits.spec, outputs, targets, config.loss)
@@ -110,6 +116,74 @@ def _check_model(task: Task, splits: Splits) -> None:
     _check_smaller_examples(task, splits, model)
     with _blamed_on(task, "the optimizer", "the default configuration"):
         build_optimizer(model, config, model.own)
+    if 1 in _possible_values(task, "batch_size"):
+        _check_norms_of_one(task, splits, model)
+
+
+def _check_is_new(task: Task, model: PreprocessedModel, other: PreprocessedModel) -> None:
+    """Raise UsageError if two calls return models that share weights: a trial would begin with those of another."""
+    tensors = {id(tensor): name for name, tensor in _tensors(model)}
+    memory = {tensor.data_ptr() for _, tensor in _tensors(model)} - {0}  # an empty tensor has no address
+    for name, tensor in _tensors(other):
+        if id(tensor) in tensors or tensor.data_ptr() in memory:
+            raise UsageError(
+                f"two calls of the model of task '{task.objective.name}' return models that share "
+                f"{name.removeprefix('network.')}, so that a trial would begin with the weights of another: make every "
+                "layer and buffer inside the function, or copy it there with copy.deepcopy or clone."
+            )
+
+
+def _tensors(model: PreprocessedModel) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _check_is_trained(task: Task, model: PreprocessedModel) -> None:
+    parameters = list(model.parameters())
+    if any(parameter.requires_grad for parameter in parameters):
+        return
+    have = f"the {len(parameters)} parameters of the model are all frozen" if parameters else "it has no parameters"
+    raise UsageError(
+        f"the model of task '{task.objective.name}' cannot be trained: {have}; let some have requires_grad."
+    )
+
+
+def _check_sizes_of_batches(task: Task, splits: Splits, model: PreprocessedModel) -> None:
+    """Raise UsageError for a model that takes batches of one size alone, such as that of its hidden state."""
+    own_size = task.train_config(task.space.active(task.space.defaults())).batch_size
+    errors = {size: _error_with(model, splits, size) for size in (2, 3)}
+    if all(errors.values()):
+        errors[own_size] = _error_with(model, splits, own_size)
+    taken = next((size for size, error in errors.items() if error is None), None)
+    failed, error = next(((size, error) for size, error in errors.items() if error), (None, None))
+    if taken is not None and error is not None:
+        raise UsageError(
+            f"the model of task '{task.objective.name}' takes a batch of {taken} examples, but not of {failed} "
+            f"({in_one_line(error)}): batches differ in size, so let it take the size from its inputs, as in "
+            "inputs.shape[0]."
+        )
+
+
+def _check_norms_of_one(task: Task, splits: Splits, model: PreprocessedModel) -> None:
+    """Raise UsageError if batch norms, as in training, cannot take a batch of one example."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    for norm in norms:
+        norm.train()
+    if norms and (error := _error_with(model, splits, 1)):
+        raise UsageError(
+            f"the model of task '{task.objective.name}' cannot train with batch_size=1, for its batch norms need more "
+            f"than one example ({in_one_line(error)}); allow larger ones only, with -p batch_size=..., or use another "
+            "norm."
+        )
+
+
+@torch.no_grad()
+def _error_with(model: PreprocessedModel, splits: Splits, size: int) -> BaseException | None:
+    """What the model raises for a batch of this size."""
+    try:
+        model(splits.train.batch(slice(0, size))[0])
+    except (Exception, SystemExit) as error:  # a stranger's code may raise anything
+        return error
+    return None
 
 
 def _check_smaller_examples(task: Task, splits: Splits, model: PreprocessedModel) -> None:
@@ -120,7 +194,7 @@ def _check_smaller_examples(task: Task, splits: Splits, model: PreprocessedModel
             continue
         smaller, _ = growth.apply(*splits.train.batch(slice(0, 2)), epoch=1)
         size = growth.describe(1, splits.train)
-        with _blamed_on(task, "the model", f"{size}, as progressive_start={start} begins"), torch.inference_mode():
+        with _blamed_on(task, "the model", f"{size}, as progressive_start={start} begins"), torch.no_grad():
             model(smaller)
 
 
@@ -135,8 +209,8 @@ def _check_outputs(task: Task, spec: DataSpec, outputs: Any, targets: Any, loss:
     tensor = outputs.values if isinstance(outputs, Padded) and kind in ("tagging", "transcription") else outputs
     if not isinstance(tensor, torch.Tensor):
         raise UsageError(
-            f"the model of task '{name}' returns a {type(outputs).__name__}; it must return one tensor, or the task "
-            "needs a loss of its own."
+            f"the model of task '{name}' returns a {type(outputs).__name__}; it must return one tensor, or have it as "
+            f"{' or '.join(MAIN_OUTPUTS)} among its outputs, or the task needs a loss of its own."
         )
     wanted = _wanted_shape(spec, tensor, targets)
     if tuple(tensor.shape) != wanted:

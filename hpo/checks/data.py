@@ -197,7 +197,7 @@ def _check_columns(values: Tensor) -> Verdict:
     return Verdict(state="ok", text=text, data=data)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def check_normalised(subject: Subject) -> Verdict:
     """What the network itself gets, whatever stands before it."""
     seen = [_seen_by_network(subject, split) for split in (subject.splits.train, subject.splits.validation)]

@@ -24,7 +24,7 @@ HIGH_LOSS, FAR_TOO_HIGH_LOSS = 1.5, 3.0
 """The loss at initialisation, as a multiple of what a network that knows nothing has."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def check_forward(subject: Subject) -> Verdict:
     model = subject.network().eval()  # batch norms too, or examples would depend on each other
     sample = subject.small_sample()
@@ -46,7 +46,28 @@ def check_forward(subject: Subject) -> Verdict:
         if not sample.is_plain:
             advice += ", or for padding that is not masked"
         return Verdict(state="wrong", text=text, advice=advice, data=data)
+    if subject.config.loss in _LOSSES_OF_LOGITS and _are_probabilities(outputs, subject.spec.kind):
+        advice = (
+            f"the outputs are probabilities already, and {subject.config.loss} takes logits, which makes learning "
+            "slow: leave out the softmax or sigmoid at the end"
+        )
+        return Verdict(state="warning", text=text, advice=advice, data=data)
     return Verdict(state="ok", text=text, data=data)
+
+
+_LOSSES_OF_LOGITS = ("cross_entropy", "focal", "binary_cross_entropy", "dice", "ctc")
+_DIMENSION_OF_CLASSES = {"classification": 1, "segmentation": 1, "soft_labels": 1, "tagging": -1, "transcription": -1}
+
+
+def _are_probabilities(outputs: Any, kind: str) -> bool:
+    """Whether outputs are from 0 to 1 and, if an example has one of several classes, add up to 1."""
+    values, _ = values_and_lengths(outputs)
+    if not isinstance(values, torch.Tensor) or values.ndim < 2 or not ((values >= 0) & (values <= 1)).all():
+        return False
+    if kind == "multilabel":
+        return True
+    dimension = _DIMENSION_OF_CLASSES.get(kind)
+    return dimension is not None and bool(torch.allclose(values.sum(dimension), torch.ones(()), atol=1e-3))
 
 
 def _depends_on_others(model: PreprocessedModel, sample: Split, outputs: Any) -> bool:
@@ -60,7 +81,7 @@ def _depends_on_others(model: PreprocessedModel, sample: Split, outputs: Any) ->
     return not torch.allclose(alone, own, rtol=1e-2, atol=1e-2 * float(together.std()) + 1e-6)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def check_first_loss(subject: Subject) -> Verdict:
     """The loss before training against that of a network that knows nothing: ln(classes) for cross-entropy."""
     inputs, targets = subject.small_sample().batch(slice(None))

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from hpo.data.batches import num_views
 from hpo.data.datasets import Splits
 from hpo.data.kinds import labels_of
 from hpo.data.loaded import Loaded
+from hpo.models.copies import copy_of
 from hpo.models.preprocessed import PreprocessedModel, build_model
 from hpo.training.losses import LossFunction, Scale, loss_function, target_scale
 from hpo.training.precision import has_convolutions
@@ -118,7 +118,7 @@ class Subject:
 
         Batch norms take the statistics of the batch, as in training: those that they keep are of no data yet.
         """
-        model = deepcopy(self._untrained).to(self.config.device).eval()
+        model = self._copied().to(self.config.device).eval()
         if has_convolutions(model):
             model.to(memory_format=torch.channels_last)
         for module in model.modules():
@@ -126,12 +126,27 @@ class Subject:
                 module.train()
         return model
 
+    def _copied(self) -> PreprocessedModel:
+        """A copy of the network as it was built; built again if it holds what cannot be copied, such as a lock."""
+        try:
+            with torch.enable_grad():  # or a scripted module's weights would be frozen
+                return cast(PreprocessedModel, copy_of(self._untrained))
+        except TypeError:
+            model = self._built(pretrained=False)
+            model.load_state_dict(self._untrained.state_dict())
+            return model
+
     @cached_property
     def _untrained(self) -> PreprocessedModel:
-        parameters = self.task.model_parameters(self.configuration)
-        model = build_model(self.task.objective, self.splits.spec, parameters, seed=self.config.seed)
+        model = self._built(pretrained=True)
         model.fit_statistics(self.splits.train)  # of large data this takes a second
         return model
+
+    def _built(self, *, pretrained: bool) -> PreprocessedModel:
+        parameters = self.task.model_parameters(self.configuration)
+        return build_model(
+            self.task.objective, self.splits.spec, parameters, seed=self.config.seed, pretrained=pretrained
+        )
 
     def loss_of_knowing_nothing(self, targets: Batch) -> float | None:
         """What the loss is where every class has the same chance, or where the mean is predicted; None where only the

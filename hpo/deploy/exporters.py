@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hpo.errors import UsageError
+from hpo.errors import ExportError, UsageError
 from hpo.extensions import EXPORTERS, call, find_factory
 
 if TYPE_CHECKING:
@@ -129,6 +129,12 @@ def write_weights(weights: Mapping[str, Tensor], folder: Path, signature: Mappin
     """A state dict in the format of safetensors, with the signature in its metadata."""
     from safetensors.torch import save_file
 
+    plain = [name for name, value in weights.items() if not isinstance(value, torch.Tensor)]
+    if plain:
+        raise ExportError(
+            f"safetensors holds tensors alone, and {plain[0]} is a {type(weights[plain[0]]).__name__}; "
+            "use --format pt2."
+        )
     # Tensors that share their memory are written twice: the format has no place for that.
     separate = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     save_file(separate, folder / "model.safetensors", metadata={"signature": json.dumps(dict(signature))})

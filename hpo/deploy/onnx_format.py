@@ -40,7 +40,8 @@ def onnx_model(exportable: Exportable) -> Any:
         cause = error.__cause__ or error
         raise ExportError(f"the model has no ONNX graph: {in_one_line(cause)[:300]}; use --format pt2.") from error
     assert exported is not None, "without a file it returns the program"
-    if sum(tensor.nbytes for tensor in exportable.model.state_dict().values()) > 0.95 * _MAX_BYTES:
+    state = exportable.model.state_dict().values()
+    if sum(value.nbytes for value in state if isinstance(value, torch.Tensor)) > 0.95 * _MAX_BYTES:
         raise ExportError("the model has more than 2 GB of weights, which one ONNX file cannot hold; use --format pt2.")
     model = exported.model_proto
     _name_dimensions(model, exportable)

@@ -44,7 +44,7 @@ class Ensemble(nn.Module):
     def forward(self, inputs: Any) -> Tensor:
         return averaged([model(inputs) for model in self.models], list(self.trials.values()), self.spec.kind)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(self, inputs: Any) -> list[Any]:
         """The class name, or the number or numbers, of each of a batch of raw examples, in evaluation mode."""
         outputs = self(self._as_batch(inputs))
@@ -52,7 +52,7 @@ class Ensemble(nn.Module):
             return [self.classes[index] for index in outputs.argmax(1).tolist()]
         return cast(list[Any], outputs.tolist())
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def probabilities(self, inputs: Any) -> Tensor:
         """The mean probability of each class, (B, num_classes), for a batch of raw examples."""
         return cast(Tensor, self(self._as_batch(inputs)).exp())

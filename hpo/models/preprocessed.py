@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 
 from hpo.config import SEVERAL
 from hpo.data.examples import DataSpec, InputSpec, Split
@@ -88,6 +90,8 @@ class PreprocessedModel(nn.Module):
 
     def forward(self, inputs: Batch) -> Any:
         outputs = self.network(self._normalised(inputs))
+        if self.own.loss is None and self.spec.kind not in _KINDS_OF_SEVERAL_OUTPUTS:
+            outputs = _main_output(outputs)
         if self.spec.kind == "reconstruction":
             return self._restored(outputs)
         if self.spec.kind == SEVERAL and isinstance(outputs, Mapping):  # else whoever checks a task says so
@@ -196,7 +200,7 @@ class PreprocessedModel(nn.Module):
         device = self._device
         return cast("Batch", map_parts(lambda spec, each: _as_batch(each, spec, device), specs, given))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(self, inputs: Any) -> list[Any]:
         """What the model says of each of a batch of raw examples, in evaluation mode.
 
@@ -236,7 +240,7 @@ class PreprocessedModel(nn.Module):
             case _:
                 return cast(list[Any], outputs.tolist())
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def probabilities(self, inputs: Any, *, dropout_samples: int = 0) -> Tensor:
         """The probability of each class for a batch of raw examples, in evaluation mode: (B, num_classes), for masks
         (B, num_classes, H, W), for elements (B, L, num_classes). Those of several labels do not add up to 1.
@@ -265,7 +269,7 @@ class PreprocessedModel(nn.Module):
         temperature = self._require_certainty("calibrated probabilities", "classification").temperature
         assert temperature is not None, "classes have one"
         self.eval()
-        with torch.inference_mode():
+        with torch.no_grad():
             logits: Tensor = self(self.as_batch(inputs))
         return (logits / temperature).softmax(1)
 
@@ -290,7 +294,7 @@ class PreprocessedModel(nn.Module):
         """
         quantile = self._quantile("intervals", "regression", coverage)
         self.eval()
-        with torch.inference_mode():
+        with torch.no_grad():
             values = self(self.as_batch(inputs))
         return torch.stack((values - quantile, values + quantile), 1)
 
@@ -318,6 +322,25 @@ class PreprocessedModel(nn.Module):
 
 
 _KINDS_OF_NUMBERS = ("regression", "box")
+_KINDS_OF_SEVERAL_OUTPUTS = ("own", "reconstruction", SEVERAL)
+
+MAIN_OUTPUTS = ("logits", "out")
+"""The key, or attribute, of the outputs that are trained where a network returns several, as the models of transformers
+and torchvision do. Others are ignored."""
+
+
+def _main_output(outputs: Any) -> Any:
+    """The tensor among the outputs that a loss takes; all of them where it is not known, and whoever checks a task says
+    so."""
+    if isinstance(outputs, Tensor | Padded):
+        return outputs
+    of_name = outputs.get if isinstance(outputs, Mapping) else partial(_attribute, outputs)
+    found = [output for output in map(of_name, MAIN_OUTPUTS) if isinstance(output, Tensor | Padded)]
+    return found[0] if found else outputs
+
+
+def _attribute(outputs: Any, name: str) -> Any:
+    return getattr(outputs, name, None)
 
 
 def in_sets(probabilities: Tensor, quantile: float) -> Tensor:
@@ -406,8 +429,9 @@ def build_model(
 ) -> PreprocessedModel:
     """The task's model with weights that follow from the seed, on the CPU; torch's global generator is left alone.
 
-    Its statistics are those of no data: call `fit_statistics`, or load a state dict that has them. Who loads one has no
-    need of `pretrained` weights, which may have to be downloaded; DataError says where that fails.
+    Lazy layers get their weights from a batch of zeros. The statistics are those of no data: call `fit_statistics`, or
+    load a state dict that has them. Who loads one has no need of `pretrained` weights, which may have to be downloaded;
+    DataError says where that fails.
     """
     assert objective.model is not None, "the task has a model"
     with torch.random.fork_rng(devices=[]):
@@ -415,9 +439,43 @@ def build_model(
         of_loss = objective.loss_parameters() - objective.model_parameters()
         network = objective.model(spec, **{n: value for n, value in parameters.items() if n not in of_loss})
         model = PreprocessedModel(network, spec, objective.own(parameters))
+        _materialise(model)
     if pretrained and (found := find_pretrained(model)):
         found.load_pretrained()
     return model
+
+
+def _materialise(model: PreprocessedModel) -> None:
+    """Let lazy layers find out their sizes, so that weights exist before an optimizer or a checkpoint takes them.
+
+    Raises UsageError where one is not reached.
+    """
+    if not _lazy_weights(model):
+        return
+    with torch.no_grad():
+        model.eval()(_zeros(model.spec))
+    model.train()
+    if left := _lazy_weights(model):
+        raise UsageError(f"the lazy layer {left[0].removeprefix('network.')} is not used in forward: leave it out.")
+
+
+def _lazy_weights(model: nn.Module) -> list[str]:
+    return [name for name, each in (*model.named_parameters(), *model.named_buffers()) if is_lazy(each)]
+
+
+def _zeros(spec: DataSpec) -> Batch:
+    """A batch of two examples of the right types and shapes."""
+
+    def of_input(each: InputSpec) -> Tensor | Padded:
+        length = [_LENGTH] if each.is_ragged else []
+        zeros = torch.zeros(2, *length, *each.shape, dtype=getattr(torch, each.dtype))
+        return Padded(zeros, torch.full((2,), _LENGTH)) if each.is_ragged else zeros
+
+    return cast("Batch", map_parts(of_input, cast(Any, spec.inputs)))
+
+
+_LENGTH = 8
+"""Of the sequences in such a batch."""
 
 
 class _KnownStatistics:

@@ -97,7 +97,7 @@ def _latencies(model: nn.Module, exportable: Exportable) -> dict[int, float]:
     return {size: _latency(model, exportable, size) for size in LATENCY_SIZES}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _latency(model: nn.Module, exportable: Exportable, size: int) -> float:
     """Median time of a call in ms."""
     batch, _ = exportable.validation.select(slice(0, size)).in_memory().batch(slice(None))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
+from hpo.errors import UsageError, in_one_line
+from hpo.models.copies import copy_of
 from hpo.training.precision import autocast
 
 if TYPE_CHECKING:
@@ -26,14 +27,20 @@ class AveragedWeights:
     Over the steps, as an exponential moving average (Polyak and Juditsky 1992, https://doi.org/10.1137/0330046;
     exponential in Tarvainen and Valpola 2017, arXiv:1703.01780); or over the ends of the epochs from one on, all alike:
     SWA (Izmailov et al. 2018, arXiv:1803.05407). torch's AveragedModel pairs buffers by their order, which a compiled
-    step changes.
+    step changes. Raises UsageError for a model that cannot be copied.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
-        self.model = deepcopy(model)
-        # Walking a deep model for its parameters takes as long as a small layer.
-        self._parameters = list(self.model.parameters())
-        self._model_parameters = list(model.parameters())
+        try:
+            self.model = copy_of(model)
+        except TypeError as error:
+            raise UsageError(
+                f"ema_decay and swa_start average a copy of the model, which cannot be copied: {in_one_line(error)}; "
+                "make such objects in forward, or give the module a __deepcopy__."
+            ) from error
+        # Walking a deep model for its parameters takes as long as a small layer. Integers are not averaged.
+        self._parameters = [p for p in self.model.parameters() if _is_averaged(p)]
+        self._model_parameters = [p for p in model.parameters() if _is_averaged(p)]
         self.first_epoch = max(1, math.ceil(config.swa_start * config.max_epochs))
         """The first after which there is an average."""
         self._ema = get_ema_multi_avg_fn(config.ema_decay) if config.ema_decay > 0 else None  # type: ignore[no-untyped-call]
@@ -53,11 +60,28 @@ class AveragedWeights:
     def settle(self, model: nn.Module, batches: Iterable[tuple[Batch, Batch]], precision: str) -> nn.Module:
         """The averaged model, ready to be measured: with the buffers of `model`, but batch norms that have seen
         `batches` through the averaged weights. Without batch norms, `batches` are not touched."""
-        for name, buffer in self.model.named_buffers():
-            buffer.copy_(model.get_buffer(name))
+        _take_buffers(self.model, model)
         with autocast(precision, next(model.parameters()).device):
             _renew_batch_norms(self.model, batches)
         return self.model
+
+
+def _is_averaged(parameter: nn.Parameter) -> bool:
+    return parameter.is_floating_point() or parameter.is_complex()
+
+
+def _take_buffers(model: nn.Module, other: nn.Module) -> None:
+    """Give a model the buffers of another, which may have made or enlarged some since it was copied."""
+    others = dict(other.named_modules())
+    for path, module in model.named_modules():
+        for name, buffer in others[path].named_buffers(recurse=False):
+            if not hasattr(module, name):
+                continue  # it belongs to a layer that a compiled step has put in
+            own = getattr(module, name)
+            if isinstance(own, torch.Tensor) and own.shape == buffer.shape:
+                own.copy_(buffer)
+            else:
+                setattr(module, name, buffer.clone())
 
 
 def _renew_batch_norms(model: nn.Module, batches: Iterable[tuple[Batch, Batch]]) -> None:

@@ -190,7 +190,8 @@ def check_compile_mode(wanted: str, precision: str, device: str) -> None:
 
 def has_formula(step: TrainingStep) -> bool:
     """Whether the steps that come can be made by the formulas of this module: see `Formulas`."""
-    return type(step.optimizer) in _FORMULAS and step.is_plain and step.num_parts == 1 and step.precision != "fp16"
+    has_formulas = type(step.optimizer) in _FORMULAS and all(p.is_floating_point() for p in step.model.parameters())
+    return has_formulas and step.is_plain and step.num_parts == 1 and step.precision != "fp16"
 
 
 def settle_compile_mode(

@@ -31,7 +31,7 @@ def _count_parameters(model: nn.Module, example: Batch) -> float:
     return float(sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _measure_latency(model: nn.Module, example: Batch) -> float:
     from torch.utils.benchmark import Timer  # it looks for compilers, and says what it misses
 

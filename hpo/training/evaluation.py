@@ -1,4 +1,8 @@
-"""What a model makes of a split: its loss and metrics, its outputs, and the thresholds that follow from them."""
+"""What a model makes of a split: its loss and metrics, its outputs, and the thresholds that follow from them.
+
+No gradients are recorded, but torch's inference mode is not used: what a network keeps of an evaluation, such as a mask
+or positions, could not be used in the training that follows.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +65,7 @@ def _measured(model: nn.Module, split: Split, config: TrainConfig, spec: DataSpe
     return measure(model, split, config, loss, spec, own, precision="fp32")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure(
     model: nn.Module,
     split: Split,
@@ -95,7 +99,7 @@ def measure(
     return in_fitting_batches(attempt, batch_size) if ranks.size == 1 else attempt(batch_size)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def outputs_and_targets(model: nn.Module, split: Split, config: TrainConfig, kind: str) -> tuple[Any, Any]:
     """What a model, moved to the config's device and left in evaluation mode, makes of a split, and what is right.
 
@@ -113,7 +117,7 @@ def outputs_and_targets(model: nn.Module, split: Split, config: TrainConfig, kin
     return in_fitting_batches(attempt, batch_size)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def losses_of_examples(
     model: nn.Module, split: Split, config: TrainConfig, loss_function: LossFunction, kind: str
 ) -> Tensor:

@@ -39,10 +39,15 @@ def build_optimizer(model: nn.Module, config: TrainConfig, own: Own = NOTHING_OW
         "nesterov": config.nesterov and config.momentum > 0,
         "betas": (config.beta1, config.beta2),
         "eps": config.eps,
-        "fused": True,
+        "fused": _can_be_fused(groups),
     }
     built: optim.Optimizer = method.load()(groups, lr=config.lr, **{name: offered[name] for name in method.settings})
     return built
+
+
+def _can_be_fused(groups: list[dict[str, Any]]) -> bool:
+    """Whether torch's fused kernels take the parameters: they refuse complex ones."""
+    return all(parameter.is_floating_point() for group in groups for parameter in group["params"])
 
 
 def _build_own(groups: list[dict[str, Any]], config: TrainConfig, own: Own) -> optim.Optimizer:
@@ -95,9 +100,15 @@ class FusedStep:
 
     @torch.no_grad()
     def __call__(self) -> None:
-        for group, (parameters, states) in zip(self._optimizer.param_groups, self._groups, strict=True):
+        gradients = [[p.grad for p in parameters if p.grad is not None] for parameters, _ in self._groups]
+        if any(len(found) < len(parameters) for found, (parameters, _) in zip(gradients, self._groups, strict=True)):
+            self._optimizer.step()  # the model has passed over a layer in this step
+            return
+        for group, found, (parameters, states) in zip(
+            self._optimizer.param_groups, gradients, self._groups, strict=True
+        ):
             if parameters:
-                self._kernel(group, parameters, [p.grad for p in parameters if p.grad is not None], states)
+                self._kernel(group, parameters, found, states)
 
 
 def _fused_sgd(
@@ -165,15 +176,18 @@ class Lamb(optim.Optimizer):
     def _step(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:
             if not self.state[parameter]:
+                real = _as_real(parameter)
                 self.state[parameter] |= {
                     "step": torch.zeros((), dtype=torch.float64, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
+                    "exp_avg": torch.zeros_like(real),
+                    "exp_avg_sq": torch.zeros_like(real),
                 }
         steps, averages, squares = (
             [self.state[parameter][name] for parameter in parameters] for name in ("step", "exp_avg", "exp_avg_sq")
         )
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        matrices = [index for index, parameter in enumerate(parameters) if parameter.ndim > 1]
+        gradients = [_as_real(parameter.grad) for parameter in parameters if parameter.grad is not None]
+        parameters = [_as_real(parameter) for parameter in parameters]
         beta1, beta2 = group["betas"]
         torch._foreach_add_(steps, 1)
         torch._foreach_lerp_(averages, gradients, 1 - beta1)
@@ -186,23 +200,25 @@ class Lamb(optim.Optimizer):
         updates = list(torch._foreach_div(averages, (1 - beta1 ** steps[0]).float()))
         torch._foreach_div_(updates, deviations)
         torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])
-        _scale_by_trust(parameters, updates)
+        _scale_by_trust([parameters[index] for index in matrices], [updates[index] for index in matrices])
         torch._foreach_mul_(updates, group["lr"])
         torch._foreach_sub_(parameters, updates)
 
 
-def _scale_by_trust(parameters: list[Tensor], updates: list[Tensor]) -> None:
+def _as_real(tensor: Tensor) -> Tensor:
+    """Complex numbers as pairs of real ones, which share their memory."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _scale_by_trust(matrices: list[Tensor], updates: list[Tensor]) -> None:
     """Make the update of each matrix as long as its weights."""
-    matrices = [index for index, parameter in enumerate(parameters) if parameter.ndim > 1]
     if not matrices:
         return
-    weights, lengths = (
-        torch.stack(torch._foreach_norm([tensors[index] for index in matrices])) for tensors in (parameters, updates)
-    )
+    weights, lengths = (torch.stack(torch._foreach_norm(tensors)) for tensors in (matrices, updates))
     trust = weights / lengths
     # Weights or an update of 0 have no direction to be scaled: the ratio is 1 then.
     trust = torch.where(trust.isfinite() & (trust > 0), trust, 1.0)
-    torch._foreach_mul_([updates[index] for index in matrices], list(trust.unbind()))
+    torch._foreach_mul_(updates, list(trust.unbind()))
 
 
 class Muon(optim.Optimizer):
@@ -267,7 +283,7 @@ def muon_with_adamw(
     matrices, others = _split_off_matrices(groups)
     return MuonWithAdamW(
         Muon(matrices, lr, momentum=momentum, nesterov=nesterov),
-        optim.AdamW(others, lr=lr, betas=betas, eps=eps, fused=True),
+        optim.AdamW(others, lr=lr, betas=betas, eps=eps, fused=_can_be_fused(others)),
     )
 
 
@@ -328,10 +344,10 @@ def _split_off_matrices(groups: list[dict[str, Any]]) -> tuple[list[dict[str, An
     """Groups with the matrices that suit Muon, and with all else.
 
     The last matrix is the output layer's, which Muon's authors leave to AdamW, as they do the kernels of
-    convolutions here.
+    convolutions here. So are complex matrices.
     """
     decayed = groups[::2]
-    matrices = [[p for p in group["params"] if p.ndim == 2] for group in decayed]
+    matrices = [[p for p in group["params"] if p.ndim == 2 and p.is_floating_point()] for group in decayed]
     del matrices[0][-1:]
     own = {id(p) for of_group in matrices for p in of_group}
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,9 +12,12 @@ import torch
 from torch import nn
 
 from hpo.data.parts import tensors_of
+from hpo.errors import UsageError, in_one_line
 
 if TYPE_CHECKING:
     from hpo.training.losses import LossFunction
+
+_logger = logging.getLogger(__name__)
 
 Batch = tuple[Any, Any]
 
@@ -30,8 +34,12 @@ def settle_precision(wanted: str, model: nn.Module, loss_function: LossFunction,
     bound by everything else: they stay in fp32. bf16 is not always faster, even where the processor has instructions
     for it. So a few passes over what `batch` gives, examples (B, ...) with targets (B,), are timed, and the result is
     kept for the next model of the same architecture and batch. The model, its gradients and the random state are left
-    as they were. fp32 wins where bf16 gains less than 5 %.
+    as they were. fp32 wins where bf16 gains less than 5 %, and if the model does not run in bf16, which is logged.
+
+    Raises UsageError for fp16 with complex parameters, whose gradients torch cannot scale.
     """
+    if wanted == "fp16" and any(parameter.is_complex() for parameter in model.parameters()):
+        raise UsageError("--precision fp16 does not work with complex parameters; use bf16 or fp32.")
     if wanted != "auto":
         return wanted
     if not (has_convolutions(model) and _multiplies_bf16(next(model.parameters()).device)):
@@ -44,6 +52,9 @@ def settle_precision(wanted: str, model: nn.Module, loss_function: LossFunction,
             _fastest[key] = _measure_fastest(model, loss_function, inputs, targets)
         except torch.OutOfMemoryError:
             return "bf16"  # it needs half of the memory
+        except RuntimeError as error:  # an operation that does not exist in bf16, such as an FFT on a GPU
+            _logger.warning("the model does not run in bf16 and is trained in fp32: %s", in_one_line(error)[:200])
+            _fastest[key] = "fp32"
     return _fastest[key]
 
 

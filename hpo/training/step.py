@@ -250,7 +250,7 @@ def _add_l1(optimizer: Optimizer, l1: float) -> None:
     """The gradient of the lasso's penalty (Tibshirani 1996), after clipping, as the optimizers add L2."""
     for parameter in _matrices(optimizer):
         if parameter.grad is not None:
-            parameter.grad.add_(parameter.detach().sign(), alpha=l1)
+            parameter.grad.add_(parameter.detach().sgn(), alpha=l1)
 
 
 @torch.no_grad()

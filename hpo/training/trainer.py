@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -198,7 +199,8 @@ class _Run:
             device=config.device,
         )
         self.symptoms = Symptoms()
-        self.best_weights: dict[str, Tensor] | None = None
+        self.best_weights: dict[str, Any] | None = None
+        """Tensors, and what a module's `get_extra_state` returns."""
         self.has_optimizer_state = False
         """Whether the first step finds a state of the optimizer for all that is trained, so that it can be captured."""
         self.is_captured_faster: bool | None = None
@@ -384,7 +386,7 @@ class _Run:
             self.schedule.end_epoch(value)
         is_best = self.stopping.update(epoch, value)
         if is_best or (not self.is_judged and epoch == self.last_epoch):
-            self.best_weights = {name: tensor.clone() for name, tensor in candidate.state_dict().items()}
+            self.best_weights = {name: _copied(value) for name, value in candidate.state_dict().items()}
         return EpochResult(
             epoch=epoch,
             metrics=metrics,
@@ -465,6 +467,11 @@ def check_fine_tuning(model: nn.Module, config: TrainConfig) -> None:
             raise UsageError(
                 f"{name}={getattr(config, name)} is for pretrained models (hpo.models.pretrained); leave it at {off}."
             )
+
+
+def _copied(value: Any) -> Any:
+    """A copy of an entry of a state dict; plain data, if a module has a state of its own beside its tensors."""
+    return value.clone() if isinstance(value, torch.Tensor) else deepcopy(value)
 
 
 def _comparable(config: TrainConfig) -> dict[str, Any]:
