@@ -8,22 +8,38 @@ error of its own in one line. A traceback is a finding, and so is a case that ta
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import itertools
 import json
 import logging
 import random
 import signal
+import struct
 import sys
 import tempfile
 import time
 import traceback
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
+from hpo.data.datasets import split_dataset
+from hpo.data.examples import Dataset
+from hpo.data.labels import RARE
+from hpo.data.photo_files import SUFFIXES
+from hpo.data.photos import load_image_folder, read_photos
+from hpo.data.tables import load_table
+from hpo.data.texts import load_texts
 from hpo.errors import HpoError
 from hpo.space import Choice, Float, Group, Int, Setting, Space, format_value
 
@@ -146,7 +162,12 @@ def _override(rng: random.Random) -> str:
         *("1", "0.1", "1e-3", "nan", "inf", "-1", "1e999", "9" * 400, "1_0"),
         *("sgd", "adam", "true", "none", "ä"),
     )
-    return name + rng.choice(("=", "=", "=", "", "==")) + "".join(rng.choices(pieces, k=rng.randint(0, 5)))
+    if rng.random() < 0.5:
+        return name + rng.choice(("=", "=", "=", "", "==")) + "".join(rng.choices(pieces, k=rng.randint(0, 5)))
+    right = {"lr": ("1e-3:1e-1", "0.1", "1,0.1"), "depth": ("2", "3:5", "4,4"), "optimizer": ("sgd,adam", "adam")}
+    name = rng.choice(list(right))
+    text = rng.choice(right[name])
+    return f"{name}={text[: rng.randint(1, len(text))]}{rng.choice((*[''] * 5, *pieces))}"
 
 
 @door
@@ -165,6 +186,154 @@ def overrides(rng: random.Random, folder: Path) -> None:
     else:
         narrowed = space.narrow([_override(rng) for _ in range(rng.randint(1, 3))])
         assert Space.from_dict(narrowed.to_dict()).to_dict() == narrowed.to_dict()
+
+
+# --- Doors: files
+
+_WORDS = (
+    *("1", "2", "0.5", "nan", "-inf", "1e999", "9" * 30, "2026-01-31"),
+    *("", " ", "?", "ä", "\ufeff", "\x00", '"', "'", "a\nb", "x" * 300),
+    *("ash", "beech", "true", "../../etc/passwd", "1.png"),
+)
+
+
+def _csv(rng: random.Random, columns: list[str], *, num_rows: int) -> bytes:
+    """A table that is nearly right: some values, the encoding, the quotes or the ends of lines are not."""
+    delimiter = rng.choice((",", ",", ";", "\t", "|"))
+    oddness = rng.choice((0.0, 0.02, 0.3))
+    lines = [delimiter.join(columns)]
+    for row in range(num_rows):
+        values = [str(row % 7), rng.choice(("ash", "beech")), f"{row / 3:.2f}", "a text about trees"][: len(columns)]
+        values += ["1"] * (len(columns) - len(values))
+        lines.append(delimiter.join(rng.choice(_WORDS) if rng.random() < oddness else value for value in values))
+        if rng.random() < oddness / 10:
+            lines[-1] += delimiter + "more"
+    text = rng.choice(("\n", "\n", "\r\n", "\r")).join(lines)
+    content = text.encode(rng.choice(("utf-8", "utf-8", "utf-8-sig", "utf-16", "latin-1")), errors="replace")
+    return _damaged(rng, content) if rng.random() < 0.4 else content
+
+
+def _damaged(rng: random.Random, content: bytes) -> bytes:
+    """Bits flipped, cut off, a piece of it doubled, or nothing but noise."""
+    match rng.randrange(5):
+        case 0:
+            return content[: rng.randrange(len(content) + 1)]
+        case 1:
+            return rng.randbytes(rng.randrange(2000))
+        case 2:
+            start = rng.randrange(len(content) + 1)
+            return content[:start] + content[start // 2 :]
+        case _:
+            flipped = bytearray(content)
+            for _ in range(rng.choice((1, 1, 10, 100))):
+                if flipped:
+                    flipped[rng.randrange(len(flipped))] ^= 1 << rng.randrange(8)
+            return bytes(flipped)
+
+
+def _use(dataset: Dataset) -> None:
+    """What a search does with its data first."""
+    split_dataset(dataset, seed=0)
+    dataset.test.open()
+
+
+@door
+def tables(rng: random.Random, folder: Path) -> None:
+    """CSV files for the task `table`, and options that do not fit them."""
+    columns = ["number", "tree", "height", "text"][: rng.randint(1, 4)] + (["tree"] if rng.random() < 0.1 else [])
+    file = folder / rng.choice(("t.csv", "t.csv", "t.csv", "t.csv", "t.tsv", "t.parquet"))
+    file.write_bytes(_csv(rng, columns, num_rows=rng.choice((40, 40, 40, 5, 1, 0))))
+    _use(
+        load_table(
+            file,
+            label=rng.choice(("tree", "tree", "number", "height", rng.choice(columns), "x")),
+            kind=rng.choice(("auto", "auto", "class", "number")),
+            ignore=rng.choice(("", "", "number", "x")),
+            categories=rng.choice(("", "", "height")),
+            rare=rng.choice(RARE),
+        )
+    )
+
+
+@door
+def texts(rng: random.Random, folder: Path) -> None:
+    """CSV files and folders for the task `text_folder`."""
+    if rng.random() < 0.5:
+        (folder / "t.csv").write_bytes(
+            _csv(rng, ["number", "label", "height", "text"], num_rows=rng.choice((1, 5, 40)))
+        )
+    else:
+        for name in rng.sample(("ash", "beech", "train", "test", "__MACOSX"), rng.randint(1, 4)):
+            (folder / name).mkdir()
+            for index in range(rng.randrange(4)):
+                content = " ".join(rng.choices(_WORDS, k=5)).encode()
+                (folder / name / f"{index}.txt").write_bytes(content if rng.random() < 0.7 else _damaged(rng, content))
+    _use(
+        load_texts(folder, rare=rng.choice(RARE), vocabulary=rng.choice((50, 50, 1, 0)), max_length=rng.choice((1, 20)))
+    )
+
+
+@door
+def photo_labels(rng: random.Random, folder: Path) -> None:
+    """`labels.csv` beside sound photos."""
+    for index in range(12):
+        Image.new("L", (8, 8), 20 * index).save(folder / f"{index}.png")
+    lines = ["file,tree,height"] + [f"{index}.png,{'ash' if index % 2 else 'beech'},{index / 3}" for index in range(12)]
+    for _ in range(rng.randrange(3)):
+        row = rng.randrange(len(lines))
+        cells = lines[row].split(",")
+        cells[rng.randrange(3)] = rng.choice(_WORDS)
+        lines[row] = ",".join(cells)
+    content = "\n".join(lines).encode()
+    (folder / "labels.csv").write_bytes(_damaged(rng, content) if rng.random() < 0.3 else content)
+    label = rng.choice(("", "tree", "height", "tree,height", "x"))
+    _use(load_image_folder(folder, side=8, label=label, kind=rng.choice(("auto", "class", "number")), rare="drop"))
+
+
+@cache
+def _sound_photos() -> dict[str, bytes]:
+    """Photos of each format and mode by ending, some kilobytes each."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 4)).astype(np.uint8)
+    found = {}
+    for suffix, mode in itertools.product(("jpg", "png", "webp", "bmp", "tif"), ("RGB", "L", "P", "RGBA", "I;16", "F")):
+        image = Image.fromarray(pixels)
+        if mode in ("I;16", "F"):
+            values = pixels[..., 0].astype(np.uint16 if mode == "I;16" else np.float32)
+            image = Image.fromarray(values * 257 if mode == "I;16" else values / 255)
+        else:
+            image = image.convert("RGB" if mode == "P" else mode).convert(mode)
+        with contextlib.suppress(OSError):  # not every format takes each mode
+            image.save(buffer := io.BytesIO(), {"jpg": "jpeg", "tif": "tiff"}.get(suffix, suffix))
+            found[f"{mode.replace(';', '')}.{suffix}"] = buffer.getvalue()
+    return found
+
+
+def _bomb(rng: random.Random) -> bytes:
+    """A PNG of a few bytes whose header says that it is huge."""
+    side = rng.choice((20_000, 100_000, 2**31 - 1, 0))
+    header = struct.pack(">IIBBBBB", side, side, rng.choice((1, 8, 16)), rng.choice((0, 2, 3, 6)), 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(100_000))), (b"IEND", b""))
+    chunks = (
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@door
+def images(rng: random.Random, folder: Path) -> None:
+    """Photos with flipped bits, cut at a kilobyte, that unpack into gigabytes, or that are something else."""
+    name, content = rng.choice(list(_sound_photos().items()))
+    match rng.randrange(4):
+        case 0:
+            content = content[: 1024 * rng.randrange(1 + len(content) // 1024)]
+        case 1:
+            content = _bomb(rng)
+        case _:
+            content = _damaged(rng, content)
+    file = folder / (name if rng.random() < 0.8 else f"photo.{rng.choice(SUFFIXES).strip('.')}")
+    file.write_bytes(content)
+    photos = read_photos([file], side=16)
+    assert photos.shape == (1, 3, 16, 16)
 
 
 # --- The command

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from hpo import Dataset
 
 
-def load(data_dir: Path, *, label: str = "", kind: str = "auto") -> Dataset:
+def load(data_dir: Path, *, label: str = "", kind: str = "auto", rare: str = "refuse") -> Dataset:
     from hpo import load_image_folder
 
-    return load_image_folder(data_dir, label=label, kind=kind)
+    return load_image_folder(data_dir, label=label, kind=kind, rare=rare)
 
 
 objective = Objective(

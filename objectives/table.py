@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from hpo import Dataset
 
 
-def load(data_dir: Path, *, label: str, kind: str = "auto", ignore: str = "", categories: str = "") -> Dataset:
+def load(
+    data_dir: Path, *, label: str, kind: str = "auto", ignore: str = "", categories: str = "", rare: str = "refuse"
+) -> Dataset:
     from hpo import load_table
 
-    return load_table(data_dir, label=label, kind=kind, ignore=ignore, categories=categories)
+    return load_table(data_dir, label=label, kind=kind, ignore=ignore, categories=categories, rare=rare)
 
 
 objective = Objective(

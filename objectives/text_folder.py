@@ -23,11 +23,19 @@ def load(
     kind: str = "auto",
     vocabulary: int = 8000,
     max_length: int = 256,
+    rare: str = "refuse",
 ) -> Dataset:
     from hpo import load_texts
 
     return load_texts(
-        data_dir, text=text, label=label, columns=columns, kind=kind, vocabulary=vocabulary, max_length=max_length
+        data_dir,
+        text=text,
+        label=label,
+        columns=columns,
+        kind=kind,
+        vocabulary=vocabulary,
+        max_length=max_length,
+        rare=rare,
     )
 
 

@@ -143,4 +143,7 @@ def test_a_rare_class_may_be_missing_in_the_validation_split_and_is_named(caplog
 
     assert 2 in splits.train.targets
     assert 2 not in splits.validation.targets
-    assert "the validation split has no example of 'c', so nothing judges how well it is learned" in caplog.text
+    assert (
+        "the validation split has no example of 'c' (1 for training), so nothing judges how well it is learned"
+        in caplog.text
+    )

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.training import Line, line_splits, quick_config, regression_config
+from PIL import Image
 from torch import nn
 
 from hpo.data.batches import TrainingBatches
-from hpo.data.datasets import Splits
+from hpo.data.datasets import Splits, split_dataset
 from hpo.data.examples import DataSpec, Split
-from hpo.errors import UsageError
+from hpo.data.photos import load_image_folder
+from hpo.data.tables import load_table
+from hpo.data.texts import load_texts
+from hpo.errors import DataError, UnknownNameError, UsageError
 from hpo.training.trainer import fit
 
 
@@ -73,3 +78,57 @@ def test_a_regression_has_no_classes_to_balance(setting: str) -> None:
         UsageError, match=f"{setting}='balanced' is for class.* this task (has a regression|does not have)"
     ):
         next(iter(fit(Line(3), line_splits(), regression_config(**{setting: "balanced"}))))
+
+
+# --- Classes with one or two examples, in files of one's own
+
+
+def write_table(folder: Path) -> Path:
+    """Fifty rows of two classes, and one or two of three others."""
+    labels = ["ash", "beech"] * 25 + ["cedar", "elm", "elm", "fir"]
+    lines = [f"{name},{index % 7 + len(name) / 10}" for index, name in enumerate(labels)]
+    (folder / "trees.csv").write_text("\n".join(["tree,height", *lines]))
+    return folder / "trees.csv"
+
+
+def test_a_table_with_rare_classes_is_refused_with_their_names_and_what_helps(tmp_path: Path) -> None:
+    told = r"one or two rows, .*: 'cedar' \(1\), 'elm' \(2\), 'fir' \(1\)\. .* rare=drop .* or rare=train"
+    with pytest.raises(DataError, match=told):
+        load_table(write_table(tmp_path), label="tree")
+    with pytest.raises(UnknownNameError, match="no way with rare classes 'trian'; did you mean 'train'"):
+        load_table(write_table(tmp_path), label="tree", rare="trian")
+
+
+def test_rare_classes_are_left_out_of_a_table_or_of_all_but_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dropped = load_table(write_table(tmp_path), label="tree", rare="drop")
+    assert dropped.classes == ("ash", "beech")
+    assert len(dropped.train) + len(dropped.test) == 50
+    assert "left out: 'cedar' (1), 'elm' (2), 'fir' (1)" in caplog.text
+    trained = load_table(write_table(tmp_path), label="tree", rare="train")
+    assert trained.classes == ("ash", "beech", "cedar", "elm", "fir")
+    splits = split_dataset(trained, seed=0)
+    for targets in (splits.validation.targets, trained.test.open().targets):
+        assert targets.max() == 1  # type: ignore[union-attr]
+    assert splits.train.targets.bincount()[2:].tolist() == [1, 2, 1]  # type: ignore[union-attr]
+    assert "no example of 'cedar' (1 for training), 'elm' (2 for training), 'fir' (1 for training)" in caplog.text
+
+
+def test_rare_classes_of_photos_are_left_out_of_each_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for part, counts in {"train": {"ash": 4, "beech": 3, "cedar": 2}, "test": {"beech": 1, "cedar": 1}}.items():
+        for name, count in counts.items():
+            (tmp_path / part / name).mkdir(parents=True)
+            for index in range(count):
+                Image.new("L", (8, 8), index).save(tmp_path / part / name / f"{index}.png")
+    dataset = load_image_folder(tmp_path, side=8, rare="drop")
+    assert dataset.classes == ("ash", "beech")
+    assert dataset.train.targets.bincount().tolist() == [4, 3]  # type: ignore[union-attr]
+    assert dataset.test.open().targets.tolist() == [1]  # type: ignore[union-attr]
+    assert "with one or two photos are left out: 'cedar' (2)" in caplog.text
+
+
+def test_rare_classes_of_texts_are_left_out(tmp_path: Path) -> None:
+    rows = [f"{text} {index},{label}" for index in range(5) for text, label in (("a cat", "cat"), ("a dog", "dog"))]
+    (tmp_path / "t.csv").write_text("\n".join(["text,label", *rows, "an eel,eel"]))
+    assert load_texts(tmp_path, rare="drop").classes == ("cat", "dog")

@@ -23,7 +23,9 @@ from hpo.checks.table_models import BOOSTED, LINEAR, table_scores
 from hpo.cli import cli
 from hpo.data.fingerprint import data_fingerprint
 from hpo.data.parts import named_parts
+from hpo.data.rows import read_rows
 from hpo.data.tables import Column, TablePreprocessing
+from hpo.errors import DataError
 
 
 def diabetes() -> pd.DataFrame:
@@ -215,7 +217,7 @@ WRONG: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], dict[str, str], s
     "a class in one row": (
         lambda f: f.assign(target=["a"] * 200 + ["b"] * 241 + ["c"]),
         {},
-        "has the class 'c' in one row only, and each of the three splits needs one",
+        r"has classes with one or two rows, too few for three splits: 'c' \(1\)\. Join",
     ),
     "two thousand classes": (
         lambda f: pd.DataFrame({"x": range(4000), "target": [f"c{n % 2000}" for n in range(4000)]}),
@@ -295,3 +297,15 @@ def test_check_says_what_was_found_and_left_out(tmp_path: Path, home: Path) -> N
     assert "left out: patient: 282 different texts in 282 rows look like an ID or a free text; row_id:" in told
     assert "hospital:" not in told
     assert "gradient boosting 0." in told
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_a_table_is_read_in_the_encoding_that_its_first_bytes_tell(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes("naïve;größe\nä;1\nö;2\n".encode(encoding))
+    assert read_rows(tmp_path / "t.csv").to_dict("list") == {"naïve": ["ä", "ö"], "größe": ["1", "2"]}
+
+
+def test_a_table_in_another_encoding_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes("name;größe\nä;1\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"t\.csv is not a text in UTF-8 \(.* at byte \d+\); save it as UTF-8\."):
+        read_rows(tmp_path / "t.csv")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.data import LR_SPACE
@@ -105,7 +106,7 @@ LETTERS = [[row % 3, 1] for row in range(NUM)]
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     # inputs
-    "inputs of numpy": ({"inputs": FEATURES.numpy()}, "inputs must be a torch tensor, hpo.Ragged or .* not a ndarray"),
+    "inputs of texts": ({"inputs": np.array(["a"] * NUM)}, "inputs must be a torch tensor, hpo.Ragged or .* a ndarray"),
     "a list of sequences": ({"inputs": {"words": WORDS}}, "input words must be a torch tensor, hpo.Ragged"),
     "fewer inputs than targets": ({"inputs": FEATURES[:50]}, "have 50 inputs for 60 targets"),
     "one of two inputs too short": (
@@ -160,7 +161,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     # targets
     "an unknown kind": ({"given": {"kind": "clasification"}}, "did you mean 'classification'"),
-    "classes of floats": ({"targets": CLASSES.float()}, "must be the classes' indices, int64 of shape .*float32"),
+    "classes of floats": ({"targets": CLASSES + 0.5}, "must be the classes' indices, int64 of shape .*float32"),
     "a class that has no name": ({"classes": ["a", "b"]}, "targets are from 0 to 2; 2 classes have the indices from 0"),
     "one class": ({"classes": ["a"], "targets": CLASSES * 0}, "there is only the class 'a'"),
     "a class name twice": ({"classes": ["a", "b", "a"]}, "the class name 'a' is given twice"),
@@ -210,7 +211,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"targets": torch.tensor(LETTERS), "given": {"kind": "transcription"}},
         "transcriptions must be Ragged int64",
     ),
-    "targets in a list": ({"targets": CLASSES.tolist()}, "targets must be a torch tensor"),
+    "targets in a list": ({"targets": CLASSES[:, None].tolist()}, "targets must be a torch tensor"),
     "several targets with a named loss": (
         {"targets": {"one": CLASSES, "other": CLASSES}},
         "loss 'cross_entropy' does not fit data with targets of the kind own; give the Objective a loss of its own",

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hpo.config import derive_seed
-from hpo.data.examples import SAMPLE_SIZE, Dataset, DataSpec, SealedSplit, Split, Vocabulary
+from hpo.data.conversion import TargetConversion
+from hpo.data.examples import SAMPLE_SIZE, Dataset, DataSpec, SealedSplit, Split, Vocabulary, converted
 from hpo.data.kinds import strata
 from hpo.data.loaded import Loaded
 from hpo.data.mapped import MappedImages
@@ -189,6 +190,9 @@ def hold_out(
     example is numbered.
     """
     whole = Split(inputs, targets)
+    if not isinstance(inputs, Loaded):
+        convert = TargetConversion.of(targets, classes, kind)
+        whole, classes = converted(whole, convert), convert.names
     if kind == "instances" and targets is None:
         whole = Split(inputs, torch.arange(len(whole)))
     given: dict[str, Any] = {
@@ -276,9 +280,10 @@ def _require_examples(train: Split, validation: Split, spec: DataSpec) -> None:
             "there must be more, or a larger --limit."
         )
     if missing := _missing_classes(validation, spec):
+        counts = class_counts(train, spec)
         _logger.warning(
             "the validation split has no example of %s%s, so nothing judges how well %s learned.",
-            ", ".join(f"'{name}'" for name in missing[:3]),
+            ", ".join(f"'{name}' ({counts[name]} for training)" for name in missing[:3]),
             f" and {len(missing) - 3} more classes" if len(missing) > 3 else "",
             "they are" if len(missing) > 1 else "it is",
         )

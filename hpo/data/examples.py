@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hpo.config import SEVERAL
+from hpo.data.conversion import TargetConversion, convert_inputs, same_parts
 from hpo.data.kinds import infer_kind, num_outputs, require_sound_targets
 from hpo.data.loaded import Loaded
 from hpo.data.mapped import MappedImages
@@ -166,6 +167,14 @@ def _bytes_of_examples(part: Part) -> Any:
             yield np.ascontiguousarray(example).tobytes()
 
 
+def converted(split: Split, convert: TargetConversion) -> Split:
+    """The split as the trainer takes it; the split itself where nothing is to be converted."""
+    inputs = convert_inputs(split.inputs)
+    targets = convert(split.targets)
+    is_as_it_was = same_parts(inputs, split.inputs) and same_parts(targets, split.targets)
+    return split if is_as_it_was else Split(inputs, targets)
+
+
 class SealedSplit:
     """The test split: opened once, for the winner of a study.
 
@@ -191,6 +200,10 @@ class SealedSplit:
     def texts(self, rows: Tensor) -> list[str] | None:
         """Some examples by row (M,) int64 as a person reads them; None where they are tensors from the beginning."""
         return self._texts(rows) if self._texts else None
+
+    def converted(self, convert: TargetConversion) -> SealedSplit:
+        """The same split, still sealed, with targets converted as those of the training split were."""
+        return SealedSplit(lambda: converted(self._read(), convert), self._size, self._texts)
 
     def count_known(self, fingerprints: Collection[bytes]) -> int:
         """Number of examples whose fingerprint is among these. The split stays sealed."""
@@ -221,6 +234,18 @@ class Dataset:
     raw: RawExamples | None = None
     """Rows of a table or texts as they came; the inputs are then row numbers, until the examples are divided and
     `encoded` makes tensors of them."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.train, Split) or isinstance(self.train.inputs, Loaded):
+            return
+        convert = TargetConversion.of(self.train.targets, self.classes, self.kind)
+        train = converted(self.train, convert)
+        if train is self.train and not convert.first and convert.names == self.classes:
+            return
+        object.__setattr__(self, "train", train)
+        object.__setattr__(self, "classes", convert.names)
+        if isinstance(self.test, SealedSplit):
+            object.__setattr__(self, "test", self.test.converted(convert))
 
     def encoded(self, train: Split, validation: Split) -> tuple[Split, Split, DataSpec]:
         """The splits as tensors, with what a model must know: preprocessing is fitted on the training split alone."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hpo.data.values import category_texts, is_integral, numbers, texts
@@ -16,7 +18,16 @@ if TYPE_CHECKING:
     import pandas as pd
 
 KINDS = ("auto", "class", "number")
+RARE = ("refuse", "train", "drop")
+"""What becomes of classes with fewer than MIN_ROWS rows."""
+
+MIN_ROWS = 3
+"""Of a class, so that each split can have one."""
+
 MAX_CLASSES = 1000
+_NUM_NAMED = 5  # rare classes that a message names
+_logger = logging.getLogger(__name__)
+
 FEW_NUMBERS = 10
 """Different whole numbers up to which they are taken for classes."""
 
@@ -31,16 +42,20 @@ class Labels:
     """Names by index; empty for numbers."""
     described: str
     """What was found, and how to override it."""
+    kept: NDArray[np.bool_]
+    """Which rows of the column the targets are of."""
 
 
-def read_labels(values: pd.Series, what: str, kind: str, option: str) -> Labels:
-    """The labels in a column without missing values; `kind` is one of KINDS.
+def read_labels(values: pd.Series, what: str, kind: str, option: str, rare: str) -> Labels:
+    """The labels in a column without missing values; `kind` is one of KINDS, and `rare` one of RARE.
 
     Texts are classes, and so are up to FEW_NUMBERS different whole numbers. Raises DataError for a single class, for
-    more than MAX_CLASSES and for what is no number, UnknownNameError for another kind.
+    more than MAX_CLASSES, for rare classes and for what is no number, UnknownNameError for another kind.
     """
     if kind not in KINDS:
         raise UnknownNameError("kind of label", kind, KINDS, "(--data-option kind=...)")
+    if rare not in RARE:
+        raise UnknownNameError("way with rare classes", rare, RARE, "(--data-option rare=...)")
     told = texts(values)
     measured = numbers(told)
     is_measured = not np.isnan(measured).any()
@@ -53,20 +68,47 @@ def read_labels(values: pd.Series, what: str, kind: str, option: str) -> Labels:
         raise DataError(f"{what} holds '{strange}', which is not a number; leave such rows out, or use kind=class.")
     if kind == "number" or (kind == "auto" and looks_like_number):
         why = "" if kind == "number" else "; --data-option kind=class overrides this"
-        return Labels(torch.from_numpy(measured.astype(np.float32)), (), f"a number{why}")
+        targets = torch.from_numpy(measured.astype(np.float32))
+        return Labels(targets, (), f"a number{why}", np.ones(len(targets), dtype=bool))
     names = category_texts(values)
     classes = sorted(names.unique(), key=lambda name: (len(name), name) if is_measured else (0, name))
     if len(classes) > MAX_CLASSES:
         advice = f"kind=number, or another column as {option}=..." if is_measured else f"another column as {option}=..."
         raise DataError(f"{what} has {len(classes)} classes, more than {MAX_CLASSES}; use --data-option {advice}.")
-    rare, count = names.value_counts().index[-1], int(names.value_counts().iloc[-1])
-    if count < 3:
-        raise DataError(
-            f"{what} has the class '{rare}' in {'one row' if count == 1 else 'two rows'} only, and each of the three "
-            "splits needs one; leave it out or join it with another."
-        )
+    kept = _without_rare(names, what, rare)
+    names = names[kept]
+    there = set(names)
+    classes = [name for name in classes if name in there]
     why = "; --data-option kind=number overrides this" if is_measured and kind == "auto" else ""
     index = {name: number for number, name in enumerate(classes)}
-    return Labels(
-        torch.tensor(names.map(index).to_numpy(dtype=np.int64)), tuple(classes), f"{len(classes)} classes{why}"
-    )
+    targets = torch.tensor(names.map(index).to_numpy(dtype=np.int64))
+    return Labels(targets, tuple(classes), f"{len(classes)} classes{why}", kept)
+
+
+def _without_rare(names: pd.Series, what: str, rare: str) -> NDArray[np.bool_]:
+    """Which rows are used (N,). Raises DataError for classes with fewer than MIN_ROWS rows, if nothing is said of them.
+
+    Divided in proportion, a class with one or two examples has all of them in the training split.
+    """
+    counts = names.value_counts()
+    few = counts[counts < MIN_ROWS].sort_index()
+    kept = np.ones(len(names), dtype=bool)
+    if not len(few):
+        return kept
+    listed = ", ".join(f"'{name}' ({count})" for name, count in few.head(_NUM_NAMED).items())
+    listed += f" and {len(few) - _NUM_NAMED} more" if len(few) > _NUM_NAMED else ""
+    if rare == "refuse":
+        raise DataError(
+            f"{what} has classes with one or two rows, too few for three splits: {listed}. Join them with others, or "
+            "say --data-option rare=drop to leave them out, or rare=train to only train on them."
+        )
+    _logger.warning(
+        "%s has classes with one or two rows, which are %s: %s.",
+        what, "left out" if rare == "drop" else "in the training split alone", listed,
+    )  # fmt: skip
+    if rare == "train":
+        return kept
+    if len(counts) - len(few) < 2:
+        raise DataError(f"{what} has fewer than two classes without those of one or two rows ({listed}).")
+    kept[names.isin(few.index).to_numpy(dtype=bool)] = False
+    return kept

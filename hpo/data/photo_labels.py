@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpo.data.labels import read_labels
+from hpo.data.labels import MIN_ROWS, read_labels
 from hpo.data.rows import read_rows, require_columns, split_names
 from hpo.data.values import numbers, texts
 from hpo.errors import DataError
@@ -35,11 +35,12 @@ class LabelledPhotos:
     classes: tuple[str, ...]
 
 
-def read_photo_labels(data_dir: Path, label: str, kind: str) -> LabelledPhotos:
+def read_photo_labels(data_dir: Path, label: str, kind: str, rare: str) -> LabelledPhotos:
     """The photos in the first column of `labels.csv`, and the columns that `label` names; empty for all others.
 
     Several columns of 0 and 1 are labels that a photo can have at once, and several other ones numbers; a single column
-    is a class or a number, as `kind` says or else as it looks. Raises DataError or UnknownNameError.
+    is a class or a number, as `kind` says or else as it looks; `rare` is what `read_labels` takes. Raises DataError or
+    UnknownNameError.
     """
     file = data_dir / LABELS
     frame = read_rows(file)
@@ -49,13 +50,14 @@ def read_photo_labels(data_dir: Path, label: str, kind: str) -> LabelledPhotos:
         raise DataError(f"{file} must have a column of file names and one or more of labels, but has {first} alone.")
     require_columns(frame, chosen, "label", file)
     paths = [data_dir / str(name) for name in frame[first]]
-    if missing := [path for path in paths if not path.is_file()]:
+    if missing := [path for path in paths if not _is_file(path)]:
         raise DataError(
-            f"{file} names {missing[0].name}, which is not in {data_dir}; {len(missing)} photos are missing."
+            f"{file} names {missing[0].name[:100]!r}, which is not in {data_dir}; {len(missing)} photos are missing."
         )
     if len(chosen) == 1:
         _require_values(frame, chosen, file)
-        labels = read_labels(frame[chosen[0]], f"column '{chosen[0]}' of {file}", kind, "label")
+        labels = read_labels(frame[chosen[0]], f"column '{chosen[0]}' of {file}", kind, "label", rare)
+        paths = [path for path, is_kept in zip(paths, labels.kept, strict=True) if is_kept]
         return LabelledPhotos(paths, labels.targets, labels.classes)
     if kind != "auto":
         raise DataError(
@@ -64,9 +66,19 @@ def read_photo_labels(data_dir: Path, label: str, kind: str) -> LabelledPhotos:
     values = _numbers_in(frame, chosen, file)
     is_binary = bool(np.isin(values, (0, 1)).all())
     targets = torch.tensor(values, dtype=torch.int64 if is_binary else torch.float32)
-    if is_binary and (rare := [name for name, count in zip(chosen, values.sum(0), strict=True) if count < 3]):
-        raise DataError(f"{file}: fewer than three photos have the label '{rare[0]}'; leave it out of label=.")
+    if is_binary and (few := [(name, int(n)) for name, n in zip(chosen, values.sum(0), strict=True) if n < MIN_ROWS]):
+        listed = ", ".join(f"'{name}' ({count})" for name, count in few)
+        raise DataError(
+            f"{file}: fewer than three photos have the label{'s' * (len(few) > 1)} {listed}; leave it out of label=."
+        )
     return LabelledPhotos(paths, targets, tuple(chosen) if is_binary else ())
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or no name at all
+        return False
 
 
 def _numbers_in(frame: pd.DataFrame, names: list[str], file: Path) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:

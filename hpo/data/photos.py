@@ -17,7 +17,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from functools import cached_property
@@ -33,10 +33,11 @@ from torch import Tensor
 
 from hpo.data.datasets import hold_out
 from hpo.data.examples import Dataset, SealedSplit, Split
+from hpo.data.labels import MIN_ROWS, RARE
 from hpo.data.mapped import MappedImages
 from hpo.data.photo_files import SUFFIXES, Original, files_below, folders_in, open_photo
 from hpo.data.photo_labels import LABELS, read_photo_labels
-from hpo.errors import DataError
+from hpo.errors import DataError, UnknownNameError
 from hpo.files import allocate, write_atomically
 from hpo.machine import num_cores
 
@@ -53,20 +54,25 @@ _CACHE = "hpo-cache"
 _NUM_NAMED = 5  # damaged files that a message names
 
 
-def load_image_folder(data_dir: Path, side: int = SIDE, *, label: str = "", kind: str = "auto") -> Dataset:
+def load_image_folder(
+    data_dir: Path, side: int = SIDE, *, label: str = "", kind: str = "auto", rare: str = "refuse"
+) -> Dataset:
     """The photos of a folder with a folder for each class, (N, 3, side, side) uint8; the classes are sorted by name.
 
     If the folder has a `labels.csv`, that says what each photo shows; `label` names the columns that are learned, and
     `kind` whether a single one is a "class" or a "number". Pixels of more than 8 bits are scaled by the range of their
     type, and what is transparent shows white. Hidden folders, folders of the system and, below a class, thumbnails are
-    passed over. Photos that are damaged, or of pixels without a known range, are left out, and named in a warning each
-    time. Raises DataError where more than MAX_DAMAGED of them are, and where there are fewer than two classes or a
-    class without photos.
+    passed over. With `rare="drop"` classes with one or two photos are left out; in a table "refuse" and "train" do
+    what they do in `load_table`. Photos that are damaged, or of pixels without a known range, are left out, and named
+    in a warning each time. Raises DataError where more than MAX_DAMAGED of them are, and where there are fewer than two
+    classes or a class without photos.
     """
     if (data_dir / LABELS).is_file():
-        return _with_labels_in_a_table(data_dir, side, label, kind)
+        return _with_labels_in_a_table(data_dir, side, label, kind, rare)
     if label:
         raise DataError(f"label={label} names a column, but {data_dir / LABELS} is missing; put it there, or omit it.")
+    if rare not in RARE:
+        raise UnknownNameError("way with rare classes", rare, RARE, "(--data-option rare=...)")
     train_folders, test_folder = _find_splits(data_dir)
     classes = sorted({folder.name for parent in train_folders for folder in _folders(parent)})
     if len(classes) < 2:
@@ -75,9 +81,12 @@ def load_image_folder(data_dir: Path, side: int = SIDE, *, label: str = "", kind
             f"{len(classes) or 'none'}; name the right folder with --data-dir."
         )
     photos = [photo for parent in train_folders for photo in _list_photos(parent, classes)]
+    all_classes = classes
+    if rare == "drop":
+        classes, photos = _without_rare(data_dir, classes, photos)
     num_train = len(photos)
     if test_folder:
-        photos += _list_photos(test_folder, classes)
+        photos += _list_photos(test_folder, classes, left_out=set(all_classes) - set(classes))
     _require_all_classes(data_dir, photos[:num_train], classes)
     album = _Album(data_dir, [path for path, _ in photos], side)
     sound = album.open()
@@ -92,8 +101,8 @@ def load_image_folder(data_dir: Path, side: int = SIDE, *, label: str = "", kind
     return Dataset(split(train), SealedSplit(lambda: split(test), len(test)), tuple(classes))
 
 
-def _with_labels_in_a_table(data_dir: Path, side: int, label: str, kind: str) -> Dataset:
-    photos = read_photo_labels(data_dir, label, kind)
+def _with_labels_in_a_table(data_dir: Path, side: int, label: str, kind: str, rare: str) -> Dataset:
+    photos = read_photo_labels(data_dir, label, kind, rare)
     album = _Album(data_dir, photos.paths, side)
     sound = album.open()
     return hold_out(album.images(sound), photos.targets[sound], photos.classes)
@@ -130,10 +139,12 @@ def _folders(parent: Path) -> list[Path]:
     return list(folders_in(parent, besides=(_CACHE,)))
 
 
-def _list_photos(parent: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
+def _list_photos(parent: Path, classes: Sequence[str], left_out: Collection[str] = ()) -> list[tuple[Path, int]]:
     """Every photo below `parent/<class>/` with the index of its class, by name."""
     photos, num_others, passed_over = [], 0, Counter[str]()
     for folder in _folders(parent):
+        if folder.name in left_out:
+            continue
         if folder.name not in classes:
             raise DataError(f"{folder} is not a class of the training photos; they have {', '.join(classes)}.")
         label = classes.index(folder.name)
@@ -151,6 +162,19 @@ def _list_photos(parent: Path, classes: Sequence[str]) -> list[tuple[Path, int]]
             passed_over.total(), parent, listed,
         )  # fmt: skip
     return photos
+
+
+def _without_rare(
+    data_dir: Path, classes: Sequence[str], photos: Sequence[tuple[Path, int]]
+) -> tuple[list[str], list[tuple[Path, int]]]:
+    """The classes that have at least MIN_ROWS photos, and their photos."""
+    counts = Counter(label for _, label in photos)
+    kept = [label for label in range(len(classes)) if counts[label] >= MIN_ROWS]
+    if few := [f"'{name}' ({counts[label]})" for label, name in enumerate(classes) if label not in kept]:
+        logger.warning("classes in %s with one or two photos are left out: %s.", data_dir, ", ".join(few))
+    if len(kept) < 2:
+        raise DataError(f"{data_dir} has fewer than two classes with {MIN_ROWS} photos; omit rare=drop.")
+    return [classes[label] for label in kept], [(path, kept.index(label)) for path, label in photos if label in kept]
 
 
 def _require_all_classes(data_dir: Path, photos: Sequence[tuple[Path, int]], classes: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING
 from hpo.errors import DataError, in_one_line
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
+    from numpy.typing import NDArray
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
 DELIMITERS = (",", ";", "\t", "|")
@@ -59,16 +62,29 @@ def read_rows(path: Path, *, names: Sequence[str] | None = None) -> pd.DataFrame
                 keep_default_na=False,
                 header=0 if names is None else None,
                 names=None if names is None else list(names),
-                encoding="utf-8-sig",
+                encoding=encoding_of(path),
                 quoting=3 if path.suffix.lower() == ".tsv" else 0,  # tabs need no quotes, and texts have some
             )
     except ImportError as error:
         raise DataError(f"{path} needs the library pyarrow: pip install pyarrow, or save it as a CSV.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not a text in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8."
+        ) from error
     except Exception as error:  # a stranger's file: its reader may raise anything
         raise DataError(f"{path} cannot be read ({in_one_line(error)}); it must be {_listed(SUFFIXES)}.") from error
     if not len(frame):
         raise DataError(f"{path} holds no rows; it must have a line with the names of the columns, and rows.")
     return frame.set_axis([str(name) for name in frame.columns], axis=1)
+
+
+def encoding_of(path: Path) -> str:
+    """The encoding that a file's first bytes tell, UTF-8 without them: Excel's "Unicode text" is UTF-16."""
+    with path.open("rb") as file:
+        first = file.read(4)
+    if first.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    return "utf-16" if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 def require_columns(frame: pd.DataFrame, names: Sequence[str], option: str, source: object) -> None:
@@ -97,10 +113,15 @@ def without_empty(frame: pd.DataFrame, is_empty: Sequence[bool], what: str, sour
     return frame[~empty]
 
 
+def kept_rows(frame: pd.DataFrame, kept: NDArray[np.bool_], num_train: int | None) -> tuple[pd.DataFrame, int | None]:
+    """The rows that are kept, and how many of them are among the first `num_train`."""
+    return frame[kept].reset_index(drop=True), None if num_train is None else int(kept[:num_train].sum())
+
+
 def _delimiter(path: Path) -> str:
     if path.suffix.lower() == ".tsv":
         return "\t"
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open(encoding=encoding_of(path)) as file:
         first = file.readline()
     return max(DELIMITERS, key=first.count)  # the first of them where there is none
 

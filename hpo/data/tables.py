@@ -20,7 +20,7 @@ from hpo.data.datasets import hold_out
 from hpo.data.examples import Dataset, SealedSplit, Split
 from hpo.data.labels import read_labels
 from hpo.data.preprocessing import IGNORED, Preprocessing, RawExamples
-from hpo.data.rows import find_tables, read_rows, require_columns, split_names, without_empty
+from hpo.data.rows import find_tables, kept_rows, read_rows, require_columns, split_names, without_empty
 from hpo.data.values import category_texts, days, encode_table, is_integral, numbers, texts
 from hpo.errors import DataError, UsageError
 
@@ -140,12 +140,15 @@ class TablePreprocessing(Preprocessing):
         return cls(columns, tuple((name, why) for name, why in plain["not_used"]), plain["label"])
 
 
-def load_table(data_dir: Path, *, label: str, kind: str = "auto", ignore: str = "", categories: str = "") -> Dataset:
+def load_table(
+    data_dir: Path, *, label: str, kind: str = "auto", ignore: str = "", categories: str = "", rare: str = "refuse"
+) -> Dataset:
     """The rows of a CSV or Parquet file, or of `train` and `test` in a folder; without a test file a fifth is held out.
 
     `label` names the column to predict: a class, or a number; `kind` ("class", "number") overrides what its values look
     like. `ignore` and `categories` name columns, separated by commas, that are left out and that are categories
-    although they look like numbers. Raises DataError or UnknownNameError for what cannot be learned.
+    although they look like numbers. `rare` says what becomes of classes with one or two rows: "refuse", "train" (only
+    train on them) or "drop". Raises DataError or UnknownNameError for what cannot be learned.
     """
     file, test_file = find_tables(data_dir, "table")
     ignored, named = split_names(ignore), split_names(categories)
@@ -154,14 +157,15 @@ def load_table(data_dir: Path, *, label: str, kind: str = "auto", ignore: str = 
     require_columns(frame, named, "categories", file)
     test = _labelled(read_rows(test_file), test_file, label) if test_file else None
     together = frame if test is None else _joined(frame, test, file)
-    labels = read_labels(together[label], f"column '{label}'", kind, "label")
+    labels = read_labels(together[label], f"column '{label}'", kind, "label", rare)
+    together, num_train = kept_rows(together, labels.kept, len(frame))
     fit = partial(
         TablePreprocessing.fit, label=label, ignore=ignored, categories=named, described=f"{label}: {labels.described}"
     )
     raw, rows = RawExamples(together, fit), torch.arange(len(together))
     if test is None:
         return hold_out(rows, labels.targets, labels.classes, raw=raw)
-    train, tested = (Split(rows[part], labels.targets[part]) for part in (slice(len(frame)), slice(len(frame), None)))
+    train, tested = (Split(rows[part], labels.targets[part]) for part in (slice(num_train), slice(num_train, None)))
     return Dataset(train, SealedSplit(lambda: tested, len(tested)), labels.classes, raw=raw)
 
 

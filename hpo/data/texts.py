@@ -25,7 +25,7 @@ from hpo.data.labels import read_labels
 from hpo.data.parts import Ragged
 from hpo.data.photo_files import files_below, folders_in
 from hpo.data.preprocessing import Preprocessing, RawExamples
-from hpo.data.rows import find_tables, read_rows, require_columns, split_names, without_empty
+from hpo.data.rows import encoding_of, find_tables, kept_rows, read_rows, require_columns, split_names, without_empty
 from hpo.data.values import texts
 from hpo.errors import DataError, UsageError
 
@@ -138,12 +138,14 @@ def load_texts(
     kind: str = "auto",
     vocabulary: int = 8000,
     max_length: int = 256,
+    rare: str = "refuse",
 ) -> Dataset:
     """Texts in a folder for each class, or in the columns `text` and `label` of a table.
 
     `columns` names the columns of a table that has no line with their names, separated by commas.
     `kind` is "class" or "number" if the label is not what it looks like; `vocabulary` is the largest number of tokens,
-    and a text is cut after `max_length` of them. Raises DataError or UnknownNameError for what cannot be learned.
+    and a text is cut after `max_length` of them. `rare` says what becomes of classes with one or two texts: "refuse",
+    "train" (only train on them) or "drop". Raises DataError or UnknownNameError for what cannot be learned.
     """
     _require_library()
     for name, value in (("vocabulary", vocabulary), ("max_length", max_length)):
@@ -151,7 +153,8 @@ def load_texts(
             raise UsageError(f"--data-option {name}={value} is not allowed: it must be at least 1.")
     frame, num_train = _read_folder(data_dir) if _has_folders(data_dir) else _read_table(data_dir, text, label, columns)
     column, label = (TEXT, LABEL) if _has_folders(data_dir) else (text, label)
-    labels = read_labels(frame[label], f"column '{label}'", kind, "label")
+    labels = read_labels(frame[label], f"column '{label}'", kind, "label", rare)
+    frame, num_train = kept_rows(frame, labels.kept, num_train)
     fit = partial(
         TextPreprocessing.fit,
         column=column,
@@ -216,8 +219,8 @@ def _texts_in(parent: Path) -> list[tuple[str, str]]:
 
 def _read_text(path: Path) -> str:
     try:
-        told = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        told = path.read_text(encoding=encoding_of(path))
+    except (OSError, UnicodeError) as error:
         raise DataError(f"{path} cannot be read ({error}); it must be a text in UTF-8.") from error
     if not told.strip():
         raise DataError(f"{path} is empty; leave it out.")

@@ -18,7 +18,7 @@ from hpo.data.parts import Ragged
 from hpo.data.photo_files import SUFFIXES, files_below, open_photo
 from hpo.data.photos import read_photos
 from hpo.data.rows import SUFFIXES as TABLES
-from hpo.data.rows import read_rows
+from hpo.data.rows import encoding_of, read_rows
 from hpo.errors import DataError, UsageError, in_one_line
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _read_raw(preprocessing: Preprocessing, file: Path) -> _Examples:
 
 def _lines(file: Path) -> list[Any]:
     try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        return [json.loads(line) for line in file.read_text(encoding=encoding_of(file)).splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read: {in_one_line(error)}") from error
 
