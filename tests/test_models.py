@@ -158,6 +158,19 @@ def test_dropblock_drops_squares() -> None:
     assert 0.03 < dropped.mean() < 0.2
 
 
+@pytest.mark.parametrize("width", [16, 32])
+def test_a_shortcut_is_a_strided_convolution_and_has_no_stride_of_its_own_with_few_channels(width: int) -> None:
+    block = ConvNet(IMAGES, width=width, norm="none").features[2]
+    inputs = torch.randn(2, width // 4, 8, 8)
+    seen: list[Tensor] = []
+    block.shortcut.register_forward_hook(lambda layer, inputs, outputs: seen.append(outputs))
+    block(inputs)
+    torch.testing.assert_close(
+        seen[0], functional.conv2d(inputs, block.shortcut[0].weight, block.shortcut[0].bias, stride=2)
+    )
+    assert block.shortcut[0].stride == ((1, 1) if width // 4 < 8 else (2, 2)), "oneDNN would write past its memory"
+
+
 def test_a_block_is_skipped_the_more_often_the_deeper_it_is() -> None:
     torch.manual_seed(0)
     model = ConvNet(IMAGES, width=16, blocks=2, stochastic_depth=0.8)
