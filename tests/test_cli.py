@@ -94,7 +94,7 @@ BROKEN_FILES |= {
     + "from hpo import Split\n"
     + "def floats(data_dir):\n"
     + "    data = load(data_dir)\n"
-    + "    return dataclasses.replace(data, train=Split(data.train.inputs, data.train.targets.float()))\n"
+    + "    return dataclasses.replace(data, train=Split(data.train.inputs, data.train.targets + 0.5))\n"
     + "objective = Objective(**given | {'load': floats})",
     "own_loss.py": MINE + "objective = Objective(**given, loss=max)",
     "own_test.py": MINE
@@ -121,9 +121,9 @@ BROKEN_FILES |= {
     "tuples.py": MINE
     + "def pair(spec):\n"
     + "    from torch import nn\n"
-    + "    class Pair(nn.Module):\n"
+    + "    class Pair(nn.Linear):\n"
     + "        def forward(self, inputs): return inputs, inputs\n"
-    + "    return Pair()\n"
+    + "    return Pair(64, 10)\n"
     + "objective = Objective(**given | {'model': pair, 'space': Space(Group('g', lr=Float(0.1, 1, default=0.1)))})",
     "quits.py": MINE
     + "import sys\n"

@@ -337,6 +337,7 @@ def test_a_server_cannot_have_files_written_outside_of_the_download(tmp_path: Pa
 HEALTHY_WITH_A_CHILD = """
 import http.server, os, sys
 os.fork()
+print("Uvicorn running on this port", flush=True)
 class Healthy(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
