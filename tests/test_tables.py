@@ -259,7 +259,10 @@ def test_a_table_that_cannot_be_learned_is_told_in_one_line(case: str, tmp_path:
     [
         (lambda folder: folder / "gone.csv", "there is no file .*gone.csv; name a .csv, .tsv or .parquet file with"),
         (lambda folder: folder, "holds no .csv, .tsv or .parquet file; name the one for task 'table'"),
-        (lambda folder: (folder / "a.csv").write_bytes(b"a,b\n1,\xff\xfe\n") and folder, "a.csv cannot be read"),
+        (
+            lambda folder: (folder / "a.csv").write_bytes(b"a,b\n1,\xff\xfe\n") and folder,
+            "a.csv is not a text in UTF-8 .* save it as UTF-8",
+        ),
         (lambda folder: (folder / "a.parquet").write_bytes(b"PAR") and folder, "a.parquet cannot be read"),
         (lambda folder: (folder / "a.csv").write_text("a,b\n1,2\n1,2,3\n") and folder, "a.csv cannot be read"),
         (lambda folder: (folder / "a.csv").touch() or folder, "a.csv cannot be read .*No columns to parse"),
