@@ -7,6 +7,7 @@ import logging
 import pickle
 import re
 import signal
+import urllib.request
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,7 @@ class Touch:
 def test_damaged_or_missing_data_are_named_and_nothing_is_written(
     tmp_path: Path, content: bytes | None, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(urllib.request, "_opener", None)  # or later downloads of this process use the proxy, too
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # there is no network
     raw = tmp_path / "data" / "FashionMNIST" / "raw"

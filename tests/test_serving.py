@@ -113,6 +113,7 @@ def test_the_logged_model_is_its_runs_with_signature_example_requirements_and_ca
     }
 
 
+@pytest.mark.xdist_group("contest")  # one after the other
 @pytest.mark.parametrize(
     ("promote", "value", "protocol", "is_champion", "why"),
     [
