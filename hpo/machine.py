@@ -80,7 +80,7 @@ def _physical_memory() -> int:
 
 
 def num_oom_kills() -> int:
-    """Processes that the kernel has killed for want of memory in this container, or on this machine; 0 if unknown."""
+    """Processes killed because memory ran out, in this container or on this machine; 0 if unknown."""
     files = [folder / name for folder in _control_groups("memory") for name in ("memory.events", "memory.oom_control")]
     for file in (*files, _VMSTAT):
         for line in _read(file).splitlines():

@@ -27,7 +27,7 @@ Conditions = Mapping[str, Value]
 """A value, or a tuple of values of which one must hold, by the name of a choice."""
 
 LARGEST_INT = 2**53
-"""Whole numbers up to it are told apart when they are stored as real numbers."""
+"""The largest whole number up to which all of them stay distinct when they are stored as real numbers."""
 
 _MISSING: Any = object()
 _MAX_SHOWN = 100  # characters of a value in a message

@@ -33,9 +33,10 @@ from torch import Tensor
 
 from hpo.data.datasets import hold_out
 from hpo.data.examples import Dataset, SealedSplit, Split
+from hpo.data.folders import files_below, folders_in
 from hpo.data.labels import MIN_ROWS, RARE
 from hpo.data.mapped import MappedImages
-from hpo.data.photo_files import SUFFIXES, Original, files_below, folders_in, open_photo
+from hpo.data.photo_files import SUFFIXES, Original, open_photo
 from hpo.data.photo_labels import LABELS, read_photo_labels
 from hpo.errors import DataError, UnknownNameError
 from hpo.files import allocate, write_atomically

@@ -21,9 +21,9 @@ import torch
 
 from hpo.data.datasets import hold_out
 from hpo.data.examples import Dataset, SealedSplit, Split
+from hpo.data.folders import files_below, folders_in
 from hpo.data.labels import read_labels
 from hpo.data.parts import Ragged
-from hpo.data.photo_files import files_below, folders_in
 from hpo.data.preprocessing import Preprocessing, RawExamples
 from hpo.data.rows import encoding_of, find_tables, kept_rows, read_rows, require_columns, split_names, without_empty
 from hpo.data.values import texts

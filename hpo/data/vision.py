@@ -31,7 +31,8 @@ from torchvision.datasets import CIFAR10, FashionMNIST
 
 from hpo.data.cache import cached_split, ensure_converted
 from hpo.data.examples import Dataset, SealedSplit, Split
-from hpo.data.photo_files import folders_in, is_hidden, open_photo
+from hpo.data.folders import folders_in, is_hidden
+from hpo.data.photo_files import open_photo
 from hpo.errors import DataError
 
 logger = logging.getLogger(__name__)

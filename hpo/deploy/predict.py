@@ -13,9 +13,10 @@ import torch
 from PIL import ImageOps
 
 from hpo.data.examples import InputSpec
+from hpo.data.folders import files_below
 from hpo.data.kinds import OF_CLASSES
 from hpo.data.parts import Ragged
-from hpo.data.photo_files import SUFFIXES, files_below, open_photo
+from hpo.data.photo_files import SUFFIXES, open_photo
 from hpo.data.photos import read_photos
 from hpo.data.rows import SUFFIXES as TABLES
 from hpo.data.rows import encoding_of, read_rows

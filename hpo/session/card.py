@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from hpo.objective import Objective
+    from hpo.records import Winner
     from hpo.search.study import Study
 
 
 def model_card(study: Study, objective: Objective, trial: int) -> str:
     """Markdown: task, data, scores, configuration, how it was found, and limits."""
+    best = find_winner(study)
+    winner = best if best and best.trial == trial else None
     lines = [
         f"# {objective.name}: trial {trial} of study {study.name}",
         "",
@@ -25,9 +28,9 @@ def model_card(study: Study, objective: Objective, trial: int) -> str:
         "",
         "## Scores",
         "",
-        *_scores(study, trial),
+        *_scores(study, trial, winner),
         "",
-        *_calibration(study, trial),
+        *_calibration(winner),
         "## Configuration",
         "",
         "| parameter | value | searched |",
@@ -40,18 +43,18 @@ def model_card(study: Study, objective: Objective, trial: int) -> str:
         "",
         "## Limits",
         "",
-        *_limits(study, trial),
-        *_confusion(study, trial),  # the last, as it may be long and MLflow's registry cuts descriptions
+        *_limits(study, winner),
+        *_confusion(winner),  # the last, as it may be long and MLflow's registry cuts descriptions
     ]
     return "\n".join(lines) + "\n"
 
 
-def _scores(study: Study, trial: int) -> Iterator[str]:
-    record, winner, settings = study.trial(trial), find_winner(study), study.settings
+def _scores(study: Study, trial: int, winner: Winner | None) -> Iterator[str]:
+    record, settings = study.trial(trial), study.settings
     judged = f"the mean of {settings.folds} folds" if settings.folds else "on the validation split"
     pruned = how_far(record, settings)
     yield f"- {settings.metric} {record.value:.4f} {judged}{f', {pruned}' if pruned else ''}."
-    if winner is None or winner.trial != trial:
+    if winner is None:
         yield "- It is not the winner of its study, and was not tested."
         return
     if winner.test:
@@ -79,10 +82,9 @@ def _spread(confirmation: Mapping[str, Any]) -> Iterator[str]:
     yield ""
 
 
-def _calibration(study: Study, trial: int) -> Iterator[str]:
+def _calibration(winner: Winner | None) -> Iterator[str]:
     """How well it knows what it knows; nothing for a model that was not tested."""
-    winner = find_winner(study)
-    if winner is None or winner.trial != trial or not winner.certainty:
+    if winner is None or not winner.certainty:
         return
     known = Certainty.from_dict(winner.certainty)
     yield from ("## Calibration", "")
@@ -97,9 +99,8 @@ def _calibration(study: Study, trial: int) -> Iterator[str]:
     yield ""
 
 
-def _confusion(study: Study, trial: int) -> Iterator[str]:
-    winner = find_winner(study)
-    if winner is None or winner.trial != trial or not winner.confusion:
+def _confusion(winner: Winner | None) -> Iterator[str]:
+    if winner is None or not winner.confusion:
         return
     names = [name.replace("|", "\\|") for name in winner.confusion["classes"]]
     yield from ("", "## Confusion matrix of the test split", "", "A row for each true class, a column for each answer.")
@@ -126,14 +127,13 @@ def _origin(study: Study) -> Iterator[str]:
     yield from (f"- {line}." for line in describe(study))
 
 
-def _limits(study: Study, trial: int) -> Iterator[str]:
+def _limits(study: Study, winner: Winner | None) -> Iterator[str]:
     yield "- It knows what its training data show, and nothing says how it does on data from elsewhere."
-    winner = find_winner(study)
-    if winner is not None and winner.trial == trial and not winner.confirmation and len(study.trials()) > 1:
+    if winner is not None and not winner.confirmation and len(study.trials()) > 1:
         yield "- Its validation score is the best of several trials, so it is optimistic; the test score is not."
-    if winner is not None and winner.trial == trial and winner.is_refit:
+    if winner is not None and winner.is_refit:
         yield "- It was trained on the validation examples too, so only the test score is its own."
-    if winner is None or winner.trial != trial or not winner.certainty:
+    if winner is None or not winner.certainty:
         yield "- Probabilities come from the network as they are; they were not calibrated."
     elif Certainty.from_dict(winner.certainty).temperature:
         yield "- Probabilities come from the network as they are; its logits divided by the temperature are calibrated."

@@ -84,6 +84,7 @@ class FusedStep:
             (parameters, [optimizer.state.get(p, {}) for p in parameters])
             for parameters in (group["params"] for group in optimizer.param_groups)
         ]
+        self._num_parameters = sum(len(parameters) for parameters, _ in self._groups)
 
     @staticmethod
     def suits(optimizer: optim.Optimizer) -> bool:
@@ -101,7 +102,7 @@ class FusedStep:
     @torch.no_grad()
     def __call__(self) -> None:
         gradients = [[p.grad for p in parameters if p.grad is not None] for parameters, _ in self._groups]
-        if any(len(found) < len(parameters) for found, (parameters, _) in zip(gradients, self._groups, strict=True)):
+        if sum(map(len, gradients)) < self._num_parameters:
             self._optimizer.step()  # the model has passed over a layer in this step
             return
         for group, found, (parameters, states) in zip(
