@@ -46,9 +46,9 @@ def test_a_unet_finds_pasted_clothes() -> None:
     metrics = EpochMetrics(splits.spec, "cpu")
     metrics.update(naive, splits.validation.targets, torch.zeros(()))
 
-    reached = trained(task, splits, {"batch_size": 16, "lr": 1e-2}, max_epochs=6)
+    reached = trained(task, splits, {"batch_size": 8, "lr": 1e-2, "width": 8, "loss": "dice"}, max_epochs=6)
     assert metrics.compute()["mean_iou"] < 0.1
-    assert reached > 0.12, reached
+    assert reached > 0.2, reached
     assert dataset.test.times_opened == 0
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 PATIENCE_S = 120.0  # until a condition that must come true counts as missed, on a busy machine
-GONE_WITHIN_S = 5.0  # the promise, of a machine that has nothing else to do
+GONE_WITHIN_S = 10.0  # twice the promise, which is of a machine that has nothing else to do
 STOPPING = "stopping after the current epoch; press Ctrl-C again to stop now"
 
 
