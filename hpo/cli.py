@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hpo import __version__
-from hpo.errors import HpoError, UsageError
+from hpo.errors import HpoError, UsageError, visible
 from hpo.machine import escape_what_streams_lack, has_cpu_quota, num_cores, require_supported_system
 from hpo.session.options import (
     Declaration,
@@ -676,7 +676,7 @@ def main() -> None:
 
 
 def _fail(message: str, exit_code: int) -> None:
-    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    click.echo(f"Error: {visible(' '.join(message.split()))}", err=True)  # click lists choices in lines of their own
     sys.exit(exit_code)
 
 

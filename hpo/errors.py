@@ -21,9 +21,12 @@ from difflib import get_close_matches
 
 
 class HpoError(Exception):
-    """Something expected went wrong; the message is one line for the user."""
+    """Something expected went wrong; the message is one line for the user, whatever names it quotes."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
 
 
 class UsageError(HpoError, ValueError):
@@ -87,8 +90,13 @@ class SearchError(HpoError):
     """The search had to stop before it was complete."""
 
 
+def visible(text: str) -> str:
+    """Text with escapes, as Python writes them, for what a terminal would obey or not show: line breaks, colours."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+
+
 def in_one_line(error: BaseException) -> str:
     """What an error says, with the name of its type where it is not one of ours."""
     if isinstance(error, HpoError):
         return str(error)
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{type(error).__name__}: {visible(' '.join(str(error).split()))}"

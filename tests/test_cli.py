@@ -301,6 +301,9 @@ BAD_INPUT = [
     ("search epochs_searched.py", "max_epochs \\(in 'budget'\\) cannot be searched; use its command-line option"),
     ("search fashion_mnist --data-dir data", "no FashionMNIST in .*data: looked for .* could not be downloaded"),
     ("space digts", "no task 'digts'; did you mean 'digits'\\?"),
+    ("space dig\n\x1b[31mits", r"no task 'dig\\n\\x1b\[31mits'"),
+    ("space digits -p d\N{LINE SEPARATOR}x=1", r"no parameter 'd\\u2028x'"),
+    ("show digits --to\x1bp", r"No such option '?--to\\x1bp'?"),
     ("space digits -p lr=9", "lr \\(in 'step size'\\): 9 is outside 0.0001:0.3"),
     ("show nothing", "no study 'nothing'"),
     ("show nothing --top 0", "Invalid value for '--top'"),
@@ -323,7 +326,7 @@ def hpo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.chdir(tmp_path)
 
     def run(line: str) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["hpo", *line.split()])
+        monkeypatch.setattr(sys, "argv", ["hpo", *line.split(" ")])
         with pytest.raises(SystemExit) as exited:
             main()
         captured = capsys.readouterr()
