@@ -351,7 +351,7 @@ def test_a_worker_that_falls_silent_is_replaced(setup: Setup, tmp_path: Path, mo
         workers.run(Assignment(number=7, model_parameters={}, config=config, folder=tmp_path))
         events: list[object] = []
         wait_until(lambda: bool(events.extend(workers.events(0.1)) or events))
-        assert events == [(7, WorkerDied("its worker was silent for 1 s"))]
+        assert events == [(7, WorkerDied("its worker was silent for 1 s", is_unexplained=False))]
         wait_until(lambda: not list(workers.events(0.1)) and workers.has_room())
         assert silent not in workers._workers
 

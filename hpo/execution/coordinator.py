@@ -23,6 +23,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import SearchError, StoreError
+from hpo.execution.deaths import Deaths
 from hpo.execution.messages import Assignment, Decision, EpochDone, TrialDone, TrialRaised
 from hpo.execution.observer import Observer, Standing
 from hpo.execution.pool import WorkerDied
@@ -43,9 +44,6 @@ if TYPE_CHECKING:
     from hpo.training.trainer import EpochResult
 
 MAX_FAILURES_IN_A_ROW = 5
-MAX_RETRIES = 3
-"""New attempts after a worker died and its trial had come no further than the time before."""
-
 _LOOK_AROUND_S = 1.0
 """Seconds between looks at what is not an event: the clock, the lease, other coordinators."""
 
@@ -96,7 +94,7 @@ class Coordinator:
         self._observer = observer
         self._trainer = trainer
         self._attempts: dict[int, _Attempt] = {}
-        self._deaths: dict[int, _Deaths] = {}
+        self._deaths = Deaths()
         self._next_adoption = 0.0
         self._failures: list[str] = []
         self.interrupted = False
@@ -234,8 +232,8 @@ class Coordinator:
             case TrialRaised(reason, trace):
                 attempt.end("failed", reason)
                 attempt.run.log_text(trace, "traceback.txt")
-            case WorkerDied(reason):
-                self._on_worker_death(attempt, reason)
+            case WorkerDied():
+                self._on_worker_death(attempt, event)
             case TrialDone(costs, has_weights):
                 attempt.costs, attempt.has_weights = costs, has_weights
         self._write_down(attempt)
@@ -246,6 +244,7 @@ class Coordinator:
             attempt.run.set_tags({f"hpo.{name}": value for name, value in result.settled.items()})
         # The first result of a resumed trial is known already, unless the process died before it was written down.
         attempt.last = result
+        self._deaths.came_to(attempt.number, result.epoch)
         attempt.run.log_epoch(result.epoch, {**result.metrics, **self._best_so_far(result)})
         self._observer.epoch_done(attempt.suggestion, result)
         if result.diverged:
@@ -278,14 +277,13 @@ class Coordinator:
         assert result.fold_value is not None, "a fold that did not diverge has a value"
         return self._study.report(number, result.fold, result.fold_value)
 
-    def _on_worker_death(self, attempt: _Attempt, reason: str) -> None:
+    def _on_worker_death(self, attempt: _Attempt, death: WorkerDied) -> None:
         """Queue the trial again, unless it has killed one worker after another in the same epoch."""
-        deaths = self._deaths.setdefault(attempt.number, _Deaths())
-        deaths.count(attempt.last.epoch if attempt.last else 0)
-        if deaths.in_a_row > MAX_RETRIES:
-            attempt.end("failed", f"{reason} ({deaths.in_a_row} workers died in epoch {deaths.epoch + 1})")
+        verdict = self._deaths.verdict(attempt.number, attempt.last.epoch if attempt.last else 0, death)
+        if verdict:
+            attempt.end("failed", f"{death.reason} ({verdict})")
         else:
-            attempt.end("interrupted", reason)
+            attempt.end("interrupted", death.reason)
 
     def _write_down(self, attempt: _Attempt) -> None:
         """MLflow's spool first, Optuna second: after a kill in between the trial simply ends again."""
@@ -426,15 +424,3 @@ class _Attempt:
     @property
     def best_value(self) -> float | None:
         return self.last.best_value if self.last else None
-
-
-@dataclass
-class _Deaths:
-    """How often in a row a trial's worker died without getting further than the one before."""
-
-    epoch: int = 0
-    in_a_row: int = 0
-
-    def count(self, epoch: int) -> None:
-        self.in_a_row = 1 if epoch > self.epoch else self.in_a_row + 1
-        self.epoch = max(epoch, self.epoch)

@@ -23,10 +23,10 @@ import torch
 from hpo.errors import SearchError
 from hpo.execution.followers import FOLLOWER_LOST
 from hpo.execution.messages import Setup
-from hpo.execution.pool import MAX_FAILED_STARTS, Worker, WorkerPool
+from hpo.execution.pool import MAX_FAILED_STARTS, Fate, Worker, WorkerPool
 from hpo.execution.worker import serve
 from hpo.files import keep_end, temporary_folder_for_sockets
-from hpo.machine import num_cores
+from hpo.machine import num_cores, num_oom_kills
 from hpo.training.device import (
     check_gpus_per_trial,
     memory_share,
@@ -101,6 +101,7 @@ class LocalWorkers(WorkerPool):
         self.device = "cuda" if gpus else "cpu"
         self._setup = setup
         self._gpus = gpus
+        self._memory = _Memory()
         warm_up()
 
     def events(self, timeout_s: float) -> Iterator[tuple[int, Event]]:
@@ -129,7 +130,7 @@ class LocalWorkers(WorkerPool):
         process = _fork(theirs, of_rank(setup, 0), lines, name=name)
         for end in (theirs, *lines):
             end.close()
-        worker = _LocalWorker(ours, [process, *followers], index, log)
+        worker = _LocalWorker(ours, [process, *followers], index, log, self._memory)
         self._workers.append(worker)
         return worker
 
@@ -138,31 +139,54 @@ class LocalWorkers(WorkerPool):
         return min(set(range(self.num_workers)) - taken)
 
 
+class _Memory:
+    """Whether the kernel has killed a process for its memory since it was asked the last time."""
+
+    def __init__(self) -> None:
+        self._num_kills = num_oom_kills()
+
+    def has_run_out(self) -> bool:
+        before, self._num_kills = self._num_kills, num_oom_kills()
+        return self._num_kills > before
+
+
 class _LocalWorker(Worker):
-    def __init__(self, connection: Connection, processes: Sequence[BaseProcess], index: int, log: Path | None) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        processes: Sequence[BaseProcess],
+        index: int,
+        log: Path | None,
+        memory: _Memory,
+    ) -> None:
         """`processes` are the worker and its followers, which end with it."""
         super().__init__(connection)
         self.index = index
         self._processes = processes
         self.log = log
+        self._memory = memory
 
-    def end(self, grace_s: float) -> str:
+    def end(self, grace_s: float) -> Fate:
         self._processes[0].join(grace_s)
+        has_ended = self._processes[0].exitcode is not None
         for process in self._processes:
             _kill(process)
         for process in self._processes:
             process.join(_KILLED_S)
+        code, loss = self._cause()
+        is_killed = has_ended and code == -signal.SIGKILL
+        is_full = is_killed and self._memory.has_run_out()
         output = f"; see {self.log}" if self.log else ""
-        return self._describe_exit() + output
+        return Fate(loss + _describe_exit(code, is_full=is_full) + output, is_unexplained=is_killed and not is_full)
 
-    def _describe_exit(self) -> str:
-        """What became of the worker, or of the follower that it has lost."""
+    def _cause(self) -> tuple[int | None, str]:
+        """Exit code of the worker, or of the follower that it has lost and words for that."""
         code, *codes = [process.exitcode for process in self._processes]
         if code == FOLLOWER_LOST:
             for number, of_follower in enumerate(codes, start=2):
                 if of_follower != 0:
-                    return f"has lost its process {number} of {len(codes) + 1}, which {_describe_exit(of_follower)}"
-        return _describe_exit(code)
+                    return of_follower, f"has lost its process {number} of {len(codes) + 1}, which "
+        return code, ""
 
 
 def _kill(process: BaseProcess) -> None:
@@ -230,12 +254,14 @@ def _work(connection: Connection, setup: Setup, followers: Sequence[Connection])
     serve(connection, setup, followers)
 
 
-def _describe_exit(code: int | None) -> str:
+def _describe_exit(code: int | None, *, is_full: bool) -> str:
+    """Words for an exit code; `is_full`: the kernel has killed for memory, else it may be unable to tell."""
     if code is None:
         return "could not be ended"
     if code >= 0:
         return f"ended with code {code}"
-    return f"was killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -9 else "")
+    guess = "" if code != -signal.SIGKILL else " (out of memory)" if is_full else " (out of memory?)"
+    return f"was killed by {signal.Signals(-code).name}{guess}"
 
 
 @contextmanager

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 MAX_FAILED_STARTS = 4
 """Workers in a row that died before they reported anything; after these no other is started."""
 
+MAX_KILLED_STARTS = 40
+"""The same of workers that something unknown has killed."""
+
 _EXIT_S = 2.0
 """Between the end of a connection and that of its process."""
 
@@ -34,6 +37,17 @@ class WorkerDied:
     """The worker of a trial is gone: killed, crashed, silent for too long, or cut off."""
 
     reason: str
+    is_unexplained: bool
+    """Whether something killed it, and nothing says that its trial is to blame."""
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of a worker that was ended."""
+
+    words: str
+    """For the user, to follow "its worker"."""
+    is_unexplained: bool = False
 
 
 Event = EpochDone | TrialDone | TrialRaised | WorkerDied
@@ -57,8 +71,8 @@ class Worker(ABC):
             _logger.debug("worker of trial %s is gone: %s", self.trial, error)
 
     @abstractmethod
-    def end(self, grace_s: float) -> str:
-        """Make sure that the process is gone, killed after `grace_s`; what became of it, in words for the user."""
+    def end(self, grace_s: float) -> Fate:
+        """Make sure that the process is gone, killed after `grace_s`; what became of it."""
 
 
 class WorkerPool(ABC):
@@ -75,6 +89,7 @@ class WorkerPool(ABC):
         self._silence_s = silence_s
         self._workers: list[Worker] = []
         self._failed_starts = 0
+        self._killed_starts = 0
 
     @abstractmethod
     def has_room(self) -> bool:
@@ -130,7 +145,8 @@ class WorkerPool(ABC):
             yield from self._lose(worker)
             return
         worker.last_heard = time.monotonic()
-        worker.has_spoken, self._failed_starts = True, 0
+        worker.has_spoken = True
+        self._failed_starts = self._killed_starts = 0
         match message:
             case Alive():
                 pass
@@ -152,12 +168,14 @@ class WorkerPool(ABC):
         if not worker.has_spoken:
             self._count_failed_start(fate)
         if worker.trial is not None:
-            yield worker.trial, WorkerDied(f"its worker {reason or fate}")
+            yield worker.trial, WorkerDied(f"its worker {reason or fate.words}", reason is None and fate.is_unexplained)
 
-    def _count_failed_start(self, fate: str) -> None:
-        self._failed_starts += 1
-        if self._failed_starts == MAX_FAILED_STARTS:
-            raise SearchError(f"{MAX_FAILED_STARTS} workers in a row died at their start; the last one {fate}")
+    def _count_failed_start(self, fate: Fate) -> None:
+        self._killed_starts += fate.is_unexplained
+        self._failed_starts += not fate.is_unexplained
+        if self._failed_starts >= MAX_FAILED_STARTS or self._killed_starts >= MAX_KILLED_STARTS:
+            num_starts = self._failed_starts + self._killed_starts
+            raise SearchError(f"{num_starts} workers in a row died at their start; the last one {fate.words}")
 
     def _silent(self) -> list[Worker]:
         earliest = time.monotonic() - self._silence_s
@@ -165,7 +183,7 @@ class WorkerPool(ABC):
         # After an outage of the database, in which nobody listened, what they have said may lie there unread.
         return [worker for worker in quiet if not worker.connection.poll()]
 
-    def _remove(self, worker: Worker, grace_s: float = 0) -> str:
+    def _remove(self, worker: Worker, grace_s: float = 0) -> Fate:
         self._workers.remove(worker)
         fate = worker.end(grace_s)
         worker.connection.close()
