@@ -6,6 +6,8 @@ the trials that were asked for, none lost, none too many, and nothing RUNNING in
 
 `--storage postgresql+psycopg://...` and `--tracking-uri ...` do the same against PostgreSQL;
 `python tests/helpers/postgres.py` starts one and prints its address.
+`--plague network`, `clock` or `disk` lets something else go wrong as well, for some seconds again and again: the link
+to PostgreSQL and MLflow is cut, the clock jumps an hour ahead and back, or the disk is full (plagues.py; as root).
 The exit code is 1 where a promise is broken. The last lines name what was used.
 """
 
@@ -23,12 +25,16 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plagues import JumpingClock, Plague, disk_plague, network_plague
+
 from hpo.execution.observer import Observer
+from hpo.session.options import checked
 from hpo.session.request import read_study, this_machine
 from hpo.session.search import run_search
 from hpo.tracking.store import home_store_uri, open_store, search_runs
@@ -79,31 +85,77 @@ def search(home: Path, options: argparse.Namespace) -> None:
     sys.exit(0 if outcome.is_done else 1)
 
 
-def torment(home: Path, options: argparse.Namespace) -> tuple[list[float], int]:
-    """Run the search to its end, killing; when workers were killed, and how often the search itself was."""
-    draw = random.Random(options.seed)
-    began = time.monotonic()
-    parent_kills = [began + options.parent_every_s * (k + 1) for k in range(options.parent_kills)]
-    worker_kills: list[float] = []
-    num_parent_kills = 0
-    while time.monotonic() - began < TIME_LIMIT_S:
-        process = subprocess.Popen([sys.executable, __file__, "--inside", str(home), *sys.argv[1:]])
-        while process.poll() is None:
-            time.sleep(draw.expovariate(1 / options.every_s))
-            if parent_kills and time.monotonic() > parent_kills[0]:
-                del parent_kills[0]
-                process.kill()
-                num_parent_kills += 1
-            elif victims := workers_of(process.pid):
-                victim = draw.choice(victims)
-                worker_kills.append(time.time())
-                with suppress(ProcessLookupError):  # it has ended since it was listed
-                    os.kill(victim, signal.SIGKILL)
-        if process.returncode == 0:
-            return worker_kills, num_parent_kills
-        if process.returncode != -signal.SIGKILL:
-            sys.exit(f"the search ended with code {process.returncode}")
-    sys.exit(f"the search has not ended after {TIME_LIMIT_S} s")
+class Torment:
+    """Runs the search to its end, and kills, and lets the plague strike."""
+
+    def __init__(self, home: Path, options: argparse.Namespace, plague: Plague | None) -> None:
+        self._command = [sys.executable, __file__, "--inside", str(home), *sys.argv[1:]]
+        self._environment = os.environ.copy()
+        self._options = options
+        self._diary = home / "diary.jsonl"
+        self._plague = plague
+        if plague:
+            self._command = [*plague.command, *self._command]
+            self._environment |= plague.environment
+        if options.storage:
+            self._command += ["--storage", options.storage, "--tracking-uri", options.tracking_uri or ""]
+        self._draw = random.Random(options.seed)
+        self._began = time.monotonic()
+        self._parent_kills = [self._began + options.parent_every_s * (k + 1) for k in range(options.parent_kills)]
+        self._is_struck = False
+        self._turn = self._began + options.plague_every_s
+        self.worker_kills: list[float] = []
+        """When, in seconds since 1970."""
+        self.num_parent_kills = 0
+        self.num_strikes = 0
+        self.num_ends = 0
+        """How often the search ended with an error, where the plague lets it."""
+
+    def run(self) -> None:
+        while time.monotonic() - self._began < TIME_LIMIT_S:
+            started_at = time.time()
+            process = subprocess.Popen(self._command, env=self._environment)
+            while process.poll() is None:
+                time.sleep(self._draw.expovariate(1 / self._options.every_s))
+                if self._diary.exists() and self._diary.stat().st_mtime > started_at:
+                    self._strike_or_relent()
+                self._kill(process)
+            if process.returncode == 0:
+                return
+            if process.returncode != -signal.SIGKILL:
+                self._recover(process.returncode)
+        sys.exit(f"the search has not ended after {TIME_LIMIT_S} s")
+
+    def _kill(self, process: subprocess.Popen[bytes]) -> None:
+        if self._parent_kills and time.monotonic() > self._parent_kills[0]:
+            del self._parent_kills[0]
+            process.kill()
+            self.num_parent_kills += 1
+        elif victims := workers_of(process.pid):
+            victim = self._draw.choice(victims)
+            self.worker_kills.append(time.time())
+            with suppress(ProcessLookupError):  # it has ended since it was listed
+                os.kill(victim, signal.SIGKILL)
+
+    def _strike_or_relent(self) -> None:
+        if self._plague is None or time.monotonic() < self._turn:
+            return
+        if self._is_struck:
+            self._plague.relent()
+            self._turn = time.monotonic() + self._options.plague_every_s
+        else:
+            self._plague.strike()
+            self.num_strikes += 1
+            self._turn = time.monotonic() + self._options.plague_for_s
+        self._is_struck = not self._is_struck
+
+    def _recover(self, code: int) -> None:
+        if self._plague is None or not self._plague.may_end_the_search:
+            sys.exit(f"the search ended with code {code}")
+        self.num_ends += 1
+        while self._is_struck:
+            time.sleep(0.1)
+            self._strike_or_relent()
 
 
 def workers_of(parent: int) -> list[int]:
@@ -114,9 +166,10 @@ def workers_of(parent: int) -> list[int]:
     return [int(pid) for pid, ppid, _ in processes if ppid in servers]
 
 
-def judge(home: Path, options: argparse.Namespace, worker_kills: list[float], num_parent_kills: int) -> bool:
+def judge(home: Path, options: argparse.Namespace, torment: Torment) -> bool:
     """Print what is left; whether every promise was kept."""
-    machine = this_machine({"home": home, "storage": options.storage, "tracking_uri": options.tracking_uri})
+    stores = {"storage": options.storage, "tracking_uri": options.tracking_uri}
+    machine = this_machine(checked({"home": home} | stores))
     study = read_study(machine, STUDY)
     assert study is not None, "the search has made it"
     counts = study.counts()
@@ -132,7 +185,7 @@ def judge(home: Path, options: argparse.Namespace, worker_kills: list[float], nu
         if sorted(trial.curve) != list(range(1, max(trial.curve, default=0) + 1))
     ]
     diary = [json.loads(line) for line in (home / "diary.jsonl").read_text().splitlines()]
-    asked_s, running_s = replacement_times(diary, worker_kills)
+    asked_s, running_s = replacement_times(diary, torment.worker_kills)
     promises = {
         f"{options.trials} trials complete, pruned or diverged": num_ended == options.trials,
         "no trial too many, none failed": len(study.trials()) == options.trials,
@@ -142,7 +195,9 @@ def judge(home: Path, options: argparse.Namespace, worker_kills: list[float], nu
         "no epoch missing in a curve": not holes,
         "at most the running epoch lost a kill": most_epochs_lost(diary) <= 1,
     }
-    print(f"killed: {len(worker_kills)} workers, {num_parent_kills} times the search itself")
+    print(f"killed: {len(torment.worker_kills)} workers, {torment.num_parent_kills} times the search itself")
+    if options.plague:
+        print(f"{options.plague}: struck {torment.num_strikes} times, ended the search {torment.num_ends} times")
     print(f"trials: { {state: count for state, count in counts.items() if count} }, MLflow: {dict(statuses)}")
     for what, times in (("handed to a new worker", asked_s), ("trained on by it", running_s)):
         if len(times) < 2:
@@ -190,6 +245,25 @@ def most_epochs_lost(diary: list[dict[str, Any]]) -> int:
     return max(lost)
 
 
+@contextmanager
+def plagued(folder: Path, options: argparse.Namespace) -> Iterator[tuple[Path, Plague | None]]:
+    """The home of the search and what it suffers from; puts the plague's stores into the options."""
+    home = folder / "disk" / "home"
+    home.parent.mkdir()
+    with ExitStack() as entered:
+        plague: Plague | None = None
+        match options.plague:
+            case "network":
+                plague = entered.enter_context(network_plague(folder))
+                options.storage, options.tracking_uri = plague.stores
+            case "clock":
+                plague = JumpingClock(folder)
+            case "disk":
+                plague = entered.enter_context(disk_plague(home))
+        home.mkdir(exist_ok=True)
+        yield home, plague
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=100)
@@ -199,16 +273,19 @@ def main() -> None:
     parser.add_argument("--parent-every-s", type=float, default=20.0, help="seconds between those")
     parser.add_argument("--storage", help="URL of a PostgreSQL database")
     parser.add_argument("--tracking-uri", help="MLflow store, if not the home's")
+    parser.add_argument("--plague", choices=["network", "clock", "disk"], help="what else goes wrong")
+    parser.add_argument("--plague-every-s", type=float, default=15.0, help="seconds between its visits")
+    parser.add_argument("--plague-for-s", type=float, default=5.0, help="seconds that it stays")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
         search(options.inside, options)
-    with tempfile.TemporaryDirectory() as folder:
-        home = Path(folder)
+    with tempfile.TemporaryDirectory() as folder, plagued(Path(folder), options) as (home, plague):
         began = time.monotonic()
-        kills = torment(home, options)
-        is_fine = judge(home, options, *kills)
+        torment = Torment(home, options, plague)
+        torment.run()
+        is_fine = judge(home, options, torment)
         print(f"{time.monotonic() - began:.0f} s; {' '.join(sys.argv)}")
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "optuna", "mlflow"))
     print(f"{packages}, Python {platform.python_version()}, {os.cpu_count()} cores")

@@ -21,7 +21,6 @@ import pytest
 from helpers.machines import (
     ROOT,
     Footprint,
-    Network,
     Process,
     Servers,
     Team,
@@ -57,7 +56,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         network = running.enter_context(machines_and_servers("anna", "bert", "cleo"))
         listen = ",".join({"127.0.0.1", network.address})
         postgres = running.enter_context(running_postgres("fsync=off", f"listen_addresses={listen}"))
-        _let_machines_in(postgres, network)
+        postgres.let_in(f"{network.address}/24")
         environment = {
             **service_environment("postgres", secrets),
             "PATH": f"{postgres._binaries}{os.pathsep}{os.environ['PATH']}",
@@ -74,14 +73,6 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
         worker = service_environment("worker", secrets)
         worker |= {"HPO_STORAGE": storage, "MLFLOW_TRACKING_URI": tracking.uri}
         yield Servers(network, postgres, tracking, storage, worker)
-
-
-def _let_machines_in(postgres: Postgres, network: Network) -> None:
-    with postgres.connect() as connection:
-        (path,) = connection.execute("SHOW hba_file").fetchone() or ()
-        with Path(path).open("a") as rules:
-            rules.write(f"host all all {network.address}/24 scram-sha-256\n")
-        connection.execute("SELECT pg_reload_conf()")
 
 
 def _make_account(folder: Path, environment: dict[str, str]) -> None:

@@ -243,7 +243,7 @@ class Coordinator:
         if attempt.last is None or attempt.last.settled != result.settled:
             attempt.run.set_tags({f"hpo.{name}": value for name, value in result.settled.items()})
         # The first result of a resumed trial is known already, unless the process died before it was written down.
-        attempt.last = result
+        attempt.last, attempt.moved_at = result, time.monotonic()
         self._deaths.came_to(attempt.number, result.epoch)
         attempt.run.log_epoch(result.epoch, {**result.metrics, **self._best_so_far(result)})
         self._observer.epoch_done(attempt.suggestion, result)
@@ -279,7 +279,8 @@ class Coordinator:
 
     def _on_worker_death(self, attempt: _Attempt, death: WorkerDied) -> None:
         """Queue the trial again, unless it has killed one worker after another in the same epoch."""
-        verdict = self._deaths.verdict(attempt.number, attempt.last.epoch if attempt.last else 0, death)
+        epoch, age_s = attempt.last.epoch if attempt.last else 0, time.monotonic() - attempt.moved_at
+        verdict = self._deaths.verdict(attempt.number, epoch, death, age_s)
         if verdict:
             attempt.end("failed", f"{death.reason} ({verdict})")
         else:
@@ -412,6 +413,8 @@ class _Attempt:
     last: EpochResult | None = None
     costs: dict[str, float] = field(default_factory=dict)
     has_weights: bool = True
+    moved_at: float = field(default_factory=time.monotonic)
+    """When it began, or ended its last epoch, in seconds of the monotonic clock."""
 
     def end(self, state: EndState, reason: str) -> Decision:
         self.state, self.reason = state, reason

@@ -2,13 +2,15 @@
 
 A crash or memory that ran out would come again, so its trial gets a few new attempts and then fails. SIGKILL without a
 known cause may as well come from outside: a scheduler that wants the machine back, or somebody at a terminal. Then
-other trials are killed too, and those that were killed come further in a later attempt.
+other trials are killed too, those that were killed come further in a later attempt, and the kills come at any moment,
+while a trial that is to blame dies at the same point of its training each time.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,8 +19,11 @@ if TYPE_CHECKING:
 MAX_RETRIES = 3
 """New attempts after a worker died and its trial had come no further than the time before."""
 
-MAX_WITNESSES = 10
-"""The latest kills that may speak for a trial; so that one that is to blame is known after 3 * 11 of its own."""
+MAX_IRREGULAR = 100
+"""The same where other trials are killed too, and this one's workers are killed at irregular moments."""
+
+MAX_WITNESSES = 30
+"""The latest kills that may speak for a trial: what was longer ago proves nothing."""
 
 
 @dataclass
@@ -36,10 +41,17 @@ class _Kill:
 
 @dataclass
 class _Row:
-    """How often in a row the workers of a trial died without getting further than the one before."""
+    """Deaths of a trial's workers in a row that none of them got further than the one before."""
 
     epoch: int = 0
-    num_deaths: int = 0
+    ages_s: list[float] = field(default_factory=list)
+    """How long each had been at it: since the attempt began, or since its last epoch."""
+
+    @property
+    def is_irregular(self) -> bool:
+        """Of four deaths at random moments, the first is rarely as late as half of their median; of those at one point
+        of the training, each is."""
+        return len(self.ages_s) > MAX_RETRIES and min(self.ages_s) < statistics.median(self.ages_s) / 2
 
 
 class Deaths:
@@ -54,23 +66,31 @@ class Deaths:
         for kill in self._kills:
             kill.is_survived |= kill.trial == trial and kill.epoch < epoch
 
-    def verdict(self, trial: int, epoch: int, death: WorkerDied) -> str | None:
+    def verdict(self, trial: int, epoch: int, death: WorkerDied, age_s: float) -> str | None:
         """Count the death of a trial's worker after `epoch` finished epochs; why the trial fails, or None to retry it.
+
+        `age_s` are the seconds since the attempt began, or since its last epoch.
 
         Each witness that something else kills workers gives a trial `MAX_RETRIES` more: another trial whose worker was
         killed lately, and a kill whose trial has come further since.
         """
         row = self._rows.setdefault(trial, _Row())
-        row.num_deaths = 1 if epoch > row.epoch else row.num_deaths + 1
-        row.epoch = max(epoch, row.epoch)
+        if epoch > row.epoch:
+            row = self._rows[trial] = _Row(epoch)
+        row.ages_s.append(age_s)
         if death.is_unexplained:
             self._kills.append(_Kill(trial, epoch))
-        num_witnesses = self._num_witnesses(trial) if death.is_unexplained else 0
-        if row.num_deaths <= MAX_RETRIES * (1 + num_witnesses):
+        if len(row.ages_s) <= self._num_retries(trial, row, death):
             return None
         for kill in self._kills:
             kill.is_its_fault |= kill.trial == trial
-        return f"{row.num_deaths} workers died in epoch {row.epoch + 1}"
+        return f"{len(row.ages_s)} workers died in epoch {row.epoch + 1}"
+
+    def _num_retries(self, trial: int, row: _Row, death: WorkerDied) -> int:
+        num_witnesses = self._num_witnesses(trial) if death.is_unexplained else 0
+        if num_witnesses and row.is_irregular:
+            return MAX_IRREGULAR
+        return MAX_RETRIES * (1 + num_witnesses)
 
     def _num_witnesses(self, trial: int) -> int:
         survived = [kill for kill in self._kills if kill.is_survived]

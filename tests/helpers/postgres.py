@@ -87,6 +87,14 @@ class Postgres:
         quoted = "".join(c if c.isalnum() else f"%{ord(c):02X}" for c in password)
         return f"postgresql+psycopg://hpo:{quoted}@127.0.0.1:{self.port}/{database}"
 
+    def let_in(self, subnet: str) -> None:
+        """Accept connections from a subnet, besides those of this machine."""
+        with self.connect() as connection:
+            (path,) = connection.execute("SHOW hba_file").fetchone() or ()
+            with Path(path).open("a") as rules:
+                rules.write(f"host all all {subnet} scram-sha-256\n")
+            connection.execute("SELECT pg_reload_conf()")
+
     def connect(self, database: str = "postgres") -> psycopg.Connection:
         """A connection that commits every statement."""
         return psycopg.connect(
