@@ -287,6 +287,9 @@ def test_the_server_answers_raw_inputs_with_names_and_probabilities(
     assert [each["prediction"] for each in answer["predictions"]] == model.predict(images)
     shares = torch.tensor([list(each["probabilities"].values()) for each in answer["predictions"]])
     assert torch.allclose(shares, model.probabilities(images), atol=1e-5)
+    raw = json.dumps({"inputs": images.tolist(), "params": {"raw": True}})
+    (logits,) = ask(port, "POST", "/invocations", raw)[1]["predictions"]
+    assert torch.allclose(torch.tensor(logits).softmax(1), shares, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -305,8 +308,13 @@ def test_the_server_answers_raw_inputs_with_names_and_probabilities(
         ("nonsense", "application/json", "JSON"),
         ({"inputs": []}, "application/json", "shape"),
         ({"inputs": [1]}, None, "Content-Type"),
+        ("[" * 100_000, "application/json", "JSON"),
+        ({"inputs": np.zeros((1, 1, 8, 8)).tolist(), "params": {"raw": "x"}}, "application/json", "raw"),
     ],
-    ids=["rank", "size", "words", "fractions", "too large", "other key", "no JSON", "nothing", "no type"],
+    ids=[
+        *("rank", "size", "words", "fractions", "too large", "other key"),
+        *("no JSON", "nothing", "no type", "too deep", "other parameter"),
+    ],
 )
 def test_a_wrong_request_gets_400_and_one_line(
     server: subprocess.Popen[str], port: int, body: Any, kind: str | None, what: str
