@@ -6,7 +6,9 @@ import json
 import logging
 import math
 import shutil
+import sqlite3
 import threading
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hpo.errors import SearchError
+from hpo.execution.observer import Observer
+from hpo.session import conclude
+from hpo.session.search import run_search
 from hpo.tracking.runs import StudyRuns
 from hpo.tracking.spool import Sender, Spool
 from hpo.tracking.store import TrackingStore, open_store
@@ -222,3 +227,50 @@ def test_rows_are_sent_by_themselves_after_the_interval() -> None:
     assert delivery.told.wait(10)
     assert sender.close(10)
     assert sender.close(10), "a second close returns at once"
+
+
+class Refusing(Observer):
+    """MLflow's database takes the run of no trial, from the start of the first one on."""
+
+    def __init__(self, home: Path) -> None:
+        self.database = home / "mlflow.db"
+
+    def trial_started(self, suggestion: Any) -> None:
+        self._execute("CREATE TRIGGER busy BEFORE INSERT ON runs BEGIN SELECT RAISE(ABORT, 'busy'); END")
+
+    def relent(self) -> None:
+        self._execute("DROP TRIGGER IF EXISTS busy")
+
+    def _execute(self, statement: str) -> None:
+        with closing(sqlite3.connect(self.database, timeout=60)) as connection, connection:
+            connection.execute(statement)
+
+
+def test_a_store_that_is_busy_when_the_search_ends_is_asked_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, flush = Refusing(home), StudyRuns.flush
+    refused = []
+
+    def flush_and_relent(runs: StudyRuns, *timeout_s: float) -> bool:
+        refused.append(not flush(runs, *timeout_s))
+        store.relent()
+        return not refused[-1]
+
+    monkeypatch.setattr(StudyRuns, "flush", flush_and_relent)
+    outcome = run_search("digits", home=home, trials=1, epochs=1, workers=1, observer=store)
+
+    assert outcome.winner is not None
+    assert outcome.winner.test is not None
+    assert refused[-2:] == [True, False]
+
+
+def test_a_winner_that_mlflow_never_took_is_named_and_tested_by_the_next_search(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conclude, "_ARRIVAL_S", 0.0)
+    store = Refusing(home)
+    with pytest.raises(SearchError, match=r"has not accepted the run of trial 0, the winner, .* run the same command"):
+        run_search("digits", home=home, trials=1, epochs=1, workers=1, observer=store)
+    store.relent()
+    winner = run_search("digits", home=home).winner
+    assert winner is not None
+    assert winner.num_test_readings == 1

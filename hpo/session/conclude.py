@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.checks.table_models import is_table, table_scores
 from hpo.config import METRICS, USUAL, augmentation_names, derive_seed
+from hpo.database import without_password
 from hpo.deploy.load import load_trained_trial, load_trial
 from hpo.errors import CheckpointError, HpoError, SearchError, StoreError, in_one_line
 from hpo.execution.messages import Assignment
@@ -67,12 +68,13 @@ if TYPE_CHECKING:
     from hpo.search.study import Study
     from hpo.session.opening import Opened
     from hpo.session.preparation import Prepared
-    from hpo.tracking.runs import SummaryRun
+    from hpo.tracking.runs import StudyRuns, SummaryRun
     from hpo.tracking.store import TrackingStore
     from hpo.trial import TrainedTrial
 
 
 _POLL_S = 0.5
+_ARRIVAL_S = 60.0
 
 
 def conclude(prepared: Prepared, opened: Opened, observer: Observer) -> Winner | None:
@@ -80,10 +82,12 @@ def conclude(prepared: Prepared, opened: Opened, observer: Observer) -> Winner |
     study, session, coordinator = opened.study, opened.session, opened.coordinator
     ending = "training the winner on all examples" if study.is_refit else "testing the winner"
     observer.note("drawing the plots" + (f" and {ending}" if coordinator.is_done else ""))
-    opened.runs.flush()
+    has_arrived = _flush_patiently(opened.runs) if coordinator.is_done else opened.runs.flush()
     coordinator.remove_old_checkpoints()
     opened.leave()
     if coordinator.is_done:
+        if not has_arrived:
+            _require_winner_arrived(study, opened.runs)
         _await_others(session)
         # Reading and judging the test split may take its time.
         winner = session.exclusively(lambda: tested_winner(prepared, opened), idle="0")
@@ -94,6 +98,24 @@ def conclude(prepared: Prepared, opened: Opened, observer: Observer) -> Winner |
     write_summary(study, opened.summary, winner)
     log_report(study, opened.summary)
     return winner
+
+
+def _flush_patiently(runs: StudyRuns) -> bool:
+    """Send all that the trials have written; whether all of it arrived. A busy store is asked again for a minute."""
+    end = time.monotonic() + _ARRIVAL_S
+    while not (has_arrived := runs.flush()) and time.monotonic() < end:
+        time.sleep(_POLL_S)
+    return has_arrived
+
+
+def _require_winner_arrived(study: Study, runs: StudyRuns) -> None:
+    """Raise StoreError where MLflow lacks what is to be tested; other runs may wait for the next search."""
+    winner = find_winner(study)
+    if winner is not None and not runs.has_arrived(winner.trial):
+        raise StoreError(
+            f"MLflow at {without_password(runs.store.uri)} has not accepted the run of trial {winner.trial}, the "
+            "winner, which waits in the home; the warning above says why."
+        )
 
 
 def _await_others(session: Session) -> None:
