@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.space import Choice, Float, Group, Int, Space, Value
+from hpo.parameters import Choice, Float, Int, Value
+from hpo.space import Group, Space
 
 Losses = NDArray[np.float64]
 

@@ -41,7 +41,9 @@ from hpo.data.photos import load_image_folder, read_photos
 from hpo.data.tables import load_table
 from hpo.data.texts import load_texts
 from hpo.errors import HpoError
-from hpo.space import Choice, Float, Group, Int, Setting, Space, format_value
+from hpo.parameters import Choice, Float, Int, Setting
+from hpo.space import Group, Space
+from hpo.values import format_value
 
 LIMIT_S = 20
 """Seconds after which a case counts as hanging."""

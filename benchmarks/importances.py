@@ -30,12 +30,13 @@ from numpy.typing import NDArray
 from optuna.storages import InMemoryStorage
 
 from hpo.config import Direction
+from hpo.parameters import Choice, Float, Int
 from hpo.search import importances as module
 from hpo.search.encoding import Encoding
 from hpo.search.importances import Design, importances
 from hpo.search.settings import StudySettings
 from hpo.search.study import Study
-from hpo.space import Choice, Float, Group, Int, Space
+from hpo.space import Group, Space
 
 Array = NDArray[np.float64]
 

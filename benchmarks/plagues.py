@@ -10,7 +10,7 @@ import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -108,9 +108,9 @@ class FullDisk(Plague):
         self._ballast = home.parent / "ballast"
 
     def strike(self) -> None:
-        free = os.statvfs(self._ballast.parent)
-        with self._ballast.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize)
+        with self._ballast.open("wb", buffering=0) as file, suppress(OSError):  # until there is no room left
+            while True:
+                file.write(bytes(2**20))
 
     def relent(self) -> None:
         self._ballast.unlink(missing_ok=True)
@@ -124,6 +124,7 @@ def network_plague(folder: Path) -> Iterator[CutNetwork]:
             sys.exit(f"the network cannot be cut: {network.refusal}")
         listening = f"listen_addresses=127.0.0.1,{network.address}"
         away = folder / "away"
+        os.environ["MLFLOW_SERVER_ALLOWED_HOSTS"] = f"{network.address}:{MLFLOW_PORT}"  # else it takes the loopback's
         with (
             running_postgres("fsync=off", listening) as postgres,
             running_server(open_store(away), host=network.address, port=MLFLOW_PORT),

@@ -47,10 +47,11 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 from hpo.config import derive_seed
+from hpo.parameters import Choice, Value
 from hpo.search.encoding import distribution
 from hpo.search.settings import StudySettings
 from hpo.search.study import Study
-from hpo.space import Choice, Space, Value
+from hpo.space import Space
 
 MARKS = (5, 10, 20, 30, 50, 100)
 BOOTSTRAP_SAMPLES = 5000

@@ -39,12 +39,13 @@ from rich.table import Table
 from sqlalchemy import insert, select
 
 from hpo.config import Direction
+from hpo.parameters import Choice, Float, Int
 from hpo.search.encoding import distribution
 from hpo.search.lease import Session
 from hpo.search.settings import StudySettings
 from hpo.search.storage import open_storage
 from hpo.search.study import Study, Suggestion
-from hpo.space import Choice, Float, Group, Int, Space
+from hpo.space import Group, Space
 
 NUM_EPOCHS = 20
 NUM_AT_ONCE = 4

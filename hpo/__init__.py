@@ -57,6 +57,10 @@ if TYPE_CHECKING:
     from hpo.models.networks import unet as unet
     from hpo.models.preprocessed import PreprocessedModel as PreprocessedModel
     from hpo.objective import Objective as Objective
+    from hpo.parameters import Choice as Choice
+    from hpo.parameters import Float as Float
+    from hpo.parameters import Int as Int
+    from hpo.parameters import Setting as Setting
     from hpo.records import SearchOutcome as SearchOutcome
     from hpo.search.priority import PrioritySampler as PrioritySampler
     from hpo.search.study import Suggestion as Suggestion
@@ -64,11 +68,7 @@ if TYPE_CHECKING:
     from hpo.session.export import export_best as export_best
     from hpo.session.register import register_best as register_best
     from hpo.session.search import run_search as run_search
-    from hpo.space import Choice as Choice
-    from hpo.space import Float as Float
     from hpo.space import Group as Group
-    from hpo.space import Int as Int
-    from hpo.space import Setting as Setting
     from hpo.space import Space as Space
     from hpo.training.trainer import EpochResult as EpochResult
     from hpo.trial import TrainedTrial as TrainedTrial
@@ -138,11 +138,11 @@ _MODULES = {
     "register_best": "hpo.session.register",
     "run_search": "hpo.session.search",
     "PrioritySampler": "hpo.search.priority",
-    "Choice": "hpo.space",
-    "Float": "hpo.space",
+    "Choice": "hpo.parameters",
+    "Float": "hpo.parameters",
     "Group": "hpo.space",
-    "Int": "hpo.space",
-    "Setting": "hpo.space",
+    "Int": "hpo.parameters",
+    "Setting": "hpo.parameters",
     "Space": "hpo.space",
     "EpochResult": "hpo.training.trainer",
     "TrainedTrial": "hpo.trial",

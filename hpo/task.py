@@ -12,7 +12,8 @@ from hpo.config import AUTO, USUAL, TrainConfig, config_fields
 from hpo.data_options import Given, as_written, read_options
 from hpo.errors import DataError, HpoError, SpaceError, UnknownNameError, UsageError
 from hpo.objective import Objective
-from hpo.space import Space, Value, parse_assignments
+from hpo.parameters import Value
+from hpo.space import Space, parse_assignments
 
 if TYPE_CHECKING:
     from hpo.data.examples import Dataset

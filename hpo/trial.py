@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-    from hpo.space import Value
+    from hpo.parameters import Value
 
 
 @dataclass(kw_only=True)

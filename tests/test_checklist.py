@@ -27,8 +27,9 @@ from hpo.execution.observer import Observer
 from hpo.models.layers import initialize_output
 from hpo.models.mlp import MLP
 from hpo.objective import Objective
+from hpo.parameters import Choice, Float
 from hpo.session.search import run_search
-from hpo.space import Choice, Float, Group, Space
+from hpo.space import Group, Space
 from hpo.task import Task
 from hpo.tracking.store import open_store
 

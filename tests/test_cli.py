@@ -30,7 +30,8 @@ objective = Objective(name="mine", description="", load=load, model=model)
 from hpo.models.networks import mlp as model
 from hpo.objectives.digits import load
 from hpo.objective import Objective
-from hpo.space import Float, Group, Space
+from hpo.parameters import Float
+from hpo.space import Group, Space
 space = Space(Group("g", learning_rate=Float(0.1, 1, default=0.1)))
 objective = Objective(name="mine", description="", load=load, model=model, space=space)
 """,
@@ -38,14 +39,16 @@ objective = Objective(name="mine", description="", load=load, model=model, space
 from hpo.models.networks import mlp as model
 from hpo.objectives.digits import load
 from hpo.objective import Objective
-from hpo.space import Float, Group, Space
+from hpo.parameters import Float
+from hpo.space import Group, Space
 space = Space(Group("g", lr=Float(0, 1, default=0.1)))
 objective = Objective(name="mine", description="", load=load, model=model, space=space)
 """,
     "bad_model.py": """
 from hpo.objectives.digits import load
 from hpo.objective import Objective
-from hpo.space import Float, Group, Space
+from hpo.parameters import Float
+from hpo.space import Group, Space
 def model(spec):
     import torch
     return torch.nn.Linear(3, 4)
@@ -56,7 +59,8 @@ objective = Objective(name="mine", description="", load=load, model=model, space
 from hpo.models.networks import mlp as model
 from hpo.objectives.digits import load
 from hpo.objective import Objective
-from hpo.space import Float, Group, Space
+from hpo.parameters import Float
+from hpo.space import Group, Space
 space = Space(Group("g", lr=Float(0.1, 1, default=0.1)))
 objective = Objective(name="mine", description="", load=load, model=model, space=space, metric="acuracy")
 """,
@@ -64,7 +68,8 @@ objective = Objective(name="mine", description="", load=load, model=model, space
 from hpo.models.networks import mlp as model
 from hpo.objectives.digits import load
 from hpo.objective import Objective
-from hpo.space import Int, Group, Space
+from hpo.parameters import Int
+from hpo.space import Group, Space
 space = Space(Group("budget", max_epochs=Int(1, 9, default=3)))
 objective = Objective(name="mine", description="", load=load, model=model, space=space)
 """,
@@ -75,7 +80,8 @@ import dataclasses
 from hpo.models.networks import mlp as model
 from hpo.objectives.digits import load
 from hpo.objective import Objective
-from hpo.space import Float, Group, Space
+from hpo.parameters import Float
+from hpo.space import Group, Space
 space = Space(Group("g", lr=Float(0.1, 1, default=0.1)))
 given = dict(name="mine", description="", load=load, model=model, space=space)
 """

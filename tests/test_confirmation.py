@@ -20,6 +20,7 @@ from hpo.config import Direction, TrainConfig
 from hpo.errors import UsageError
 from hpo.execution.observer import Observer
 from hpo.objective import NOTHING_OWN
+from hpo.parameters import Choice, Float, Int
 from hpo.records import SearchOutcome, TrialRecord, TrialState
 from hpo.search.confirmation import Plan, Race, find_plan
 from hpo.search.settings import StudySettings
@@ -27,7 +28,7 @@ from hpo.search.storage import open_storage
 from hpo.search.strategies import grid_size
 from hpo.search.study import Study
 from hpo.session.search import resume_study, run_search
-from hpo.space import Choice, Float, Group, Int, Space
+from hpo.space import Group, Space
 from hpo.terminal.facts import best_facts, study_facts
 from hpo.terminal.tables import print_best, print_outcome
 from hpo.tracking.store import open_store
@@ -198,7 +199,8 @@ import torch
 
 from hpo.objective import Objective
 from hpo.data.examples import Dataset, SealedSplit, Split
-from hpo.space import Choice, Group, Space
+from hpo.parameters import Choice
+from hpo.space import Group, Space
 
 FOLDER = Path(__file__).parent
 

@@ -33,6 +33,7 @@ from hpo.data.examples import Dataset, SealedSplit, Split
 from hpo.errors import UsageError
 from hpo.execution.observer import Observer
 from hpo.objectives import diabetes  # type: ignore[attr-defined]
+from hpo.parameters import Float
 from hpo.plots.study import plot_curves
 from hpo.search.findings import find_savings
 from hpo.search.settings import StudySettings
@@ -40,7 +41,7 @@ from hpo.search.storage import open_storage
 from hpo.search.study import Study, Suggestion
 from hpo.session import conclude
 from hpo.session.search import run_search
-from hpo.space import Float, Group, Space
+from hpo.space import Group, Space
 from hpo.tracking.store import open_store
 from hpo.training.cross_validation import fit_folds, fold_config
 from hpo.training.trainer import EpochResult, fit

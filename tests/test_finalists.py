@@ -14,6 +14,7 @@ from rich.console import Console
 
 from hpo.config import Direction
 from hpo.execution.observer import Observer
+from hpo.parameters import Float
 from hpo.records import SearchOutcome, TrialRecord, TrialState
 from hpo.search.finalists import MAX_FINALISTS, finalists, is_spared
 from hpo.search.lease import Session
@@ -23,7 +24,7 @@ from hpo.search.storage import open_storage
 from hpo.search.study import Study
 from hpo.search.winner import find_winner
 from hpo.session.search import run_search
-from hpo.space import Float, Group, Space
+from hpo.space import Group, Space
 from hpo.terminal.facts import best_facts, study_facts
 from hpo.terminal.tables import print_best, print_outcome, print_study
 from hpo.tracking.store import open_store
@@ -182,7 +183,8 @@ import torch
 
 from hpo.objective import Objective
 from hpo.data.examples import Dataset, SealedSplit, Split
-from hpo.space import Choice, Float, Group, Space
+from hpo.parameters import Choice, Float
+from hpo.space import Group, Space
 
 CURVES = {
     "winner so far": [0.9, 0.45, 0.4, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1],

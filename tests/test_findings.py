@@ -19,6 +19,7 @@ from optuna.storages import BaseStorage, InMemoryStorage
 from rich.console import Console
 
 from hpo.config import Direction
+from hpo.parameters import Choice, Float, Int, Value
 from hpo.records import EndState
 from hpo.search.encoding import Encoding
 from hpo.search.findings import (
@@ -34,7 +35,7 @@ from hpo.search.settings import StudySettings
 from hpo.search.storage import open_storage
 from hpo.search.study import Study, Suggestion
 from hpo.session.conclude import write_summary
-from hpo.space import Choice, Float, Group, Int, Space, Value
+from hpo.space import Group, Space
 from hpo.terminal.facts import study_facts
 from hpo.terminal.tables import print_study
 from hpo.tracking.runs import StudyRuns

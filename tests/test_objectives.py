@@ -21,7 +21,8 @@ from hpo.data.examples import Dataset, DataSpec, InputSpec, SealedSplit, Split
 from hpo.data.parts import Ragged, map_parts
 from hpo.models.preprocessed import build_model
 from hpo.objective import Objective
-from hpo.space import Choice, Float, Int, Parameter, Space
+from hpo.parameters import Choice, Float, Int, Parameter
+from hpo.space import Space
 
 NAMES = sorted(module.name for module in pkgutil.iter_modules(objectives.__path__))
 SPECS = {

@@ -15,9 +15,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hpo.config import Direction
+from hpo.parameters import Choice, Float, Int
 from hpo.plots import study as plots
 from hpo.records import EndState, TrialRecord
-from hpo.space import Choice, Float, Group, Int, Space
+from hpo.space import Group, Space
 
 SPACE = Space(
     Group("step size", lr=Float(1e-4, 1.0, log=True, default=1e-2), batch_size=Choice(64, 128, 256, default=128)),

@@ -20,7 +20,8 @@ objective = Objective(name=NAME, description="", load=load, model=mlp, space=spa
 assert random.random() < 1
 """
 SPACE = """
-from hpo.space import Float, Group, Space
+from hpo.parameters import Float
+from hpo.space import Group, Space
 
 space = Space(Group("step size", lr=Float(1e-3, 0.1, default=0.01)))
 """

@@ -56,7 +56,8 @@ from pathlib import Path
 import torch
 from hpo.models.mlp import MLP
 from hpo.objective import Objective
-from hpo.space import Float, Group, Space
+from hpo.parameters import Float
+from hpo.space import Group, Space
 from hpo.objectives.digits import load
 
 here = Path(__file__).parent

@@ -15,12 +15,13 @@ import pytest
 from helpers import studies
 
 from hpo.errors import UnknownNameError, UsageError
+from hpo.parameters import Choice, Float, Int
 from hpo.search.lease import Session
 from hpo.search.storage import open_storage
 from hpo.search.study import Study
 from hpo.session import report
 from hpo.session.report import compare_studies, write_report
-from hpo.space import Choice, Float, Group, Int, Space
+from hpo.space import Group, Space
 
 NASTY = "</script><b>"
 

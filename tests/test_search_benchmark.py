@@ -10,8 +10,9 @@ import optuna
 import pytest
 
 from hpo.data.datasets import split_dataset
+from hpo.parameters import Float
 from hpo.plugins import load_task
-from hpo.space import Float, Group, Space
+from hpo.space import Group, Space
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 

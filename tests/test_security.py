@@ -35,8 +35,9 @@ from hpo.data.examples import Split
 from hpo.data.vision import load_cifar10
 from hpo.errors import DataError, StoreError, UsageError
 from hpo.home import check_study_name
+from hpo.parameters import Float, Int
 from hpo.search.strategies import CmaEsSampler, build_sampler
-from hpo.space import Float, Group, Int, Space
+from hpo.space import Group, Space
 from hpo.tracking.store import open_store, prepare_mlflow
 
 HOSTILE_NAMES = [

@@ -21,6 +21,7 @@ from rich.console import Console
 import hpo
 from hpo.config import COSTS, Direction
 from hpo.errors import StudyMismatchError, UsageError
+from hpo.parameters import Choice, Float, Int
 from hpo.plots.study import plot_front
 from hpo.records import pareto_front
 from hpo.search.settings import StudySettings
@@ -31,7 +32,7 @@ from hpo.session.clean import clean_study
 from hpo.session.options import checked
 from hpo.session.request import agree, this_machine
 from hpo.session.search import run_search
-from hpo.space import Choice, Float, Group, Int, Space
+from hpo.space import Group, Space
 from hpo.terminal.facts import best_facts, study_facts
 from hpo.terminal.tables import print_outcome, print_study
 from hpo.tracking.store import open_store

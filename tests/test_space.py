@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpo.errors import SpaceError, UnknownNameError
-from hpo.space import Choice, Float, Group, Int, Setting, Space, format_value
+from hpo.parameters import Choice, Float, Int, Setting
+from hpo.space import Group, Space
+from hpo.values import format_value
 
 
 @pytest.fixture
@@ -180,7 +182,10 @@ def test_a_wrong_override_says_what_is_allowed(space: Space, overrides: list[str
         (Float(0.0, 1.0), "has no default; give it one with default="),
         (Float(0.0, 1.0, log=True, default=0.5), "low 0 must be above 0 for log=True"),
         (Float(0.0, math.inf, default=0.5), "high inf is not a number"),
-        (Float(0.0, "1", default=0.5), "high '1' is not a number"),  # type: ignore[arg-type]
+        (
+            Float(0.0, "1", default=0.5),
+            "high '1' is neither a number nor the name of one declared before it: lr, other",
+        ),  # type: ignore[arg-type]
         (Int(1, 3, default=1.5), "default 1.5 is not a whole number"),
         (Int(True, 3, default=2), "low True is not a whole number"),
         (Choice(default="a"), "has no choices; give at least one"),
@@ -199,10 +204,13 @@ def test_a_wrong_override_says_what_is_allowed(space: Space, overrides: list[str
         (Int(1, 10**400, default=1), f"high is beyond {2**53}, the largest whole number that is stored exactly"),
         (Choice(None, 0.1), "has no default; give it one with default="),
         (Setting((1, 2)), "setting (1, 2) is not a string, number or boolean; use Choice"),  # type: ignore[arg-type]
-        (Choice("a", default="a", when={"lr": 1}), "when={'lr': ...} must name a Choice declared before it: other"),
+        (
+            Choice("a", default="a", when={"lr": ">1"}),
+            "when={'lr': '>1'} can never hold; lr is in 0:1; write a number, or a text such as '>=2', '<0.5' or '2:8'",
+        ),
         (
             Choice("a", default="a", when={"later": 1}),
-            "when={'later': ...} must name a Choice declared before it: other",
+            "when={'later': ...} must name a parameter declared before it: lr, other",
         ),
         (Choice("a", default="a", when={"other": 3}), "when={'other': 3} can never hold; other is one of 1, 2"),
         ("0:1", "'0:1' is not a Float, Int or Choice"),

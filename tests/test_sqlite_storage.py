@@ -22,7 +22,8 @@ from hpo.config import Direction
 from hpo.search.storage import open_storage
 from hpo.search.study import Study
 from hpo.search.settings import StudySettings
-from hpo.space import Float, Group, Space
+from hpo.parameters import Float
+from hpo.space import Group, Space
 study = Study.open(open_storage(Path(sys.argv[1])), sys.argv[2], StudySettings(
     task="t", space=Space(Group("g", x=Float(0.0, 1.0, default=0.5))), seed=0, strategy="priority", pruner="sha",
     max_epochs=3, metric="m", direction=Direction.MINIMIZE, limit=None, planned_trials=3))

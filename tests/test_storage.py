@@ -30,6 +30,7 @@ from sqlalchemy.exc import OperationalError
 from hpo.config import Direction
 from hpo.database import without_password
 from hpo.errors import StoreError
+from hpo.parameters import Float, Int
 from hpo.records import TrialState as StateName
 from hpo.search import optuna_tables
 from hpo.search.lease import Session, living_sessions
@@ -37,7 +38,7 @@ from hpo.search.optuna_tables import DirectStorage
 from hpo.search.settings import StudySettings
 from hpo.search.storage import OutageError, StudyStorage, open_storage, read_storage
 from hpo.search.study import Study, list_studies
-from hpo.space import Float, Group, Int, Space
+from hpo.space import Group, Space
 
 SECRETS = (PASSWORD, "s3cret")
 TIMEOUT_S = 60

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from optuna.storages import BaseStorage, InMemoryStorage
 
 from hpo.errors import UnknownNameError
+from hpo.parameters import Choice, Float, Int
 from hpo.plugins import SEARCH_SPACES, load_task, registered
 from hpo.search.encoding import distribution
 from hpo.search.priority import (
@@ -37,7 +38,7 @@ from hpo.search.priority import (
 from hpo.search.pruners import build_pruner
 from hpo.search.strategies import STRATEGIES, GridSampler, build_sampler, grid_points, grid_size
 from hpo.search.study import Study
-from hpo.space import Choice, Float, Group, Int, Space
+from hpo.space import Group, Space
 
 # --- strategies -------------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from scipy.stats import norm
 
 from hpo.config import Direction
 from hpo.errors import StudyMismatchError, UsageError
+from hpo.parameters import Choice, Float, Int, Value
 from hpo.search import priority
 from hpo.search.encoding import Encoding, distribution
 from hpo.search.gaussian_process import GaussianProcess, negative_log_posterior
@@ -27,7 +28,7 @@ from hpo.search.pruners import NUM_HALVED_TRIALS, build_pruner
 from hpo.search.settings import StudySettings
 from hpo.search.study import Study
 from hpo.search.surrogate import Surrogate, log_expected_improvement
-from hpo.space import Choice, Float, Group, Int, Space, Value
+from hpo.space import Group, Space
 
 SPACE = Space(
     Group("step size", lr=Float(1e-4, 1.0, log=True, default=1e-2), batch_size=Choice(64, 128, 256, default=128)),

@@ -22,6 +22,7 @@ from optuna.samplers._tpe.sampler import _split_trials
 from optuna.storages import BaseStorage, InMemoryStorage
 
 from hpo.config import Direction
+from hpo.parameters import Float, Int
 from hpo.records import EndState, TrialState
 from hpo.search.priority import (
     DEFAULT_CONFIGURATION,
@@ -29,7 +30,7 @@ from hpo.search.priority import (
 from hpo.search.storage import open_storage
 from hpo.search.strategies import STRATEGIES
 from hpo.search.study import Study
-from hpo.space import Float, Group, Int, Space
+from hpo.space import Group, Space
 
 # --- how trials end ---------------------------------------------------------------------------------------------------
 

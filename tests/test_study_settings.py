@@ -15,10 +15,11 @@ from optuna.storages import BaseStorage
 
 from hpo.config import Direction
 from hpo.errors import StoreError, StudyMismatchError, UnknownNameError
+from hpo.parameters import Float
 from hpo.search.settings import FORMAT, StudySettings
 from hpo.search.storage import open_storage
 from hpo.search.study import Study, list_studies, read_settings
-from hpo.space import Float, Group, Space
+from hpo.space import Group, Space
 
 # --- settings ---------------------------------------------------------------------------------------------------------
 

@@ -13,13 +13,14 @@ from optuna.storages import InMemoryStorage
 
 from hpo.config import Direction
 from hpo.errors import UnknownNameError, UsageError
+from hpo.parameters import Choice, Float, Int, Value
 from hpo.search.storage import open_storage
 from hpo.search.study import Study
 from hpo.search.warm_start import MIN_DISTANCE, NUM_CONFIGURATIONS, best_configurations, translate
 from hpo.session.options import checked
 from hpo.session.request import Proposal, find_proposals, this_machine
 from hpo.session.search import run_search
-from hpo.space import Choice, Float, Group, Int, Space, Value
+from hpo.space import Group, Space
 
 SPACE = Space(
     Group("step size", lr=Float(1e-4, 1.0, log=True, default=1e-2), batch_size=Choice(64, 128, 256, default=128)),

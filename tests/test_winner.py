@@ -45,7 +45,8 @@ import torch
 from hpo.models.mlp import MLP
 from hpo.objective import Objective
 from hpo.data.examples import Dataset, SealedSplit, Split
-from hpo.space import Choice, Group, Space
+from hpo.parameters import Choice
+from hpo.space import Group, Space
 
 
 def load(data_dir):

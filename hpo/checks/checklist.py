@@ -38,7 +38,7 @@ from hpo.training.device import choose_device
 
 if TYPE_CHECKING:
     from hpo.data.examples import Dataset, SealedSplit
-    from hpo.space import Value
+    from hpo.parameters import Value
     from hpo.task import Task
     from hpo.tracking.runs import SummaryRun
 

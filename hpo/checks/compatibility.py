@@ -17,12 +17,13 @@ from hpo.data.pacing import build_growth
 from hpo.data.parts import Padded, map_tensors, tensors_of
 from hpo.errors import DataError, SpaceError, UsageError, in_one_line
 from hpo.models.preprocessed import MAIN_OUTPUTS, PreprocessedModel, build_model
-from hpo.space import Choice, Value, format_value, is_same
+from hpo.parameters import Choice, Value
 from hpo.task import Task
 from hpo.training.losses import training_loss
 from hpo.training.metrics import EpochMetrics, check_metric
 from hpo.training.optimizers import build_optimizer
 from hpo.training.trainer import check_fine_tuning
+from hpo.values import format_value, is_same
 
 if TYPE_CHECKING:
     from hpo.data.examples import DataSpec
@@ -284,7 +285,10 @@ def _check_choices(task: Task, splits: Splits) -> None:
         if not isinstance(parameter, Choice) or task.is_setting(name):
             continue
         for value in (choice for choice in parameter.choices if not is_same(choice, parameter.default)):
-            parameters = task.model_parameters(task.space.active(task.space.defaults() | {name: value}))
+            values = task.space.defaults() | {name: value}
+            if not task.space.allows(values):
+                continue
+            parameters = task.model_parameters(task.space.active(values))
             with _blamed_on(task, "the model", f"{name}={format_value(value)}"):
                 build_model(task.objective, splits.spec, parameters, seed=0)
 

@@ -18,7 +18,7 @@ from hpo.checks.verdicts import Subject, Verdict
 from hpo.config import OWN, derive_seed
 from hpo.data.batches import build_batches
 from hpo.data.parts import tensors_of
-from hpo.space import Choice, format_value
+from hpo.parameters import Choice
 from hpo.training.losses import training_loss
 from hpo.training.metrics import EpochMetrics
 from hpo.training.optimizers import build_optimizer
@@ -26,6 +26,7 @@ from hpo.training.precision import settle_precision
 from hpo.training.probe import backward_in_evaluation_mode
 from hpo.training.step import TrainingStep
 from hpo.training.trainer import fit
+from hpo.values import format_value
 
 if TYPE_CHECKING:
     from hpo.data.datasets import Splits

@@ -15,15 +15,16 @@ import torch
 from hpo.checks.verdicts import Subject, Verdict
 from hpo.errors import CheckpointError, DeviceMemoryError, in_one_line
 from hpo.models.preprocessed import PreprocessedModel, build_model
-from hpo.space import Choice, format_value, is_same
+from hpo.parameters import Choice
 from hpo.training.checkpoint import CheckpointFolder
 from hpo.training.device import free_memory
 from hpo.training.trainer import fit
+from hpo.values import format_value, is_same
 
 if TYPE_CHECKING:
     from hpo.config import TrainConfig
     from hpo.data.datasets import Splits
-    from hpo.space import Value
+    from hpo.parameters import Value
     from hpo.task import Task
 
 REHEARSAL_S = 15.0
@@ -70,9 +71,8 @@ def _extremes(task: Task) -> list[dict[str, Value]]:
         task.space.defaults() | {name: values[number] for name, values in tried.items() if number < len(values)}
         for number in range(longest)
     ]
-    return [
-        values for values in configurations if task.space.active(values) != task.space.active(task.space.defaults())
-    ]
+    default = task.space.active(task.space.defaults())
+    return [values for values in configurations if task.space.allows(values) and task.space.active(values) != default]
 
 
 def _values(parameter: object) -> list[Value]:

@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from hpo.checks.verdicts import Subject, Verdict
 from hpo.errors import DeviceMemoryError
-from hpo.space import Choice
+from hpo.parameters import Choice
 from hpo.training.optimizers import build_optimizer
 from hpo.training.precision import settle_precision
 from hpo.training.step import TrainingStep

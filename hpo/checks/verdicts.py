@@ -23,7 +23,7 @@ from hpo.training.precision import has_convolutions
 if TYPE_CHECKING:
     from hpo.data.examples import DataSpec, Split
     from hpo.data.parts import Batch
-    from hpo.space import Value
+    from hpo.parameters import Value
     from hpo.task import Task
 
 State = Literal["ok", "warning", "wrong"]

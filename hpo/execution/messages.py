@@ -17,7 +17,7 @@ from hpo.space import from_stored
 from hpo.training.trainer import EpochResult
 
 if TYPE_CHECKING:
-    from hpo.space import Value
+    from hpo.parameters import Value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,9 +44,9 @@ from hpo.execution.messages import (
 )
 from hpo.models.preprocessed import PreprocessedModel, build_model
 from hpo.objective import Objective
+from hpo.parameters import Value
 from hpo.plugins import load_objective
 from hpo.sources import source_checksums
-from hpo.space import Value
 from hpo.training.checkpoint import CheckpointFolder, save_weights
 from hpo.training.costs import measure_costs
 from hpo.training.cross_validation import fit_folds

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 from numpy.typing import NDArray
 
 from hpo.config import Direction
+from hpo.parameters import Choice, Parameter
 from hpo.plots.style import (
     BLACK,
     BLUE,
@@ -32,7 +33,8 @@ from hpo.plots.style import (
     style_axes,
 )
 from hpo.records import TrialRecord, TrialState, ranked
-from hpo.space import Choice, Parameter, Space, format_value
+from hpo.space import Space
+from hpo.values import format_value
 
 Array = NDArray[np.float64]
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from plotly import graph_objects as go
 
 from hpo.config import Direction
+from hpo.parameters import Choice, Parameter
 from hpo.records import ELIGIBLE, TrialRecord, TrialState, ranked
-from hpo.space import Choice, Parameter, format_value
+from hpo.values import format_value
 
 if TYPE_CHECKING:
     from hpo.report.content import Content

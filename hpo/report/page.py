@@ -15,7 +15,7 @@ from hpo.records import TrialRecord, ranked
 from hpo.report import figures
 from hpo.search.importances import describe_share
 from hpo.search.winner import describe_certainty, describe_comparison, describe_confirmation, describe_training
-from hpo.space import describe_conditions, format_value
+from hpo.values import describe_conditions, format_value
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

@@ -10,11 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from hpo.parameters import Choice, Float, Int, Parameter, Value
 from hpo.search.gaussian_process import Array
-from hpo.space import Choice, Float, Group, Int, Parameter, Space, Value, format_value, is_same
+from hpo.space import Group, Space
+from hpo.values import Conditions, Interval, as_tuple, format_value, is_same
 
 _MAX_DECLARATION = 1800
 """Characters of JSON that leave room for what else stands in an Optuna declaration."""
+
+_NUM_NEIGHBOURS = 1024
+_ROUNDING = 1e-9
 
 
 def distribution(parameter: Parameter) -> BaseDistribution:
@@ -23,16 +28,18 @@ def distribution(parameter: Parameter) -> BaseDistribution:
         case Choice():
             return CategoricalDistribution(parameter.choices)
         case Int():
-            return IntDistribution(int(parameter.low), int(parameter.high), log=parameter.log)
+            return IntDistribution(
+                int(parameter.low), int(parameter.high), log=parameter.log, step=int(parameter.step or 1)
+            )
         case Float():
-            return FloatDistribution(parameter.low, parameter.high, log=parameter.log)
+            return FloatDistribution(parameter.low, parameter.high, log=parameter.log, step=parameter.step)
 
 
 class OptunaSpace:
     """A space as Optuna has it: choices that it could not tell apart, or not store, are labels there.
 
     It compares choices by `==`, for which 1 is True, stores tuples as lists, and keeps a declaration in 2 048
-    characters.
+    characters. Three steps of 0.1 are 0.30000000000000004 for it.
     """
 
     def __init__(self, space: Space) -> None:
@@ -42,6 +49,11 @@ class OptunaSpace:
             if isinstance(parameter, Choice) and not _is_stored_by_optuna(parameter)
         }
         self.space = self._labelled(space) if self._labels else space
+        self._stepped = {
+            name: parameter
+            for name, parameter in space.parameters.items()
+            if isinstance(parameter, Float) and parameter.step
+        }
 
     def encode(self, values: Mapping[str, Value]) -> dict[str, Value]:
         """Values as Optuna has them."""
@@ -49,11 +61,12 @@ class OptunaSpace:
 
     def decode(self, values: Mapping[str, Value]) -> dict[str, Value]:
         """What Optuna has, as values of the space."""
-        if not self._labels:
-            return dict(values)
-        return {
-            name: self._labels[name][str(value)] if name in self._labels else value for name, value in values.items()
-        }
+        return {name: self._value(name, value) for name, value in values.items()}
+
+    def _value(self, name: str, stored: Value) -> Value:
+        if name in self._labels:
+            return self._labels[name][str(stored)]
+        return self._stepped[name].nearest(stored) if name in self._stepped else stored
 
     def _label(self, name: str, value: Value) -> Value:
         if name not in self._labels:
@@ -61,19 +74,21 @@ class OptunaSpace:
         return next(label for label, choice in self._labels[name].items() if is_same(choice, value))
 
     def _labelled(self, space: Space) -> Space:
-        return Space(
-            *(
-                Group(group.name, closed=False, **{n: self._parameter(n, p) for n, p in group.parameters.items()})
-                for group in space.groups
-            )
+        groups = (
+            Group(group.name, closed=False, **{n: self._parameter(n, p) for n, p in group.parameters.items()})
+            for group in space.groups
         )
+        labelled = Space(*groups, forbid=map(self._conditions, space.forbidden))
+        labelled.limits = space.limits
+        return labelled
+
+    def _conditions(self, conditions: Conditions) -> Conditions:
+        return {
+            name: tuple(self._label(name, value) for value in as_tuple(wanted)) for name, wanted in conditions.items()
+        }
 
     def _parameter(self, name: str, parameter: Parameter) -> Parameter:
-        when = {
-            parent: tuple(self._label(parent, value) for value in wanted)
-            for parent, wanted in parameter.when.items()
-            if isinstance(wanted, tuple)
-        }
+        when = self._conditions(parameter.when)
         if name not in self._labels:
             return parameter.with_when(when)
         assert isinstance(parameter, Choice), "choices alone have labels"
@@ -134,12 +149,45 @@ class Encoding:
                 snapped[:, axis] = (_positions(snapped[:, axis], parameter) + 0.5) / len(parameter.choices)
             elif parameter.is_fixed:
                 snapped[:, axis] = 0.5
-            elif isinstance(parameter, Int):
+            elif parameter.spacing is not None:
                 low, high = _scaled_bounds(parameter)
-                scaled = low + snapped[:, axis] * (high - low)
-                whole = np.clip(np.rint(np.exp(scaled) if parameter.log else scaled), parameter.low, parameter.high)
-                snapped[:, axis] = ((np.log(whole) if parameter.log else whole) - low) / (high - low)
+                numbers = _numbers(parameter, snapped[:, axis])
+                steps = np.rint((numbers - parameter.low) / parameter.spacing)
+                numbers = np.clip(parameter.low + steps * parameter.spacing, parameter.low, parameter.high)
+                snapped[:, axis] = ((np.log(numbers) if parameter.log else numbers) - low) / (high - low)
         return snapped
+
+    def allows(self, units: Array) -> NDArray[np.bool_]:
+        """Which of the points (m, p), which stand for values, the space allows; (m,)."""
+        allowed = np.ones(len(units), dtype=bool)
+        if not self.space.has_rules:
+            return allowed
+        active = self._activity(units)
+        for name, limit in self.space.limits.items():
+            number, highest = (self._numbers_of(each, units) for each in (name, limit))
+            allowed &= ~(active[name] & active[limit] & (number > highest * (1 + _ROUNDING)))
+        for entry in self.space.forbidden:
+            hits = [active[name] & self._holds(name, wanted, units) for name, wanted in entry.items()]
+            allowed &= ~np.logical_and.reduce(hits)
+        return allowed
+
+    def nearest_allowed(self, units: Array, rng: np.random.Generator, *, held: NDArray[np.bool_]) -> Array:
+        """A point (p,) near another one that stands for values which the space allows.
+
+        It is the nearest of some random ones, or the default configuration where none of them is allowed. What is
+        `held` stays, where that is possible.
+        """
+        spread = 10 ** rng.uniform(-2.5, 0, size=(_NUM_NEIGHBOURS, 1))
+        moved = units + spread * rng.normal(size=(_NUM_NEIGHBOURS, len(units)))
+        anywhere = rng.uniform(size=moved.shape)
+        is_moved = rng.uniform(size=moved.shape) < rng.choice([0.2, 0.5, 1.0], size=(_NUM_NEIGHBOURS, 1))
+        points = np.concatenate([np.where(is_moved, moved, units), np.where(is_moved, anywhere, units)])
+        points = self.snap(points)
+        for kept in (np.where(held, self.snap(units[None]), points), points):
+            if len(allowed := kept[self.allows(kept)]):
+                nearest: Array = allowed[np.argmin(((allowed - units) ** 2).sum(axis=1))]
+                return nearest
+        return self._defaults
 
     def columns(self, units: Array) -> Array:
         """Points (m, p) -> (m, d): one column a number, one a value of a choice.
@@ -147,10 +195,9 @@ class Encoding:
         Two choices are as far apart as the ends of a range. What is inactive counts as the default, for it is without
         effect.
         """
-        active: dict[str, NDArray[np.bool_]] = {}
+        active = self._activity(units)
         columns = []
         for axis, (name, parameter) in enumerate(zip(self.names, self._parameters, strict=True)):
-            active[name] = self._is_active(parameter, units, active)
             effective = np.where(active[name], units[:, axis], self._defaults[axis])
             if isinstance(parameter, Choice):
                 one_hot = np.eye(len(parameter.choices))[_positions(effective, parameter)]
@@ -159,16 +206,63 @@ class Encoding:
                 columns.append(effective[:, None])
         return np.concatenate(columns, axis=1)
 
-    def _is_active(self, parameter: Parameter, units: Array, active: dict[str, NDArray[np.bool_]]) -> NDArray[np.bool_]:
-        result = np.ones(len(units), dtype=bool)
-        for parent, wanted in parameter.when.items():
-            axis = self.names.index(parent)
-            choice = self._parameters[axis]
-            assert isinstance(choice, Choice), "the space has checked it"
-            assert isinstance(wanted, tuple), "the space has made it one"
-            allowed = [_position(choice, value) for value in wanted]
-            result &= active[parent] & np.isin(_positions(units[:, axis], choice), allowed)
-        return result
+    def _activity(self, units: Array) -> dict[str, NDArray[np.bool_]]:
+        """Which of the points (m, p) each parameter is active at; (m,) by its name."""
+        active: dict[str, NDArray[np.bool_]] = {}
+        for name, parameter in zip(self.names, self._parameters, strict=True):
+            is_active = np.ones(len(units), dtype=bool)
+            for parent, wanted in parameter.when.items():
+                is_active &= active[parent] & self._holds(parent, as_tuple(wanted), units)
+            active[name] = is_active
+        return active
+
+    def _holds(self, name: str, wanted: tuple[Value, ...], units: Array) -> NDArray[np.bool_]:
+        """At which of the points (m, p) a parameter has a value that is wanted; (m,)."""
+        along = units[:, self.names.index(name), None]
+        lows, highs = np.transpose(self.intervals(name, wanted))
+        is_within: NDArray[np.bool_] = ((along >= lows - _ROUNDING) & (along <= highs + _ROUNDING)).any(axis=1)
+        return is_within
+
+    def intervals(self, name: str, wanted: tuple[Value, ...]) -> list[tuple[float, float]]:
+        """The parts of a parameter's axis that stand for wanted values, with a margin around each value it can have."""
+        parameter = self._parameters[self.names.index(name)]
+        return [interval for each in wanted if (interval := _interval(parameter, each))]
+
+    def _numbers_of(self, name: str, units: Array) -> Array:
+        axis = self.names.index(name)
+        parameter = self._parameters[axis]
+        if isinstance(parameter, Choice):
+            return np.array(parameter.choices, dtype=float)[_positions(units[:, axis], parameter)]
+        return _numbers(parameter, units[:, axis])
+
+
+def _interval(parameter: Parameter, wanted: Value) -> tuple[float, float] | None:
+    if isinstance(parameter, Choice):
+        position, count = _position(parameter, wanted), len(parameter.choices)
+        return (position + 0.25) / count, (position + 0.75) / count
+    interval = Interval.parse(wanted)
+    assert interval is not None, "the space has checked it"
+    if isinstance(parameter, Int):
+        interval = interval.whole()
+    if parameter.is_fixed:
+        return (0.0, 1.0) if interval.contains(parameter.low) else None
+    margin = 0.25 * parameter.spacing if parameter.spacing else 0.0
+    low, high = max(interval.low - margin, parameter.low - margin), min(interval.high + margin, parameter.high + margin)
+    if low > high:
+        return None
+    start, end = _scaled_bounds(parameter)
+    low, high = ((math.log(number) if parameter.log else number) for number in (low, high))
+    return (low - start) / (end - start), (high - start) / (end - start)
+
+
+def _numbers(parameter: Float | Int, units: Array) -> Array:
+    """Where points (m,) of a number's axis are on its range; (m,)."""
+    if parameter.is_fixed:
+        return np.full(len(units), float(parameter.low))
+    low, high = _scaled_bounds(parameter)
+    scaled = low + units * (high - low)
+    numbers: Array = np.exp(scaled) if parameter.log else scaled
+    return numbers
 
 
 def _to_unit(parameter: Parameter, value: Value) -> float:
@@ -187,14 +281,13 @@ def _from_unit(parameter: Parameter, unit: float) -> Value:
         return parameter.low
     low, high = _scaled_bounds(parameter)
     scaled = low + unit * (high - low)
-    value = min(max(math.exp(scaled) if parameter.log else scaled, parameter.low), parameter.high)
-    return round(value) if isinstance(parameter, Int) else value
+    return parameter.nearest(math.exp(scaled) if parameter.log else scaled)
 
 
 def _scaled_bounds(parameter: Parameter) -> tuple[float, float]:
     """Ends of the axis on its scale. A whole number is the middle of an interval, so that the ends are not rarer."""
     assert not isinstance(parameter, Choice)
-    margin = 0.5 if isinstance(parameter, Int) else 0.0
+    margin = 0.5 * parameter.spacing if parameter.spacing else 0.0
     low, high = parameter.low - margin, parameter.high + margin
     return (math.log(low), math.log(high)) if parameter.log else (low, high)
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
+from hpo.parameters import Choice, Float, Int, Value
 from hpo.records import ELIGIBLE, TrialRecord, ranked
 from hpo.search.encoding import Encoding
-from hpo.space import Choice, Float, Int, Value, format_value
+from hpo.values import format_value
 
 if TYPE_CHECKING:
     from hpo.search.study import Study

@@ -29,7 +29,7 @@ from hpo.search.encoding import Encoding
 from hpo.search.posterior import EndPosterior, Observations
 from hpo.search.priority import tunable_groups
 from hpo.search.surrogate import on_one_thread
-from hpo.space import describe_conditions
+from hpo.values import as_tuple, describe_conditions
 
 if TYPE_CHECKING:
     from hpo.search.gaussian_process import Array
@@ -304,8 +304,10 @@ class Design:
         for parent, wanted in self._space.parameters[name].when.items():
             units = self._activated(units, parent)
             axis = self._encoding.names.index(parent)
-            assert isinstance(wanted, tuple), "the space has made it one"
-            allowed = np.array([self._encoding.units(self._space.defaults() | {parent: v})[axis] for v in wanted])
+            lows, highs = np.transpose(self._encoding.intervals(parent, as_tuple(wanted)))
+            ends = np.cumsum(highs - lows)
+            along = units[:, axis] * ends[-1]  # the intervals one after the other
+            each = np.minimum(np.searchsorted(ends, along), len(ends) - 1)
             units = units.copy()
-            units[:, axis] = allowed[np.minimum((units[:, axis] * len(allowed)).astype(int), len(allowed) - 1)]
+            units[:, axis] = highs[each] - (ends[each] - along)
         return units

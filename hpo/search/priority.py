@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
-    from hpo.space import Space, Value
+    from hpo.parameters import Value
+    from hpo.space import Space
 
 NUM_STARTUP_TRIALS = 4
 """Trials before the model of the learning curves proposes any: the default configuration, then points of a sequence."""

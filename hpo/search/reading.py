@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import optuna
     from optuna.storages import BaseStorage
 
+    from hpo.parameters import Value
     from hpo.search.settings import StudySettings
-    from hpo.space import Value
 
 
 _ENQUEUED = "fixed_params"  # Optuna's name for what is enqueued

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from hpo.config import Direction
-from hpo.space import Space, format_value
+from hpo.space import Space
+from hpo.values import format_value
 
 FORMAT = 2
 """Version of what a study stores of its settings; raised when an older hpo could misread it."""
@@ -85,15 +86,17 @@ class StudySettings:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain data."""
-        return {each.name: getattr(self, each.name) for each in fields(self)} | {"space": self.space.to_dict()}
+        rules = {"rules": self.space.rules()} if self.space.has_rules else {}
+        plain = {each.name: getattr(self, each.name) for each in fields(self)}
+        return plain | {"space": self.space.to_dict()} | rules
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Self:
         """The settings that `to_dict` described."""
+        plain = {name: value for name, value in stored.items() if name != "rules"}
         tuples = {name: tuple(stored.get(name, ())) for name in ("overrides", "objectives", "fixed", "data_options")}
-        return cls(
-            **stored | tuples | {"space": Space.from_dict(stored["space"]), "direction": Direction(stored["direction"])}
-        )
+        space = Space.from_dict(stored["space"], stored.get("rules"))
+        return cls(**plain | tuples | {"space": space, "direction": Direction(stored["direction"])})
 
 
 def differences(made: StudySettings, asked: StudySettings) -> Iterator[str]:
@@ -124,6 +127,8 @@ def _space_differences(made: Space, asked: Space) -> Iterator[str]:
             yield f"no {_placed(name, asked)}"
         else:
             yield from _parameter_differences(name, made, asked)
+    if made.rules() != asked.rules():
+        yield "other forbidden configurations"
     order_before, order_now = ([group.name for group in space.groups] for space in (made, asked))
     if order_before != order_now:
         yield f"the groups {', '.join(order_before)}, not {', '.join(order_now)}"

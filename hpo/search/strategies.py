@@ -19,18 +19,19 @@ from hpo import extensions
 from hpo.config import derive_seed
 from hpo.errors import UsageError
 from hpo.extensions import accepts, call, find_factory
+from hpo.parameters import Choice, Float, Int
 from hpo.search.confirmation import REPEATS
 from hpo.search.internals import SearchSpaceTransform, all_trials, direction_of, set_system_attr
 from hpo.search.priority import PrioritySampler
-from hpo.search.wrappers import DefaultFirstSampler, TrialSeededSampler
-from hpo.space import Choice, Float, Int
+from hpo.search.wrappers import AllowedSampler, DefaultFirstSampler, TrialSeededSampler
 
 if TYPE_CHECKING:
     from cmaes import CMA  # type: ignore[import-untyped]
     from optuna import Study
     from optuna.trial import FrozenTrial
 
-    from hpo.space import Parameter, Space, Value
+    from hpo.parameters import Parameter, Value
+    from hpo.space import Space
 
 STRATEGIES = ("priority", "tpe", "gp", "random", "grid", "qmc", "cmaes")
 GRID_STEPS = 5
@@ -48,7 +49,19 @@ def build_sampler(strategy: str, space: Space, *, seed: int, num_trials: int, ha
     grid      see GridSampler
     qmc       a scrambled Sobol sequence
     cmaes     CMA-ES (Hansen, 2016, arXiv:1604.00772) for numbers, random for choices; learns from complete trials only
+
+    Each but `grid` keeps the rules of the space; UsageError where they are not kept.
     """
+    if not space.has_rules:
+        return _sampler(strategy, space, seed, num_trials, has_curves=has_curves)
+    if strategy == "grid":
+        raise UsageError(
+            "--strategy grid visits every point, and this space forbids some; choose another, such as --strategy qmc."
+        )
+    return AllowedSampler(_sampler(strategy, space, seed, num_trials, has_curves=has_curves), space, seed)
+
+
+def _sampler(strategy: str, space: Space, seed: int, num_trials: int, *, has_curves: bool) -> BaseSampler:
     if strategy == "priority":
         return PrioritySampler(space, seed=seed, num_trials=num_trials, has_curves=has_curves)
     if strategy == "grid":
@@ -214,11 +227,11 @@ def grid_points(parameter: Parameter) -> list[Value]:
     """The parameter's values in a grid, in rising order, or in the order of the choices."""
     if isinstance(parameter, Choice):
         return list(parameter.choices)
-    if isinstance(parameter, Float):
-        return list(dict.fromkeys(_spaced(parameter)))
-    if parameter.high - parameter.low < GRID_STEPS:
-        return list(range(int(parameter.low), int(parameter.high) + 1))
-    return list(dict.fromkeys(round(value) for value in _spaced(parameter)))
+    spacing = parameter.spacing
+    if spacing is not None and (parameter.high - parameter.low) / spacing < GRID_STEPS - 0.5:
+        num_steps = round((parameter.high - parameter.low) / spacing)
+        return [parameter.nearest(parameter.low + step * spacing) for step in range(num_steps + 1)]
+    return list(dict.fromkeys(parameter.nearest(value) for value in _spaced(parameter)))
 
 
 def _spaced(parameter: Float | Int) -> list[float]:

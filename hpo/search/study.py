@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.storages import BaseStorage
 
-    from hpo.space import Value
+    from hpo.parameters import Value
 
 
 _WAITING: tuple[TrialState, ...] = ("queued", "interrupted")

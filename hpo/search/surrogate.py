@@ -19,10 +19,11 @@ from scipy.special import erfcx, ndtr
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 from hpo.config import Direction
+from hpo.parameters import Value
 from hpo.search.encoding import Encoding
 from hpo.search.gaussian_process import Array, GaussianProcess
 from hpo.search.internals import trial_id
-from hpo.space import Space, Value
+from hpo.space import Space
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -186,6 +187,10 @@ class Surrogate:
         mean, deviation = belief.process.predict(self._at_the_end(units))
         return log_expected_improvement((belief.lowest - mean) / deviation) + np.log(deviation)
 
+    def _promise(self, belief: _Belief, units: Array) -> Array:
+        """The same, and minus infinity for configurations that the space forbids."""
+        return np.where(self._encoding.allows(units), self._log_improvement(belief, units), -np.inf)
+
     def _most_promising(
         self, belief: _Belief, held: Mapping[str, Value], rng: np.random.Generator
     ) -> tuple[Array, float]:
@@ -204,14 +209,14 @@ class Surrogate:
         incumbents = belief.incumbents[:_NUM_INCUMBENTS]
         nearby = incumbents[rng.integers(len(incumbents), size=_NUM_CANDIDATES)]
         candidates = allowed(np.concatenate([anywhere, self._mutated(nearby, rng)]))
-        scores = self._log_improvement(belief, candidates)
+        scores = self._promise(belief, candidates)
         for step in _REFINEMENTS:
             elite = np.argsort(-scores)[:_NUM_INCUMBENTS]
             offspring = np.repeat(candidates[elite], _OFFSPRING, axis=0)
             offspring += step * rng.normal(size=offspring.shape) * (rng.uniform(size=offspring.shape) < 0.5)
             offspring = allowed(offspring)
             candidates = np.concatenate([candidates[elite], offspring])
-            scores = np.concatenate([scores[elite], self._log_improvement(belief, offspring)])
+            scores = np.concatenate([scores[elite], self._promise(belief, offspring)])
         best = int(np.argmax(scores))
         return candidates[best], float(scores[best])
 

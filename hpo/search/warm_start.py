@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hpo.errors import UsageError
+from hpo.parameters import Choice
 from hpo.records import ranked
 from hpo.search.encoding import Encoding
-from hpo.space import Choice, Int
 
 if TYPE_CHECKING:
+    from hpo.parameters import Parameter, Value
     from hpo.records import TrialRecord
     from hpo.search.study import Study
-    from hpo.space import Parameter, Space, Value
+    from hpo.space import Space
 
 NUM_CONFIGURATIONS = 5
 """Maximum number of configurations to take over."""
@@ -46,7 +47,7 @@ def best_configurations(earlier: Study, space: Space) -> list[dict[str, Value]]:
     chosen: list[dict[str, Value]] = []
     for record in records[: max(NUM_CONFIGURATIONS, math.ceil(len(records) / 4))]:
         values = translate(record, space)
-        if all(_distance(encoding, values, other) >= MIN_DISTANCE for other in chosen):
+        if space.allows(values) and all(_distance(encoding, values, other) >= MIN_DISTANCE for other in chosen):
             chosen.append(values)
     return chosen[:NUM_CONFIGURATIONS]
 
@@ -75,8 +76,7 @@ def _nearest(parameter: Parameter, value: Value) -> Value:
         return min(numbers, key=lambda number: abs(float(number) - float(value)))
     if not _is_number(value):
         return parameter.default
-    clipped = min(max(float(value), parameter.low), parameter.high)
-    return round(clipped) if isinstance(parameter, Int) else clipped
+    return parameter.nearest(float(value))
 
 
 def _is_number(value: Value) -> bool:

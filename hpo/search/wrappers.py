@@ -6,16 +6,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from optuna.samplers import BaseSampler
 
 from hpo.config import derive_seed
+from hpo.search.encoding import Encoding, distribution
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial, TrialState
 
-    from hpo.space import Space, Value
+    from hpo.parameters import Value
+    from hpo.space import Space
 
 
 class TrialSeededSampler(BaseSampler):
@@ -114,3 +117,50 @@ class DefaultFirstSampler(PinningSampler):
 
     def pin(self, study: Study, trial: FrozenTrial) -> Mapping[str, Value]:
         return self._defaults if trial.number == 0 else {}
+
+
+class AllowedSampler(BaseSampler):
+    """Moves a configuration that the space forbids to one nearby that it allows; any sampler may propose them.
+
+    Configurations that were enqueued stay as they are.
+    """
+
+    def __init__(self, base: BaseSampler, space: Space, seed: int) -> None:
+        self._base = base
+        self._encoding = Encoding(space)
+        self._distributions = {name: distribution(parameter) for name, parameter in space.parameters.items()}
+        self._seed = seed
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return dict(self._distributions)  # rules are about configurations, so that these are drawn as a whole
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        jointly = self._base.infer_relative_search_space(study, trial)
+        drawn = self._base.sample_relative(study, trial, jointly)
+        values = {
+            name: drawn[name] if name in drawn else self._base.sample_independent(study, trial, name, declared)
+            for name, declared in self._distributions.items()
+        }
+        units = self._encoding.units(values)
+        if self._encoding.allows(units[None])[0]:
+            return values
+        pinned = self._base.pinned(trial) if isinstance(self._base, PinningSampler) else {}
+        rng = np.random.default_rng(derive_seed(self._seed, trial.number, "allowed"))
+        held = np.array([name in pinned for name in self._encoding.names])
+        return self._encoding.values(self._encoding.nearest_allowed(units, rng, held=held))
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._base.sample_independent(study, trial, param_name, param_distribution)
+
+    def reseed_rng(self) -> None:
+        self._base.reseed_rng()
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        self._base.before_trial(study, trial)
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        self._base.after_trial(study, trial, state, values)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from hpo.provenance import describe, sessions
 from hpo.records import Certainty
 from hpo.search.winner import describe_comparison, describe_confirmation, find_winner, how_far
-from hpo.space import format_value
+from hpo.values import format_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -16,6 +16,7 @@ from hpo.execution.executors import Resources, check_executor
 from hpo.execution.hooks import check_url
 from hpo.home import Home, check_study_name, find_data_dir, find_storage
 from hpo.objective import Objective
+from hpo.parameters import Value
 from hpo.plugins import OBJECTIVES, SEARCH_SPACES, load_task, require_registered
 from hpo.search.confirmation import find_plan
 from hpo.search.priority import TRIED_BY_HAND
@@ -32,7 +33,6 @@ from hpo.session.options import (
     defaults_of_a_study,
     kept_by_the_study,
 )
-from hpo.space import Value
 from hpo.task import Task
 from hpo.tracking.store import home_store_uri
 from hpo.training.compiled import check_compile_mode

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from hpo.home import Home
+from hpo.parameters import Parameter
 from hpo.records import Winner
 from hpo.search.confirmation import PLANS
 from hpo.search.importances import describe_share
@@ -23,7 +24,7 @@ from hpo.search.winner import (
     describe_confirmation,
     describe_training,
 )
-from hpo.space import Group, Parameter, Space, describe_conditions, format_value
+from hpo.space import Group, Space
 from hpo.terminal.words import (
     ESTIMATED,
     describe_counts,
@@ -34,6 +35,7 @@ from hpo.terminal.words import (
     format_duration,
     format_score,
 )
+from hpo.values import describe_conditions, format_value
 
 if TYPE_CHECKING:
     from rich.console import Console

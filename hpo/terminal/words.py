@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hpo.space import format_value
+from hpo.values import format_value
 
 if TYPE_CHECKING:
     from hpo.records import TrialState

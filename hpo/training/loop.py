@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from hpo.config import TrainConfig
     from hpo.objective import Objective
-    from hpo.space import Value
+    from hpo.parameters import Value
 
 
 def run_loop(trial: RunningTrial) -> None:

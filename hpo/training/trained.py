@@ -11,7 +11,8 @@ from hpo.config import TrainConfig
 from hpo.data.examples import DataSpec
 from hpo.errors import CheckpointError
 from hpo.files import write_atomically
-from hpo.space import Value, from_stored
+from hpo.parameters import Value
+from hpo.space import from_stored
 
 CHECKPOINT = "checkpoint"  # folder of a run's artifacts that holds the next two
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from hpo.data.examples import DataSpec, Split
-from hpo.space import Float, Group, Space
+from hpo.parameters import Float
+from hpo.space import Group, Space
 
 LR_SPACE = Space(Group("step size", lr=Float(1e-4, 1e-1, log=True, default=1e-2)))
 """The smallest space of a task that is trained."""

@@ -30,7 +30,8 @@ from pathlib import Path
 import torch
 from hpo.models.mlp import MLP
 from hpo.objective import Objective
-from hpo.space import Choice, Float, Group, Space
+from hpo.parameters import Choice, Float
+from hpo.space import Group, Space
 from hpo.objectives.digits import load
 
 

@@ -59,7 +59,8 @@ import torch
 
 from hpo.models.mlp import MLP
 from hpo.objective import Objective
-from hpo.space import Choice, Float, Group, Space
+from hpo.parameters import Choice, Float
+from hpo.space import Group, Space
 from hpo.objectives.digits import load as load_digits
 
 FOLDER = Path(__file__).parent

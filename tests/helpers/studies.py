@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from optuna.storages import BaseStorage
 
 from hpo.config import Direction
+from hpo.parameters import Choice, Float, Int, Value
 from hpo.records import EndState
 from hpo.search.encoding import distribution
 from hpo.search.settings import StudySettings
 from hpo.search.storage import open_storage
 from hpo.search.study import Study, Suggestion
-from hpo.space import Choice, Float, Group, Int, Space, Value
+from hpo.space import Group, Space
 
 SPACE = Space(
     Group(
