@@ -106,6 +106,18 @@ class Range(ABC):
         return Choice(*values, default=default, when=self.when)
 
     @property
+    def num_values(self) -> float:
+        """How many values there are; infinity for real numbers."""
+        if self.is_fixed:
+            return 1
+        return math.inf if self.spacing is None else round((self.high - self.low) / self.spacing) + 1
+
+    def every_value(self) -> tuple[float, ...]:
+        """All values, in rising order, of a range that has a last one."""
+        assert self.num_values < math.inf, "the caller has looked"
+        return tuple(self.nearest(self.low + index * (self.spacing or 0)) for index in range(int(self.num_values)))
+
+    @property
     def is_fixed(self) -> bool:
         """Whether there is one value only."""
         return bool(self.low == self.high)
@@ -223,6 +235,13 @@ class Choice:
         chosen = {format_value(value): value for value in (read(part) for part in split_values(text))}
         default = chosen.get(format_value(self.default), next(iter(chosen.values())))
         return Choice(*chosen.values(), default=default, when=self.when)
+
+    @property
+    def num_values(self) -> int:
+        return len(self.choices)
+
+    def every_value(self) -> tuple[Value, ...]:
+        return self.choices
 
     @property
     def is_fixed(self) -> bool:

@@ -14,8 +14,10 @@ where another parameter is: `Int(1, "depth", default=1)`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import product
 from typing import Any, Self
 
 from hpo.errors import SpaceError, UnknownNameError
@@ -89,6 +91,26 @@ class Space:
             raise SpaceError(
                 f"the default configuration is forbidden: {problem}; change a default, or what is forbidden."
             )
+
+    def num_configurations(self, most: int) -> int | None:
+        """How many different configurations a trial may have; None where there are more than `most` combinations.
+
+        Those that differ in inactive parameters alone are one.
+        """
+        if math.prod(parameter.num_values for parameter in self.parameters.values()) > most:
+            return None
+        combinations = product(*(parameter.every_value() for parameter in self.parameters.values()))
+        configurations = (dict(zip(self.parameters, combination, strict=True)) for combination in combinations)
+        return len({self.identity(values) for values in configurations if self.allows(values)})
+
+    def identity(self, values: Mapping[str, Value]) -> str:
+        """The same text for configurations that train the same."""
+        return ", ".join(f"{name}={format_value(value)}" for name, value in self.active(values).items())
+
+    def describe_rules(self) -> list[str]:
+        """What is forbidden, in words, one sentence each."""
+        limits = [f"{name} is never above {limit}" for name, limit in self.limits.items()]
+        return limits + [f"never: {describe_conditions(entry)}" for entry in self.forbidden]
 
     @property
     def has_rules(self) -> bool:

@@ -25,6 +25,7 @@ from hpo.search.encoding import Encoding
 from hpo.search.findings import (
     find_divergence,
     find_edges,
+    find_exhaustion,
     find_savings,
     find_symptoms,
     find_training_length,
@@ -100,6 +101,21 @@ def log_lr(values: dict[str, Value]) -> float:
 
 def texts(found: Any) -> list[str]:
     return [finding.text for finding in found]
+
+
+# --- a space that is used up ------------------------------------------------------------------------------------------
+
+
+def test_a_small_space_that_is_used_up_is_reported_and_not_before() -> None:
+    depth, width = Int(1, 2, default=1), Choice(8, 16, default=8)
+    space = Space(Group("g", depth=depth, width=width), forbid=[{"width": 16, "depth": 2}])
+    studies = [a_study(num_trials, rising_with(lambda _: 0.5), space=space) for num_trials in range(3, 20)]
+    for study in studies:
+        num_tried = len({space.identity(record.values) for record in study.trials()})
+        assert bool(list(find_exhaustion(study))) == (num_tried == 3)
+    (finding,) = find_exhaustion(studies[-1])
+    assert finding.text.startswith("All 3 configurations of this space have been tried: more trials repeat them with ")
+    assert finding.data == {"configurations": 3, "trials": 19}
 
 
 # --- the edge of a range ----------------------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from click.testing import CliRunner
 
+from hpo.cli import cli
 from hpo.errors import HpoError, SpaceError, StudyMismatchError, UsageError
 from hpo.parameters import Choice, Float, Int, Value
 from hpo.search.encoding import Encoding, OptunaSpace, distribution
@@ -143,6 +145,17 @@ def test_rules_outlive_overrides_and_storage() -> None:
         space.configure("depth=4,width=128")
 
 
+def test_the_configurations_of_a_small_space_are_counted() -> None:
+    space = Space(
+        Group("g", optimizer=Choice("sgd", "adamw", default="sgd"), depth=Int(1, 3, default=1)),
+        Group("h", betas=Choice(0.9, 0.99, default=0.9, when={"optimizer": "adamw"})),
+        forbid=[{"optimizer": "adamw", "depth": 3}],
+    )
+    assert space.num_configurations(most=100) == 3 + 2 * 2
+    assert space.num_configurations(most=11) is None
+    assert ruled().num_configurations(most=10**9) is None, "a rate is a real number"
+
+
 def test_a_search_keeps_the_rules_and_asks_for_the_same_ones_again(tmp_path: Path, home: Path) -> None:
     declared = """
 from hpo import Choice, Float, Group, Int, Space
@@ -157,6 +170,8 @@ space = Space(
     path.write_text(declared.replace("RULE", '">=16"'))
     options: dict[str, Any] = {"space": str(path), "epochs": 1, "workers": 1, "home": home, "study": "ruled"}
     assert run_search("digits", trials=6, **options).is_done
+    shown = CliRunner().invoke(cli, ["space", "digits", "--space", str(path)]).output
+    assert "never: depth is >=2 and width is >=16\n" in shown
     path.write_text(declared.replace("RULE", '">=24"'))
     with pytest.raises(StudyMismatchError, match="other forbidden configurations"):
         run_search("digits", trials=7, **options)

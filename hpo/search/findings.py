@@ -31,6 +31,9 @@ EDGE = 0.05
 NEAR_EDGE = 0.2
 """The outer part that most of the best tenth must lie in, so that one lucky trial is not taken for a trend."""
 
+MOST_COUNTED = 10_000
+"""Combinations of values above which nobody asks whether all have been tried."""
+
 MIN_DIVERGED = 3
 ACCIDENT = 0.05
 """Highest probability that this many of the largest learning rates would have diverged by accident."""
@@ -49,6 +52,7 @@ Topic = Literal[
     "exploding gradients",
     "dead units",
     "epochs saved",
+    "space used up",
 ]
 
 
@@ -71,7 +75,22 @@ def findings(study: Study) -> list[Finding]:
         *find_training_length(study),
         *find_symptoms(study),
         *find_savings(study),
+        *find_exhaustion(study),
     ]
+
+
+def find_exhaustion(study: Study) -> Iterator[Finding]:
+    """Whether each configuration of a small space has been trained."""
+    space = study.settings.space
+    ended = [record for record in study.trials() if record.state in (*ELIGIBLE, "diverged")]
+    number = space.num_configurations(most=MOST_COUNTED) if len(ended) > 1 else None
+    if number is not None and number <= len({space.identity(record.values) for record in ended}):
+        yield Finding(
+            topic="space used up",
+            text=f"All {number} configurations of this space have been tried: more trials repeat them with other "
+            "seeds; widen the space in a file for --space, or compare the best ones with `hpo confirm`.",
+            data={"configurations": number, "trials": len(ended)},
+        )
 
 
 def find_edges(study: Study) -> Iterator[Finding]:

@@ -123,6 +123,8 @@ def print_space(console: Console, space: Space, closed_groups: Sequence[Group]) 
     """The groups in the order in which they are tuned, then what is closed and can be opened."""
     for priority, group in enumerate(space.groups, start=1):
         console.print(_parameter_table(f"{priority}. {group.name}", group.parameters))
+    for rule in space.describe_rules():
+        console.print(rule, markup=False, highlight=False)
     for group in closed_groups:
         closed = {name: parameter for name, parameter in group.parameters.items() if name not in space.parameters}
         if closed:
