@@ -8,7 +8,7 @@ mlruns/
     exports/<study>/         models in formats for others
     spool/                   curves on their way to MLflow
     logs/                    what the workers print
-    locks/                   one lock a study: one search at a time; and whose files the home keeps
+    locks/                   one lock a study: one search at a time; whose files the home keeps, and where its data lay
 
 `Home` owns this layout: nobody else joins a path below it. A home may be moved, copied or mounted elsewhere.
 """
@@ -184,14 +184,21 @@ class StudyFiles:
         """Whether MLflow lacks anything of a trial, of any session."""
         return any(self.spool.glob(f"*/trial-{number:04d}.jsonl"))
 
-    def claim(self, storage: str | None) -> None:
-        """Note whose files these are. Raises UsageError where they are another database's."""
+    def claim(self, storage: str | None, data_dir: Path) -> None:
+        """Note whose files these are, and where the data lie, for commands that are given the study's name alone.
+
+        Raises UsageError where they are another database's.
+        """
         self.require_own(storage)
         try:
             write_atomically(self._owner_file, _database_name(storage).encode())
+            if data_dir == find_data_dir():
+                self._data_file.unlink(missing_ok=True)
+            else:
+                write_atomically(self._data_file, str(data_dir).encode())
         except OSError as error:
             raise StoreError(
-                f"cannot write {self._owner_file}: {error.strerror}; choose another with --home or HPO_HOME."
+                f"cannot write {self._owner_file.parent}: {error.strerror}; choose another with --home or HPO_HOME."
             ) from error
 
     def require_own(self, storage: str | None) -> None:
@@ -207,6 +214,18 @@ class StudyFiles:
     @property
     def _owner_file(self) -> Path:
         return self.home.path / "locks" / f"{self.name}.database"
+
+    @property
+    def data_dir(self) -> Path | None:
+        """Where the data of the study lay, if a search was told with `--data-dir` and they are still there."""
+        if not self._data_file.exists():
+            return None
+        path = Path(self._data_file.read_text(encoding="utf-8"))
+        return path if path.exists() else None
+
+    @property
+    def _data_file(self) -> Path:
+        return self.home.path / "locks" / f"{self.name}.data"
 
     def require_unlocked(self) -> None:
         """Raise UsageError where another process holds the study; nothing is written."""

@@ -76,7 +76,7 @@ def test_a_model_for_a_table_takes_rows_in_mlflow_and_in_hpo_predict(tmp_path: P
     run_search(
         "table", trials=1, epochs=3, workers=1, home=home, data_dir=path, data_options=("label=target",), confirm="none"
     )
-    done = export_best("table", format="mlflow", home=home, data_dir=path)
+    done = export_best("table", format="mlflow", home=home)  # which knows where the data lie
     assert done.difference is not None
     assert done.difference <= 1e-5
     few = tmp_path / "few.csv"

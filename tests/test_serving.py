@@ -7,6 +7,7 @@ import http.client
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -48,6 +49,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory, mlflow_template: Path) ->
     run_search("digits", trials=1, epochs=2, workers=1, home=home)
     registered = register_best("digits", home=home)
     assert (registered.name, registered.version, registered.is_champion) == ("hpo-digits", 1, True)
+    assert registered.tracking_uri == f"sqlite:///{home}/mlflow.db"
     return home
 
 
@@ -290,6 +292,11 @@ def test_the_server_answers_raw_inputs_with_names_and_probabilities(
     raw = json.dumps({"inputs": images.tolist(), "params": {"raw": True}})
     (logits,) = ask(port, "POST", "/invocations", raw)[1]["predictions"]
     assert torch.allclose(torch.tensor(logits).softmax(1), shares, atol=1e-5)
+    assert server.stdout is not None
+    advice = next(line for line in server.stdout if line.startswith("Try it: curl"))
+    example = Path(shlex.split(advice)[-1].removeprefix("@"))
+    status, answer = ask(port, "POST", "/invocations", example.read_text())
+    assert (status, len(answer["predictions"])) == (200, 2)
 
 
 @pytest.mark.parametrize(
@@ -308,12 +315,13 @@ def test_the_server_answers_raw_inputs_with_names_and_probabilities(
         ("nonsense", "application/json", "JSON"),
         ({"inputs": []}, "application/json", "shape"),
         ({"inputs": [1]}, None, "Content-Type"),
+        ({"inputs": [1]}, "application/x-www-form-urlencoded", "needs the header Content-Type: application/json"),
         ("[" * 100_000, "application/json", "JSON"),
         ({"inputs": np.zeros((1, 1, 8, 8)).tolist(), "params": {"raw": "x"}}, "application/json", "raw"),
     ],
     ids=[
         *("rank", "size", "words", "fractions", "too large", "other key"),
-        *("no JSON", "nothing", "no type", "too deep", "other parameter"),
+        *("no JSON", "nothing", "no type", "type of a form", "too deep", "other parameter"),
     ],
 )
 def test_a_wrong_request_gets_400_and_one_line(

@@ -86,12 +86,10 @@ def checked(expected: Mapping[str, Any], inputs: Mapping[str, Array]) -> Array:
     try:
         given = np.asarray(inputs[name])
     except ValueError:  # lists of different lengths
-        raise ValueError(
-            f"the input '{name}' must have the shape {_described(shape)}, not lists that differ."
-        ) from None
+        raise ValueError(f"the input '{name}' must have the shape {described(shape)}, not lists that differ.") from None
     sizes = [own if isinstance(own, int) else size for own, size in zip(shape, given.shape, strict=False)]
     if given.ndim != len(shape) or sizes != list(given.shape) or not len(given):
-        raise ValueError(f"the input '{name}' must have the shape {_described(shape)}, not {_described(given.shape)}.")
+        raise ValueError(f"the input '{name}' must have the shape {described(shape)}, not {described(given.shape)}.")
     if given.dtype == dtype:
         return given
     if given.dtype.kind not in "biuf":
@@ -113,7 +111,7 @@ def sigmoid(logits: Array) -> Array:
     return 0.5 * (1 + np.tanh(0.5 * logits.astype(np.float64)))
 
 
-def _described(shape: Any) -> str:
+def described(shape: Any) -> str:
     return f"({', '.join(map(str, shape))})"
 
 

@@ -27,6 +27,8 @@ LOADER = "hpo_exported"
 """Module of the code in the folder. Not below `hpo`, which those who load it do not have."""
 
 NUM_IN_EXAMPLE = 2
+EXAMPLE = "serving_input_example.json"
+"""MLflow's name for a request with these examples."""
 
 
 @quietly()

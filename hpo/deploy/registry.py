@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
+from hpo.database import without_password
 from hpo.deploy.results import Registration
 from hpo.errors import UsageError
 from hpo.tracking.store import explained
@@ -95,7 +96,14 @@ def register(
         becomes, reason = _decide(promote, score, champion, direction)
         if becomes:
             client.set_registered_model_alias(name, CHAMPION, version.version)
-    return Registration(name=name, version=int(version.version), model_id=model_id, is_champion=becomes, reason=reason)
+    return Registration(
+        name=name,
+        version=int(version.version),
+        model_id=model_id,
+        tracking_uri=without_password(store.uri),
+        is_champion=becomes,
+        reason=reason,
+    )
 
 
 @contextmanager

@@ -70,6 +70,8 @@ class Registration:
     version: int
     model_id: str
     """Of the model that MLflow has logged: `models:/MODEL_ID` is it."""
+    tracking_uri: str
+    """MLflow's store, without a password."""
     is_champion: bool
     reason: str
     """Why it is the champion, or is not."""

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from mlflow.pyfunc import PyFuncModel
 
+_KINDS = ("application/json", "application/vnd.apache.parquet")
+"""How rows and texts are sent, and arrays as JSON alone. MLflow reads CSV only where each column has a type."""
+
 
 def scoring_app(folder: Path) -> FastAPI:
     """MLflow's scoring server of the model in a folder, as an ASGI application.
@@ -32,15 +35,17 @@ def scoring_app(folder: Path) -> FastAPI:
     model = mlflow.pyfunc.load_model(str(folder))
     app: FastAPI = init(model)
     signature = json.loads((folder / SIGNATURE).read_text(encoding="utf-8"))
+    takes_arrays = not signature.get("preprocessing")
+    kinds = _KINDS[:1] if takes_arrays else _KINDS
 
     @app.middleware("http")
     async def answer(request: Request, call_next: Callable[[Request], Any]) -> Any:
         if request.url.path != "/invocations" or request.method != "POST":
             return await call_next(request)
         kind = request.headers.get("content-type", "").partition(";")[0].strip()
-        if not kind:
-            return _refused("the request needs the header Content-Type: application/json.")
-        if kind == "application/json" and not signature.get("preprocessing"):
+        if kind not in kinds:
+            return _refused(f"the request needs the header Content-Type: {' or '.join(kinds)}.")
+        if takes_arrays:
             try:
                 content = await asyncio.to_thread(predictions, model, signature, await request.body())
             except ValueError as error:
@@ -99,8 +104,8 @@ def in_one_line_of(body: bytes) -> str:
     return " ".join((message.partition("\nError: ")[2] or message).split())
 
 
-def run(folder: Path, *, host: str, port: int) -> None:
+def run(app: FastAPI, *, host: str, port: int) -> None:
     """Serve until Ctrl-C or SIGTERM."""
     import uvicorn
 
-    uvicorn.run(scoring_app(folder), host=host, port=port, log_level="warning")
+    uvicorn.run(app, host=host, port=port, log_level="warning")

@@ -141,7 +141,7 @@ def check_export(
 
 def choose(study: str, *, trial: int | None, task: str | Objective | None = None, **machine_options: Any) -> Chosen:
     """The trial whose model is wanted. Raises UsageError where there is none."""
-    machine = this_machine(checked(machine_options))
+    machine = this_machine(checked({**machine_options, "study": study}))
     request, opened = request_of_study(machine, study, task)
     number, is_refit = choose_trial(opened, trial)
     store = open_store(machine.home.path, agreed_tracking_uri(machine, opened))

@@ -53,7 +53,7 @@ def open_search(prepared: Prepared, observer: Observer) -> Iterator[Opened]:
     observer.note("opening the MLflow store")
     store = open_store(machine.home.path, prepared.tracking_uri)
     with nullcontext() if machine.is_shared else files.locked(), ExitStack() as presence:
-        files.claim(machine.storage)
+        files.claim(machine.storage, machine.data_dir)
         database = open_storage(machine.home.path, machine.storage)
         session = presence.enter_context(Session(database, request.study, session_id=prepared.session_id))
         study = session.exclusively(lambda: _open_study(prepared, database, session, store))

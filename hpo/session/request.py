@@ -159,11 +159,13 @@ def this_machine(options: Mapping[str, Any]) -> Machine:
         gpus = visible_gpus(chosen_device)
         check_gpus_per_trial(options["gpus_per_trial"], gpus=gpus, num_workers=options["workers"])
         check_compile_mode(options["compile"] or "auto", options["precision"] or "auto", chosen_device)
+    home, study = Home.find(options["home"]), options.get("study")
+    data_dir = options["data_dir"] or (home.study(study).data_dir if study else None)
     machine = Machine(
-        home=Home.find(options["home"]),
+        home=home,
         storage=find_storage(options["storage"]),
         tracking_uri=options["tracking_uri"],
-        data_dir=find_data_dir(options["data_dir"]),
+        data_dir=find_data_dir(data_dir),
         device=chosen_device,
         keep=options["keep"],
         timeout_s=options["timeout"],

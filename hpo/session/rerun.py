@@ -49,7 +49,7 @@ def rerun_trial(
     SearchError where the training fails.
     """
     require_started_once()
-    machine = this_machine(checked(machine_options))
+    machine = this_machine(checked({**machine_options, "study": study}))
     request, opened = request_of_study(machine, study)
     record = _find_trial(opened, trial)
     dataset = read_data(request)

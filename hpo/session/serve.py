@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from hpo import __version__
-from hpo.deploy.exported import SIGNATURE
+from hpo.deploy.exported import SIGNATURE, described
+from hpo.deploy.mlflow_format import EXAMPLE
 from hpo.session.export import Chosen, choose, export_best
 from hpo.tracking.server import find_free_port, is_loopback, require_free_port
 from hpo.training.trained import TrialDescription
@@ -30,7 +32,7 @@ def serve_best(
     By default it listens on the first free port from 5001. It is served as its export of format mlflow, which is made
     unless it is in the home. Raises what `export_best` raises, and UsageError where the port is taken.
     """
-    from hpo.deploy.serve import run
+    from hpo.deploy.serve import run, scoring_app
 
     if port is None:
         port = find_free_port(host, _DEFAULT_PORT, say)
@@ -38,11 +40,22 @@ def serve_best(
     folder = _exported(study, trial, say, machine_options)
     if not is_loopback(host):
         say(f"Warning: whoever can reach {host}:{port} can use the model; the server asks for no password.")
-    signature = json.loads((folder / SIGNATURE).read_text(encoding="utf-8"))
-    takes = ", ".join(f"{each['name']} {each['dtype']} {each['shape']}" for each in signature["inputs"])
-    say(f"Model of trial {signature['trial']} at http://{host}:{port}/invocations, which takes {takes}.")
+    app = scoring_app(folder)
+    signature, address = (
+        json.loads((folder / SIGNATURE).read_text(encoding="utf-8")),
+        f"http://{host}:{port}/invocations",
+    )
+    say(f"Model of trial {signature['trial']} at {address}, which takes {_described(signature)}.")
+    say(f"Try it: curl -H 'Content-Type: application/json' {address} -d @{shlex.quote(str(folder / EXAMPLE))}")
     say("Stop it with Ctrl-C.")
-    run(folder, host=host, port=port)
+    run(app, host=host, port=port)
+
+
+def _described(signature: Mapping[str, Any]) -> str:
+    """What the model takes, for people: rows, texts or arrays."""
+    if preprocessing := signature.get("preprocessing"):
+        return "texts" if preprocessing["kind"] == "text" else "rows of the table"
+    return ", ".join(f"{each['name']}: {each['dtype']} {described(each['shape'])}" for each in signature["inputs"])
 
 
 def _exported(study: str, trial: int | None, say: Callable[[str], None], options: dict[str, Any]) -> Path:

@@ -137,7 +137,7 @@ class ProgressLines(Observer):
         if self._tally.num_finished:
             so_far = f"{self._tally.describe_counts()}, {self._tally.describe_best()}"
             self._print(f"resuming study '{start.study}': {so_far}")
-        if start.num_repeats:
+        if start.num_repeats and not start.num_repeated:
             self._print(_describe_repeats(start))
 
     def study_moved(self, standing: Standing) -> None:
@@ -187,7 +187,7 @@ class ProgressStatus(Observer):
     def search_started(self, start: Standing) -> None:
         self._tally = Tally(start)
         self._note = ""
-        if start.num_repeats:
+        if start.num_repeats and not start.num_repeated:
             self._say(_describe_repeats(start), "dim")
 
     def trial_started(self, suggestion: Suggestion) -> None:

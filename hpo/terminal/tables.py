@@ -334,7 +334,8 @@ def print_registration(console: Console, registered: Registration) -> None:
     state = "It is the champion" if registered.is_champion else "It is not the champion"
     console.print(f"{state}: {registered.reason}.", soft_wrap=True)
     if registered.is_champion:
-        console.print(f'Load it: mlflow.pyfunc.load_model("models:/{registered.name}@champion")', soft_wrap=True)
+        console.print(f'Load it: mlflow.set_tracking_uri("{registered.tracking_uri}")', soft_wrap=True)
+        console.print(f'         mlflow.pyfunc.load_model("models:/{registered.name}@champion")', soft_wrap=True)
 
 
 def print_formats(console: Console, formats: Formats) -> None:
