@@ -193,7 +193,7 @@ def _run(search: Callable[..., SearchOutcome], as_json: bool, **request: Any) ->
         print_outcome(console, outcome)
     if outcome.interrupted:
         sys.exit(INTERRUPTED)
-    if outcome.all_diverged:
+    if outcome.all_diverged or outcome.all_too_costly:
         sys.exit(FAILED)
 
 

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from hpo.config import Direction
 
 
-EndState = Literal["complete", "pruned", "diverged", "failed", "interrupted"]
-TrialState = Literal["complete", "pruned", "diverged", "failed", "interrupted", "running", "queued"]
+EndState = Literal["complete", "pruned", "diverged", "infeasible", "failed", "interrupted"]
+TrialState = Literal["complete", "pruned", "diverged", "infeasible", "failed", "interrupted", "running", "queued"]
+
+FINISHED: tuple[TrialState, ...] = ("complete", "pruned", "diverged", "infeasible")
+"""The states that count towards the number of trials that was asked for."""
 
 ELIGIBLE: tuple[TrialState, ...] = ("complete", "pruned")
 """The states in which a trial is eligible to win: the best epoch of a pruned trial is as good a model as any."""
@@ -256,7 +259,7 @@ class SearchOutcome:
     counts: Mapping[TrialState, int]
     """Number of trials of the study in each state."""
     num_trials: int
-    """Total of complete, pruned and diverged trials that was requested."""
+    """Total of complete, pruned, diverged and infeasible trials that was requested."""
     is_done: bool
     """Whether all of them have run; the winner is tested only then."""
     interrupted: bool
@@ -275,6 +278,11 @@ class SearchOutcome:
     def all_diverged(self) -> bool:
         """Whether the search is complete and every trial with a result diverged."""
         return self.is_done and self.winner is None and self.counts["diverged"] > 0
+
+    @property
+    def all_too_costly(self) -> bool:
+        """Whether the search is complete and no model was as small, or as fast, as the constraints demand."""
+        return self.is_done and self.winner is None and not self.all_diverged and self.counts["infeasible"] > 0
 
     def to_dict(self) -> dict[str, Any]:
         """The outcome as JSON can hold it."""

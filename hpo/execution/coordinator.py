@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.errors import SearchError, StoreError
 from hpo.execution.deaths import Deaths
-from hpo.execution.messages import Assignment, Decision, EpochDone, TrialDone, TrialRaised
+from hpo.execution.messages import Assignment, Decision, EpochDone, TrialDone, TrialInfeasible, TrialRaised
 from hpo.execution.observer import Observer, Standing
 from hpo.execution.pool import WorkerDied
 from hpo.execution.retention import BestTrials, without_use_for_checkpoints
@@ -212,6 +212,8 @@ class Coordinator:
                 ),
                 folder=attempt.folder,
                 costs=self._study.settings.costs,
+                # A repeat has another seed, and costs what its configuration did.
+                limits=self._study.settings.limits if suggestion.repeats is None else {},
                 folds=self._study.settings.folds,
             )
         )
@@ -232,6 +234,8 @@ class Coordinator:
             case TrialRaised(reason, trace):
                 attempt.end("failed", reason)
                 attempt.run.log_text(trace, "traceback.txt")
+            case TrialInfeasible(reason):
+                attempt.end("infeasible", reason)
             case WorkerDied():
                 self._on_worker_death(attempt, event)
             case TrialDone(costs, has_weights):

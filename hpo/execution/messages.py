@@ -69,6 +69,8 @@ class Assignment:
     """Where the trial's checkpoints are, and in the end its best weights."""
     costs: tuple[str, ...] = ()
     """What is to be measured when the training has ended, some of hpo.config.COSTS."""
+    limits: dict[str, float] = field(default_factory=dict)
+    """The most that the untrained model may cost, by some of the same names."""
     folds: int | None = None
     """Folds of a cross-validation over all examples; None for one training, judged by the validation split."""
 
@@ -118,6 +120,13 @@ class TrialDone:
 
 
 @dataclass(frozen=True)
+class TrialInfeasible:
+    """The model costs more than its limits: it was not trained."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class TrialRaised:
     """The model, the data or the disk raised: another attempt would raise again. The worker ends itself."""
 
@@ -145,7 +154,7 @@ class LogLine:
     text: str
 
 
-Message = EpochDone | TrialDone | TrialRaised | WorkerUnfit | Alive | LogLine
+Message = EpochDone | TrialDone | TrialInfeasible | TrialRaised | WorkerUnfit | Alive | LogLine
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in Message.__args__}
 
 

@@ -12,7 +12,16 @@ from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any, Self
 
 from hpo.errors import SearchError
-from hpo.execution.messages import Alive, EpochDone, LogLine, TrialDone, TrialRaised, WorkerUnfit, decode
+from hpo.execution.messages import (
+    Alive,
+    EpochDone,
+    LogLine,
+    TrialDone,
+    TrialInfeasible,
+    TrialRaised,
+    WorkerUnfit,
+    decode,
+)
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -50,7 +59,7 @@ class Fate:
     is_unexplained: bool = False
 
 
-Event = EpochDone | TrialDone | TrialRaised | WorkerDied
+Event = EpochDone | TrialDone | TrialInfeasible | TrialRaised | WorkerDied
 
 
 class Worker(ABC):
@@ -154,7 +163,7 @@ class WorkerPool(ABC):
                 _logger.log(message.level, message.text)
             case WorkerUnfit():
                 raise SearchError(f"a worker cannot start: {message.reason}")
-            case EpochDone() | TrialDone() | TrialRaised():
+            case EpochDone() | TrialDone() | TrialInfeasible() | TrialRaised():
                 assert worker.trial is not None, "only a worker with a trial speaks of one"
                 trial = worker.trial
                 if not isinstance(message, EpochDone):

@@ -38,6 +38,7 @@ from hpo.execution.messages import (
     Message,
     Setup,
     TrialDone,
+    TrialInfeasible,
     TrialRaised,
     WorkerUnfit,
     encode,
@@ -99,6 +100,11 @@ def serve(connection: Connection, setup: Setup, followers: Sequence[Connection] 
         others.tell({"assignment": assignment.to_dict()})
         try:
             done = _run(assignment, objective, data, report, ranks)
+        except InfeasibleError as error:
+            line.say(TrialInfeasible(str(error)))
+            if ranks.size > 1:  # the others wait for the training
+                return
+            continue
         except (
             Exception,
             SystemExit,
@@ -229,6 +235,10 @@ def _forward_log(line: _Line) -> None:
     logger.propagate = False
 
 
+class InfeasibleError(HpoError):
+    """A model costs more than was allowed."""
+
+
 @dataclass
 class TrialData:
     """The splits that a worker's trials share, where the last trial has left them."""
@@ -278,6 +288,8 @@ def run_trial(
 ) -> dict[str, float]:
     """Train until the trainer ends or `report` says so; the costs of the model that the assignment asks for.
 
+    Raises InfeasibleError where the model costs more than the assignment allows.
+
     A trial that was begun before continues from its checkpoint. Unless it is left to be continued, its folder then has
     the weights of the best epoch (`best.pt`) and all that is needed to rebuild the model (`trial.json`); but not with
     folds, where each had a model of its own. With several `ranks` the first one alone writes and measures.
@@ -286,6 +298,8 @@ def run_trial(
     if ranks.size > 1:
         config = replace(config, compile="off")
     build = partial(_build, objective, assignment.model_parameters)
+    if assignment.limits and ranks.leads:
+        _check_costs(assignment, build, splits)
     if assignment.folds:
         each_fold = folds(splits, assignment.folds)
         results = fit_folds(
@@ -314,6 +328,22 @@ def run_trial(
     else:
         return {}
     return measure_costs(model, splits.train.first(1, config.device)[0], assignment.costs)
+
+
+def _check_costs(
+    assignment: Assignment, build: Callable[[Splits, TrainConfig], PreprocessedModel], splits: Splits
+) -> None:
+    """Raise InfeasibleError where an untrained model costs more than is allowed. One that is resumed was looked at."""
+    if any(assignment.folder.glob("**/epoch-*.pt")):
+        return
+    config = assignment.config
+    model = build(splits, config).eval()
+    example = splits.train.first(1, config.device)[0]
+    costs = measure_costs(model, example, assignment.limits)
+    limits = assignment.limits.items()
+    broken = [f"{name} is {costs[name]:.4g}, above {most:.4g}" for name, most in limits if costs[name] > most]
+    if broken:
+        raise InfeasibleError(" and ".join(broken))
 
 
 def refit(assignment: Assignment, objective: Objective, splits: Splits, *, num_epochs: int, value: float) -> None:

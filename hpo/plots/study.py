@@ -42,6 +42,7 @@ _LOOKS: dict[TrialState, tuple[str, str]] = {  # colour, marker
     "complete": (BLUE, "o"),
     "pruned": (ORANGE, "v"),
     "diverged": (PURPLE, "D"),
+    "infeasible": (BLACK, "^"),
     "failed": (RED, "X"),
     "interrupted": (GREY, "s"),
     "running": (SKY, "P"),

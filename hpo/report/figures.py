@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from hpo.space import Space
 
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#808080"
+BLACK = "#000000"
 
 _LOOKS: dict[TrialState, tuple[str, str]] = {
     "complete": (BLUE, "circle"),
     "pruned": (ORANGE, "triangle-down"),
     "diverged": (PURPLE, "diamond"),
+    "infeasible": (BLACK, "star-triangle-up"),
     "failed": (RED, "x"),
     "running": (GREEN, "cross"),
     "interrupted": (GREY, "square"),

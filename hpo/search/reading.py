@@ -13,7 +13,7 @@ from optuna.trial import TrialState as OptunaState
 
 from hpo.config import derive_seed
 from hpo.errors import UsageError
-from hpo.records import TrialRecord, TrialState, losses, pareto_front, ranked
+from hpo.records import FINISHED, TrialRecord, TrialState, losses, pareto_front, ranked
 from hpo.search import stored
 from hpo.search.confirmation import REPEATS, Race, find_plan
 from hpo.search.encoding import OptunaSpace
@@ -124,7 +124,7 @@ class ReadStudy:
         return number >= len(trials) or trials[number].state.is_finished()
 
     def remaining(self, num_trials: int) -> int:
-        """Trials still to be created until `num_trials` are complete, pruned or diverged, if the running ones will be.
+        """Trials still to be created until `num_trials` are finished, if the running ones will be.
 
         A grid ends at its last point; a point whose trial failed is not tried again. None are missing once a trial
         has reached `stop_at`.
@@ -140,7 +140,7 @@ class ReadStudy:
 
     @property
     def num_finished(self) -> int:
-        """Trials that count for the study's total: complete, pruned and diverged."""
+        """Trials that count for the study's total: complete, pruned, diverged and infeasible."""
         return _num_finished(self.counts())
 
     def counts(self) -> dict[TrialState, int]:
@@ -288,7 +288,7 @@ class ReadStudy:
 
 
 def _num_finished(counts: Mapping[TrialState, int]) -> int:
-    return counts["complete"] + counts["pruned"] + counts["diverged"]
+    return sum(counts[state] for state in FINISHED)
 
 
 def _state(trial: FrozenTrial) -> TrialState:
@@ -296,7 +296,8 @@ def _state(trial: FrozenTrial) -> TrialState:
         case OptunaState.COMPLETE:
             return "pruned" if trial.user_attrs.get(stored.WAS_PRUNED) else "complete"
         case OptunaState.PRUNED:
-            return "diverged" if stored.DIVERGED in trial.constraints else "pruned"
+            broken: tuple[TrialState, ...] = ("diverged", "infeasible")
+            return next((state for state in broken if state in trial.constraints), "pruned")
         case OptunaState.FAIL:
             return "failed"
         case OptunaState.WAITING:

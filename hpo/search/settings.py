@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
-from hpo.config import Direction
+from hpo.config import COSTS, Direction
+from hpo.errors import UnknownNameError, UsageError
 from hpo.space import Space
 from hpo.values import format_value
 
@@ -71,6 +73,9 @@ class StudySettings:
     objectives: tuple[str, ...] = field(default=(), metadata=_written("--objective"))
     """Where there are several: the metric as `val/METRIC`, then some of hpo.config.COSTS. Empty for just the metric."""
 
+    constraints: tuple[str, ...] = field(default=(), metadata=_written("--constraint"))
+    """What a model may cost at most: `params<=5e6`, by some of hpo.config.COSTS."""
+
     folds: int | None = field(default=None, metadata=_written("--folds"))
     """Folds of the cross-validation whose mean is a trial's value; None where a validation split gives it."""
 
@@ -78,6 +83,11 @@ class StudySettings:
     def num_steps(self) -> int:
         """How many values a trial can report: its folds, or else its epochs."""
         return self.folds or self.max_epochs
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The most that a model may cost, by names of hpo.config.COSTS."""
+        return dict(map(read_constraint, self.constraints))
 
     @property
     def costs(self) -> tuple[str, ...]:
@@ -94,9 +104,26 @@ class StudySettings:
     def from_dict(cls, stored: dict[str, Any]) -> Self:
         """The settings that `to_dict` described."""
         plain = {name: value for name, value in stored.items() if name != "rules"}
-        tuples = {name: tuple(stored.get(name, ())) for name in ("overrides", "objectives", "fixed", "data_options")}
+        tuples = {
+            name: tuple(stored.get(name, ()))
+            for name in ("overrides", "objectives", "constraints", "fixed", "data_options")
+        }
         space = Space.from_dict(stored["space"], stored.get("rules"))
         return cls(**plain | tuples | {"space": space, "direction": Direction(stored["direction"])})
+
+
+def read_constraint(text: str) -> tuple[str, float]:
+    """Name and highest value in `params<=5e6`. Raises UsageError where it is none."""
+    name, _, most = (part.strip() for part in text.partition("<="))
+    try:
+        number = float(most)
+    except ValueError:
+        number = math.nan
+    if not number > 0:  # not a number either
+        raise UsageError(f"--constraint must be NAME<=NUMBER with a number above 0, such as params<=5e6; not '{text}'.")
+    if name not in COSTS:
+        raise UnknownNameError("cost", name, COSTS, f"(--constraint {text})")
+    return name, number
 
 
 def differences(made: StudySettings, asked: StudySettings) -> Iterator[str]:

@@ -271,8 +271,8 @@ class Study(ReadStudy):
 
         With several objectives it has `costs` too, one for each of the settings' `costs`.
 
-        An interrupted trial goes back to the queue: `ask` gives it again. A diverged one counts as worse than any
-        other, and a failed one not at all.
+        An interrupted trial goes back to the queue: `ask` gives it again. A diverged one, and an infeasible one, which
+        costs more than was allowed, count as worse than any other, and a failed one not at all.
         """
         running = self._running[number]
         # None is written too: it replaces what an interrupted attempt has left.
@@ -293,6 +293,9 @@ class Study(ReadStudy):
                 self._optuna.tell(number, state=OptunaState.PRUNED)
             case "diverged":
                 self._mark_diverged(running)
+                self._optuna.tell(number, state=OptunaState.PRUNED)
+            case "infeasible":
+                running.handle.set_constraint(stored.INFEASIBLE, 1.0)  # samplers rank it last
                 self._optuna.tell(number, state=OptunaState.PRUNED)
             case "failed":
                 self._optuna.tell(number, state=OptunaState.FAIL)

@@ -47,7 +47,7 @@ class StudyOptions(TypedDict, total=False):
         int | None,
         Option(
             "--trials",
-            "Total number of finished trials (complete, pruned or diverged). [default: 100]",
+            "Total number of finished trials (complete, pruned, diverged or infeasible). [default: 100]",
             default=100,
             kept="planned_trials",
             at_least=1,
@@ -188,6 +188,16 @@ class StudyOptions(TypedDict, total=False):
             "Optimise several numbers: val/METRIC, then params or latency. Repeatable. [default: the metric]",
             metavar="NAME",
             kept="objectives",
+            of_trainer=True,
+        ),
+    ]
+    constraints: Annotated[
+        Sequence[str],
+        Option(
+            "--constraint",
+            "Train no model that costs more: params<=5e6, or latency<=2 in milliseconds. Repeatable.",
+            metavar="NAME<=NUMBER",
+            kept="constraints",
             of_trainer=True,
         ),
     ]

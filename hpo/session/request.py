@@ -21,7 +21,7 @@ from hpo.plugins import OBJECTIVES, SEARCH_SPACES, load_task, require_registered
 from hpo.search.confirmation import find_plan
 from hpo.search.priority import TRIED_BY_HAND
 from hpo.search.pruners import check_first_rung, check_folds_pruner
-from hpo.search.settings import StudySettings
+from hpo.search.settings import StudySettings, read_constraint
 from hpo.search.storage import read_storage
 from hpo.search.study import Study, check_strategy, read_settings, require_same_settings
 from hpo.search.warm_start import best_configurations
@@ -316,6 +316,7 @@ def _complete(task: Task, stored: StudySettings | None, given: Mapping[str, Any]
         "fixed": (),
         "data_options": (),
         "objectives": (),
+        "constraints": (),
         "max_epochs": task.train_config({}).max_epochs,
         "metric": task.objective.metric,
         "pruner": _default_pruner(given),
@@ -329,6 +330,7 @@ def _complete(task: Task, stored: StudySettings | None, given: Mapping[str, Any]
     chosen["objectives"] = _check_objectives(chosen["objectives"], chosen["metric"], task)
     if chosen["objectives"]:
         _suit_several_objectives(chosen, given)
+    _check_constraints(chosen["constraints"])
     check_folds_pruner(chosen["pruner"], chosen["folds"])
     check_first_rung(chosen["pruner"], chosen["max_epochs"], chosen["first_rung"])
     settings = StudySettings(
@@ -368,6 +370,13 @@ def _check_objectives(objectives: tuple[str, ...], metric: str, task: Task) -> t
     if objectives and objectives[0] != first:
         raise UsageError(f"--objective {objectives[0]} cannot be the first: give --objective {first} before it.")
     return objectives if len(objectives) > 1 else ()
+
+
+def _check_constraints(constraints: Sequence[str]) -> None:
+    names = [read_constraint(text)[0] for text in constraints]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"--constraint {name} is given twice; leave one out.")
 
 
 def _suit_several_objectives(chosen: dict[str, Any], given: Mapping[str, Any]) -> None:

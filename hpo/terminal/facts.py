@@ -94,6 +94,7 @@ def study_facts(name: str, home: Path | None, storage: str | None = None, top: i
             "metric": study.settings.metric,
             "direction": study.settings.direction,
             "objectives": study.settings.objectives,
+            "constraints": study.settings.constraints,
             "strategy": study.settings.strategy,
             "pruner": study.settings.pruner,
             "epochs": study.settings.max_epochs,

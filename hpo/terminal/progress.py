@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.execution.observer import Observer, Standing
-from hpo.records import ELIGIBLE
+from hpo.records import ELIGIBLE, FINISHED
 from hpo.terminal.tables import STYLES
 from hpo.terminal.words import ESTIMATED, format_configuration, format_duration
 
@@ -89,7 +89,7 @@ class Tally:
 
     @property
     def num_finished(self) -> int:
-        return self.counts["complete"] + self.counts["pruned"] + self.counts["diverged"]
+        return sum(self.counts[state] for state in FINISHED)
 
     @property
     def seconds_left(self) -> float | None:
@@ -106,7 +106,11 @@ class Tally:
 
     def describe_counts(self) -> str:
         parts = [f"{self.num_finished}/{self.num_trials} trials"]
-        parts += [f"{self.counts[state]} {state}" for state in ("pruned", "diverged", "failed") if self.counts[state]]
+        parts += [
+            f"{self.counts[state]} {state}"
+            for state in ("pruned", "diverged", "infeasible", "failed")
+            if self.counts[state]
+        ]
         parts += [f"{self.num_repeated} of at most {self.num_repeats} repeats"] if self.num_repeated else []
         return ", ".join(parts)
 

@@ -78,6 +78,11 @@ def print_outcome(console: Console, outcome: SearchOutcome) -> None:
             f"Every trial diverged, so there is no winner: try smaller learning rates in a new --study; "
             f"hpo show {outcome.study}{home}"
         )
+    elif outcome.all_too_costly:
+        console.print(
+            f"Each model costs more than --constraint allows, so there is no winner: allow more in a new --study, or "
+            f"start with a small model by --try; hpo show {outcome.study}{home}"
+        )
     elif outcome.winner is None:
         console.print(f"No trial has a result, so there is no winner; the reasons: hpo show {outcome.study}{home}")
     else:
@@ -449,7 +454,8 @@ def _configuration(trial: dict[str, Any]) -> str:
 def _goal(facts: dict[str, Any]) -> str:
     """`accuracy (maximize), mean of 5 folds` or `accuracy (maximize) and params (minimize)`."""
     costs = "".join(f" and {cost} (minimize)" for cost in facts["objectives"][1:])
-    return f"{facts['metric']} ({facts['direction']}){costs}{_over_folds(facts['folds'])}"
+    limits = f", {' and '.join(facts['constraints'])}" if facts["constraints"] else ""
+    return f"{facts['metric']} ({facts['direction']}){costs}{_over_folds(facts['folds'])}{limits}"
 
 
 def _table(*columns: str, title: str | None = None) -> Table:

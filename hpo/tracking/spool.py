@@ -37,6 +37,7 @@ RUN_STATUS: dict[EndState, str] = {
     "complete": "FINISHED",
     "pruned": "FINISHED",  # MLflow has no such status: the tag hpo.state tells
     "diverged": "FINISHED",
+    "infeasible": "FINISHED",
     "failed": "FAILED",
     "interrupted": "KILLED",
 }

@@ -211,7 +211,7 @@ def run_to_the_end(main: Callable[[], object]) -> None:
     """Run it, and end as Python does, except that modules are not taken apart: that copies all of them, for 3 s."""
     try:
         main()
-        code: object = 0
+        code: str | int = 0
     except SystemExit as end:
         code = end.code or 0
     if not isinstance(code, int):
