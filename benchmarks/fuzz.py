@@ -42,6 +42,7 @@ from hpo.data.tables import load_table
 from hpo.data.texts import load_texts
 from hpo.errors import HpoError
 from hpo.parameters import Choice, Float, Int, Setting
+from hpo.search.encoding import Encoding
 from hpo.space import Group, Space
 from hpo.values import format_value
 
@@ -134,7 +135,20 @@ def _parameter(rng: random.Random) -> Any:
     bounds = (low, high) if rng.random() < 0.7 else rng.sample(_STRANGE, 2)
     if rng.random() < 0.7:
         bounds, default = sorted((low, high)), {"default": max(low, high)}
+    if rng.random() < 0.2:
+        default["step"] = rng.choice((1, 2, 0.5, 0.1, *_STRANGE))
+    if rng.random() < 0.2:
+        bounds = (bounds[0], rng.choice("abcd"))
     return kind(*bounds, **default, log=rng.random() < 0.3)
+
+
+_COMPARISONS = (">=2", ">0", "<1e3", "<=-1", "0:5", "5:0", ">", "a:b", ">=nan", "0:1:2", ">=2,<3", " < 7 ")
+
+
+def _condition(rng: random.Random, parameter: Any) -> Any:
+    choices = getattr(parameter, "choices", ())
+    values = [*choices, *_COMPARISONS, *_STRANGE]
+    return rng.choice(values) if rng.random() < 0.8 else tuple(rng.sample(values, 2))
 
 
 @door
@@ -145,14 +159,20 @@ def spaces(rng: random.Random, folder: Path) -> None:
         parameter = _parameter(rng)
         if parameters and isinstance(parameter, Float | Int | Choice) and rng.random() < 0.5:
             parent = rng.choice(list(parameters))
-            of_parent = getattr(parameters[parent], "choices", ())
-            parameter = parameter.with_when({parent: rng.choice([*of_parent, *_STRANGE])})
+            parameter = parameter.with_when({parent: _condition(rng, parameters[parent])})
         parameters[name] = parameter
-    space = Space(Group("all", **parameters))
+    ruled = rng.sample([*parameters, "e"], rng.randint(0, 2)) if rng.random() < 0.3 else []
+    forbid: Any = [{name: _condition(rng, parameters.get(name)) for name in ruled}] if ruled else []
+    space = Space(Group("all", **parameters), forbid=rng.choice((forbid, forbid, forbid, _STRANGE[:1])))
     values = space.active(space.defaults())
-    plain = json.loads(json.dumps(space.to_dict()))
-    assert Space.from_dict(plain).to_dict() == space.to_dict(), "it is stored"
-    assert Space.from_dict(plain).active(space.defaults()) == values
+    plain, rules = json.loads(json.dumps([space.to_dict(), space.rules()]))
+    assert Space.from_dict(plain, rules).to_dict() == space.to_dict(), "it is stored"
+    assert Space.from_dict(plain, rules).rules() == space.rules()
+    assert Space.from_dict(plain, rules).active(space.defaults()) == values
+    encoding = Encoding(space)
+    units = encoding.snap(np.random.default_rng(0).uniform(size=(8, len(parameters))))
+    for point, is_allowed in zip(units, encoding.allows(units), strict=True):
+        assert space.allows(encoding.values(point)) == is_allowed, "two ways to say it"
     for name, parameter in space.parameters.items():
         space.narrow([f"{name}={format_value(parameter.default)}"])
 
