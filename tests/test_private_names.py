@@ -38,6 +38,7 @@ KNOWN = {
     "torch._fused_adam_": 1,
     "torch._fused_adamw_": 1,
     "torch.autograd.Variable._execution_engine": 1,
+    "torch._higher_order_ops.scan": 1,
     "torch._dynamo": 1,
     "torch._dynamo.exc.TorchDynamoException": 1,
     "torch._inductor": 1,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hpo.data.kinds import OF_CLASSES
 from hpo.data.parts import Padded, map_parts, tensors_of
+from hpo.deploy.recurrences import as_loops
 from hpo.errors import ExportError
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class Exportable:
             {at: dimension(side) for at, side in enumerate(port.shape) if isinstance(side, str)} for port in self.inputs
         )
         try:
-            with torch.no_grad(), quietly():
+            with torch.no_grad(), quietly(), as_loops(self.module):
                 program = torch.export.export(self.module, self.traced, dynamic_shapes=(shapes,), strict=False)
         except Exception as error:  # a stranger's network may raise anything
             raise ExportError(f"the model cannot be exported: {_place(error, self.module)}") from error
@@ -169,7 +170,7 @@ def _place(error: Exception, module: nn.Module) -> str:
         kind = type(module.get_submodule(recurrent[0])).__name__
         return (
             f"{recurrent[0]} is an {kind}, of which torch.export makes a graph of one length alone; use --format "
-            "safetensors, or a network without recurrent layers."
+            "safetensors, or an nn.GRU or nn.LSTM without proj_size."
         )
     return f"{reason[:300]}."
 
