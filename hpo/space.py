@@ -46,14 +46,16 @@ class Space:
     makes no sense.
     """
 
-    def __init__(self, *groups: Group, forbid: Iterable[Conditions] = ()) -> None:
+    def __init__(
+        self, *groups: Group, forbid: Iterable[Conditions] = (), limits: Mapping[str, str] | None = None
+    ) -> None:
         """`forbid` are configurations that no trial may have: each entry names conditions that must not all hold.
 
-        Conditions are as those of `when`. What depends on an inactive parameter does not hold.
+        Conditions are as those of `when`. What depends on an inactive parameter does not hold. `limits` has the number
+        whose value is the highest of another one, by the name of that one: `Int(8, "width")` adds to it.
         """
         self.declared: dict[str, Parameter] = {}
-        self.limits: dict[str, str] = {}
-        """The number whose value is the highest of another one, by the name of that one."""
+        self.limits = dict(limits or {})
         self.groups, self.closed_groups = groups, groups[:0]  # errors name the group of a parameter
         names = [group.name for group in groups]
         for group in groups:
@@ -236,10 +238,8 @@ class Space:
     def _ruled(self, kept: Mapping[str, Parameter], *groups: Group) -> Space:
         """A space of these groups, with what of this one's rules may still matter."""
         possible = (_still_possible(entry, kept) for entry in self.forbidden)
-        space = Space(*groups, forbid=[entry for entry in possible if all(entry.values())])
-        space.limits = {name: limit for name, limit in self.limits.items() if name in kept and limit in kept}
-        space._check_defaults()
-        return space
+        limits = {name: limit for name, limit in self.limits.items() if name in kept and limit in kept}
+        return Space(*groups, forbid=[entry for entry in possible if all(entry.values())], limits=limits)
 
     def configure(self, text: str) -> dict[str, Value]:
         """The default configuration except for what `lr=0.1,optimizer=sgd` says; a value for every parameter.
@@ -300,9 +300,7 @@ class Space:
             for group, parameters in declaration.items()
         )
         rules = rules or {"forbid": [], "limits": {}}
-        space = cls(*groups, forbid=map(from_stored, rules["forbid"]))
-        space.limits = dict(rules["limits"])
-        return space
+        return cls(*groups, forbid=map(from_stored, rules["forbid"]), limits=rules["limits"])
 
 
 def parse_assignments(option: str, assignments: Iterable[str], wanted: str) -> dict[str, str]:

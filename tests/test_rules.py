@@ -132,6 +132,17 @@ def test_a_wrong_rule_is_refused(forbid: Any, message: str) -> None:
     assert message in str(caught.value)
 
 
+def test_a_rule_about_a_closed_group_waits_until_it_is_opened() -> None:
+    x, beta = Float(0.0, 1.0, default=0.1), Float(0.0, "x", default=0.05)
+    space = Space(Group("g", x=x), Group("rare", closed=True, beta=beta), forbid=[{"beta": ">0.5", "x": ">0.5"}])
+    ends = np.array([[0.0], [1.0]])
+    assert Encoding(space).allows(ends).all()
+    assert Encoding(space.narrow([])).allows(ends).all()
+    opened = space.narrow(["beta=0:1"])
+    assert not opened.allows({"x": 0.9, "beta": 0.6})
+    assert Encoding(opened).allows(np.array([[0.9, 0.6], [0.4, 0.45], [0.9, 0.4]])).tolist() == [False, False, True]
+
+
 def test_rules_outlive_overrides_and_storage() -> None:
     space = ruled()
     again = Space.from_dict(space.to_dict(), space.rules())

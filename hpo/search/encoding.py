@@ -78,9 +78,7 @@ class OptunaSpace:
             Group(group.name, closed=False, **{n: self._parameter(n, p) for n, p in group.parameters.items()})
             for group in space.groups
         )
-        labelled = Space(*groups, forbid=map(self._conditions, space.forbidden))
-        labelled.limits = space.limits
-        return labelled
+        return Space(*groups, forbid=map(self._conditions, space.forbidden), limits=space.limits)
 
     def _conditions(self, conditions: Conditions) -> Conditions:
         return {
@@ -163,10 +161,13 @@ class Encoding:
         if not self.space.has_rules:
             return allowed
         active = self._activity(units)
-        for name, limit in self.space.limits.items():
+        limits = {name: limit for name, limit in self.space.limits.items() if name in active and limit in active}
+        for name, limit in limits.items():
             number, highest = (self._numbers_of(each, units) for each in (name, limit))
-            allowed &= ~(active[name] & active[limit] & (number > highest * (1 + _ROUNDING)))
+            allowed &= ~(active[name] & active[limit] & (number > highest + _ROUNDING * np.abs(highest)))
         for entry in self.space.forbidden:
+            if not active.keys() >= entry.keys():
+                continue  # about what is in a closed group
             hits = [active[name] & self._holds(name, wanted, units) for name, wanted in entry.items()]
             allowed &= ~np.logical_and.reduce(hits)
         return allowed
