@@ -14,7 +14,7 @@ from hpo.objectives.digits import load
 from hpo.data.datasets import save_splits, split_dataset
 from hpo.errors import SearchError
 from hpo.execution import local, pool
-from hpo.execution.deaths import MAX_WITNESSES, Deaths
+from hpo.execution.deaths import NUM_REMEMBERED, Deaths
 from hpo.execution.local import LocalWorkers
 from hpo.execution.messages import Setup
 from hpo.execution.pool import Fate, WorkerDied
@@ -30,40 +30,42 @@ def setup(tmp_path: Path) -> Setup:
 
 
 def deaths_until_failure(deaths: Deaths, trial: int, death: WorkerDied, ages_s: Sequence[float] = (2.0,)) -> int:
-    return next(count for count in range(1, 1000) if deaths.verdict(trial, 0, death, ages_s[count % len(ages_s)]))
+    return next(
+        count for count in range(1, 1000) if deaths.on_worker_death(trial, 0, death, ages_s[count % len(ages_s)])
+    )
 
 
 @pytest.mark.parametrize("death", [KILLED, CRASHED])
 def test_a_trial_whose_workers_alone_die_gets_three_more_in_each_epoch(death: WorkerDied) -> None:
     deaths = Deaths()
-    assert [deaths.verdict(0, epoch, death, 1.0) for epoch in (0, 0, 0, 1, 1, 1, 2)] == [None] * 7
-    assert [deaths.verdict(0, 2, death, 1.0) for _ in range(3)] == [None, None, "4 workers died in epoch 3"]
+    assert [deaths.on_worker_death(0, epoch, death, 1.0) for epoch in (0, 0, 0, 1, 1, 1, 2)] == [None] * 7
+    assert [deaths.on_worker_death(0, 2, death, 1.0) for _ in range(3)] == [None, None, "4 workers died in epoch 3"]
     assert deaths_until_failure(deaths, 1, death) == 4, "one that has failed speaks for no other"
 
 
 def test_trials_that_are_killed_speak_for_each_other_and_for_none_that_crashes() -> None:
     deaths = Deaths()
-    rounds = [[deaths.verdict(trial, 0, KILLED, 2.0) for trial in range(4)] for _ in range(12)]
+    rounds = [[deaths.on_worker_death(trial, 0, KILLED, 2.0) for trial in range(4)] for _ in range(12)]
     assert rounds == [[None] * 4] * 12
     assert deaths_until_failure(deaths, 4, CRASHED) == 4
-    assert deaths.verdict(0, 0, KILLED, 2.0) == "13 workers died in epoch 1", "it has an end"
+    assert deaths.on_worker_death(0, 0, KILLED, 2.0) == "13 workers died in epoch 1", "it has an end"
 
 
 def test_kills_at_any_moment_are_held_against_a_trial_only_where_no_other_is_killed() -> None:
     alone, together = Deaths(), Deaths()
     assert deaths_until_failure(alone, 0, KILLED, ages_s=(2.0, 1.2, 1.6, 0.1)) == 4
-    assert together.verdict(1, 0, KILLED, 1.0) is None
-    assert deaths_until_failure(together, 0, KILLED, ages_s=(2.0, 1.2, 1.6, 0.1)) == MAX_WITNESSES
+    assert together.on_worker_death(1, 0, KILLED, 1.0) is None
+    assert deaths_until_failure(together, 0, KILLED, ages_s=(2.0, 1.2, 1.6, 0.1)) == NUM_REMEMBERED
     assert deaths_until_failure(together, 2, CRASHED, ages_s=(2.0, 1.2, 1.6, 0.1)) == 4
 
 
 def test_a_trial_that_came_further_after_it_was_killed_speaks_for_one_that_has_not_yet() -> None:
     deaths = Deaths()
-    for epoch in range(MAX_WITNESSES):
-        assert deaths.verdict(0, epoch, KILLED, 1.0) is None
-        deaths.came_to(0, epoch + 1)
-    assert 4 < deaths_until_failure(deaths, 1, KILLED) <= 3 * (1 + MAX_WITNESSES)
-    assert deaths_until_failure(deaths, 2, KILLED) < 3 * (1 + MAX_WITNESSES), "what was long ago proves nothing"
+    for epoch in range(NUM_REMEMBERED):
+        assert deaths.on_worker_death(0, epoch, KILLED, 1.0) is None
+        deaths.on_epoch_done(0, epoch + 1)
+    assert 4 < deaths_until_failure(deaths, 1, KILLED) <= 3 * (1 + NUM_REMEMBERED)
+    assert deaths_until_failure(deaths, 2, KILLED) < 3 * (1 + NUM_REMEMBERED), "what was long ago proves nothing"
 
 
 def test_a_killer_that_is_faster_than_an_epoch_fails_no_trial(searches: Searches) -> None:

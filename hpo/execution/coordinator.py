@@ -248,7 +248,7 @@ class Coordinator:
             attempt.run.set_tags({f"hpo.{name}": value for name, value in result.settled.items()})
         # The first result of a resumed trial is known already, unless the process died before it was written down.
         attempt.last, attempt.moved_at = result, time.monotonic()
-        self._deaths.came_to(attempt.number, result.epoch)
+        self._deaths.on_epoch_done(attempt.number, result.epoch)
         attempt.run.log_epoch(result.epoch, {**result.metrics, **self._best_so_far(result)})
         self._observer.epoch_done(attempt.suggestion, result)
         if result.diverged:
@@ -284,9 +284,9 @@ class Coordinator:
     def _on_worker_death(self, attempt: _Attempt, death: WorkerDied) -> None:
         """Queue the trial again, unless it has killed one worker after another in the same epoch."""
         epoch, age_s = attempt.last.epoch if attempt.last else 0, time.monotonic() - attempt.moved_at
-        verdict = self._deaths.verdict(attempt.number, epoch, death, age_s)
-        if verdict:
-            attempt.end("failed", f"{death.reason} ({verdict})")
+        why_it_fails = self._deaths.on_worker_death(attempt.number, epoch, death, age_s)
+        if why_it_fails:
+            attempt.end("failed", f"{death.reason} ({why_it_fails})")
         else:
             attempt.end("interrupted", death.reason)
 
