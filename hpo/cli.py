@@ -38,15 +38,21 @@ FAILED, INTERRUPTED = 1, 130
 PIPED_WIDTH = 200  # columns of a table in a file or a pipe, which have no width
 
 
-class Duration(click.ParamType[float]):
-    """Seconds, or a number with a unit: 90, 90s, 30m, 2h."""
+class Duration(click.ParamType[float | str]):
+    """Seconds, or a number with a unit: 90, 90s, 30m, 2h; also `none` where the option takes it."""
 
     name = "duration"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+    def __init__(self, *, takes_none: bool) -> None:
+        self._takes_none = takes_none
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float | str:
+        if self._takes_none and value == "none":
+            return "none"
         parts = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(value))
         if parts is None or float(parts[1]) == 0:
-            self.fail(f"'{value}' is not a duration above 0, such as 90, 90s, 30m or 2h.", param, ctx)
+            other = ", or none" if self._takes_none else ""
+            self.fail(f"'{value}' is not a duration above 0, such as 90, 90s, 30m or 2h{other}.", param, ctx)
         return float(parts[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[parts[2]]
 
 
@@ -79,7 +85,7 @@ def _click_option(declared: Declaration) -> Callable[[Command], Command]:
     return click.option(
         option.flag,
         name,
-        type=Duration() if option.is_duration else _CLICK_TYPES[declared.type],
+        type=Duration(takes_none=option.takes_none) if option.is_duration else _CLICK_TYPES[declared.type],
         multiple=declared.type in _REPEATABLE,
         metavar=option.metavar,
         help=option.help,

@@ -63,6 +63,9 @@ class TrialRecord:
     duration_s: float | None = None
     """Seconds of the last attempt; None while it runs."""
 
+    trained_s: float = 0.0
+    """Seconds that a worker was busy with it, in all its attempts; of a running trial up to 10 s are missing."""
+
     pruned_after: int | None = None
     """Epochs, or folds, after which the trial was pruned before it was continued to its end; None if it never was."""
 
@@ -273,6 +276,13 @@ class SearchOutcome:
     """Every trial of the study, by number; then the repeats that confirm configurations."""
     stopped_at: float | None = None
     """The value of the metric that a trial has reached, and that ended the search before it had all its trials."""
+    spent_budget_s: float | None = None
+    """The training time of all trials together that was allowed, and is used up, in seconds."""
+
+    @property
+    def num_finished(self) -> int:
+        """Trials that count for the total: complete, pruned and diverged."""
+        return self.counts["complete"] + self.counts["pruned"] + self.counts["diverged"]
 
     @property
     def all_diverged(self) -> bool:

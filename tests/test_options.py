@@ -54,6 +54,15 @@ def test_what_is_left_out_is_the_default_or_the_studys() -> None:
     assert kept_by_the_study({"trials": None, "overrides": (), "epochs": 3}) == {"max_epochs": 3}
 
 
+@pytest.mark.parametrize(
+    "given", [{"budget": 0}, {"budget": "8h"}, {"trial_timeout": float("nan")}, {"timeout": "none"}]
+)
+def test_a_time_that_is_not_above_zero_is_refused(given: dict[str, Any]) -> None:
+    (value,) = given.values()
+    with pytest.raises(UsageError, match=f"{value} is not allowed: it must be seconds above 0"):
+        checked(given)
+
+
 def test_a_keyword_that_is_no_option_is_refused() -> None:
     with pytest.raises(UnknownNameError, match="no option 'trails'; did you mean 'trials'"):
         run_search("digits", trails=3)  # type: ignore[call-arg]

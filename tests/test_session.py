@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -54,6 +55,41 @@ def test_a_search_that_has_reached_the_value_to_stop_at_is_done_and_continues_wi
 
     outcome = run_search("digits", trials=2, stop_at="none", **options)
     assert (outcome.counts["complete"], outcome.stopped_at) == (2, None)
+
+
+SLOWLY: Any = {"trials": 1, "epochs": 8, "overrides": ("mood=slow",)}  # an epoch takes a quarter of a second or more
+
+
+def test_a_search_whose_budget_is_used_up_has_a_winner_and_a_larger_budget_continues_it(
+    search: Callable[..., SearchOutcome], home: Path
+) -> None:
+    outcome = search(**SLOWLY, budget=1.0)
+    (trial,) = outcome.trials
+    assert (trial.state, trial.reason) == ("pruned", "the study's --budget is used up")
+    assert trial.trained_s >= 1.0
+    assert (outcome.is_done, outcome.spent_budget_s) == (True, 1.0)
+    assert outcome.winner is not None
+    assert outcome.winner.test is not None
+    shown = CliRunner().invoke(cli, ["show", "moody", "--home", str(home)]).output
+    assert re.search(r"Training time: \d+ s of 1 s", shown)
+
+    outcome = search(**SLOWLY, budget="none")
+    (continued,) = outcome.trials
+    assert (continued.state, len(continued.curve), outcome.spent_budget_s) == ("complete", 8, None)
+    assert continued.trained_s > trial.trained_s
+
+
+def test_a_trial_ends_complete_when_all_its_attempts_together_have_trained_for_as_long_as_it_may(
+    search: Callable[..., SearchOutcome],
+) -> None:
+    interrupted = search(**SLOWLY | {"epochs": 200}, timeout=3.0).trials[0]
+    assert interrupted.state == "interrupted"
+    ended = search(**SLOWLY | {"epochs": 200}, trial_timeout=interrupted.trained_s).trials[0]
+
+    assert (ended.state, ended.attempts) == ("complete", 2)
+    assert ended.reason == f"reached --trial-timeout in epoch {len(ended.curve)}"
+    assert len(ended.curve) == len(interrupted.curve), "the time of the first attempt counts"
+    assert ended.value == max(ended.curve.values())
 
 
 @pytest.mark.figures
@@ -180,6 +216,23 @@ def test_runs_of_a_database_that_was_lost_are_marked_and_never_added_to(
     assert open_store(home).find_trial_run("moody", 0) == new[0].info.run_id
     assert outcome.winner is not None
     assert hpo.load_best("moody", home=home).classes
+
+
+def test_the_lines_of_a_search_with_a_budget_say_how_much_of_it_is_used() -> None:
+    shown = StringIO()
+    counts = dict.fromkeys(get_args(TrialState), 0) | {"complete": 1}
+    standing = Standing(
+        study="s",
+        metric="r2",
+        direction=Direction.MAXIMIZE,
+        num_trials=9,
+        counts=counts,
+        best=(0, 0.5),
+        budget_s=3600.0,
+        trained_s=600.0,
+    )
+    ProgressLines(Console(file=shown, width=200)).search_started(standing)
+    assert "1/9 trials, 10 min 0 s of 1 h 0 min training, best r2" in shown.getvalue()
 
 
 def test_a_failed_trial_shows_its_reason_and_a_pruned_one_of_folds_that_its_mean_is_estimated() -> None:

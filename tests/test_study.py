@@ -71,6 +71,26 @@ def test_no_new_trial_is_missing_once_one_has_reached_the_value_to_stop_at(direc
     assert study.stop_at is None
 
 
+def test_no_new_trial_is_missing_once_the_budget_is_used_up_and_repeats_use_none_of_it() -> None:
+    storage = InMemoryStorage()
+    study = Study.open(storage, "s", replace(SETTINGS, strategy="random"))
+    study.remember_session(num_trials=2, task_reference="digits", tracking_uri=None, budget_s=60.0, confirm="1x1")
+    first = study.ask()
+    study.report(first.number, 1, 0.5, trained_s=50.0)
+    assert Study.load(storage, "s").trained_s() == 50.0, "other sessions see what a running trial has used"
+    study.tell(first.number, "interrupted", trained_s=55.0)
+    again = study.ask()
+    assert again.trained_s == 55.0
+    study.tell(again.number, "complete", value=0.5, trained_s=61.0)
+
+    assert (study.trained_s(), study.has_spent_budget, study.remaining(2), study.has_searched) == (61.0, True, 0, True)
+    repeat = study.ask_repeat()
+    assert repeat is not None
+    study.tell(repeat.number, "complete", value=0.5, trained_s=30.0)
+    study.remember_session(num_trials=2, task_reference="digits", tracking_uri=None, budget_s=62.0)
+    assert study.remaining(2) == 1
+
+
 def test_running_trials_are_not_asked_for_twice(storage: BaseStorage, study_name: str) -> None:
     study = Study.open(storage, study_name, SETTINGS)
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.errors import SearchError, StoreError
 from hpo.execution.deaths import Deaths
+from hpo.execution.limits import Limits
 from hpo.execution.messages import Assignment, Decision, EpochDone, TrialDone, TrialInfeasible, TrialRaised
 from hpo.execution.observer import Observer, Standing
 from hpo.execution.pool import WorkerDied
@@ -91,6 +92,7 @@ class Coordinator:
         self._files = files
         self._best = BestTrials(study, keep)
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._limits = Limits(study)
         self._observer = observer
         self._trainer = trainer
         self._attempts: dict[int, _Attempt] = {}
@@ -136,7 +138,7 @@ class Coordinator:
                     shutil.rmtree(folder)
 
     def _standing(self) -> Standing:
-        best, race = self._study.best(), self._study.race
+        best, race, running = self._study.best(), self._study.race, self._running_s()
         return Standing(
             study=self._study.name,
             metric=f"mean {self._study.settings.metric}" if self._study.settings.folds else self._study.settings.metric,
@@ -146,6 +148,8 @@ class Coordinator:
             best=None if best is None or best.value is None else (best.number, best.value),
             num_repeats=race.plan.num_trainings,
             num_repeated=sum(contender.num_ended for contender in race.contenders),
+            budget_s=self._study.budget_s,
+            trained_s=self._study.trained_s(besides=running) + sum(running.values()),
         )
 
     def _goes_on(self) -> bool:
@@ -174,7 +178,17 @@ class Coordinator:
         return self._study.ask_repeat(self._session.id) if self._study.has_searched else None
 
     def _num_remaining(self) -> int:
+        if self._limits.is_budget_spent(self._running_s()):
+            return 0
         return self._study.remaining(self._study.num_trials)
+
+    def _running_s(self) -> dict[int, float]:
+        """Seconds that each of our trials has trained, in all its attempts; without repeats, which no budget holds."""
+        return {
+            number: attempt.trained_s
+            for number, attempt in self._attempts.items()
+            if attempt.suggestion.repeats is None
+        }
 
     def _is_stopping(self) -> bool:
         if len(self._failures) >= MAX_FAILURES_IN_A_ROW:
@@ -190,7 +204,8 @@ class Coordinator:
         """Hand a trial to a worker; one that was begun before continues from its newest checkpoint."""
         if suggestion.pruned:
             self._runs.flush(_FLUSH_S)  # its folder gets another name, and MLflow may yet have to fetch weights from it
-        if self._session.is_shared or suggestion.pruned:
+        self._limits.read_again()
+        if self._session.is_shared or suggestion.pruned or self._study.budget_s is not None:
             self._observer.study_moved(self._standing())
         self._observer.trial_started(suggestion)
         attempt = _Attempt(
@@ -260,11 +275,28 @@ class Coordinator:
             return attempt.end("interrupted", _TAKEN)
         if is_weak:
             return attempt.end("pruned", self._study.pruning_reason(attempt.number, result.fold or result.epoch))
+        return self._decide_by_time(attempt, result)
+
+    def _decide_by_time(self, attempt: _Attempt, result: EpochResult) -> Decision:
+        """Whether a trial that is good enough has the time to continue."""
+        if not result.is_last and self._limits.is_trial_over(attempt.trained_s):
+            # As if it had stopped early: under this limit it has shown what it can.
+            return attempt.end("complete", f"reached --trial-timeout in epoch {result.epoch}")
         if self.interrupted:
             return attempt.end("interrupted", "stopped by hand")
         if self._time_is_up():
             return attempt.end("interrupted", "the time was up")
+        if self._is_out_of_budget(attempt, result):
+            # A part of the folds, or one of several objectives, is no result.
+            is_result = not (self._study.settings.folds or self._study.settings.costs)
+            return attempt.end("pruned" if is_result else "interrupted", "the study's --budget is used up")
         return Decision.GO_ON
+
+    def _is_out_of_budget(self, attempt: _Attempt, result: EpochResult) -> bool:
+        """Whether a trial has to end because the trials together have trained for as long as they may."""
+        if result.is_last or attempt.suggestion.repeats is not None:
+            return False
+        return self._limits.is_budget_spent(self._running_s())
 
     def _best_so_far(self, result: EpochResult) -> dict[str, float]:
         """For the table of runs, where an epoch is the best one of its trial; with folds the end tells their mean."""
@@ -274,12 +306,13 @@ class Coordinator:
 
     def _report(self, number: int, result: EpochResult) -> bool:
         """Tell the study of an epoch, or of a fold that is over; whether the trial is too weak to continue."""
+        trained_s = self._attempts[number].trained_s
         if result.fold is None:
-            return self._study.report(number, result.epoch, result.value)
+            return self._study.report(number, result.epoch, result.value, trained_s=trained_s)
         if not result.is_last:
             return False
         assert result.fold_value is not None, "a fold that did not diverge has a value"
-        return self._study.report(number, result.fold, result.fold_value)
+        return self._study.report(number, result.fold, result.fold_value, trained_s=trained_s)
 
     def _on_worker_death(self, attempt: _Attempt, death: WorkerDied) -> None:
         """Queue the trial again, unless it has killed one worker after another in the same epoch."""
@@ -309,6 +342,7 @@ class Coordinator:
             self._let_go(attempt)
             return
         del self._attempts[attempt.number]
+        self._limits.read_again()
         for number in outdone:
             self._runs.remove_file(number, f"{CHECKPOINT}/{BEST_WEIGHTS}")
         self._count_failures(attempt)
@@ -334,6 +368,7 @@ class Coordinator:
             reason=attempt.reason,
             costs=attempt.costs,
             symptoms=attempt.last.symptoms if attempt.last else None,
+            trained_s=attempt.trained_s,
         )
         return True
 
@@ -417,8 +452,10 @@ class _Attempt:
     last: EpochResult | None = None
     costs: dict[str, float] = field(default_factory=dict)
     has_weights: bool = True
+    began_at: float = field(default_factory=time.monotonic)
+    """When a worker got it, in seconds of the monotonic clock."""
     moved_at: float = field(default_factory=time.monotonic)
-    """When it began, or ended its last epoch, in seconds of the monotonic clock."""
+    """When it began, or ended its last epoch."""
 
     def end(self, state: EndState, reason: str) -> Decision:
         self.state, self.reason = state, reason
@@ -427,6 +464,11 @@ class _Attempt:
     @property
     def number(self) -> int:
         return self.suggestion.number
+
+    @property
+    def trained_s(self) -> float:
+        """Seconds that workers were busy with the trial, in all its attempts."""
+        return self.suggestion.trained_s + time.monotonic() - self.began_at
 
     @property
     def best_value(self) -> float | None:

@@ -30,6 +30,10 @@ class Standing:
     """Trainings that confirm the best configurations when all trials have run, at most."""
     num_repeated: int = 0
     """Those that have ended."""
+    budget_s: float | None = None
+    """Training time of all trials together, in seconds; None without a limit."""
+    trained_s: float = 0.0
+    """How much of it is used."""
 
 
 class Observer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -46,9 +46,10 @@ class ReadStudy:
     def finalists(self) -> list[TrialRecord]:
         """The pruned trials that are continued to their end when the study has all its trials, the best first.
 
-        None are if a trial has reached `stop_at`: it was not pruned, and is good enough.
+        None are if a trial has reached `stop_at`: it was not pruned, and is good enough. Nor are any if the budget is
+        used up.
         """
-        if self.has_reached_target:
+        if self.has_reached_target or self.has_spent_budget:
             return []
         totals = [
             trial.user_attrs[stored.CONTINUED]["total"]
@@ -81,6 +82,33 @@ class ReadStudy:
             return False
         gain = self.settings.direction.gain
         return any(gain(value, over=target) >= 0 for trial in self.trials() for value in self._judged(trial))
+
+    @property
+    def budget_s(self) -> float | None:
+        """Training time of all trials together, in seconds, after which no new one is started. None without a limit."""
+        value: float | None = self.recorded(stored.BUDGET)
+        return value
+
+    @property
+    def trial_timeout_s(self) -> float | None:
+        """Training time of a trial, in seconds, after which it ends. None without a limit."""
+        value: float | None = self.recorded(stored.TRIAL_TIMEOUT)
+        return value
+
+    def trained_s(self, *, besides: Collection[int] = ()) -> float:
+        """Seconds that workers were busy with the trials of the search, in all sessions and on all machines.
+
+        Repeats do not count, nor do the trials whose numbers are in `besides`.
+        """
+        return math.fsum(
+            trial.user_attrs.get(stored.TRAINED, 0.0) for trial in self._searched() if trial.number not in besides
+        )
+
+    @property
+    def has_spent_budget(self) -> bool:
+        """Whether the trials have trained for as long as `budget_s` allows."""
+        budget_s = self.budget_s
+        return budget_s is not None and self.trained_s() >= budget_s
 
     def _judged(self, trial: TrialRecord) -> list[float]:
         """What decides whether a trial is good enough."""
@@ -127,9 +155,9 @@ class ReadStudy:
         """Trials still to be created until `num_trials` are finished, if the running ones will be.
 
         A grid ends at its last point; a point whose trial failed is not tried again. None are missing once a trial
-        has reached `stop_at`.
+        has reached `stop_at`, or the budget is used up.
         """
-        if self.has_reached_target:
+        if self.has_reached_target or self.has_spent_budget:
             return 0
         counts = self.counts()
         missing = num_trials - _num_finished(counts) - counts["running"]
@@ -263,6 +291,7 @@ class ReadStudy:
             reason=trial.user_attrs.get(stored.REASON),
             attempts=trial.user_attrs.get(stored.ATTEMPT, 1),
             duration_s=trial.duration.total_seconds() if trial.duration else None,
+            trained_s=trial.user_attrs.get(stored.TRAINED, 0.0),
             pruned_after=trial.user_attrs.get(stored.CONTINUED, {}).get("after"),
             costs=self._costs(trial),
             symptoms=trial.user_attrs.get(stored.SYMPTOMS, {}),

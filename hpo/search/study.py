@@ -39,6 +39,12 @@ if TYPE_CHECKING:
 
 _WAITING: tuple[TrialState, ...] = ("queued", "interrupted")
 
+_STORE_TIME_EVERY_S = 10.0
+"""Training time of a running trial that may be lost in a crash, seconds. Storing it each epoch would cost a write."""
+
+Kept = float | Literal["none"] | None
+"""A number that the study keeps: "none" takes it back, and None leaves it as it is."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Suggestion:
@@ -67,6 +73,9 @@ class Suggestion:
 
     repeats: int | None = None
     """The trial whose configuration it trains again with another seed; None for a trial of the search."""
+
+    trained_s: float = 0.0
+    """Seconds that workers were busy with it in earlier attempts."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +201,7 @@ class Study(ReadStudy):
             seed=self.trial_seed(handle.number),
             pruned=self._describe_pruning(handle.user_attrs),
             repeats=handle.user_attrs.get(REPEATS),
+            trained_s=handle.user_attrs.get(stored.TRAINED, 0.0),
         )
 
     def _describe_pruning(self, attributes: Mapping[str, Any]) -> str | None:
@@ -222,8 +232,11 @@ class Study(ReadStudy):
         }
 
     @_explained()
-    def report(self, number: int, step: int, value: float) -> bool:
+    def report(self, number: int, step: int, value: float, *, trained_s: float = 0.0) -> bool:
         """Store the metric after an epoch, or a fold, counted from 1; whether the trial is too weak to continue.
+
+        `trained_s` are the seconds that workers were busy with the trial so far, in all attempts; they are stored now
+        and then, so that a crash loses little of them.
 
         Raises TrialTakenError where another session has ended the trial, while this one was cut off.
 
@@ -234,6 +247,8 @@ class Study(ReadStudy):
         if step not in running.reported:
             try:
                 self._store_value(running, step, value)
+                if trained_s - running.handle.user_attrs.get(stored.TRAINED, 0.0) >= _STORE_TIME_EVERY_S:
+                    running.handle.set_user_attr(stored.TRAINED, trained_s)
             except UpdateFinishedTrialError as error:
                 raise TrialTakenError(f"trial {number} has ended elsewhere") from error
             running.reported.add(step)
@@ -264,12 +279,14 @@ class Study(ReadStudy):
         reason: str | None = None,
         costs: Mapping[str, float] | None = None,
         symptoms: Mapping[str, float] | None = None,
+        trained_s: float | None = None,
     ) -> None:
         """Write down how a trial ended; `value` is the metric of its best epoch, which a complete trial must have.
 
         With folds `value` and `best_epoch` are means over them, and a pruned trial must have an `estimated_mean`.
 
-        With several objectives it has `costs` too, one for each of the settings' `costs`.
+        With several objectives it has `costs` too, one for each of the settings' `costs`. `trained_s` are the seconds
+        that workers were busy with it in all attempts.
 
         An interrupted trial goes back to the queue: `ask` gives it again. A diverged one, and an infeasible one, which
         costs more than was allowed, count as worse than any other, and a failed one not at all.
@@ -281,6 +298,8 @@ class Study(ReadStudy):
         if self.settings.folds:
             running.handle.set_user_attr(stored.WAS_PRUNED, state == "pruned")
         running.handle.set_user_attr(stored.SYMPTOMS, dict(symptoms or {}))
+        if trained_s is not None:
+            running.handle.set_user_attr(stored.TRAINED, trained_s)
         match state:
             case "complete":
                 assert value is not None, "a complete trial has a value"
@@ -348,17 +367,21 @@ class Study(ReadStudy):
         has_test: bool = True,
         has_loop: bool = False,
         confirm: str | None = None,
-        stop_at: float | Literal["none"] | None = None,
+        stop_at: Kept = None,
+        budget_s: Kept = None,
+        trial_timeout_s: Kept = None,
         refit: bool = False,
     ) -> None:
         """Keep what a session was given and the next one, or a reader, wants to know.
 
-        Without `confirm` or `stop_at` those of before stay, and so does a `refit` that was asked for.
+        What is None stays as it was, and so does a `refit` that was asked for.
         """
         if confirm is not None:
             self.record(stored.CONFIRM, confirm)
-        if stop_at is not None:
-            self.record(stored.STOP_AT, None if stop_at == "none" else stop_at)
+        limits = {stored.STOP_AT: stop_at, stored.BUDGET: budget_s, stored.TRIAL_TIMEOUT: trial_timeout_s}
+        for key, limit in limits.items():
+            if limit is not None:
+                self.record(key, None if limit == "none" else limit)
         if refit:
             self.record(stored.REFIT, refit)
         self.record(stored.NUM_TRIALS, num_trials)

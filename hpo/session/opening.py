@@ -107,6 +107,8 @@ def _open_study(prepared: Prepared, database: Storage, session: Session, store: 
         has_loop=request.task.objective.train is not None,
         confirm=request.confirm,
         stop_at=request.stop_at,
+        budget_s=request.budget_s,
+        trial_timeout_s=request.trial_timeout_s,
         refit=request.refit,
     )
     study.requeue(number for number, owner in study.owners().items() if owner in gone or not machine.is_shared)

@@ -6,10 +6,11 @@ out, mean the same: the study's value, or else the default.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypedDict, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict, get_type_hints
 
 from hpo.data_options import FLAG, as_written
 from hpo.errors import UnknownNameError, UsageError
@@ -38,6 +39,9 @@ class Option:
 
     is_duration: bool = False
     """Whether it is a time: seconds, on the command line also 90s, 30m or 2h."""
+
+    takes_none: bool = False
+    """Whether a time may also be "none", which takes back what the study keeps."""
 
 
 class StudyOptions(TypedDict, total=False):
@@ -93,6 +97,28 @@ class StudyOptions(TypedDict, total=False):
             "Start no new trial once one has reached this value of the metric: accuracy=0.98; none never stops. "
             "[default: none]",
             metavar="METRIC=VALUE",
+        ),
+    ]
+    budget: Annotated[
+        float | Literal["none"] | None,
+        Option(
+            "--budget",
+            "Training time of all trials together, on all machines: 90, 90s, 30m or 8h; none has no limit. "
+            "[default: none]",
+            metavar="TIME",
+            is_duration=True,
+            takes_none=True,
+        ),
+    ]
+    trial_timeout: Annotated[
+        float | Literal["none"] | None,
+        Option(
+            "--trial-timeout",
+            "End a trial after the epoch in which it has trained this long, with its best value so far: 20m; none has "
+            "no limit. [default: none]",
+            metavar="TIME",
+            is_duration=True,
+            takes_none=True,
         ),
     ]
     refit: Annotated[
@@ -390,7 +416,8 @@ def declarations(options: type) -> list[Declaration]:
 def checked(given: Mapping[str, object]) -> SearchOptions:
     """The options, with defaults for those that no study keeps.
 
-    Raises UnknownNameError for a name that is not an option, and UsageError for a number that is too small.
+    Raises UnknownNameError for a name that is not an option, and UsageError for a number that is too small, or a time
+    that is not above 0.
     """
     found, declared_options = dict(given), declarations(SearchOptions)
     names = [declared.name for declared in declared_options]
@@ -403,7 +430,17 @@ def checked(given: Mapping[str, object]) -> SearchOptions:
             found[name] = False if declared.type is bool else option.default
         if option.at_least is not None and isinstance(value, int) and value < option.at_least:
             raise UsageError(f"{option.flag} {value} is not allowed: it must be at least {option.at_least}.")
+        if option.is_duration and value is not None:
+            _check_duration(option, value)
     return found  # type: ignore[return-value]
+
+
+def _check_duration(option: Option, value: object) -> None:
+    if option.takes_none and value == "none":
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        other = ', or "none"' if option.takes_none else ""
+        raise UsageError(f"{option.flag} {value} is not allowed: it must be seconds above 0{other}.")
 
 
 def require_submittable(given: Mapping[str, object]) -> None:

@@ -90,6 +90,10 @@ class Request:
     """How the best configurations are confirmed, as `--confirm` has it; None leaves it as it is."""
     stop_at: float | Literal["none"] | None = None
     """The value of the metric that ends the search; "none" takes it back, and None leaves it as it is."""
+    budget_s: float | Literal["none"] | None = None
+    """Training time of all trials together; "none" takes it back, and None leaves it as it is."""
+    trial_timeout_s: float | Literal["none"] | None = None
+    """Training time of one trial; "none" takes it back, and None leaves it as it is."""
     refit: bool = False
     """Whether the winner is trained on training and validation examples together; False leaves it as it is."""
     machine: Machine
@@ -108,6 +112,12 @@ def request_for(machine: Machine, task: str | Objective, options: SearchOptions)
     if (confirm := options.get("confirm")) is not None:
         find_plan(confirm)
     found, name, settings = agree(machine, task, options)
+    trial_timeout = options.get("trial_timeout")
+    if settings.folds and isinstance(trial_timeout, int | float):
+        raise UsageError(
+            f"--trial-timeout {trial_timeout:g} does not go with --folds {settings.folds}: the mean of a part of the "
+            "folds cannot be compared with others; omit it, or use fewer --epochs."
+        )
     return Request(
         task=found,
         study=name,
@@ -116,6 +126,8 @@ def request_for(machine: Machine, task: str | Objective, options: SearchOptions)
         proposals=find_proposals(machine, name, settings, options.get("tries") or (), options.get("warm_starts") or ()),
         confirm=confirm,
         stop_at=_read_target(options.get("stop_at"), settings),
+        budget_s=options.get("budget"),
+        trial_timeout_s=trial_timeout,
         refit=options["refit"],
         machine=machine,
     )

@@ -81,6 +81,8 @@ def submit_study(task: str, **options: Unpack[SubmitOptions]) -> Study:
             has_loop=request.task.objective.train is not None,
             confirm=request.confirm,
             stop_at=request.stop_at,
+            budget_s=request.budget_s,
+            trial_timeout_s=request.trial_timeout_s,
             refit=request.refit,
         )
         enqueue(study, request.proposals)
@@ -196,4 +198,5 @@ def _outcome(request: Request, opened: Opened, winner: Winner | None) -> SearchO
         front=front_rows(study),
         trials=(*study.trials(), *study.repeats()),
         stopped_at=study.stop_at if study.has_reached_target else None,
+        spent_budget_s=study.budget_s if study.has_spent_budget else None,
     )

@@ -62,6 +62,9 @@ class Tally:
         self.best = start.best
         self.num_repeats = start.num_repeats
         self.num_repeated = start.num_repeated
+        self.budget_s = start.budget_s
+        self.trained_s = start.trained_s
+        self._trained_before_s = start.trained_s
         self._direction = start.direction
         self._started = time.monotonic()
         self._ended_before = self._num_ended
@@ -72,6 +75,8 @@ class Tally:
         self.best = standing.best
         self.num_trials = standing.num_trials
         self.num_repeated = standing.num_repeated
+        self.budget_s = standing.budget_s
+        self.trained_s = standing.trained_s
 
     def add(self, suggestion: Suggestion, state: EndState, result: EpochResult | None) -> bool:
         """Count a trial that ended; True when it is the best so far. A repeat is counted apart."""
@@ -97,8 +102,12 @@ class Tally:
         num_ended = self._num_ended - self._ended_before
         if num_ended <= 0:
             return None
-        seconds_a_trial = (time.monotonic() - self._started) / num_ended
-        return seconds_a_trial * max(0, self.num_trials + self.num_repeats - self._num_ended)
+        elapsed_s = time.monotonic() - self._started
+        by_trials = elapsed_s / num_ended * max(0, self.num_trials + self.num_repeats - self._num_ended)
+        trained_s = self.trained_s - self._trained_before_s
+        if self.budget_s is None or trained_s <= 0:
+            return by_trials
+        return min(by_trials, elapsed_s / trained_s * max(0.0, self.budget_s - self.trained_s))
 
     @property
     def _num_ended(self) -> int:
@@ -111,6 +120,8 @@ class Tally:
             for state in ("pruned", "diverged", "infeasible", "failed")
             if self.counts[state]
         ]
+        if self.budget_s is not None:
+            parts.append(f"{format_duration(self.trained_s)} of {format_duration(self.budget_s)} training")
         parts += [f"{self.num_repeated} of at most {self.num_repeats} repeats"] if self.num_repeated else []
         return ", ".join(parts)
 

@@ -63,6 +63,10 @@ def print_outcome(console: Console, outcome: SearchOutcome) -> None:
         console.print(
             f"A trial has reached {outcome.stopped_at:g}, so no new one is started. --stop-at none continues."
         )
+    if outcome.spent_budget_s is not None and outcome.num_finished < outcome.num_trials:
+        trials = f"{outcome.num_finished} of {outcome.num_trials} trials"
+        spent = format_duration(outcome.spent_budget_s)
+        console.print(f"The training time of {spent} is used up after {trials}; a larger --budget continues.")
     if outcome.winner is not None:
         _print_winner(console, outcome.winner)
     if outcome.front:
@@ -163,6 +167,8 @@ def print_study(console: Console, facts: dict[str, Any]) -> None:
         console.print(f"Data options: {', '.join(facts['data_options'])}", soft_wrap=True)
     if facts["fixed"]:
         console.print(f"Fixed with --set: {', '.join(facts['fixed'])}")
+    if facts["trained_s"]:
+        console.print(_describe_training_time(facts))
     for line in facts["made_with"]:
         console.print(line, soft_wrap=True)
     costs = facts["objectives"][1:]
@@ -189,6 +195,16 @@ def print_study(console: Console, facts: dict[str, Any]) -> None:
     _print_importances(console, facts["importances"], facts["importances_note"])
     for finding in facts["findings"]:
         console.print(f"- {finding['text']}")
+
+
+def _describe_training_time(facts: dict[str, Any]) -> str:
+    """`Training time: 3 h 20 min of 8 h 0 min, at most 20 min 0 s per trial`."""
+    text = f"Training time: {format_duration(facts['trained_s'])}"
+    if facts["budget_s"] is not None:
+        text += f" of {format_duration(facts['budget_s'])}"
+    if facts["trial_timeout_s"] is not None:
+        text += f", at most {format_duration(facts['trial_timeout_s'])} per trial"
+    return text
 
 
 def _print_confirmation(console: Console, race: dict[str, Any], metric: str) -> None:
