@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from abc import ABC
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -104,6 +105,19 @@ class Range(ABC):
             return replace(self, low=values[0], high=values[0], default=values[0])
         default = self._default if self._default in values else values[0]
         return Choice(*values, default=default, when=self.when)
+
+    def extend(self, text: str) -> Self:
+        """The range `LOW:HIGH`, which holds this one. Raises ValueError for anything else."""
+        try:
+            low, high = (self._type(part) for part in text.split(":"))
+        except ValueError:
+            raise ValueError(f"'{text}' is not a range LOW:HIGH, each end {self._type_name}") from None
+        if not low <= self.low <= self.high <= high:
+            raise ValueError(f"{text} does not hold the range so far, {self.describe()}: its trials would be outside")
+        wider = replace(self, low=low, high=high)
+        if not wider.contains(self.low):
+            raise ValueError(f"{text} has other values than {self.describe()}: move its ends by whole steps")
+        return wider
 
     @property
     def num_values(self) -> float:
@@ -235,6 +249,23 @@ class Choice:
         chosen = {format_value(value): value for value in (read(part) for part in split_values(text))}
         default = chosen.get(format_value(self.default), next(iter(chosen.values())))
         return Choice(*chosen.values(), default=default, when=self.when)
+
+    def extend(self, text: str) -> Choice:
+        """These choices, then the new ones of `A,B,C`. Raises ValueError where one is of another type."""
+        added: list[Value] = []
+        for part in split_values(text):
+            if not self._read(part):
+                added.append(self._new_choice(part.strip()))
+        return Choice(*self.choices, *added, default=self.default, when=self.when, is_open=self.is_open)
+
+    def _new_choice(self, text: str) -> Value:
+        kinds = {type(choice) for choice in self.choices}
+        for kind in (int, float, str):
+            if kind in kinds:
+                with suppress(ValueError):
+                    return kind(text)
+        names = " or ".join(sorted(kind.__name__ for kind in kinds))
+        raise ValueError(f"'{text}' is not of type {names}, as the other choices are")
 
     @property
     def num_values(self) -> int:

@@ -281,8 +281,8 @@ class SearchOutcome:
 
     @property
     def num_finished(self) -> int:
-        """Trials that count for the total: complete, pruned and diverged."""
-        return self.counts["complete"] + self.counts["pruned"] + self.counts["diverged"]
+        """Trials that count for the total."""
+        return sum(self.counts[state] for state in FINISHED)
 
     @property
     def all_diverged(self) -> bool:

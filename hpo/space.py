@@ -207,6 +207,24 @@ class Space:
                 raise UnknownNameError("parameter", name, self.declared)
         return self._with({name: self._narrow_one(name, texts) for name in texts}, "-p")
 
+    def extend(self, overrides: Iterable[str]) -> Space:
+        """The space with wider ranges, such as `lr=1e-4:3`, or more choices, such as `batch_size=1024`.
+
+        Overrides of one parameter add up. Raises SpaceError for what would exclude a value that is allowed so far, and
+        UnknownNameError for a parameter that is not searched.
+        """
+        first, others = tuple(overrides)[:1], tuple(overrides)[1:]
+        if not first:
+            return self
+        ((name, text),) = parse_assignments("-p", first, "NAME=LOW:HIGH or NAME=A,B,C").items()
+        if name not in self.parameters:
+            raise UnknownNameError("parameter", name, self.parameters, "(--extend)")
+        try:
+            wider = self.parameters[name].extend(text)
+        except ValueError as problem:
+            raise self._error(name, f"{problem} (-p {name}={text} --extend)") from None
+        return self._with({name: wider}, "-p").extend(others)
+
     def fix(self, values: Mapping[str, Value]) -> Space:
         """The space with one value for each of these parameters, which it need not have declared for them.
 

@@ -85,6 +85,10 @@ class Task:
                 raise SpaceError(f"{name} cannot be searched; give {_own_option(name)} instead of -p {name}=...")
         return replace(self, space=self.space.narrow(overrides))
 
+    def extend(self, overrides: tuple[str, ...]) -> Task:
+        """The task with a wider space, as `-p` with `--extend` makes it. Raises SpaceError, or UnknownNameError."""
+        return replace(self, space=self.space.extend(overrides))
+
     def fix(self, assignments: Iterable[str]) -> Task:
         """The task with settings of the trainer fixed, as `patience=20` does; a searched one then has this value alone.
 

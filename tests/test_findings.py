@@ -128,7 +128,7 @@ def test_a_best_value_at_the_end_of_its_range_is_reported_on_the_scale_of_the_ra
 
     best = study.best()
     assert best is not None
-    advice = "widen it in a file for --space, because -p only narrows."
+    advice = "widen it with -p lr=0.0001:1 --extend."
     assert finding.text == f"lr's best is at {best.values['lr']:.3g}, the upper end of 0.0001:0.1 (log): {advice}"
     assert finding.data == {"parameter": "lr", "value": best.values["lr"], "end": "upper", "bound": 0.1}
 

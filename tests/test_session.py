@@ -37,8 +37,9 @@ from hpo.search.storage import open_storage
 from hpo.search.study import Study, Suggestion
 from hpo.session import conclude
 from hpo.session import search as session_search
+from hpo.session.opening import extensions_alone
 from hpo.session.options import StudyOptions, checked
-from hpo.session.request import agree, this_machine
+from hpo.session.request import agree, request_for, this_machine
 from hpo.session.search import run_search
 from hpo.terminal.progress import ProgressLines
 from hpo.tracking.runs import SummaryRun
@@ -90,6 +91,30 @@ def test_a_trial_ends_complete_when_all_its_attempts_together_have_trained_for_a
     assert ended.reason == f"reached --trial-timeout in epoch {len(ended.curve)}"
     assert len(ended.curve) == len(interrupted.curve), "the time of the first attempt counts"
     assert ended.value == max(ended.curve.values())
+
+
+def test_a_study_is_widened_once_and_continues_without_being_told_again(task: str, home: Path) -> None:
+    options: Any = {"home": home, "workers": 1, "epochs": 1, "overrides": ("mood=calm",)}
+    run_search(task, trials=1, **options)
+    wider: Any = options | {"overrides": ("width=64", "lr=1e-3:8"), "extend": True}
+    for trials in (2, 3):
+        run_search(task, trials=trials, **wider)
+    outcome = run_search(task, trials=4, home=home, workers=1)
+
+    assert outcome.counts["complete"] + outcome.counts["pruned"] + outcome.counts["diverged"] == 4
+    settings = study(home).settings
+    assert settings.extensions == ("width=64", "lr=1e-3:8")
+    assert settings.space.parameters["width"].describe() == "16, 32, 64"
+    assert settings.space.parameters["lr"].describe() == "0.001:8 (log)"
+
+
+def test_a_study_is_not_widened_while_others_search_it(task: str, home: Path) -> None:
+    run_search(task, home=home, trials=1, epochs=1, overrides=("mood=calm",), workers=1)
+    asked = checked({"home": home, "overrides": ("width=64",), "extend": True})
+    request = request_for(this_machine(asked), task, asked)
+    database = open_storage(home)
+    with Session(database, "moody"), pytest.raises(UsageError, match="cannot widen study 'moody' while it is being"):
+        extensions_alone(request, Session(database, "moody"))
 
 
 @pytest.mark.figures

@@ -19,10 +19,12 @@ from helpers.warm import WarmPopen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.samplers._tpe.sampler import _split_trials
+from optuna.search_space import IntersectionSearchSpace
 from optuna.storages import BaseStorage, InMemoryStorage
 
 from hpo.config import Direction
-from hpo.parameters import Float, Int
+from hpo.errors import StudyMismatchError
+from hpo.parameters import Choice, Float, Int
 from hpo.records import EndState, TrialState
 from hpo.search.priority import (
     DEFAULT_CONFIGURATION,
@@ -89,6 +91,46 @@ def test_no_new_trial_is_missing_once_the_budget_is_used_up_and_repeats_use_none
     study.tell(repeat.number, "complete", value=0.5, trained_s=30.0)
     study.remember_session(num_trials=2, task_reference="digits", tracking_uri=None, budget_s=62.0)
     assert study.remaining(2) == 1
+
+
+TUPLED = Space(
+    Group(
+        "all",
+        lr=Float(1e-4, 1.0, log=True, default=1e-2),
+        width=Int(8, 64, default=16),
+        kernels=Choice((3, 3), (5, 5), default=(3, 3)),  # a label for Optuna
+        optimizer=Choice("sgd", "adam", default="sgd"),
+    )
+)
+WIDER = ("lr=1e-4:100", "width=8:4000", "optimizer=lamb")
+
+
+@pytest.mark.parametrize("strategy", ["priority", "tpe", "cmaes", "qmc"])
+def test_a_wider_space_keeps_every_trial_and_is_searched_jointly(
+    storage: BaseStorage, study_name: str, strategy: str
+) -> None:
+    narrow = replace(SETTINGS, space=TUPLED, strategy=strategy)
+    study = Study.open(storage, study_name, narrow)
+    for suggestion in islice(iter(study.ask, None), 14):
+        study.report(suggestion.number, 1, suggestion.values["lr"])
+        study.tell(suggestion.number, "complete", value=suggestion.values["lr"])
+    interrupted = study.ask()
+    study.tell(interrupted.number, "interrupted")
+    study.enqueue([TUPLED.configure("kernels=(5, 5),optimizer=adam,lr=0.5")], "tried by hand")
+    before = [(trial.state, trial.values, trial.value) for trial in study.trials()]
+
+    study = Study.open(storage, study_name, narrow.extend(WIDER), extensions=WIDER)
+    assert [(trial.state, trial.values, trial.value) for trial in study.trials()] == before
+    assert study.ask().values == interrupted.values
+    assert study.ask().values == before[-1][1]
+    joint = IntersectionSearchSpace().calculate(study._optuna)
+    assert set(joint) == set(TUPLED.parameters), "none has left the joint space"
+    tried = [study.ask().values for _ in range(12)]
+    assert any(values["lr"] > 1 or values["width"] > 64 for values in tried)
+
+    assert Study.load(storage, study_name).settings.to_dict() == narrow.extend(WIDER).to_dict()
+    with pytest.raises(StudyMismatchError, match=r"lr \(in 'all'\) 0.0001:100 \(log\), not 0.0001:1"):
+        Study.open(storage, study_name, narrow)
 
 
 def test_running_trials_are_not_asked_for_twice(storage: BaseStorage, study_name: str) -> None:

@@ -111,12 +111,36 @@ def find_edges(study: Study) -> Iterator[Finding]:
             distances = [_distance(encoding, name, value, bound) for value in active]
             is_at_end = distances[0] <= EDGE and 2 * sum(distance <= NEAR_EDGE for distance in distances) > len(best)
             if is_at_end and not _is_natural(parameter, bound):
+                command = f"-p {name}={_wider(parameter, end)} --extend"
+                if study.settings.strategy == "grid":
+                    command += " in a new --study"
                 yield Finding(
                     topic="edge of range",
                     text=f"{name}'s best is at {active[0]:.3g}, the {end} end of {parameter.describe()}: "
-                    "widen it in a file for --space, because -p only narrows.",
+                    f"widen it with {command}.",
                     data={"parameter": name, "value": active[0], "end": end, "bound": bound},
                 )
+
+
+def _wider(parameter: Float | Int, end: str) -> str:
+    """The range with more room at one end, as `-p` takes it; a positive range stays positive, and a share below 1."""
+    low, high = parameter.low, parameter.high
+    room = (high - low) / 2
+    if parameter.step:
+        room = max(1, room // parameter.step) * parameter.step
+    is_share = low >= 0 and high < 1 and not (parameter.log or parameter.step)
+    if end == "upper":
+        high = high * 10 if parameter.log else (high + 1) / 2 if is_share else high + room
+    elif parameter.log:
+        low = low / 10
+    else:
+        low = low / 2 if low > 0 and not parameter.step else low - room
+    if isinstance(parameter, Int):
+        low, high = min(parameter.low, max(1, math.floor(low))), math.ceil(high)
+    return ":".join(
+        format_value(bound if bound in (parameter.low, parameter.high) else float(f"{bound:.3g}"))
+        for bound in (low, high)
+    )
 
 
 def find_divergence(study: Study, name: str = "lr") -> Iterator[Finding]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -24,6 +24,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb.models import (
     StudyModel,
+    StudyUserAttributeModel,
     TrialIntermediateValueModel,
     TrialModel,
     TrialParamModel,
@@ -37,18 +38,22 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from hpo.errors import StoreError
+from hpo.search.internals import trial_id
 
 if TYPE_CHECKING:
     from optuna._typing import JSONSerializable
     from sqlalchemy import Insert, Row, Select
 
 _STUDIES: Table = StudyModel.__table__
+_STUDY_ATTRIBUTES: Table = StudyUserAttributeModel.__table__
 _TRIALS: Table = TrialModel.__table__
 _VALUES: Table = TrialValueModel.__table__
 _EPOCHS: Table = TrialIntermediateValueModel.__table__
 _PARAMS: Table = TrialParamModel.__table__
 _USER_ATTRIBUTES: Table = TrialUserAttributeModel.__table__
 _SYSTEM_ATTRIBUTES: Table = TrialSystemAttributeModel.__table__
+
+_ENQUEUED = "fixed_params"  # Optuna's name for what is enqueued
 
 _MAX_IDS = 500
 """Trials whose rows are read at once: a database limits the number of parameters."""
@@ -129,6 +134,34 @@ class DirectStorage(RDBStorage):
             connection.execute(insert(_USER_ATTRIBUTES).values(attribute))
             for table in (_VALUES, _TRIALS):
                 connection.execute(delete(table).where(table.c.trial_id == trial_id))
+
+    def redeclare(
+        self,
+        study_id: int,
+        distributions: Mapping[str, BaseDistribution],
+        encoded: Callable[[Mapping[str, Any]], dict[str, Any]],
+        attributes: Mapping[str, Any],
+    ) -> None:
+        """Declare parameters of a study's trials again, and replace attributes of the study; see StudyStorage."""
+        trials = self.get_all_trials(study_id, deepcopy=False)
+        with self._transaction() as connection:
+            for trial in trials:
+                values = encoded(trial.params)
+                for name in values.keys() & distributions.keys():
+                    declared = distributions[name]
+                    row = {
+                        "param_value": declared.to_internal_repr(values[name]),
+                        "distribution_json": distribution_to_json(declared),
+                    }
+                    own = (_PARAMS.c.trial_id == trial_id(trial), _PARAMS.c.param_name == name)
+                    connection.execute(update(_PARAMS).where(*own).values(row))
+                if _ENQUEUED in trial.system_attrs:
+                    own = (_SYSTEM_ATTRIBUTES.c.trial_id == trial_id(trial), _SYSTEM_ATTRIBUTES.c.key == _ENQUEUED)
+                    queued = json.dumps(encoded(trial.system_attrs[_ENQUEUED]))
+                    connection.execute(update(_SYSTEM_ATTRIBUTES).where(*own).values(value_json=queued))
+            for key, value in attributes.items():
+                of_study = (_STUDY_ATTRIBUTES.c.study_id == study_id, _STUDY_ATTRIBUTES.c.key == key)
+                connection.execute(update(_STUDY_ATTRIBUTES).where(*of_study).values(value_json=json.dumps(value)))
 
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:
@@ -308,8 +341,8 @@ def _build(connection: Connection, trials: Sequence[Row[Any]]) -> list[FrozenTri
 
 def _rows_by_trial(connection: Connection, statement: Select[Any], ids: list[int]) -> dict[int, list[tuple[Any, ...]]]:
     found: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
-    for trial_id, *row in connection.execute(statement, {"ids": ids}):
-        found[trial_id].append(tuple(row))
+    for id_of_trial, *row in connection.execute(statement, {"ids": ids}):
+        found[id_of_trial].append(tuple(row))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 from hpo.config import COSTS, Direction
@@ -14,6 +14,9 @@ from hpo.values import format_value
 
 FORMAT = 2
 """Version of what a study stores of its settings; raised when an older hpo could misread it."""
+
+
+_LISTS = ("overrides", "extensions", "objectives", "constraints", "fixed", "data_options")
 
 
 def _written(as_: str) -> dict[str, str]:
@@ -64,6 +67,9 @@ class StudySettings:
     overrides: tuple[str, ...] = ()
     """The overrides that narrowed the space, as they were written."""
 
+    extensions: tuple[str, ...] = ()
+    """The overrides that then widened it, as they were written, the first one first."""
+
     fixed: tuple[str, ...] = field(default=(), metadata=_written("--set"))
     """The settings of the trainer that were fixed, as they were written: `patience=20`."""
 
@@ -94,20 +100,23 @@ class StudySettings:
         """What is minimised beside the metric."""
         return self.objectives[1:]
 
+    def extend(self, overrides: tuple[str, ...]) -> Self:
+        """The settings with a wider space. Raises SpaceError, or UnknownNameError."""
+        return replace(self, space=self.space.extend(overrides), extensions=self.extensions + overrides)
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain data."""
         rules = {"rules": self.space.rules()} if self.space.has_rules else {}
         plain = {each.name: getattr(self, each.name) for each in fields(self)}
+        if not self.extensions:  # an older hpo does not know them
+            del plain["extensions"]
         return plain | {"space": self.space.to_dict()} | rules
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> Self:
         """The settings that `to_dict` described."""
         plain = {name: value for name, value in stored.items() if name != "rules"}
-        tuples = {
-            name: tuple(stored.get(name, ()))
-            for name in ("overrides", "objectives", "constraints", "fixed", "data_options")
-        }
+        tuples = {name: tuple(stored.get(name, ())) for name in _LISTS}
         space = Space.from_dict(stored["space"], stored.get("rules"))
         return cls(**plain | tuples | {"space": space, "direction": Direction(stored["direction"])})
 

@@ -18,7 +18,7 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import optuna
 from filelock import FileLock, Timeout
+from optuna.distributions import BaseDistribution
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, InMemoryStorage, _CachedStorage
 from optuna.trial import TrialState
@@ -191,6 +192,21 @@ class StudyStorage(_CachedStorage):
     def reopen_trial(self, trial_id: int, key: str, value: Any) -> None:
         """Put a finished trial back into the queue, with one more attribute; nothing is done to one that waits."""
         self._direct.reopen_trial(trial_id, key, value)
+
+    @_patiently
+    def redeclare(
+        self,
+        study_id: int,
+        distributions: Mapping[str, BaseDistribution],
+        encoded: Callable[[Mapping[str, Any]], dict[str, Any]],
+        attributes: Mapping[str, Any],
+    ) -> None:
+        """Declare parameters of a study's trials again, and replace attributes of the study, all of it or nothing.
+
+        `encoded` returns values of the former declaration as the new one has them. No other process has the study open.
+        """
+        self._direct.redeclare(study_id, distributions, encoded, attributes)
+        self._studies.pop(study_id, None)  # what the cache holds of its trials
 
     @_patiently
     def get_trial_user_attrs(self, trial_id: int) -> dict[str, Any]:

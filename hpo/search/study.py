@@ -125,8 +125,12 @@ class Study(ReadStudy):
         )
 
     @classmethod
-    def open(cls, storage: BaseStorage, name: str, settings: StudySettings) -> Self:
+    def open(
+        cls, storage: BaseStorage, name: str, settings: StudySettings, *, extensions: tuple[str, ...] = ()
+    ) -> Self:
         """Create the study, or resume it if it was made with the same settings.
+
+        `extensions` widen the space of a study that is there; its trials are kept, and nobody else may search it.
 
         Raises StudyMismatchError, naming every difference, if it was made with others; nothing is written then.
         """
@@ -134,8 +138,11 @@ class Study(ReadStudy):
         if made is None:
             _create(storage, name, settings)
             return cls(storage, name, settings)
-        require_same_settings(name, made, settings)
-        return cls(storage, name, made)
+        extended = made.extend(extensions)
+        require_same_settings(name, extended, settings)
+        if extensions:
+            _redeclare(storage, name, made, extended)
+        return cls(storage, name, extended)
 
     @classmethod
     def load(cls, storage: BaseStorage, name: str) -> Self:
@@ -446,6 +453,26 @@ def _create(storage: BaseStorage, name: str, settings: StudySettings) -> None:
     )
     study.set_user_attr(stored.RECORD + stored.ID, uuid4().hex)
     study.set_user_attr(stored.SETTINGS, {"format": FORMAT, "settings": settings.to_dict()})
+
+
+def _redeclare(storage: BaseStorage, name: str, made: StudySettings, extended: StudySettings) -> None:
+    """Let each trial of a study have its values in a wider space, as if that had been declared from the beginning.
+
+    Optuna takes a parameter whose range has changed out of the joint space for good, and refuses other choices.
+    """
+    assert isinstance(storage, StudyStorage), "only a database can declare parameters again"
+    before, after = OptunaSpace(made.space), OptunaSpace(extended.space)
+    changed = [
+        (key, declared)
+        for key, parameter in after.space.parameters.items()
+        if (declared := distribution(parameter)) != distribution(before.space.parameters[key])
+    ]
+
+    def encoded(values: Mapping[str, Value]) -> dict[str, Value]:
+        return after.encode(before.decode(values))
+
+    settings = {"format": FORMAT, "settings": extended.to_dict()}
+    storage.redeclare(storage.get_study_id_from_name(name), dict(changed), encoded, {stored.SETTINGS: settings})
 
 
 def _sampler(settings: StudySettings) -> BaseSampler:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from hpo.execution.observer import Observer
     from hpo.session.preparation import Prepared
-    from hpo.session.request import Proposal
+    from hpo.session.request import Proposal, Request
     from hpo.tracking.runs import SummaryRun
     from hpo.tracking.store import TrackingStore
 
@@ -97,7 +97,7 @@ def _open_study(prepared: Prepared, database: Storage, session: Session, store: 
     request, machine = prepared.request, prepared.request.machine
     gone = session.forget_gone()
     _require_alone(prepared, session)
-    study = Study.open(database, request.study, request.settings)
+    study = Study.open(database, request.study, request.settings, extensions=extensions_alone(request, session))
     record_session(study, prepared.provenance, accept_changes=machine.accepts_changes)
     study.remember_session(
         num_trials=request.trials or study.num_trials,
@@ -114,6 +114,16 @@ def _open_study(prepared: Prepared, database: Storage, session: Session, store: 
     study.requeue(number for number, owner in study.owners().items() if owner in gone or not machine.is_shared)
     enqueue(study, request.proposals)
     return study
+
+
+def extensions_alone(request: Request, session: Session) -> tuple[str, ...]:
+    """What the request widens. Raises UsageError where others search the study, who would not hear of it."""
+    if request.extensions and (others := session.others()):
+        raise UsageError(
+            f"--extend cannot widen study '{request.study}' while it is being searched by "
+            f"{', '.join(other.name for other in others)}; stop them first."
+        )
+    return request.extensions
 
 
 def _require_alone(prepared: Prepared, session: Session) -> None:

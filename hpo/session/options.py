@@ -70,6 +70,10 @@ class StudyOptions(TypedDict, total=False):
             kept="overrides",
         ),
     ]
+    extend: Annotated[
+        bool,
+        Option("--extend", "Let -p widen a parameter of the study, such as lr=1e-4:3; its trials are kept."),
+    ]
     fixed: Annotated[
         Sequence[str],
         Option(

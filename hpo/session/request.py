@@ -94,6 +94,8 @@ class Request:
     """Training time of all trials together; "none" takes it back, and None leaves it as it is."""
     trial_timeout_s: float | Literal["none"] | None = None
     """Training time of one trial; "none" takes it back, and None leaves it as it is."""
+    extensions: tuple[str, ...] = ()
+    """What widens the space of the study that is there, as `-p` has it."""
     refit: bool = False
     """Whether the winner is trained on training and validation examples together; False leaves it as it is."""
     machine: Machine
@@ -128,6 +130,7 @@ def request_for(machine: Machine, task: str | Objective, options: SearchOptions)
         stop_at=_read_target(options.get("stop_at"), settings),
         budget_s=options.get("budget"),
         trial_timeout_s=trial_timeout,
+        extensions=new_extensions(read_study(machine, name), settings),
         refit=options["refit"],
         machine=machine,
     )
@@ -259,10 +262,34 @@ def agree(machine: Machine, task: str | Objective, options: StudyOptions) -> tup
     if not found.objective.train:
         found = _with_data_options(found, name, earlier.settings if earlier else None, given)
         found = found.suited_to_data(machine.data_dir)
+    if options.get("extend"):
+        _extend(earlier.settings if earlier else None, given)
     settings = _complete(found, earlier.settings if earlier else None, given)
-    if earlier:
-        require_same_settings(name, earlier.settings, settings)  # before the data is read, which may take long
-    return found.narrow(settings.overrides).fix(settings.fixed).judged_by(settings.metric), name, settings
+    if earlier:  # before the data is read, which may take long
+        require_same_settings(name, earlier.settings.extend(new_extensions(earlier, settings)), settings)
+    return _with_space_of(found, settings).judged_by(settings.metric), name, settings
+
+
+def _with_space_of(task: Task, settings: StudySettings) -> Task:
+    return task.narrow(settings.overrides).extend(settings.extensions).fix(settings.fixed)
+
+
+def _extend(stored: StudySettings | None, given: dict[str, Any]) -> None:
+    """Let the overrides that were given widen the space: those that have not done so before."""
+    overrides = given.pop("overrides", ())
+    if not overrides:
+        raise UsageError("--extend widens what -p names; give -p NAME=LOW:HIGH or -p NAME=A,B,C.")
+    if (stored.strategy if stored else given.get("strategy")) == "grid":
+        raise UsageError(
+            "--extend is not for --strategy grid, whose points would be others; choose another name with --study."
+        )
+    so_far = stored.extensions if stored else ()
+    given["extensions"] = so_far + tuple(each for each in overrides if each not in so_far)
+
+
+def new_extensions(study: Study | None, settings: StudySettings) -> tuple[str, ...]:
+    """What a session widens of the study that is there."""
+    return settings.extensions[len(study.settings.extensions) :] if study else ()
 
 
 def _with_data_options(task: Task, study: str, stored: StudySettings | None, given: dict[str, Any]) -> Task:
@@ -325,6 +352,7 @@ def _complete(task: Task, stored: StudySettings | None, given: Mapping[str, Any]
     """What is given, else what the study was made with, else the defaults; each of it checked."""
     defaults: dict[str, Any] = defaults_of_a_study() | {
         "overrides": (),
+        "extensions": (),
         "fixed": (),
         "data_options": (),
         "objectives": (),
@@ -347,7 +375,7 @@ def _complete(task: Task, stored: StudySettings | None, given: Mapping[str, Any]
     check_first_rung(chosen["pruner"], chosen["max_epochs"], chosen["first_rung"])
     settings = StudySettings(
         task=task.objective.name,
-        space=task.narrow(chosen["overrides"]).fix(chosen["fixed"]).space,
+        space=task.narrow(chosen["overrides"]).extend(chosen["extensions"]).fix(chosen["fixed"]).space,
         direction=task.judged_by(chosen["metric"]).objective.better,
         **chosen,
     )

@@ -19,7 +19,7 @@ from hpo.search.storage import open_storage, read_storage
 from hpo.search.study import Study
 from hpo.search.winner import find_winner, front_rows
 from hpo.session.conclude import conclude, write_summary
-from hpo.session.opening import enqueue, open_search
+from hpo.session.opening import enqueue, extensions_alone, open_search
 from hpo.session.options import SearchOptions, checked, require_submittable
 from hpo.session.preparation import prepare
 from hpo.session.request import agreed_tracking_uri, read_request, request_for, this_machine
@@ -72,7 +72,7 @@ def submit_study(task: str, **options: Unpack[SubmitOptions]) -> Study:
     database = open_storage(machine.home.path, machine.storage)
 
     def open_study() -> Study:
-        study = Study.open(database, request.study, request.settings)
+        study = Study.open(database, request.study, request.settings, extensions=extensions_alone(request, session))
         study.remember_session(
             num_trials=request.trials or study.num_trials,
             task_reference=task,
@@ -88,7 +88,8 @@ def submit_study(task: str, **options: Unpack[SubmitOptions]) -> Study:
         enqueue(study, request.proposals)
         return study
 
-    return Session(database, request.study).exclusively(open_study)
+    session = Session(database, request.study)
+    return session.exclusively(open_study)
 
 
 def join_search(study: str, *, observer: Observer | None = None, **options: Unpack[WorkerOptions]) -> SearchOutcome:
