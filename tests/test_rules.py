@@ -71,6 +71,37 @@ def test_every_strategy_keeps_the_rules_of_a_space(strategy: str) -> None:
     assert len({tuple(sorted(values.items(), key=str)) for values in tried}) > 12, "it goes on searching"
 
 
+def large() -> Space:
+    """Thirty parameters, conditions three deep, and a choice of twenty."""
+    numbers: dict[str, Any] = {f"x{index}": Float(0.0, 1.0, default=0.5) for index in range(25)}
+    return Space(
+        Group("numbers", **numbers),
+        Group(
+            "choices",
+            kind=Choice(*(f"kind-{index}" for index in range(20)), default="kind-0"),
+            one=Choice(True, False, default=True, when={"kind": ("kind-0", "kind-7")}),
+            two=Int(1, 9, default=5, when={"one": True}),
+            three=Choice(None, (1, 2), (1, (2, "a")), default=None, when={"two": ">=4", "x0": ">0.1"}),
+            four=Float(1e-3, 1.0, log=True, default=0.1, when={"three": ((1, 2), None)}),
+        ),
+    )
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_large_space_with_deep_conditions_is_searched_by_every_strategy(strategy: str) -> None:
+    as_optuna = OptunaSpace(large())
+    declared = {name: distribution(parameter) for name, parameter in as_optuna.space.parameters.items()}
+    study = optuna.create_study(sampler=build_sampler(strategy, as_optuna.space, seed=1, num_trials=14))
+    activity = set()
+    for _ in range(14):
+        trial = study.ask(declared)
+        values = as_optuna.decode(trial.params)
+        assert all(large().parameters[name].contains(value) for name, value in values.items())
+        activity.add(tuple(large().active(values)))
+        study.tell(trial, values["x0"] + (values["kind"] != "kind-7"))
+    assert len(activity) > 1, "not always the same parameters are active"
+
+
 def test_the_grid_refuses_a_space_with_rules() -> None:
     with pytest.raises(UsageError, match=r"^--strategy grid visits every point, and this space forbids some; "):
         build_sampler("grid", ruled(), seed=0, num_trials=3)
