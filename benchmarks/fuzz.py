@@ -3,6 +3,7 @@
 A door is a function that makes one hostile input and lets hpo take it. Each case follows from the seed, the door and
 its number, so `--door NAME --only 123` repeats one. A case passes if hpo does what was asked, or refuses it with an
 error of its own in one line. A traceback is a finding, and so is a case that takes longer than LIMIT_S.
+The doors in fuzz_commands.py are whole commands, which take seconds: they get a case for each 20 of another door.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import fuzz_commands
 import numpy as np
 from PIL import Image
 
@@ -80,7 +82,8 @@ class _TookTooLong(BaseException):
 def run_case(name: str, seed: int, number: int) -> Outcome:
     """One case of a door."""
     rng = random.Random(f"{seed}/{name}/{number}")
-    with tempfile.TemporaryDirectory(prefix="hpo-fuzz-") as folder, _time_limit(LIMIT_S):
+    limit_s = fuzz_commands.LIMIT_S if DOORS[name] in COMMANDS else LIMIT_S
+    with tempfile.TemporaryDirectory(prefix="hpo-fuzz-") as folder, _time_limit(limit_s):
         try:
             DOORS[name](rng, Path(folder))
         except HpoError as error:
@@ -88,7 +91,7 @@ def run_case(name: str, seed: int, number: int) -> Outcome:
             is_one_line = bool(told.strip()) and "\n" not in told
             return Outcome(name, number, told, None if is_one_line else f"the message is not one line: {told!r}")
         except _TookTooLong:
-            return Outcome(name, number, None, f"took longer than {LIMIT_S} s")
+            return Outcome(name, number, None, f"took longer than {limit_s} s")
         except BaseException:  # whatever else it is, a person would see a traceback
             return Outcome(name, number, None, traceback.format_exc())
     return Outcome(name, number, None, None)
@@ -360,6 +363,18 @@ def images(rng: random.Random, folder: Path) -> None:
 
 # --- The command
 
+COMMANDS = (fuzz_commands.homes, fuzz_commands.environments, fuzz_commands.starts)
+COST_OF_COMMANDS = 20  # of another door's case
+
+for _command in COMMANDS:
+    door(_command)
+
+
+def _num_cases(name: str, doors: list[str], total: int) -> int:
+    """A door's part of the cases."""
+    weights = {each: 1 if DOORS[each] in COMMANDS and len(doors) > 1 else COST_OF_COMMANDS for each in doors}
+    return -(-total * weights[name] // sum(weights.values()))
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Hostile input at every door; see this file.")
@@ -370,9 +385,9 @@ def main() -> None:
     asked = parser.parse_args()
     logging.disable(logging.WARNING)
     doors = [asked.door] if asked.door else list(DOORS)
-    numbers = range(asked.cases // len(doors)) if asked.only is None else [asked.only]
     began, outcomes = time.monotonic(), []
     for name in doors:
+        numbers = range(_num_cases(name, doors, asked.cases)) if asked.only is None else [asked.only]
         for number in numbers:
             outcome = run_case(name, asked.seed, number)
             outcomes.append(outcome)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hpo import __version__
-from hpo.errors import HpoError, UsageError, visible
+from hpo.errors import OF_THE_DISK, HpoError, UsageError, visible
 from hpo.machine import escape_what_streams_lack, has_cpu_quota, num_cores, require_supported_system
 from hpo.session.options import (
     Declaration,
@@ -677,6 +677,10 @@ def main() -> None:
         _fail(error.format_message(), error.exit_code)
     except HpoError as error:
         _fail(str(error), error.exit_code)
+    except OSError as error:
+        if error.errno not in OF_THE_DISK or error.filename is None:
+            raise
+        _fail(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}", FAILED)
     except (click.Abort, KeyboardInterrupt):
         _fail("interrupted; run the same command again to resume", INTERRUPTED)
 

@@ -16,8 +16,15 @@ HpoError                    something expected went wrong; the message is for th
 TrialTakenError (hpo.search.study) is internal: another session has taken a trial over.
 """
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+OF_THE_DISK = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
+)
+"""Numbers of an OSError for what a disk or another account's file refuses to any command, at any file."""
 
 
 class HpoError(Exception):

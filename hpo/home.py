@@ -95,11 +95,18 @@ class Home:
 
     def require(self) -> Self:
         """The home, if there is one: a command that only looks must not make it."""
-        if not self.path.is_dir():
+        with _readable(self.path):
+            is_there = self.path.is_dir()
+        if not is_there:
             raise UsageError(
                 f"there is no home {self.path} yet; start with `hpo search`, or choose another with --home."
             )
         return self
+
+    def has_studies(self) -> bool:
+        """Whether a database of studies is there. Raises StoreError if this user may not look."""
+        with _readable(self.path):
+            return self.optuna_database.exists()
 
     def require_space(self, num_bytes: int) -> None:
         """Raise StoreError where the disk has no room for this much and the least that a search writes."""
@@ -204,7 +211,8 @@ class StudyFiles:
     def require_own(self, storage: str | None) -> None:
         """Raise UsageError where these files belong to a study of that name in another database."""
         ours = _database_name(storage)
-        theirs = self._owner_file.read_text(encoding="utf-8") if self._owner_file.exists() else ours
+        with _readable(self._owner_file):
+            theirs = self._owner_file.read_text(encoding="utf-8") if self._owner_file.exists() else ours
         if theirs != ours:
             raise UsageError(
                 f"the home {self.home.path} keeps files of the study '{self.name}' in {theirs}, not of the one in "
@@ -229,7 +237,9 @@ class StudyFiles:
 
     def require_unlocked(self) -> None:
         """Raise UsageError where another process holds the study; nothing is written."""
-        if self._lock_file.exists():
+        with _readable(self._lock_file):
+            is_there = self._lock_file.exists()
+        if is_there:
             with self.locked():
                 pass
 
@@ -248,10 +258,27 @@ class StudyFiles:
                 f"study '{self.name}' is being searched by another process; wait for it, or choose another name with "
                 "--study."
             ) from None
+        except OSError as error:
+            raise StoreError(
+                f"cannot lock {self._lock_file}: {error.strerror}; mend it, or choose another home with --home or "
+                "HPO_HOME."
+            ) from error
         try:
             yield
         finally:
             lock.release()
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raise StoreError where a file or folder of the home is damaged, or closed to this user."""
+    try:
+        yield
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is damaged"
+        raise StoreError(
+            f"cannot read {path}: {reason}; mend it, or choose another home with --home or HPO_HOME."
+        ) from error
 
 
 def _database_name(storage: str | None) -> str:

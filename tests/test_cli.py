@@ -384,6 +384,29 @@ def test_a_damaged_store_is_reported_in_one_line_and_left_as_it_is(
         assert (home / name).read_bytes() == b"SQLite format 3\0 no more than that"
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("digits.lock", "cannot lock .*digits.lock: Is a d"), ("digits.database", "cannot read .*: Is a")],
+)
+def test_a_folder_where_a_file_of_the_home_should_be_is_reported_in_one_line(
+    hpo: Callable[[str], Answer], tmp_path: Path, name: str, message: str
+) -> None:
+    (tmp_path / "mlruns" / "locks" / name).mkdir(parents=True)
+    answer = hpo("search digits --trials 1")
+    assert re.search(f"^Error: {message}", answer.err), answer.err
+    assert answer.err.count("\n") == 1
+    assert answer.exit_code == 2
+
+
+def test_a_file_that_cannot_be_written_is_reported_in_one_line(
+    hpo: Callable[[str], Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("hpo.session.report.compare_studies", lambda *_, **__: (tmp_path / "file" / "page").touch())
+    answer = hpo("compare digits")
+    assert answer == Answer(1, "", f"Error: cannot use {tmp_path / 'file' / 'page'}: Not a directory\n")
+
+
 @pytest.fixture
 def searched(hpo: Callable[[str], Answer], home: Path, monkeypatch: pytest.MonkeyPatch) -> Answer:
     """A short study in the home, and what its search printed."""

@@ -10,7 +10,9 @@ from types import ModuleType
 
 import pytest
 
-CASES = 100
+CASES = 90
+COMMANDS = {"homes": (0, 1, 3, 4, 5, 6, 7, 8), "environments": (3, 4)}
+"""Cases of whole commands that only look, which are quick."""
 
 
 @pytest.fixture
@@ -21,10 +23,16 @@ def fuzz(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 
 def test_hostile_input_is_done_or_refused_in_one_line(fuzz: ModuleType) -> None:
-    doors = list(fuzz.DOORS)
+    doors = [name for name, door in fuzz.DOORS.items() if door not in fuzz.COMMANDS]
     outcomes = [fuzz.run_case(doors[number % len(doors)], 0, number // len(doors)) for number in range(CASES)]
     assert [outcome for outcome in outcomes if outcome.finding] == []
     assert {outcome.door for outcome in outcomes if outcome.refusal} == set(doors), "they are hostile"
+
+
+def test_a_command_takes_or_refuses_a_damaged_home_and_strange_variables(fuzz: ModuleType) -> None:
+    outcomes = [fuzz.run_case(door, 0, number) for door, numbers in COMMANDS.items() for number in numbers]
+    assert {outcome.refusal is None for outcome in outcomes} == {True, False}
+    assert [outcome for outcome in outcomes if outcome.finding] == []
 
 
 def test_what_raises_or_hangs_is_a_finding(fuzz: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

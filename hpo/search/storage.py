@@ -69,7 +69,7 @@ def open_storage(home: Path, url: str | None = None) -> BaseStorage:
 def read_storage(home: Path, url: str | None = None) -> BaseStorage:
     """The storage for looking at studies; where there is none yet, an empty one in memory, and nothing is written."""
     if url is None:
-        return open_storage(home) if Home(home).optuna_database.exists() else InMemoryStorage()
+        return open_storage(home) if Home(home).has_studies() else InMemoryStorage()
     with _connected(url) as connection:
         is_there = inspect(connection).has_table("studies")
     return open_storage(home, url) if is_there else InMemoryStorage()

@@ -321,8 +321,9 @@ def _open_sqlite(path: Path, uri: str, *, is_in_home: bool) -> MlflowClient:
             return _connect(uri)
     except Timeout as error:
         raise StoreError(f"another process has held {path}.lock for {_LOCK_TIMEOUT_S:.0f} s; stop it first.") from error
-    except OSError as error:
-        raise StoreError(f"cannot open {path}: {error.strerror}; choose another folder with --home.") from error
+    except (OSError, sqlite3.DatabaseError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise StoreError(f"cannot open {path}: {reason}; choose another folder with --home.") from error
 
 
 def _follow_home(database: Path) -> None:

@@ -215,7 +215,7 @@ def run_to_the_end(main: Callable[[], object]) -> None:
     except SystemExit as end:
         code = end.code or 0
     if not isinstance(code, int):
-        sys.exit(code)  # a message, which Python prints
+        sys.exit(str(code))  # a message, which Python prints
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
