@@ -341,7 +341,7 @@ def _check_costs(
     example = splits.train.first(1, config.device)[0]
     costs = measure_costs(model, example, assignment.limits)
     limits = assignment.limits.items()
-    broken = [f"{name} is {costs[name]:.4g}, above {most:.4g}" for name, most in limits if costs[name] > most]
+    broken = [f"{name} is {costs[name]:.6g}, above {most:.6g}" for name, most in limits if costs[name] > most]
     if broken:
         raise InfeasibleError(" and ".join(broken))
 
