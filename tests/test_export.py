@@ -29,6 +29,7 @@ from hpo.data.parts import Padded, Ragged
 from hpo.deploy.exportable import FlatModel, make_exportable
 from hpo.deploy.exported import ExportedModel
 from hpo.deploy.exporters import Exporter, find_exporter
+from hpo.deploy.load import load_best
 from hpo.deploy.recurrences import as_loops
 from hpo.deploy.results import Export
 from hpo.deploy.verify import check_outputs
@@ -118,8 +119,6 @@ def needed_by(package: str, known: frozenset[str] = frozenset()) -> frozenset[st
 
 
 def test_a_stranger_loads_every_format_and_predicts(exports: dict[str, Export], searched: Path, tmp_path: Path) -> None:
-    from hpo.deploy.load import load_best
-
     model, images = load_best("digits", home=searched), load_digits(Path()).train.inputs[:5]
     np.save(tmp_path / "images.npy", images.numpy())
     folders = json.dumps({name: str(done.folder) for name, done in exports.items()})
@@ -163,6 +162,19 @@ def test_the_signature_and_the_card_say_what_the_model_is(exports: dict[str, Exp
     assert '"dtype": "uint8", "shape": [-1, 1' in mlmodel
     requirements = (exports["mlflow"].folder / "requirements.txt").read_text().split()
     assert [line.partition("==")[0] for line in requirements] == ["mlflow", "torch", "numpy"]
+
+
+@pytest.mark.parametrize("form", ["pt2", "onnx"])
+def test_the_code_in_the_card_runs_the_model(
+    exports: dict[str, Export], searched: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = load_digits(Path()).train.inputs[:7]
+    monkeypatch.chdir(exports[form].folder)
+    (code,) = re.findall(r"```python\n(.*?)```", Path("MODEL_CARD.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {"inputs": images.numpy()}
+    exec(code, names)
+    expected = load_best("digits", home=searched)(images)
+    torch.testing.assert_close(torch.from_numpy(names["outputs"][0]), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_names_and_probabilities_are_those_of_the_checkpoint(exports: dict[str, Export], searched: Path) -> None:

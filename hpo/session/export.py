@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hpo import __version__
 from hpo.deploy.exportable import make_exportable
-from hpo.deploy.exported import SIGNATURE
+from hpo.deploy.exported import SIGNATURE, described
 from hpo.deploy.exporters import find_exporter, write_weights
 from hpo.deploy.load import choose_trial, download_trial, load_from_folder, saved_model
 from hpo.deploy.results import Export
@@ -169,7 +169,19 @@ def _raw_examples(dataset: Dataset, preprocessing: Preprocessing | None) -> pd.D
 def write(exporter: Exporter, exportable: Exportable, folder: Path, facts: Mapping[str, Any], card: str) -> None:
     """The model, its signature and its card in an empty folder."""
     exporter.write(exportable, folder, facts)
-    _write_texts(folder, facts, card)
+    _write_texts(folder, facts, card if exporter.is_of_weights else card + _how_to_run(exporter, exportable))
+
+
+def _how_to_run(exporter: Exporter, exportable: Exportable) -> str:
+    """The code with which an export is checked, for whoever has nothing but the folder."""
+    takes = ", ".join(f"`{each.name}` ({each.dtype} {described(each.shape)})" for each in exportable.inputs)
+    returns = ", ".join(f"`{each.name}` ({each.dtype} {described(each.shape)})" for each in exportable.outputs)
+    names = ", ".join(f'"{each.name}": {each.name}' for each in exportable.inputs)
+    return (
+        f"\n## How to run it\n\nIt takes NumPy arrays, {takes}, and returns {returns}; `signature.json` says the same, "
+        "and names the classes if there are any. The export was checked with this code:\n\n"
+        f'```python\n{exporter.load.strip()}\n\n\noutputs = load(".")({{{names}}})\n```\n'
+    )
 
 
 def describe(chosen: Chosen, exportable: Exportable, runtime: str, compression: str | None) -> dict[str, Any]:
