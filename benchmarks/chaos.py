@@ -58,7 +58,7 @@ class Diary(Observer):
         self._write("started", suggestion)
 
     def epoch_done(self, suggestion: Suggestion, result: EpochResult) -> None:
-        self._write("epoch", suggestion, epoch=result.epoch)
+        self._write("epoch", suggestion, epoch=result.epoch, trained_s=result.metrics["time/epoch_s"])
 
     def trial_ended(
         self, suggestion: Suggestion, state: EndState, result: EpochResult | None, reason: str | None
@@ -230,24 +230,23 @@ def replacement_times(diary: list[dict[str, Any]], kills: list[float]) -> tuple[
 
 
 def most_seconds_lost(diary: list[dict[str, Any]]) -> float:
-    """The most seconds of finished epochs that an attempt had to train again, besides the epoch that was under way.
+    """The most seconds of training, in finished epochs, that an attempt had to repeat.
 
-    From the end of the first one to the end of the last. A resumed attempt begins with the result of the epoch that its
-    checkpoint holds.
+    A resumed attempt begins with the result of the epoch that its checkpoint holds.
     """
-    ended_at: dict[tuple[int, int], float] = {}
+    trained_s: dict[int, dict[int, float]] = {}
     attempts: dict[int, int] = {}
     most = 0.0
     for entry in diary:
         if entry["what"] != "epoch":
             continue
         trial, epoch = entry["trial"], entry["epoch"]
+        known = trained_s.setdefault(trial, {})
         if entry["attempt"] > attempts.get(trial, entry["attempt"]):
-            lost = [time for (other, done), time in ended_at.items() if other == trial and done > epoch]
-            most = max(most, max(lost, default=0.0) - min(lost, default=0.0))
-            ended_at = {key: time for key, time in ended_at.items() if key[0] != trial or key[1] <= epoch}
+            most = max(most, sum(seconds for done, seconds in known.items() if done > epoch))
+            trained_s[trial] = known = {done: seconds for done, seconds in known.items() if done <= epoch}
         attempts[trial] = entry["attempt"]
-        ended_at.setdefault((trial, epoch), entry["time"])
+        known[epoch] = entry["trained_s"]
     return most
 
 
