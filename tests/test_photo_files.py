@@ -95,6 +95,29 @@ def test_pixels_of_unknown_range_are_refused_with_file_and_mode(
         load_image_folder(tmp_path, side=8)
 
 
+@pytest.mark.parametrize("suffix", ["tif", "webp", "png"])
+def test_several_pages_or_frames_are_refused(suffix: str, tmp_path: Path) -> None:
+    frames = [Image.fromarray(RAMP), Image.fromarray(RAMP.T.copy())]
+    frames[0].save(tmp_path / f"photo.{suffix}", save_all=True, append_images=frames[1:])
+    with pytest.raises(
+        DataError, match=r"photo\.\w+.*it has 2 pages or frames, not one; save each as a file of its own"
+    ):
+        read_photos([tmp_path / f"photo.{suffix}"], side=8)
+
+
+def test_a_thumbnail_within_a_tiff_is_no_page(tmp_path: Path) -> None:
+    thumbnail = Image.fromarray(RAMP[::4, ::4].copy())
+    thumbnail.encoderinfo = {"tiffinfo": {254: 1}}
+    Image.fromarray(RAMP).save(tmp_path / "photo.tif", save_all=True, append_images=[thumbnail])
+    assert np.array_equal(read_photos([tmp_path / "photo.tif"], side=8)[0, 0], RAMP)
+
+
+def test_colours_of_print_become_those_of_a_screen(tmp_path: Path) -> None:
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "photo.tif")
+    red = read_photos([tmp_path / "photo.tif"], side=8)[0, :, 0, 0].tolist()
+    assert red == [255, 0, 0]
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
 def test_what_is_transparent_shows_white(mode: str, tmp_path: Path) -> None:
     """The hidden colour is red, or grey; the lower half of the photo is opaque and black."""

@@ -17,7 +17,7 @@ BACKGROUND = "white"
 """What shows through where a photo is transparent."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-_BITS_PER_SAMPLE = 258  # a tag of TIFF
+_KIND_OF_PAGE, _BITS_PER_SAMPLE = 254, 258  # tags of TIFF
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,30 @@ def open_photo(path: Path, mode: Literal["RGB", "L"] = "RGB", *, draft: int = 0)
 
     Whole numbers of more bits are scaled from the range of their type, fractions from 0 to 1, to 0 to 255. What is
     transparent shows BACKGROUND. With `draft` a JPEG is decoded at a half or a quarter of its size, but with at least
-    `draft` pixels per side. Raises DataError for pixels without a known range, and whatever Pillow raises for a damaged
-    file.
+    `draft` pixels per side. Raises DataError for pixels without a known range and for several pages or frames, and
+    whatever Pillow raises for a damaged file.
     """
     # Whatever it is called, Pillow would hand a file that begins as PostScript to Ghostscript.
     with Image.open(path, formats=_FORMATS) as photo:
         original = Original(*photo.size, photo.mode, photo.format or "")
+        if (num_pages := _num_pages(photo)) > 1:
+            raise DataError(f"it has {num_pages} pages or frames, not one; save each as a file of its own")
         if draft:
             photo.draft(None, (draft, draft))
         return _in_8_bits(ImageOps.exif_transpose(photo), photo, mode), original
+
+
+def _num_pages(photo: Image.Image) -> int:
+    """Pages of a TIFF without its thumbnails, or frames of an animated WebP or PNG; phones put more into a JPEG."""
+    num_pages = int(getattr(photo, "n_frames", 1)) if photo.format in ("TIFF", "WEBP", "PNG") else 1
+    if num_pages == 1 or photo.format != "TIFF":
+        return num_pages
+    num_thumbnails = 0
+    for page in range(num_pages):
+        photo.seek(page)
+        num_thumbnails += int(getattr(photo, "tag_v2", {}).get(_KIND_OF_PAGE, 0)) & 1
+    photo.seek(0)
+    return num_pages - num_thumbnails
 
 
 def _in_8_bits(upright: Image.Image, photo: Image.Image, mode: Literal["RGB", "L"]) -> Image.Image:
