@@ -276,6 +276,8 @@ class SearchOutcome:
     """Every trial of the study, by number; then the repeats that confirm configurations."""
     stopped_at: float | None = None
     """The value of the metric that a trial has reached, and that ended the search before it had all its trials."""
+    flat_gain: float | None = None
+    """The gain that more trials no longer promise, which ended the search before it had all its trials."""
     spent_budget_s: float | None = None
     """The training time of all trials together that was allowed, and is used up, in seconds."""
 

@@ -275,6 +275,15 @@ BAD_INPUT = [
     ("search digits --timeout soon", "'soon' is not a duration above 0"),
     ("search digits --timeout none", "'none' is not a duration above 0"),
     ("search digits --budget 0h", "'0h' is not a duration above 0, such as 90, 90s, 30m or 2h, or none"),
+    ("search digits --stop-when-flat f1=0.1", "--stop-when-flat must be accuracy=VALUE, because this study optimises"),
+    (
+        "search digits --stop-when-flat accuracy=0",
+        "--stop-when-flat accuracy=0 is not allowed: the gain must be above 0",
+    ),
+    (
+        "search digits --stop-when-flat accuracy=0.1 --strategy tpe",
+        "--stop-when-flat accuracy=0.1 needs a forecast, which is made for --strategy priority with one objective",
+    ),
     ("search digits --extend", "--extend widens what -p names; give -p NAME=LOW:HIGH"),
     (
         "search digits --extend -p lr=0.01:1",

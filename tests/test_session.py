@@ -49,7 +49,8 @@ from hpo.training.trainer import EpochResult
 
 def test_a_search_that_has_reached_the_value_to_stop_at_is_done_and_continues_without_it(home: Path) -> None:
     options: Any = {"home": home, "workers": 1, "device": "cpu", "epochs": 1}
-    outcome = run_search("digits", trials=20, stop_at="accuracy=0.2", **options)
+    outcome = run_search("digits", trials=20, stop_at="accuracy=0.2", stop_when_flat="accuracy=0.003", **options)
+    assert study(home, "digits").stop_when_flat == 0.003
     assert (outcome.is_done, outcome.counts["complete"], outcome.stopped_at) == (True, 1, 0.2)
     assert outcome.winner is not None
     assert outcome.winner.test is not None

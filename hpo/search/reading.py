@@ -18,6 +18,7 @@ from hpo.search import stored
 from hpo.search.confirmation import REPEATS, Race, find_plan
 from hpo.search.encoding import OptunaSpace
 from hpo.search.finalists import finalists
+from hpo.search.forecast import Forecast, forecast
 from hpo.search.priority import DEFAULT_CONFIGURATION, EVERYTHING, stage_name, tunable_groups
 from hpo.search.strategies import grid_size
 
@@ -82,6 +83,26 @@ class ReadStudy:
             return False
         gain = self.settings.direction.gain
         return any(gain(value, over=target) >= 0 for trial in self.trials() for value in self._judged(trial))
+
+    @property
+    def stop_when_flat(self) -> float | None:
+        """The gain that more trials must promise for a new one to be started. None without one."""
+        value: float | None = self.recorded(stored.STOP_WHEN_FLAT)
+        return value
+
+    @property
+    def forecast(self) -> Forecast | None:
+        """What more trials promise; None where that is not known."""
+        return forecast(self.settings, self.trials())
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether more trials promise less than `stop_when_flat`."""
+        wanted = self.stop_when_flat
+        if wanted is None:
+            return False
+        found = self.forecast
+        return found is not None and found.gain < wanted
 
     @property
     def budget_s(self) -> float | None:
@@ -155,9 +176,9 @@ class ReadStudy:
         """Trials still to be created until `num_trials` are finished, if the running ones will be.
 
         A grid ends at its last point; a point whose trial failed is not tried again. None are missing once a trial
-        has reached `stop_at`, or the budget is used up.
+        has reached `stop_at`, more trials promise too little, or the budget is used up.
         """
-        if self.has_reached_target or self.has_spent_budget:
+        if self.has_reached_target or self.is_flat or self.has_spent_budget:
             return 0
         counts = self.counts()
         missing = num_trials - _num_finished(counts) - counts["running"]

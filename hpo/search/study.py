@@ -375,6 +375,7 @@ class Study(ReadStudy):
         has_loop: bool = False,
         confirm: str | None = None,
         stop_at: Kept = None,
+        stop_when_flat: Kept = None,
         budget_s: Kept = None,
         trial_timeout_s: Kept = None,
         refit: bool = False,
@@ -385,7 +386,12 @@ class Study(ReadStudy):
         """
         if confirm is not None:
             self.record(stored.CONFIRM, confirm)
-        limits = {stored.STOP_AT: stop_at, stored.BUDGET: budget_s, stored.TRIAL_TIMEOUT: trial_timeout_s}
+        limits = {
+            stored.STOP_AT: stop_at,
+            stored.STOP_WHEN_FLAT: stop_when_flat,
+            stored.BUDGET: budget_s,
+            stored.TRIAL_TIMEOUT: trial_timeout_s,
+        }
         for key, limit in limits.items():
             if limit is not None:
                 self.record(key, None if limit == "none" else limit)

@@ -107,6 +107,7 @@ def _open_study(prepared: Prepared, database: Storage, session: Session, store: 
         has_loop=request.task.objective.train is not None,
         confirm=request.confirm,
         stop_at=request.stop_at,
+        stop_when_flat=request.stop_when_flat,
         budget_s=request.budget_s,
         trial_timeout_s=request.trial_timeout_s,
         refit=request.refit,

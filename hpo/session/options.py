@@ -103,6 +103,15 @@ class StudyOptions(TypedDict, total=False):
             metavar="METRIC=VALUE",
         ),
     ]
+    stop_when_flat: Annotated[
+        str | None,
+        Option(
+            "--stop-when-flat",
+            "Start no new trial once there is an 80 % chance that 30 more gain less than this: accuracy=0.002; none "
+            "never stops. [default: none]",
+            metavar="METRIC=GAIN",
+        ),
+    ]
     budget: Annotated[
         float | Literal["none"] | None,
         Option(

@@ -19,6 +19,7 @@ from hpo.objective import Objective
 from hpo.parameters import Value
 from hpo.plugins import OBJECTIVES, SEARCH_SPACES, load_task, require_registered
 from hpo.search.confirmation import find_plan
+from hpo.search.forecast import can_forecast
 from hpo.search.priority import TRIED_BY_HAND
 from hpo.search.pruners import check_first_rung, check_folds_pruner
 from hpo.search.settings import StudySettings, read_constraint
@@ -90,6 +91,8 @@ class Request:
     """How the best configurations are confirmed, as `--confirm` has it; None leaves it as it is."""
     stop_at: float | Literal["none"] | None = None
     """The value of the metric that ends the search; "none" takes it back, and None leaves it as it is."""
+    stop_when_flat: float | Literal["none"] | None = None
+    """The gain that more trials must promise; "none" takes it back, and None leaves it as it is."""
     budget_s: float | Literal["none"] | None = None
     """Training time of all trials together; "none" takes it back, and None leaves it as it is."""
     trial_timeout_s: float | Literal["none"] | None = None
@@ -127,7 +130,8 @@ def request_for(machine: Machine, task: str | Objective, options: SearchOptions)
         trials=options.get("trials"),
         proposals=find_proposals(machine, name, settings, options.get("tries") or (), options.get("warm_starts") or ()),
         confirm=confirm,
-        stop_at=_read_target(options.get("stop_at"), settings),
+        stop_at=_read_value("--stop-at", options.get("stop_at"), settings),
+        stop_when_flat=_read_gain(options.get("stop_when_flat"), settings),
         budget_s=options.get("budget"),
         trial_timeout_s=trial_timeout,
         extensions=new_extensions(read_study(machine, name), settings),
@@ -136,7 +140,22 @@ def request_for(machine: Machine, task: str | Objective, options: SearchOptions)
     )
 
 
-def _read_target(given: str | None, settings: StudySettings) -> float | Literal["none"] | None:
+def _read_gain(given: str | None, settings: StudySettings) -> float | Literal["none"] | None:
+    """The gain in METRIC=GAIN. Raises UsageError for anything else, and where no forecast is made."""
+    gain = _read_value("--stop-when-flat", given, settings)
+    if gain is None or gain == "none":
+        return gain
+    if gain <= 0:
+        raise UsageError(f"--stop-when-flat {given} is not allowed: the gain must be above 0.")
+    if not can_forecast(settings):
+        raise UsageError(
+            f"--stop-when-flat {given} needs a forecast, which is made for --strategy priority with one objective and "
+            "without --folds; omit it."
+        )
+    return gain
+
+
+def _read_value(flag: str, given: str | None, settings: StudySettings) -> float | Literal["none"] | None:
     """The value in METRIC=VALUE, of the study's own metric. Raises UsageError for anything else."""
     if given is None:
         return None
@@ -149,7 +168,7 @@ def _read_target(given: str | None, settings: StudySettings) -> float | Literal[
         value = math.nan
     if metric != settings.metric or not math.isfinite(value):
         raise UsageError(
-            f"--stop-at must be {settings.metric}=VALUE, because this study optimises {settings.metric}, or none; not "
+            f"{flag} must be {settings.metric}=VALUE, because this study optimises {settings.metric}, or none; not "
             f"'{given}'."
         )
     return value

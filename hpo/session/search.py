@@ -81,6 +81,7 @@ def submit_study(task: str, **options: Unpack[SubmitOptions]) -> Study:
             has_loop=request.task.objective.train is not None,
             confirm=request.confirm,
             stop_at=request.stop_at,
+            stop_when_flat=request.stop_when_flat,
             budget_s=request.budget_s,
             trial_timeout_s=request.trial_timeout_s,
             refit=request.refit,
@@ -199,5 +200,6 @@ def _outcome(request: Request, opened: Opened, winner: Winner | None) -> SearchO
         front=front_rows(study),
         trials=(*study.trials(), *study.repeats()),
         stopped_at=study.stop_at if study.has_reached_target else None,
+        flat_gain=study.stop_when_flat if study.is_flat else None,
         spent_budget_s=study.budget_s if study.has_spent_budget else None,
     )

@@ -115,6 +115,7 @@ def study_facts(name: str, home: Path | None, storage: str | None = None, top: i
             "importances": {group: asdict(each) for group, each in rated.groups.items()},
             "importances_note": rated.note,
             "findings": [asdict(finding) for finding in findings(study)],
+            "forecast": asdict(study.forecast) if study.forecast else None,
             "trials": [asdict(trial) for trial in trials],
             "confirmation": study.race.to_dict() if study.race.contenders else None,
             "repeats": [asdict(repeat) for repeat in study.repeats()],

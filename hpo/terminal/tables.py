@@ -16,6 +16,7 @@ from hpo.home import Home
 from hpo.parameters import Parameter
 from hpo.records import Winner
 from hpo.search.confirmation import PLANS
+from hpo.search.forecast import Forecast
 from hpo.search.importances import describe_share
 from hpo.search.winner import (
     describe_baselines,
@@ -62,6 +63,11 @@ def print_outcome(console: Console, outcome: SearchOutcome) -> None:
     if outcome.stopped_at is not None:
         console.print(
             f"A trial has reached {outcome.stopped_at:g}, so no new one is started. --stop-at none continues."
+        )
+    if outcome.flat_gain is not None and outcome.num_finished < outcome.num_trials:
+        console.print(
+            f"More trials promise less than {outcome.flat_gain:g}, so no new one is started. --stop-when-flat none "
+            "continues."
         )
     if outcome.spent_budget_s is not None and outcome.num_finished < outcome.num_trials:
         trials = f"{outcome.num_finished} of {outcome.num_trials} trials"
@@ -195,6 +201,8 @@ def print_study(console: Console, facts: dict[str, Any]) -> None:
     _print_importances(console, facts["importances"], facts["importances_note"])
     for finding in facts["findings"]:
         console.print(f"- {finding['text']}")
+    if facts["forecast"]:
+        console.print(Forecast(**facts["forecast"]).describe(facts["metric"]), soft_wrap=True)
 
 
 def _describe_training_time(facts: dict[str, Any]) -> str:
