@@ -82,7 +82,7 @@ class JumpingClock(Plague):
         self.environment = {
             "LD_PRELOAD": str(library),
             "FAKETIME_TIMESTAMP_FILE": str(self._offset),
-            "FAKETIME_NO_CACHE": "1",
+            "FAKETIME_CACHE_DURATION": "1",  # seconds between looks at the file
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
         }
 
