@@ -524,7 +524,9 @@ def test_a_search_runs_the_quick_part_first_and_says_what_it_found(tmp_path: Pat
         )
     )
     space = tmp_path / "lr.py"
-    space.write_text("from hpo.space import *\nspace = Space(Group('g', lr=Float(1e-3, 0.1, log=True, default=1e-2)))")
+    space.write_text(
+        "from hpo import Float, Group, Space\nspace = Space(Group('g', lr=Float(1e-3, 0.1, log=True, default=1e-2)))"
+    )
     heard = Heard()
     run_search(str(path), space=str(space), trials=1, epochs=1, home=home, observer=heard)
     (line,) = heard.lines

@@ -92,7 +92,7 @@ def shortened(arguments: str) -> list[str]:
     """The command as it is shown, but with so few trials and epochs that a test can run it."""
     words = shlex.split(arguments)
     if words[0] == "search":
-        words = re.sub(r"--trials \d+", "--trials 2", arguments).split()
+        words = shlex.split(re.sub(r"--trials \d+", "--trials 2", arguments))
         words += [] if "--epochs" in words else ["--epochs", "1"]
     if words[0] == "report":
         words += ["--out", str(Path(os.environ["HPO_HOME"]) / "report.html")]

@@ -474,7 +474,7 @@ def test_a_search_on_a_folder_of_photos_gives_a_model_for_photos_of_any_size(
     (folder / "red" / "99.jpg").write_bytes(b"\xff\xd8 nothing")
     space = folder.parent / "small.py"
     space.write_text(
-        "from hpo.space import *\n"
+        "from hpo import Choice, Float, Group, Setting, Space\n"
         "space = Space(Group('all', lr=Float(1e-3, 1e-1, log=True, default=5e-2), batch_size=Choice(8, default=8),"
         f"architecture=Choice('{SMALL}', default='{SMALL}'), weights=Setting('default'), image_size=Setting(0),"
         "trainable_layers=Choice(0, default=0)))"
