@@ -46,8 +46,8 @@ def study_of(losses: list[float], storage: BaseStorage | None = None, strategy: 
     study = Study.open(storage or InMemoryStorage(), "s", replace(SETTINGS, strategy=strategy))
     for loss in losses:
         number = study.ask().number
-        study.report(number, 1, 1 - loss)
-        study.tell(number, "complete", value=1 - loss)
+        study.report(number, 1, 0.5 - loss)
+        study.tell(number, "complete", value=0.5 - loss)
     return study
 
 
@@ -64,6 +64,12 @@ def test_a_study_is_over_once_more_trials_promise_less_than_was_asked_for() -> N
 
 def test_nothing_is_forecast_for_searches_that_it_was_not_measured_for() -> None:
     assert study_of(LOSSES[:MIN_TRIALS], strategy="random").forecast is None
+
+
+def test_nothing_is_forecast_that_a_metric_cannot_gain() -> None:
+    losses = LOSSES[:MIN_TRIALS]
+    assert study_of(losses).forecast is not None
+    assert study_of([loss - min(losses) - 0.5 for loss in losses]).forecast is None, "one trial has reached 1"
 
 
 def test_hpo_show_says_what_more_trials_promise(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from hpo.config import METRICS, Direction
 from hpo.records import ELIGIBLE
 
 if TYPE_CHECKING:
@@ -57,12 +58,24 @@ class Forecast:
 
 
 def forecast(settings: StudySettings, trials: Iterable[TrialRecord]) -> Forecast | None:
-    """What the next trials of a study promise; None if it has too few, or is not one that forecasts are made for."""
+    """What the next trials of a study promise; None if that says nothing.
+
+    It has too few trials, is not one that forecasts are made for, or could gain more than the metric can.
+    """
     values = [trial.value for trial in trials if trial.state in ELIGIBLE and trial.value is not None]
     if len(values) < MIN_TRIALS or not can_forecast(settings):
         return None
     losses = [settings.direction.loss(value) for value in values]
-    return Forecast(trials=NUM_MORE, chance=CHANCE, gain=gain_at(losses, NUM_MORE, CHANCE))
+    gain = gain_at(losses, NUM_MORE, CHANCE)
+    says_something = gain == 0 or gain < _room(settings, min(losses))
+    return Forecast(trials=NUM_MORE, chance=CHANCE, gain=gain) if says_something else None
+
+
+def _room(settings: StudySettings, lowest: float) -> float:
+    """How much a metric can still gain: those of hpo that are maximised end at 1, the others at 0."""
+    if settings.metric not in METRICS:
+        return math.inf
+    return lowest - settings.direction.loss(1.0 if settings.direction is Direction.MAXIMIZE else 0.0)
 
 
 def can_forecast(settings: StudySettings) -> bool:
