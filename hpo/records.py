@@ -25,6 +25,11 @@ ELIGIBLE: tuple[TrialState, ...] = ("complete", "pruned")
 """The states in which a trial is eligible to win: the best epoch of a pruned trial is as good a model as any."""
 
 
+def count_finished(counts: Mapping[TrialState, int]) -> int:
+    """How many trials count towards the number that was asked for, of the numbers in each state."""
+    return sum(counts[state] for state in FINISHED)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord:
     """One trial of a study; trial 0 is the default configuration."""
@@ -284,7 +289,7 @@ class SearchOutcome:
     @property
     def num_finished(self) -> int:
         """Trials that count for the total."""
-        return sum(self.counts[state] for state in FINISHED)
+        return count_finished(self.counts)
 
     @property
     def all_diverged(self) -> bool:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from helpers.studies import SETTINGS
 from optuna.storages import InMemoryStorage
 
 from hpo.cli import cli
-from hpo.config import Direction
 from hpo.errors import HpoError, UsageError
 from hpo.parameters import Float
-from hpo.search.settings import StudySettings
 from hpo.search.study import Study
 from hpo.session.search import run_search
 from hpo.space import Group, Space
@@ -62,19 +62,9 @@ def test_where_each_model_costs_too_much_there_is_no_winner_and_it_says_so(home:
 @pytest.mark.parametrize("strategy", ["priority", "tpe"])
 def test_a_strategy_learns_where_models_are_small_enough(strategy: str) -> None:
     """The larger the better, and half of the space is too large."""
-    settings = StudySettings(
-        task="toy",
-        space=Space(Group("size", x=Float(0.0, 1.0, default=0.2), y=Float(0.0, 1.0, default=0.2))),
-        seed=0,
-        strategy=strategy,
-        pruner="none",
-        max_epochs=1,
-        metric="accuracy",
-        direction=Direction.MAXIMIZE,
-        limit=None,
-        planned_trials=60,
-        constraints=("params<=5e6",),
-    )
+    space = Space(Group("size", x=Float(0.0, 1.0, default=0.2), y=Float(0.0, 1.0, default=0.2)))
+    changes: dict[str, Any] = {"max_epochs": 1, "planned_trials": 60, "constraints": ("params<=5e6",)}
+    settings = replace(SETTINGS, space=space, strategy=strategy, **changes)
     study = Study.open(InMemoryStorage(), "toy", settings)
     for _ in range(60):
         suggestion = study.ask()

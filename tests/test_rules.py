@@ -68,7 +68,7 @@ def test_every_strategy_keeps_the_rules_of_a_space(strategy: str) -> None:
         study.tell(trial, loss)
     assert tried[0] == ruled().defaults()
     assert all(map(is_right, tried))
-    assert len({tuple(sorted(values.items(), key=str)) for values in tried}) > 12, "it goes on searching"
+    assert len({tuple(sorted(values.items(), key=str)) for values in tried}) > 12, "it keeps searching"
 
 
 def large() -> Space:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from plotly.offline import get_plotlyjs
 
-from hpo.records import FINISHED, TrialRecord, ranked
+from hpo.records import TrialRecord, count_finished, ranked
 from hpo.report import figures
 from hpo.search.importances import describe_share
 from hpo.search.winner import describe_certainty, describe_comparison, describe_confirmation, describe_training
@@ -113,7 +113,7 @@ def place(name: str, *, is_wide: bool = False) -> str:
 
 def _head(content: Content) -> str:
     settings = content.settings
-    finished = sum(content.counts[state] for state in FINISHED)
+    finished = count_finished(content.counts)
     states = ", ".join(f"{number} {state}" for state, number in content.counts.items() if number) or "no trial yet"
     planned = len(content.trials) * settings.num_steps
     steps = "folds" if settings.folds else "epochs"

@@ -178,17 +178,21 @@ class Encoding:
         It is the nearest of some random ones, or the default configuration where none of them is allowed. What is
         `held` stays, where that is possible.
         """
-        spread = 10 ** rng.uniform(-2.5, 0, size=(_NUM_NEIGHBOURS, 1))
-        moved = units + spread * rng.normal(size=(_NUM_NEIGHBOURS, len(units)))
-        anywhere = rng.uniform(size=moved.shape)
-        is_moved = rng.uniform(size=moved.shape) < rng.choice([0.2, 0.5, 1.0], size=(_NUM_NEIGHBOURS, 1))
-        points = np.concatenate([np.where(is_moved, moved, units), np.where(is_moved, anywhere, units)])
-        points = self.snap(points)
+        around = np.tile(units, (_NUM_NEIGHBOURS, 1))
+        points = self.snap(np.concatenate([self.mutated(around, rng), rng.uniform(size=around.shape)]))
         for kept in (np.where(held, self.snap(units[None]), points), points):
             if len(allowed := kept[self.allows(kept)]):
                 nearest: Array = allowed[np.argmin(((allowed - units) ** 2).sum(axis=1))]
                 return nearest
         return self._defaults
+
+    def mutated(self, units: Array, rng: np.random.Generator) -> Array:
+        """Points (m, p) with some of their values moved by steps of all sizes, and some of their choices redrawn."""
+        share = rng.choice([0.2, 0.5, 1.0], size=(len(units), 1))
+        is_moved = rng.uniform(size=units.shape) < share
+        steps = rng.normal(size=units.shape) * 10 ** rng.uniform(-2, -0.5, size=(len(units), 1))
+        is_redrawn = is_moved & self.choice_axes & (rng.uniform(size=units.shape) < 0.3)
+        return np.where(is_redrawn, rng.uniform(size=units.shape), units + np.where(is_moved, steps, 0.0))
 
     def columns(self, units: Array) -> Array:
         """Points (m, p) -> (m, d): one column a number, one a value of a choice.

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial, Trial, TrialState
 
-__all__ = ["SearchSpaceTransform", "all_trials", "direction_of", "identity", "set_system_attr", "trial_id"]
+__all__ = ["ENQUEUED", "SearchSpaceTransform", "all_trials", "direction_of", "identity", "set_system_attr", "trial_id"]
+
+ENQUEUED = "fixed_params"
+"""The attribute of a trial that holds what was enqueued, until it is asked for."""
 
 
 def all_trials(study: Study, states: Sequence[TrialState] | None = None) -> list[FrozenTrial]:

@@ -38,7 +38,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from hpo.errors import StoreError
-from hpo.search.internals import trial_id
+from hpo.search.internals import ENQUEUED, trial_id
 
 if TYPE_CHECKING:
     from optuna._typing import JSONSerializable
@@ -52,8 +52,6 @@ _EPOCHS: Table = TrialIntermediateValueModel.__table__
 _PARAMS: Table = TrialParamModel.__table__
 _USER_ATTRIBUTES: Table = TrialUserAttributeModel.__table__
 _SYSTEM_ATTRIBUTES: Table = TrialSystemAttributeModel.__table__
-
-_ENQUEUED = "fixed_params"  # Optuna's name for what is enqueued
 
 _MAX_IDS = 500
 """Trials whose rows are read at once: a database limits the number of parameters."""
@@ -155,9 +153,9 @@ class DirectStorage(RDBStorage):
                     }
                     own = (_PARAMS.c.trial_id == trial_id(trial), _PARAMS.c.param_name == name)
                     connection.execute(update(_PARAMS).where(*own).values(row))
-                if _ENQUEUED in trial.system_attrs:
-                    own = (_SYSTEM_ATTRIBUTES.c.trial_id == trial_id(trial), _SYSTEM_ATTRIBUTES.c.key == _ENQUEUED)
-                    queued = json.dumps(encoded(trial.system_attrs[_ENQUEUED]))
+                if ENQUEUED in trial.system_attrs:
+                    own = (_SYSTEM_ATTRIBUTES.c.trial_id == trial_id(trial), _SYSTEM_ATTRIBUTES.c.key == ENQUEUED)
+                    queued = json.dumps(encoded(trial.system_attrs[ENQUEUED]))
                     connection.execute(update(_SYSTEM_ATTRIBUTES).where(*own).values(value_json=queued))
             for key, value in attributes.items():
                 of_study = (_STUDY_ATTRIBUTES.c.study_id == study_id, _STUDY_ATTRIBUTES.c.key == key)

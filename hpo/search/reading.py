@@ -13,12 +13,13 @@ from optuna.trial import TrialState as OptunaState
 
 from hpo.config import derive_seed
 from hpo.errors import UsageError
-from hpo.records import FINISHED, TrialRecord, TrialState, losses, pareto_front, ranked
+from hpo.records import TrialRecord, TrialState, count_finished, losses, pareto_front, ranked
 from hpo.search import stored
 from hpo.search.confirmation import REPEATS, Race, find_plan
 from hpo.search.encoding import OptunaSpace
 from hpo.search.finalists import finalists
 from hpo.search.forecast import Forecast, forecast
+from hpo.search.internals import ENQUEUED
 from hpo.search.priority import DEFAULT_CONFIGURATION, EVERYTHING, stage_name, tunable_groups
 from hpo.search.strategies import grid_size
 
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
 
     from hpo.parameters import Value
     from hpo.search.settings import StudySettings
-
-
-_ENQUEUED = "fixed_params"  # Optuna's name for what is enqueued
 
 
 class ReadStudy:
@@ -181,7 +179,7 @@ class ReadStudy:
         if self.has_reached_target or self.is_flat or self.has_spent_budget:
             return 0
         counts = self.counts()
-        missing = num_trials - _num_finished(counts) - counts["running"]
+        missing = num_trials - count_finished(counts) - counts["running"]
         if self.settings.strategy == "grid":
             num_tried = sum(counts.values()) - counts["interrupted"] - counts["queued"]
             missing = min(missing, grid_size(self.settings.space) - num_tried)
@@ -190,7 +188,7 @@ class ReadStudy:
     @property
     def num_finished(self) -> int:
         """Trials that count for the study's total: complete, pruned, diverged and infeasible."""
-        return _num_finished(self.counts())
+        return count_finished(self.counts())
 
     def counts(self) -> dict[TrialState, int]:
         """Number of the search's trials in each state, 0 where there are none."""
@@ -304,7 +302,7 @@ class ReadStudy:
             number=trial.number,
             state=_state(trial),
             value=trial.values[0] if trial.state == OptunaState.COMPLETE else best_value,
-            values=self._as_optuna.decode(trial.params or trial.system_attrs.get(_ENQUEUED, {})),
+            values=self._as_optuna.decode(trial.params or trial.system_attrs.get(ENQUEUED, {})),
             inactive=tuple(trial.user_attrs.get(stored.INACTIVE, ())),
             curve=curve,
             best_epoch=best_epoch,
@@ -335,10 +333,6 @@ class ReadStudy:
     def _inactive(self, values: Mapping[str, Value]) -> list[str]:
         active = self.settings.space.active(values)
         return [name for name in values if name not in active]
-
-
-def _num_finished(counts: Mapping[TrialState, int]) -> int:
-    return sum(counts[state] for state in FINISHED)
 
 
 def _state(trial: FrozenTrial) -> TrialState:

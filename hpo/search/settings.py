@@ -108,8 +108,6 @@ class StudySettings:
         """The settings as plain data."""
         rules = {"rules": self.space.rules()} if self.space.has_rules else {}
         plain = {each.name: getattr(self, each.name) for each in fields(self)}
-        if not self.extensions:  # an older hpo does not know them
-            del plain["extensions"]
         return plain | {"space": self.space.to_dict()} | rules
 
     @classmethod

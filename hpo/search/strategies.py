@@ -225,12 +225,8 @@ def grid_size(space: Space) -> int:
 
 def grid_points(parameter: Parameter) -> list[Value]:
     """The parameter's values in a grid, in rising order, or in the order of the choices."""
-    if isinstance(parameter, Choice):
-        return list(parameter.choices)
-    spacing = parameter.spacing
-    if spacing is not None and (parameter.high - parameter.low) / spacing < GRID_STEPS - 0.5:
-        num_steps = round((parameter.high - parameter.low) / spacing)
-        return [parameter.nearest(parameter.low + step * spacing) for step in range(num_steps + 1)]
+    if isinstance(parameter, Choice) or parameter.num_values <= GRID_STEPS:
+        return list(parameter.every_value())
     return list(dict.fromkeys(parameter.nearest(value) for value in _spaced(parameter)))
 
 

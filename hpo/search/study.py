@@ -458,7 +458,12 @@ def _create(storage: BaseStorage, name: str, settings: StudySettings) -> None:
         load_if_exists=True,
     )
     study.set_user_attr(stored.RECORD + stored.ID, uuid4().hex)
-    study.set_user_attr(stored.SETTINGS, {"format": FORMAT, "settings": settings.to_dict()})
+    study.set_user_attr(stored.SETTINGS, _as_written(settings))
+
+
+def _as_written(settings: StudySettings) -> dict[str, Any]:
+    """What `read_settings` reads."""
+    return {"format": FORMAT, "settings": settings.to_dict()}
 
 
 def _redeclare(storage: BaseStorage, name: str, made: StudySettings, extended: StudySettings) -> None:
@@ -477,8 +482,8 @@ def _redeclare(storage: BaseStorage, name: str, made: StudySettings, extended: S
     def encoded(values: Mapping[str, Value]) -> dict[str, Value]:
         return after.encode(before.decode(values))
 
-    settings = {"format": FORMAT, "settings": extended.to_dict()}
-    storage.redeclare(storage.get_study_id_from_name(name), dict(changed), encoded, {stored.SETTINGS: settings})
+    attributes = {stored.SETTINGS: _as_written(extended)}
+    storage.redeclare(storage.get_study_id_from_name(name), dict(changed), encoded, attributes)
 
 
 def _sampler(settings: StudySettings) -> BaseSampler:

@@ -208,7 +208,7 @@ class Surrogate:
         anywhere = rng.uniform(size=(_NUM_CANDIDATES, len(base)))
         incumbents = belief.incumbents[:_NUM_INCUMBENTS]
         nearby = incumbents[rng.integers(len(incumbents), size=_NUM_CANDIDATES)]
-        candidates = allowed(np.concatenate([anywhere, self._mutated(nearby, rng)]))
+        candidates = allowed(np.concatenate([anywhere, encoding.mutated(nearby, rng)]))
         scores = self._promise(belief, candidates)
         for step in _REFINEMENTS:
             elite = np.argsort(-scores)[:_NUM_INCUMBENTS]
@@ -219,14 +219,6 @@ class Surrogate:
             scores = np.concatenate([scores[elite], self._promise(belief, offspring)])
         best = int(np.argmax(scores))
         return candidates[best], float(scores[best])
-
-    def _mutated(self, units: Array, rng: np.random.Generator) -> Array:
-        """Points (m, p) with some of their values moved by steps of all sizes, and some of their choices redrawn."""
-        share = rng.choice([0.2, 0.5, 1.0], size=(len(units), 1))
-        is_moved = rng.uniform(size=units.shape) < share
-        steps = rng.normal(size=units.shape) * 10 ** rng.uniform(-2, -0.5, size=(len(units), 1))
-        is_redrawn = is_moved & self._encoding.choice_axes & (rng.uniform(size=units.shape) < 0.3)
-        return np.where(is_redrawn, rng.uniform(size=units.shape), units + np.where(is_moved, steps, 0.0))
 
 
 def _ends_undefined(reported: Sequence[tuple[int, float]]) -> bool:

@@ -99,10 +99,19 @@ def _open_study(prepared: Prepared, database: Storage, session: Session, store: 
     _require_alone(prepared, session)
     study = Study.open(database, request.study, request.settings, extensions=extensions_alone(request, session))
     record_session(study, prepared.provenance, accept_changes=machine.accepts_changes)
+    tracking_uri = None if store.is_in_home or machine.is_shared else store.uri
+    remember(study, request, task_reference=request.task.reference, tracking_uri=tracking_uri)
+    study.requeue(number for number, owner in study.owners().items() if owner in gone or not machine.is_shared)
+    enqueue(study, request.proposals)
+    return study
+
+
+def remember(study: Study, request: Request, *, task_reference: str, tracking_uri: str | None) -> None:
+    """Let the study keep what was asked for."""
     study.remember_session(
         num_trials=request.trials or study.num_trials,
-        task_reference=request.task.reference,
-        tracking_uri=None if store.is_in_home or machine.is_shared else store.uri,
+        task_reference=task_reference,
+        tracking_uri=tracking_uri,
         has_test=request.task.has_test,
         has_loop=request.task.objective.train is not None,
         confirm=request.confirm,
@@ -112,9 +121,6 @@ def _open_study(prepared: Prepared, database: Storage, session: Session, store: 
         trial_timeout_s=request.trial_timeout_s,
         refit=request.refit,
     )
-    study.requeue(number for number, owner in study.owners().items() if owner in gone or not machine.is_shared)
-    enqueue(study, request.proposals)
-    return study
 
 
 def extensions_alone(request: Request, session: Session) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from hpo.config import COSTS, TrainConfig
 from hpo.database import without_password
@@ -24,7 +24,7 @@ from hpo.search.priority import TRIED_BY_HAND
 from hpo.search.pruners import check_first_rung, check_folds_pruner
 from hpo.search.settings import StudySettings, read_constraint
 from hpo.search.storage import read_storage
-from hpo.search.study import Study, check_strategy, read_settings, require_same_settings
+from hpo.search.study import Kept, Study, check_strategy, read_settings, require_same_settings
 from hpo.search.warm_start import best_configurations
 from hpo.session.options import (
     SearchOptions,
@@ -89,13 +89,13 @@ class Request:
     """What is tried first."""
     confirm: str | None = None
     """How the best configurations are confirmed, as `--confirm` has it; None leaves it as it is."""
-    stop_at: float | Literal["none"] | None = None
+    stop_at: Kept = None
     """The value of the metric that ends the search; "none" takes it back, and None leaves it as it is."""
-    stop_when_flat: float | Literal["none"] | None = None
+    stop_when_flat: Kept = None
     """The gain that more trials must promise; "none" takes it back, and None leaves it as it is."""
-    budget_s: float | Literal["none"] | None = None
+    budget_s: Kept = None
     """Training time of all trials together; "none" takes it back, and None leaves it as it is."""
-    trial_timeout_s: float | Literal["none"] | None = None
+    trial_timeout_s: Kept = None
     """Training time of one trial; "none" takes it back, and None leaves it as it is."""
     extensions: tuple[str, ...] = ()
     """What widens the space of the study that is there, as `-p` has it."""
@@ -140,7 +140,7 @@ def request_for(machine: Machine, task: str | Objective, options: SearchOptions)
     )
 
 
-def _read_gain(given: str | None, settings: StudySettings) -> float | Literal["none"] | None:
+def _read_gain(given: str | None, settings: StudySettings) -> Kept:
     """The gain in METRIC=GAIN. Raises UsageError for anything else, and where no forecast is made."""
     gain = _read_value("--stop-when-flat", given, settings)
     if gain is None or gain == "none":
@@ -155,7 +155,7 @@ def _read_gain(given: str | None, settings: StudySettings) -> float | Literal["n
     return gain
 
 
-def _read_value(flag: str, given: str | None, settings: StudySettings) -> float | Literal["none"] | None:
+def _read_value(flag: str, given: str | None, settings: StudySettings) -> Kept:
     """The value in METRIC=VALUE, of the study's own metric. Raises UsageError for anything else."""
     if given is None:
         return None
@@ -286,11 +286,12 @@ def agree(machine: Machine, task: str | Objective, options: StudyOptions) -> tup
     settings = _complete(found, earlier.settings if earlier else None, given)
     if earlier:  # before the data is read, which may take long
         require_same_settings(name, earlier.settings.extend(new_extensions(earlier, settings)), settings)
-    return _with_space_of(found, settings).judged_by(settings.metric), name, settings
+    return _with_space_of(found, vars(settings)).judged_by(settings.metric), name, settings
 
 
-def _with_space_of(task: Task, settings: StudySettings) -> Task:
-    return task.narrow(settings.overrides).extend(settings.extensions).fix(settings.fixed)
+def _with_space_of(task: Task, chosen: Mapping[str, Any]) -> Task:
+    """The task with the space that these settings make of its own."""
+    return task.narrow(chosen["overrides"]).extend(chosen["extensions"]).fix(chosen["fixed"])
 
 
 def _extend(stored: StudySettings | None, given: dict[str, Any]) -> None:
@@ -394,7 +395,7 @@ def _complete(task: Task, stored: StudySettings | None, given: Mapping[str, Any]
     check_first_rung(chosen["pruner"], chosen["max_epochs"], chosen["first_rung"])
     settings = StudySettings(
         task=task.objective.name,
-        space=task.narrow(chosen["overrides"]).extend(chosen["extensions"]).fix(chosen["fixed"]).space,
+        space=_with_space_of(task, chosen).space,
         direction=task.judged_by(chosen["metric"]).objective.better,
         **chosen,
     )

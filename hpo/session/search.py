@@ -19,7 +19,7 @@ from hpo.search.storage import open_storage, read_storage
 from hpo.search.study import Study
 from hpo.search.winner import find_winner, front_rows
 from hpo.session.conclude import conclude, write_summary
-from hpo.session.opening import enqueue, extensions_alone, open_search
+from hpo.session.opening import enqueue, extensions_alone, open_search, remember
 from hpo.session.options import SearchOptions, checked, require_submittable
 from hpo.session.preparation import prepare
 from hpo.session.request import agreed_tracking_uri, read_request, request_for, this_machine
@@ -73,19 +73,7 @@ def submit_study(task: str, **options: Unpack[SubmitOptions]) -> Study:
 
     def open_study() -> Study:
         study = Study.open(database, request.study, request.settings, extensions=extensions_alone(request, session))
-        study.remember_session(
-            num_trials=request.trials or study.num_trials,
-            task_reference=task,
-            tracking_uri=None,
-            has_test=request.task.has_test,
-            has_loop=request.task.objective.train is not None,
-            confirm=request.confirm,
-            stop_at=request.stop_at,
-            stop_when_flat=request.stop_when_flat,
-            budget_s=request.budget_s,
-            trial_timeout_s=request.trial_timeout_s,
-            refit=request.refit,
-        )
+        remember(study, request, task_reference=task, tracking_uri=None)
         enqueue(study, request.proposals)
         return study
 

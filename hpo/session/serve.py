@@ -41,10 +41,8 @@ def serve_best(
     if not is_loopback(host):
         say(f"Warning: whoever can reach {host}:{port} can use the model; the server asks for no password.")
     app = scoring_app(folder)
-    signature, address = (
-        json.loads((folder / SIGNATURE).read_text(encoding="utf-8")),
-        f"http://{host}:{port}/invocations",
-    )
+    signature = json.loads((folder / SIGNATURE).read_text(encoding="utf-8"))
+    address = f"http://{host}:{port}/invocations"
     say(f"Model of trial {signature['trial']} at {address}, which takes {_described(signature)}.")
     say(f"Try it: curl -H 'Content-Type: application/json' {address} -d @{shlex.quote(str(folder / EXAMPLE))}")
     say("Stop it with Ctrl-C.")

@@ -86,7 +86,7 @@ def study_facts(name: str, home: Path | None, storage: str | None = None, top: i
     trials = study.trials()
     if top is not None:
         trials = ranked(trials, study.settings.direction)[:top]
-    rated = importances(study)
+    rated, promised = importances(study), study.forecast
     facts: dict[str, Any] = to_plain(
         {
             "study": name,
@@ -115,7 +115,7 @@ def study_facts(name: str, home: Path | None, storage: str | None = None, top: i
             "importances": {group: asdict(each) for group, each in rated.groups.items()},
             "importances_note": rated.note,
             "findings": [asdict(finding) for finding in findings(study)],
-            "forecast": asdict(study.forecast) if study.forecast else None,
+            "forecast": asdict(promised) if promised else None,
             "trials": [asdict(trial) for trial in trials],
             "confirmation": study.race.to_dict() if study.race.contenders else None,
             "repeats": [asdict(repeat) for repeat in study.repeats()],

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hpo.execution.observer import Observer, Standing
-from hpo.records import ELIGIBLE, FINISHED
+from hpo.records import ELIGIBLE, count_finished
 from hpo.terminal.tables import STYLES
 from hpo.terminal.words import ESTIMATED, format_configuration, format_duration
 
@@ -94,7 +94,7 @@ class Tally:
 
     @property
     def num_finished(self) -> int:
-        return sum(self.counts[state] for state in FINISHED)
+        return count_finished(self.counts)
 
     @property
     def seconds_left(self) -> float | None:
