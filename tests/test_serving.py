@@ -30,7 +30,7 @@ from hpo.config import Direction
 from hpo.data.examples import DataSpec, InputSpec
 from hpo.deploy.load import load_best
 from hpo.deploy.predict import predict_files
-from hpo.deploy.registry import Score, register
+from hpo.deploy.registry import Score, add_version, enter
 from hpo.errors import DataError, UsageError
 from hpo.models.networks import mlp, transformer
 from hpo.models.preprocessed import PreprocessedModel
@@ -147,22 +147,24 @@ class Contest:
         self.version = store.client.get_model_version_by_alias("hpo-digits", "champion")
 
     def enter(self, score: Score | None, promote: Any) -> Any:
-        return register(
-            self.store,
-            "contest",
-            self.version.source.removeprefix("models:/"),
-            self.version.run_id,
-            score=score,
-            direction=Direction.MAXIMIZE,
-            promote=promote,
-            card="",
-            tags={},
-        )
+        model_id = self.version.source.removeprefix("models:/")
+        version = add_version(self.store, "contest", model_id, self.version.run_id, card="", tags={})
+        return enter(self.store, version, score=score, direction=Direction.MAXIMIZE, promote=promote)
 
 
 @pytest.fixture(scope="module")
 def contest(searched: Path) -> Contest:
     return Contest(open_store(searched))
+
+
+def test_a_model_that_is_a_version_already_gets_no_second_one(searched: Path) -> None:
+    again = register_best("digits", home=searched)
+    assert (again.version, again.is_champion, again.reason) == (1, True, "it was the champion already")
+    client = open_store(searched).client
+    assert len(client.search_model_versions("name = 'hpo-digits'")) == 1
+    version = client.get_model_version("hpo-digits", "1")
+    logged = client.get_run(version.run_id).outputs.model_outputs
+    assert [output.model_id for output in logged] == [again.model_id]
 
 
 def test_what_register_cannot_do_is_told_first(searched: Path) -> None:

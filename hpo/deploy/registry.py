@@ -69,37 +69,49 @@ def log_model(store: TrackingStore, run_id: str, folder: Path, *, tags: Mapping[
     return str(logged.model_id)
 
 
-def register(
-    store: TrackingStore,
-    name: str,
-    model_id: str,
-    run_id: str,
-    *,
-    score: Score | None,
-    direction: Direction,
-    promote: Promotion,
-    card: str,
-    tags: Mapping[str, str],
-) -> Registration:
-    """Make a logged model a version of a registered one, and the champion where it is to be."""
+def find_version(store: TrackingStore, name: str, run_id: str, tags: Mapping[str, str]) -> ModelVersion | None:
+    """The latest version of a registered model that is of this run and has these tags; None if there is none."""
+    with explained(store.uri):
+        of_run = store.client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    same = [version for version in of_run if tags.items() <= version.tags.items()]
+    return max(same, key=lambda version: int(version.version), default=None)
+
+
+def add_version(
+    store: TrackingStore, name: str, model_id: str, run_id: str, *, card: str, tags: Mapping[str, str]
+) -> ModelVersion:
+    """Make a logged model a version of a registered one, which is created where it is new."""
     client = store.client
-    described = dict(tags) | ({_SCORE: repr(score.value), _PROTOCOL: score.protocol} if score else {})
     with explained(store.uri):
         if not client.search_registered_models(f"name = '{name}'"):
             client.create_registered_model(name, description="The winners of hpo's searches of this task.")
-        champion = _champion(store, name)
-        source, described_by = f"models:/{model_id}", card[:_MAX_DESCRIPTION]
         with _as_default(store):
-            version = client.create_model_version(
-                name, source, run_id, tags=described, description=described_by, model_id=model_id
+            return client.create_model_version(
+                name,
+                f"models:/{model_id}",
+                run_id,
+                tags=dict(tags),
+                description=card[:_MAX_DESCRIPTION],
+                model_id=model_id,
             )
-        becomes, reason = _decide(promote, score, champion, direction)
+
+
+def enter(
+    store: TrackingStore, version: ModelVersion, *, score: Score | None, direction: Direction, promote: Promotion
+) -> Registration:
+    """Note a version's test score, and make it the champion where it is to be."""
+    client, name = store.client, version.name
+    with explained(store.uri):
+        if score:
+            client.set_model_version_tag(name, version.version, _SCORE, repr(score.value))
+            client.set_model_version_tag(name, version.version, _PROTOCOL, score.protocol)
+        becomes, reason = _decide(promote, score, _champion(store, name), version, direction)
         if becomes:
             client.set_registered_model_alias(name, CHAMPION, version.version)
     return Registration(
         name=name,
         version=int(version.version),
-        model_id=model_id,
+        model_id=str(version.model_id),
         tracking_uri=without_password(store.uri),
         is_champion=becomes,
         reason=reason,
@@ -127,9 +139,15 @@ def _champion(store: TrackingStore, name: str) -> ModelVersion | None:
 
 
 def _decide(
-    promote: Promotion, score: Score | None, champion: ModelVersion | None, direction: Direction
+    promote: Promotion,
+    score: Score | None,
+    champion: ModelVersion | None,
+    version: ModelVersion,
+    direction: Direction,
 ) -> tuple[bool, str]:
-    """Whether a new version becomes the champion, and why."""
+    """Whether a version is the champion from now on, and why."""
+    if champion is not None and champion.version == version.version:
+        return True, "it was the champion already"
     if promote == "never":
         return False, "--promote never"
     if promote == "always":

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.deploy.exporters import find_exporter
-from hpo.deploy.registry import Score, check_promotion, log_model, register
+from hpo.deploy.registry import Score, add_version, check_promotion, enter, find_version, log_model
 from hpo.errors import ExportError
 from hpo.files import temporary_folder
 from hpo.provenance import sessions
@@ -16,6 +16,7 @@ from hpo.session.card import model_card
 from hpo.session.export import check_export, choose, describe, load_with_data, write
 
 if TYPE_CHECKING:
+    from hpo.deploy.exporters import Exporter
     from hpo.deploy.results import Registration
     from hpo.objective import Objective
     from hpo.session.export import Chosen
@@ -34,9 +35,9 @@ def register_best(
     """Log the best model of a study, or of another `trial`, in MLflow, and register it as `hpo-TASK` or as `name`.
 
     It is the export of format mlflow, checked as `export_best` does, so `models:/hpo-TASK@champion` is loaded without
-    hpo. With `promote="if-better"` the new version gets the alias `champion` if there is none, or if its test score is
-    better than the champion's and both were tested by the same metric on the same data; `always` and `never` do not
-    ask. The other parameters are the options of `hpo register`.
+    hpo. What was registered before stays the version that it is. With `promote="if-better"` the version gets the alias
+    `champion` if there is none, or if its test score is better than the champion's and both were tested by the same
+    metric on the same data; `always` and `never` do not ask. The other parameters are the options of `hpo register`.
 
     Raises UsageError where something given is wrong, ExportError for a model that cannot be exported, StoreError if
     MLflow refuses.
@@ -48,29 +49,44 @@ def register_best(
             f"task '{chosen.objective.name}' has a training loop of its own (train=), which saved a state dict and no "
             "network; register it with MLflow's own functions."
         )
+    run_id = chosen.store.find_trial_run(study, chosen.trial, chosen.study.id)
+    registered_as = name or f"hpo-{chosen.objective.name}"
+    tags = {
+        "hpo.study": study,
+        "hpo.trial": str(chosen.trial),
+        "hpo.task": chosen.objective.name,
+        "hpo.refit": str(chosen.is_refit).lower(),
+    }
+    version = find_version(chosen.store, registered_as, run_id, tags)
+    if version is None:
+        card = model_card(chosen.study, chosen.objective, chosen.trial)
+        model_id = _log(chosen, exporter, run_id, card=card, tags=tags, tell=tell)
+        version = add_version(chosen.store, registered_as, model_id, run_id, card=card, tags=tags)
+    else:
+        tell(f"version {version.version} is this model")
+    direction = chosen.study.settings.direction
+    return enter(chosen.store, version, score=_score(chosen), direction=direction, promote=how)
+
+
+def _log(
+    chosen: Chosen,
+    exporter: Exporter,
+    run_id: str,
+    *,
+    card: str,
+    tags: Mapping[str, str],
+    tell: Callable[[str], None],
+) -> str:
+    """Write the model, check it, and log it in MLflow as a model of its run; its id."""
     tell("reading the data")
     _, _, exportable = load_with_data(chosen)
-    card = model_card(chosen.study, chosen.objective, chosen.trial)
-    run_id = chosen.store.find_trial_run(study, chosen.trial, chosen.study.id)
-    tags = {"hpo.study": study, "hpo.trial": str(chosen.trial), "hpo.task": chosen.objective.name}
     with temporary_folder() as workshop:
         folder = Path(workshop) / "model"
         folder.mkdir()
         tell("writing and checking the model")
         write(exporter, exportable, folder, describe(chosen, exportable, exporter.runtime, None), card)
         check_export(exporter, folder, exportable, chosen.objective, None)
-        model_id = log_model(chosen.store, run_id, folder, tags=tags)
-    return register(
-        chosen.store,
-        name or f"hpo-{chosen.objective.name}",
-        model_id,
-        run_id,
-        score=_score(chosen),
-        direction=chosen.study.settings.direction,
-        promote=how,
-        card=card,
-        tags=tags,
-    )
+        return log_model(chosen.store, run_id, folder, tags=tags)
 
 
 def _score(chosen: Chosen) -> Score | None:
