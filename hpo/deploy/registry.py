@@ -111,7 +111,7 @@ def enter(
     return Registration(
         name=name,
         version=int(version.version),
-        model_id=str(version.model_id),
+        model_id=str(version.source).removeprefix("models:/"),
         tracking_uri=without_password(store.uri),
         is_champion=becomes,
         reason=reason,
