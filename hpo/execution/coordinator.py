@@ -138,6 +138,10 @@ class Coordinator:
                     shutil.rmtree(folder)
 
     def _standing(self) -> Standing:
+        with self._study.seen_once():
+            return self._read_standing()
+
+    def _read_standing(self) -> Standing:
         best, race, running = self._study.best(), self._study.race, self._running_s()
         return Standing(
             study=self._study.name,
@@ -171,16 +175,20 @@ class Coordinator:
         """The next trial, if one is missing. Done again from the beginning when the database went away meanwhile."""
         begun = [number for number, owner in self._study.owners().items() if owner in ("", self._session.id)]
         self._study.requeue(number for number in begun if number not in self._attempts)
-        if self._num_remaining() == 0 and self._study.counts()["running"] == 0:
+        with self._study.seen_once():
+            num_remaining, num_running = self._num_remaining(), self._study.counts()["running"]
+        if num_remaining == num_running == 0:
             self._study.continue_finalists()
-        if self._num_remaining():
+            num_remaining = self._num_remaining()
+        if num_remaining:
             return self._study.ask(self._session.id)
         return self._study.ask_repeat(self._session.id) if self._study.has_searched else None
 
     def _num_remaining(self) -> int:
         if self._limits.is_budget_spent(self._running_s()):
             return 0
-        return self._study.remaining(self._study.num_trials)
+        with self._study.seen_once():
+            return self._study.remaining(self._study.num_trials)
 
     def _running_s(self) -> dict[int, float]:
         """Seconds that each of our trials has trained, in all its attempts; without repeats, which no budget holds."""
@@ -205,7 +213,7 @@ class Coordinator:
         if suggestion.pruned:
             self._runs.flush(_FLUSH_S)  # its folder gets another name, and MLflow may yet have to fetch weights from it
         self._limits.read_again()
-        if self._session.is_shared or suggestion.pruned or self._study.budget_s is not None:
+        if self._session.is_shared or suggestion.pruned or self._limits.has_budget:
             self._observer.study_moved(self._standing())
         self._observer.trial_started(suggestion)
         attempt = _Attempt(
@@ -344,7 +352,8 @@ class Coordinator:
         del self._attempts[attempt.number]
         self._limits.read_again()
         for number in outdone:
-            self._runs.remove_file(number, f"{CHECKPOINT}/{BEST_WEIGHTS}")
+            if number != attempt.number or attempt.suggestion.attempt > 1:  # else it was never sent
+                self._runs.remove_file(number, f"{CHECKPOINT}/{BEST_WEIGHTS}")
         self._count_failures(attempt)
         if attempt.state != "interrupted":
             self.remove_old_checkpoints()

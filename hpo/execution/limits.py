@@ -23,9 +23,14 @@ class Limits:
 
     def read_again(self) -> None:
         """Look at the study again: a trial has begun or ended, and another session may have changed the limits."""
-        self._budget_s = self._study.budget_s
-        self._trial_timeout_s = self._study.trial_timeout_s
+        with self._study.seen_once():
+            self._budget_s, self._trial_timeout_s = self._study.budget_s, self._study.trial_timeout_s
         self._sum_expires = 0.0
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether there is a limit on the training time of all trials together."""
+        return self._budget_s is not None
 
     def is_trial_over(self, trained_s: float) -> bool:
         """Whether a trial has trained for as long as it may."""

@@ -64,5 +64,5 @@ class BestTrials:
 
 def without_use_for_checkpoints(study: Study, numbers: Iterable[int]) -> set[int]:
     """Those of the trials that have ended for good: they will neither be resumed nor continued as finalists."""
-    may_continue = {trial.number for trial in study.finalists()}
-    return {number for number in numbers if number not in may_continue and study.has_ended(number)}
+    with study.seen_once():
+        return study.ended(numbers) - {trial.number for trial in study.finalists()}

@@ -184,17 +184,20 @@ class DirectStorage(RDBStorage):
             except IntegrityError:  # a parameter that is there already
                 return True
 
+    def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
+        return self._attributes(_STUDY_ATTRIBUTES, study_id)
+
     def get_trial_user_attrs(self, trial_id: int) -> dict[str, Any]:
         return self._attributes(_USER_ATTRIBUTES, trial_id)
 
     def get_trial_system_attrs(self, trial_id: int) -> dict[str, Any]:
         return self._attributes(_SYSTEM_ATTRIBUTES, trial_id)
 
-    def _attributes(self, table: Table, trial_id: int) -> dict[str, Any]:
+    def _attributes(self, table: Table, owner_id: int) -> dict[str, Any]:
         with self._connected() as connection:
-            rows = connection.execute(_ATTRIBUTES_OF[table.name], {"of_trial": trial_id}).all()
+            rows = connection.execute(_ATTRIBUTES_OF[table.name], {"owner": owner_id}).all()
         if not rows:
-            raise KeyError(f"there is no trial of id {trial_id}")
+            raise KeyError(f"{table.name}: there is nothing of id {owner_id}")
         return {key: json.loads(value) for key, value in rows if key is not None}
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
@@ -266,11 +269,15 @@ def _set_on_unfinished(insert: Callable[[Table], Any], table: Table, *, key: str
     return written
 
 
-_ATTRIBUTES_OF = {  # of a trial without any there is one row, without a key
+_ATTRIBUTES_OF = {  # of a study, or trial, without any there is one row, without a key
     table.name: select(table.c.key, table.c.value_json)
-    .select_from(_TRIALS.outerjoin(table))
-    .where(_TRIALS.c.trial_id == bindparam("of_trial"))
-    for table in (_USER_ATTRIBUTES, _SYSTEM_ATTRIBUTES)
+    .select_from(owners.outerjoin(table))
+    .where(owner_id == bindparam("owner"))
+    for owners, owner_id, table in (
+        (_STUDIES, _STUDIES.c.study_id, _STUDY_ATTRIBUTES),
+        (_TRIALS, _TRIALS.c.trial_id, _USER_ATTRIBUTES),
+        (_TRIALS, _TRIALS.c.trial_id, _SYSTEM_ATTRIBUTES),
+    )
 }
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -41,6 +43,21 @@ class ReadStudy:
         self._study_id = storage.get_study_id_from_name(name)
         self._stages = list(tunable_groups(settings.space))
         self._as_optuna = OptunaSpace(settings.space)
+        self._look: _Look | None = None
+        self._ended: dict[int, tuple[FrozenTrial, TrialRecord]] = {}
+        """Records of the trials that have ended, and what they were made from: a study of thousands is read often."""
+
+    @contextmanager
+    def seen_once(self) -> Iterator[None]:
+        """Answer all questions within from one reading of the database; nothing may be written to the study there."""
+        if self._look is not None:
+            yield
+            return
+        self._look = _Look(self._storage, self._study_id)
+        try:
+            yield
+        finally:
+            self._look = None
 
     def finalists(self) -> list[TrialRecord]:
         """The pruned trials that are continued to their end when the study has all its trials, the best first.
@@ -48,24 +65,27 @@ class ReadStudy:
         None are if a trial has reached `stop_at`: it was not pruned, and is good enough. Nor are any if the budget is
         used up.
         """
-        if self.has_reached_target or self.has_spent_budget:
-            return []
-        totals = [
-            trial.user_attrs[stored.CONTINUED]["total"]
-            for trial in self._searched()
-            if stored.CONTINUED in trial.user_attrs
-        ]
-        return finalists(self.trials(), self.settings, num_continued=totals.count(self.num_trials))
+        with self.seen_once():
+            if self.has_reached_target or self.has_spent_budget:
+                return []
+            totals = [
+                trial.user_attrs[stored.CONTINUED]["total"]
+                for trial in self._searched()
+                if stored.CONTINUED in trial.user_attrs
+            ]
+            return finalists(self.trials(), self.settings, num_continued=totals.count(self.num_trials))
 
     @property
     def is_done(self) -> bool:
         """Whether it has all the trials that it was last asked for, and has confirmed what was to be confirmed."""
-        return self.has_searched and self.race.is_done
+        with self.seen_once():
+            return self.has_searched and self.race.is_done
 
     @property
     def has_searched(self) -> bool:
         """Whether it has all these trials, and each that may win has run to its end."""
-        return self.remaining(self.num_trials) == 0 and self.counts()["running"] == 0 and not self.finalists()
+        with self.seen_once():
+            return self.remaining(self.num_trials) == 0 and self.counts()["running"] == 0 and not self.finalists()
 
     @property
     def stop_at(self) -> float | None:
@@ -165,10 +185,10 @@ class ReadStudy:
         """The session that ran the trial last, or runs it."""
         return str(self._trials()[number].user_attrs.get(stored.OWNER, ""))
 
-    def has_ended(self, number: int) -> bool:
-        """Whether the trial neither runs nor waits to continue; True for one that the study does not know."""
+    def ended(self, numbers: Iterable[int]) -> set[int]:
+        """Those of the trials that neither run nor wait to continue; one that the study does not know has ended."""
         trials = self._trials()
-        return number >= len(trials) or trials[number].state.is_finished()
+        return {number for number in numbers if number >= len(trials) or trials[number].state.is_finished()}
 
     def remaining(self, num_trials: int) -> int:
         """Trials still to be created until `num_trials` are finished, if the running ones will be.
@@ -176,9 +196,10 @@ class ReadStudy:
         A grid ends at its last point; a point whose trial failed is not tried again. None are missing once a trial
         has reached `stop_at`, more trials promise too little, or the budget is used up.
         """
-        if self.has_reached_target or self.is_flat or self.has_spent_budget:
-            return 0
-        counts = self.counts()
+        with self.seen_once():
+            if self.has_reached_target or self.is_flat or self.has_spent_budget:
+                return 0
+            counts = self.counts()
         missing = num_trials - count_finished(counts) - counts["running"]
         if self.settings.strategy == "grid":
             num_tried = sum(counts.values()) - counts["interrupted"] - counts["queued"]
@@ -270,14 +291,15 @@ class ReadStudy:
 
     def recorded(self, key: str) -> Any:
         """The fact kept under the key; None if there is none."""
-        return self._storage.get_study_user_attrs(self._study_id).get(stored.RECORD + key)
+        facts = self._look.facts if self._look else self._storage.get_study_user_attrs(self._study_id)
+        return facts.get(stored.RECORD + key)
 
     def trial_seed(self, number: int) -> int:
         """Seed of everything random in a trial."""
         return derive_seed(self.settings.seed, number)
 
     def _trials(self) -> list[FrozenTrial]:
-        return self._storage.get_all_trials(self._study_id, deepcopy=False)
+        return self._look.trials if self._look else self._storage.get_all_trials(self._study_id, deepcopy=False)
 
     def _searched(self) -> list[FrozenTrial]:
         return [trial for trial in self._trials() if REPEATS not in trial.user_attrs]
@@ -290,6 +312,15 @@ class ReadStudy:
         return DEFAULT_CONFIGURATION if trial.number == 0 and self.settings.strategy != "grid" else EVERYTHING
 
     def _record(self, trial: FrozenTrial) -> TrialRecord:
+        if not trial.state.is_finished():
+            return self._read(trial)
+        source, record = self._ended.get(trial.number, (None, None))
+        if record is None or source is not trial:
+            record = self._read(trial)
+            self._ended[trial.number] = trial, record
+        return record
+
+    def _read(self, trial: FrozenTrial) -> TrialRecord:
         curve = dict(sorted(trial.intermediate_values.items()))
         best_epoch: int | None = trial.user_attrs.get(stored.BEST_EPOCH)
         if self.settings.folds:
@@ -333,6 +364,22 @@ class ReadStudy:
     def _inactive(self, values: Mapping[str, Value]) -> list[str]:
         active = self.settings.space.active(values)
         return [name for name in values if name not in active]
+
+
+class _Look:
+    """What a study's database has at one moment, read when it is first asked for."""
+
+    def __init__(self, storage: BaseStorage, study_id: int) -> None:
+        self._storage = storage
+        self._study_id = study_id
+
+    @cached_property
+    def trials(self) -> list[FrozenTrial]:
+        return self._storage.get_all_trials(self._study_id, deepcopy=False)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        return self._storage.get_study_user_attrs(self._study_id)
 
 
 def _state(trial: FrozenTrial) -> TrialState:

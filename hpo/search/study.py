@@ -263,7 +263,8 @@ class Study(ReadStudy):
             return False
         if {stored.CONTINUED, REPEATS} & running.handle.user_attrs.keys() or not running.handle.should_prune():
             return False
-        return not is_spared(self.trial(number), self.trials(), self.settings)
+        with self.seen_once():
+            return not is_spared(self.trial(number), self.trials(), self.settings)
 
     def pruning_reason(self, number: int, step: int) -> str:
         """Why `report` has said that a trial is to stop after an epoch, or a fold, in words for the user."""

@@ -13,6 +13,8 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ from hpo.errors import SearchError
 from hpo.tracking.store import STUDY_ID_TAG, TRIAL_TAG, search_runs
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
+    from mlflow.entities import Metric, Run
 
     from hpo.records import EndState
     from hpo.tracking.store import TrackingStore
@@ -28,7 +30,10 @@ if TYPE_CHECKING:
 Event = dict[str, Any]
 
 _logger = logging.getLogger(__name__)
-_MAX_METRICS = 900  # of 1000 rows MLflow makes two batches, and a crash in between would cut an epoch in half
+_MAX_METRICS = (
+    800  # MLflow takes 1000 rows at once, 100 of them parameters and 100 tags; more would cut an epoch in half
+)
+_PAUSE_S = 0.5  # between two rounds: a short trial is then told as a whole, which costs MLflow half as much
 _MAX_TAG = 5000  # characters; MLflow refuses longer values
 
 ATTEMPT_TAG = "hpo.attempt"
@@ -140,7 +145,8 @@ class Delivery:
         self._attempt = 0
         self._is_abandoned = False
         self._last_epoch = -1
-        self._nonfinite: set[str] = set()
+        self._nonfinite: AbstractSet[str] = frozenset()
+        self._batch = self._new_batch()
 
     def deliver(self) -> None:
         """Tell all that is unsent; the file goes when the trial has ended. Raises what MLflow raises."""
@@ -155,15 +161,10 @@ class Delivery:
         if self._is_superseded():
             self.abandon()
             return
-        epochs: list[Event] = []
+        self._batch = self._new_batch()  # what an earlier try had collected stands in the spool
         for event in events:
-            if "epoch" in event:
-                epochs.append(event)
-                continue
-            self._tell_epochs(epochs)
-            epochs = []
             self._tell(event)
-        self._tell_epochs(epochs)
+        self._send()
         self.spool.mark_sent(size)
         if events and _closes(events[-1]):
             self.spool.remove_if_told()
@@ -181,8 +182,10 @@ class Delivery:
     def _tell(self, event: Event) -> None:
         if "start" in event:
             self._start(event["time_ms"], **event["start"])
+        elif "epoch" in event:
+            self._batch.add_epoch(event)
         elif "tags" in event:
-            self._set_tags(event["tags"])
+            self._batch.tags |= event["tags"]
         elif "text" in event:
             self._client.log_text(self._ensure_run(), event["text"], event["name"])
         elif "file" in event:
@@ -194,26 +197,22 @@ class Delivery:
 
     def _start(self, time_ms: int, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         """Create the run, or continue it: then its parameters stand already, and MLflow lets no one change them."""
-        from mlflow.entities import Param, RunTag
-
-        run = self._client.get_run(self._run_id) if self._run_id else self._create_run(time_ms)
-        self._run_id = run.info.run_id
-        missing = [Param(key, value) for key, value in params.items() if key not in run.data.params]
-        new_tags = {**tags, "hpo.state": "running"}
-        self._client.log_batch(self._run_id, params=missing, tags=[RunTag(*tag) for tag in new_tags.items()])
+        tags = {**tags, "hpo.state": "running"}
+        if self._run_id is None:
+            self._run_id = self._create_run(time_ms, tags).info.run_id
+            self._batch.params |= params
+            return
+        run = self._client.get_run(self._run_id)
+        self._batch.params |= {key: value for key, value in params.items() if key not in run.data.params}
+        self._batch.tags |= tags
         self._client.update_run(self._run_id, status="RUNNING")
         if "hpo.reason" in run.data.tags:
             self._client.delete_tag(self._run_id, "hpo.reason")
 
-    def _set_tags(self, tags: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        self._client.log_batch(self._ensure_run(), tags=[RunTag(*tag) for tag in tags.items()])
-
     def _ensure_run(self) -> str:
         """The run id; a spool whose first line was damaged still makes its run."""
         if self._run_id is None:
-            self._run_id = self._create_run(time.time_ns() // 1_000_000).info.run_id
+            self._run_id = self._create_run(time.time_ns() // 1_000_000, {}).info.run_id
         return self._run_id
 
     def _find_run(self) -> Run | None:
@@ -223,7 +222,7 @@ class Delivery:
         run = runs[0]
         self._run_id = run.info.run_id
         self._last_epoch = self._last_recorded_epoch(run)
-        self._nonfinite = set(run.data.tags.get("hpo.nonfinite", "").split(", ")) - {""}
+        self._nonfinite = frozenset(run.data.tags.get("hpo.nonfinite", "").split(", ")) - {""}
         return run
 
     def _last_recorded_epoch(self, run: Run) -> int:
@@ -233,39 +232,29 @@ class Delivery:
             (row.step for key in keys for row in self._client.get_metric_history(run.info.run_id, key)), default=-1
         )
 
-    def _create_run(self, time_ms: int) -> Run:
-        tags = {"hpo.kind": "trial", TRIAL_TAG: str(self.number)}
+    def _create_run(self, time_ms: int, tags: Mapping[str, str]) -> Run:
+        tags = {**tags, "hpo.kind": "trial", TRIAL_TAG: str(self.number)}
         tags |= {STUDY_ID_TAG: self._study_id} if self._study_id else {}
         return self._client.create_run(self._experiment_id, time_ms, tags, run_name=f"trial-{self.number:04d}")
 
-    def _tell_epochs(self, events: Iterable[Event]) -> None:
-        fresh: list[Event] = []
-        last_epoch = self._last_epoch
-        for event in events:
-            if event["epoch"] > last_epoch:
-                fresh.append(event)
-                last_epoch = event["epoch"]
-        if not fresh:
+    def _new_batch(self) -> _Batch:
+        return _Batch(last_epoch=self._last_epoch, nonfinite=self._nonfinite)
+
+    def _send(self) -> None:
+        """Tell what was collected. One log_batch stores the metrics of an epoch as a whole or not at all."""
+        from mlflow.entities import Param, RunTag
+
+        batch = self._batch
+        if batch.is_empty:
             return
-        size = max(1, _MAX_METRICS // max(1, *(len(event["metrics"]) for event in fresh)))
-        for begin in range(0, len(fresh), size):
-            self._log_metrics(fresh[begin : begin + size])
-
-    def _log_metrics(self, events: list[Event]) -> None:
-        """One log_batch, which MLflow stores as a whole or not at all."""
-        from mlflow.entities import Metric, RunTag
-
-        rows = [
-            # MLflow stores inf as 1.8e308, which would top every descending sort.
-            Metric(key, value if math.isfinite(value) else math.nan, event["time_ms"], event["epoch"])
-            for event in events
-            for key, value in event["metrics"].items()
-        ]
-        nonfinite = self._nonfinite | {row.key for row in rows if math.isnan(row.value)}
-        tags = [RunTag("hpo.nonfinite", ", ".join(sorted(nonfinite)))] if nonfinite != self._nonfinite else []
-        self._client.log_batch(self._ensure_run(), rows, tags=tags)
-        self._nonfinite = nonfinite
-        self._last_epoch = events[-1]["epoch"]
+        *earlier, rows = batch.groups_of_rows() or [[]]
+        for group in earlier:
+            self._client.log_batch(self._ensure_run(), group)
+        params = [Param(*param) for param in batch.params.items()]
+        tags = [RunTag(*tag) for tag in batch.tags.items()]
+        self._client.log_batch(self._ensure_run(), rows, params=params, tags=tags)
+        self._last_epoch, self._nonfinite = batch.last_epoch, batch.nonfinite
+        self._batch = self._new_batch()
 
     def _send_file(self, path: Path, folder: str | None) -> None:
         if not path.exists():
@@ -281,23 +270,66 @@ class Delivery:
         reason: str | None,
         costs: Mapping[str, float] | None = None,  # a spool of an earlier version has none
     ) -> None:
-        from mlflow.entities import Metric, RunTag
-
-        run_id = self._ensure_run()
         if value is None and state in ("failed", "diverged"):
             value = math.nan  # what it had while it ran does not count
-        is_told = value is not None and (math.isfinite(value) or self._takes_back(run_id, value))
+        if value is not None and not math.isfinite(value) and not (math.isnan(value) and self._has_value()):
+            value = None
         # MLflow shows the value of the last step, and of two in one step and millisecond the larger one.
-        step = max(0, self._last_epoch + 1)
-        best = [Metric(f"best/{self._metric}", rounded(value), time_ms, step)] if value is not None and is_told else []
-        best += [Metric(f"cost/{name}", cost, time_ms, 0) for name, cost in (costs or {}).items()]
-        tags = [RunTag("hpo.state", state)] + ([RunTag("hpo.reason", reason[:_MAX_TAG])] if reason else [])
-        self._client.log_batch(run_id, best, tags=tags)
-        self._client.set_terminated(run_id, RUN_STATUS[state], time_ms)
+        step = max(0, self._batch.last_epoch + 1)
+        if value is not None:
+            self._batch.add(step, time_ms, {f"best/{self._metric}": rounded(value)})
+        self._batch.add(0, time_ms, {f"cost/{name}": cost for name, cost in (costs or {}).items()})
+        self._batch.tags |= {"hpo.state": state} | ({"hpo.reason": reason[:_MAX_TAG]} if reason else {})
+        self._send()
+        self._client.set_terminated(self._ensure_run(), RUN_STATUS[state], time_ms)
 
-    def _takes_back(self, run_id: str, value: float) -> bool:
-        """Whether NaN replaces a value that the run has: MLflow deletes no metric, and sorts NaN last."""
-        return math.isnan(value) and f"best/{self._metric}" in self._client.get_run(run_id).data.metrics
+    def _has_value(self) -> bool:
+        """Whether the run has a value, which NaN takes back: MLflow deletes no metric, and sorts NaN last."""
+        self._send()
+        return f"best/{self._metric}" in self._client.get_run(self._ensure_run()).data.metrics
+
+
+class _Batch:
+    """Parameters, metrics and tags of a run that are told together."""
+
+    def __init__(self, *, last_epoch: int, nonfinite: AbstractSet[str]) -> None:
+        self.last_epoch = last_epoch
+        """The last one that was told or is in here: a resumed trial repeats an epoch."""
+        self.nonfinite = nonfinite
+        """Metrics that were not finite in an epoch so far."""
+        self.params: dict[str, str] = {}
+        self.tags: dict[str, str] = {}
+        self._epochs: list[list[Metric]] = []
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.params or self.tags or self._epochs)
+
+    def add_epoch(self, event: Event) -> None:
+        """Add an epoch's metrics, unless they were told before."""
+        if event["epoch"] <= self.last_epoch:
+            return
+        self.last_epoch = event["epoch"]
+        self.add(event["epoch"], event["time_ms"], event["metrics"])
+        nonfinite = {key for key, value in event["metrics"].items() if not math.isfinite(value)}
+        if nonfinite - self.nonfinite:
+            self.nonfinite |= nonfinite
+            self.tags["hpo.nonfinite"] = ", ".join(sorted(self.nonfinite))
+
+    def add(self, step: int, time_ms: int, metrics: Mapping[str, float]) -> None:
+        """Add metrics of one step."""
+        from mlflow.entities import Metric
+
+        # MLflow stores inf as 1.8e308, which would top every descending sort.
+        finite = {key: value if math.isfinite(value) else math.nan for key, value in metrics.items()}
+        if finite:
+            self._epochs.append([Metric(key, value, time_ms, step) for key, value in finite.items()])
+
+    def groups_of_rows(self) -> list[list[Metric]]:
+        """The metrics as MLflow takes them at once, with those of an epoch together."""
+        size = max(1, _MAX_METRICS // max(1, *(len(rows) for rows in [*self._epochs, []])))
+        groups = (self._epochs[begin : begin + size] for begin in range(0, len(self._epochs), size))
+        return [list(chain.from_iterable(group)) for group in groups]
 
 
 def rounded(value: float) -> float:
@@ -320,6 +352,8 @@ class Sender:
         self._changed = threading.Condition()
         self._waiting: dict[Delivery, None] = {}  # an ordered set: first in, first sent
         self._rounds_asked = 0
+        self._flush_asked = 0
+        """The round that somebody waits for."""
         self._rounds_done = 0
         self._arrived = True
         self._closing = False
@@ -338,7 +372,7 @@ class Sender:
         """Tell everything now; whether all of it arrived in this time. One attempt, with MLflow's own retries."""
         with self._changed:
             self._rounds_asked += 1
-            asked = self._rounds_asked
+            asked = self._flush_asked = self._rounds_asked
             self._changed.notify_all()
             return self._changed.wait_for(lambda: self._rounds_done >= asked, timeout_s) and self._arrived
 
@@ -355,6 +389,7 @@ class Sender:
         while not closing:
             with self._changed:
                 self._changed.wait_for(lambda: self._rounds_asked > self._rounds_done, self._interval_s)
+                self._changed.wait_for(lambda: self._flush_asked > self._rounds_done, _PAUSE_S)
                 asked, closing = self._rounds_asked, self._closing
             arrived = self._tell_waiting()
             with self._changed:
