@@ -37,6 +37,7 @@ from hpo.search.lease import Session, living_sessions
 from hpo.search.optuna_tables import DirectStorage
 from hpo.search.settings import StudySettings
 from hpo.search.storage import OutageError, StudyStorage, open_storage, read_storage
+from hpo.search.stored import OWNER
 from hpo.search.study import Study, list_studies
 from hpo.space import Group, Space
 
@@ -251,6 +252,43 @@ def test_what_is_written_is_what_optuna_reads_and_the_other_way_round(
     running = trials[1]._trial_id
     optunas.set_trial_intermediate_value(running, 9, 0.9)
     assert fresh.get_all_trials(study_id)[1].intermediate_values[9] == 0.9
+
+
+@pytest.mark.parametrize("writes_itself", [False, True])
+def test_of_many_running_trials_those_that_have_changed_are_read_again_and_no_other(
+    storage: StudyStorage, writes_itself: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optuna_tables, "_MANY", 2)
+    monkeypatch.setattr(optuna_tables, "_MAX_IDS", 3)
+    study_id = storage.create_new_study([StudyDirection.MINIMIZE], "study")
+    for _ in range(8):
+        storage.set_trial_user_attr(storage.create_new_trial(study_id), OWNER, "Anna")
+    others = plain(storage)
+    writer: Any = storage if writes_itself else others
+    waiting, reporting, ending, owned = (trial._trial_id for trial in storage.get_all_trials(study_id)[1:5])
+    before = storage.get_all_trials(study_id, deepcopy=False)
+
+    for change in (
+        lambda: writer.set_trial_intermediate_value(reporting, 1, 0.5),
+        lambda: writer.set_trial_system_attr(reporting, "completed_rung_0", 0.5),
+        lambda: writer.set_trial_param(reporting, "lr", 0.125, FloatDistribution(1e-4, 1.0, log=True)),
+        lambda: writer.set_trial_user_attr(reporting, "reason", "new"),
+        lambda: writer.set_trial_user_attr(owned, OWNER, "Bert"),
+        lambda: writer.set_trial_state_values(waiting, TrialState.WAITING),
+        lambda: writer.set_trial_state_values(ending, TrialState.COMPLETE, [1.0]),
+        lambda: writer.set_trial_state_values(waiting, TrialState.RUNNING),
+        lambda: writer.create_new_trial(study_id),
+    ):
+        change()
+        assert repr(storage.get_all_trials(study_id)) == repr(others.get_all_trials(study_id))
+    unchanged = [trial for trial in storage.get_all_trials(study_id, deepcopy=False) if trial in before]
+    assert [trial.number for trial in unchanged if trial is before[trial.number]] == [0, 5, 6, 7]
+
+    # Replaced in place by another process: seen after a while, and at once what this one has replaced.
+    writer.set_trial_user_attr(reporting, "reason", "replaced")
+    assert storage.get_all_trials(study_id)[2].user_attrs["reason"] == ("replaced" if writes_itself else "new")
+    monkeypatch.setattr(storage._direct._unfinished, "_expires", 0.0)
+    assert repr(storage.get_all_trials(study_id)) == repr(others.get_all_trials(study_id))
 
 
 def plain(storage: StudyStorage) -> Any:

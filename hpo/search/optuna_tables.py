@@ -7,13 +7,15 @@ Optuna goes through SQLAlchemy's ORM: a trial of 20 reports costs 100 ms of CPU,
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import lru_cache
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from optuna.distributions import (
     BaseDistribution,
@@ -33,12 +35,13 @@ from optuna.storages._rdb.models import (
     TrialValueModel,
 )
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Connection, Table, bindparam, delete, insert, or_, select, update
+from sqlalchemy import Connection, Table, bindparam, delete, func, insert, literal, or_, select, union_all, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from hpo.errors import StoreError
 from hpo.search.internals import ENQUEUED, trial_id
+from hpo.search.stored import OWNER
 
 if TYPE_CHECKING:
     from optuna._typing import JSONSerializable
@@ -52,6 +55,14 @@ _EPOCHS: Table = TrialIntermediateValueModel.__table__
 _PARAMS: Table = TrialParamModel.__table__
 _USER_ATTRIBUTES: Table = TrialUserAttributeModel.__table__
 _SYSTEM_ATTRIBUTES: Table = TrialSystemAttributeModel.__table__
+
+_T = TypeVar("_T")
+
+_MANY = 16
+"""Unfinished trials from which on it is faster to find out which of them have changed than to read them all."""
+
+_REFRESH_S = 5.0
+"""Seconds after which all of them are read all the same."""
 
 _MAX_IDS = 500
 """Trials whose rows are read at once: a database limits the number of parameters."""
@@ -74,6 +85,7 @@ class DirectStorage(RDBStorage):
         super().__init__(url, engine_kwargs, skip_table_creation=skip_table_creation)
         self._autocommitting = self.engine.execution_options(isolation_level="AUTOCOMMIT")
         upsert = postgresql.insert if self.engine.name == "postgresql" else sqlite.insert
+        self._unfinished = _UnfinishedTrials()
         self._set_epoch = _set_on_unfinished(upsert, _EPOCHS, key="step")
         self._set_param = _set_on_unfinished(upsert, _PARAMS)
         self._set_user_attr = _set_on_unfinished(upsert, _USER_ATTRIBUTES, key="key")
@@ -160,6 +172,7 @@ class DirectStorage(RDBStorage):
             for key, value in attributes.items():
                 of_study = (_STUDY_ATTRIBUTES.c.study_id == study_id, _STUDY_ATTRIBUTES.c.key == key)
                 connection.execute(update(_STUDY_ATTRIBUTES).where(*of_study).values(value_json=json.dumps(value)))
+        self._unfinished = _UnfinishedTrials()
 
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:
@@ -183,6 +196,8 @@ class DirectStorage(RDBStorage):
                 return connection.execute(statement, {"of_trial": trial_id, **row}).rowcount > 0
             except IntegrityError:  # a parameter that is there already
                 return True
+            finally:
+                self._unfinished.forget(trial_id)
 
     def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
         return self._attributes(_STUDY_ATTRIBUTES, study_id)
@@ -202,7 +217,7 @@ class DirectStorage(RDBStorage):
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
         with self._connected() as connection:
-            trials = _read(connection, _TRIAL, {"of_trial": trial_id})
+            trials = _build(connection, list(connection.execute(_TRIAL, {"of_trial": trial_id})))
         if not trials:
             return super().get_trial(trial_id)  # it says why
         return trials[0]
@@ -214,12 +229,16 @@ class DirectStorage(RDBStorage):
         included_trial_ids: set[int],
         trial_id_greater_than: int,
     ) -> list[FrozenTrial]:
-        known = [trial_id for trial_id in included_trial_ids if trial_id <= trial_id_greater_than]
-        if states is not None or len(known) > _MAX_IDS:
+        known = sorted(trial_id for trial_id in included_trial_ids if trial_id <= trial_id_greater_than)
+        if states is not None:
             return super()._get_trials(study_id, states, included_trial_ids, trial_id_greater_than)
+        first, *others = list(_groups(known)) or [[]]
+        of_study = {"of_study": study_id, "after": trial_id_greater_than, "known": first}
         with self._connected() as connection:
-            of_study = {"of_study": study_id, "after": trial_id_greater_than, "known": known}
-            trials = _read(connection, _NEW_AND_KNOWN_TRIALS, of_study)
+            rows = list(connection.execute(_NEW_AND_KNOWN_TRIALS, of_study))
+            for group in others:
+                rows += connection.execute(_KNOWN_TRIALS, {"known": group})
+            trials = (self._unfinished.build if len(rows) >= _MANY else _build)(connection, rows)
         if not trials:
             self.get_study_name_from_id(study_id)  # raises KeyError where there is no such study
         return trials
@@ -237,6 +256,47 @@ class DirectStorage(RDBStorage):
                     yield connection
         except SQLAlchemyError as error:
             raise StorageInternalError("a statement failed") from error
+
+
+class _UnfinishedTrials:
+    """Unfinished trials as they were last read: where hundreds run, few have changed a moment later.
+
+    A trial is read again if its state or its owner has changed, if it has another epoch, parameter or attribute, or if
+    this process has written to it. What another process replaces in place, such as the time that a trial has trained,
+    is seen after `_REFRESH_S` at the latest.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Any, FrozenTrial]] = {}
+        """Each trial by its id, with what is compared before it is used again."""
+        self._newest: dict[str, int] = {}
+        """The newest row of each table that has rows of trials."""
+        self._expires = -math.inf
+
+    def forget(self, trial_id: int) -> None:
+        """Read a trial again: it was written to."""
+        self._known.pop(trial_id, None)
+
+    def build(self, connection: Connection, rows: Sequence[Row[Any]]) -> list[FrozenTrial]:
+        """The trials that have these rows in their table."""
+        self._forget_changed(connection)
+        owners = {id: owner for group in _groups(rows) for id, owner in _owners(connection, group).items()}
+        marks = {row.trial_id: (row.state, row.datetime_start, owners.get(row.trial_id)) for row in rows}
+        usable = {id: trial for id, (mark, trial) in self._known.items() if marks.get(id) == mark}
+        changed = [row for row in rows if row.trial_id not in usable]
+        usable |= {trial_id(trial): trial for trial in _build(connection, changed)}
+        self._known = {id: (mark, usable[id]) for id, mark in marks.items()}
+        return [usable[row.trial_id] for row in rows]
+
+    def _forget_changed(self, connection: Connection) -> None:
+        """Forget the trials that have new rows; what is written after this has newer ones, and is seen next time."""
+        if time.monotonic() >= self._expires:
+            self._expires = time.monotonic() + _REFRESH_S
+            self._known.clear()
+            self._newest = {name: newest or 0 for name, newest in connection.execute(_NEWEST_ROWS)}
+        for name, of_trial, newest in connection.execute(_NEW_ROWS, self._newest):
+            self._newest[name] = max(self._newest[name], newest)
+            self.forget(of_trial)
 
 
 @contextmanager
@@ -282,14 +342,34 @@ _ATTRIBUTES_OF = {  # of a study, or trial, without any there is one row, withou
 
 
 _TRIAL = select(_TRIALS).where(_TRIALS.c.trial_id == bindparam("of_trial"))
+_is_known = _TRIALS.c.trial_id.in_(bindparam("known", expanding=True))
+_KNOWN_TRIALS = select(_TRIALS).where(_is_known)
 _NEW_AND_KNOWN_TRIALS = (
     select(_TRIALS)
-    .where(
-        _TRIALS.c.study_id == bindparam("of_study"),
-        or_(_TRIALS.c.trial_id > bindparam("after"), _TRIALS.c.trial_id.in_(bindparam("known", expanding=True))),
-    )
+    .where(_TRIALS.c.study_id == bindparam("of_study"), or_(_TRIALS.c.trial_id > bindparam("after"), _is_known))
     .order_by(_TRIALS.c.trial_id)
 )
+
+
+_TABLES_OF_ROWS = (_EPOCHS, _PARAMS, _USER_ATTRIBUTES, _SYSTEM_ATTRIBUTES)
+_NEWEST_ROWS = union_all(*(select(literal(table.name), func.max(*table.primary_key)) for table in _TABLES_OF_ROWS))
+_NEW_ROWS = union_all(
+    *(
+        select(literal(table.name), table.c.trial_id, func.max(*table.primary_key))
+        .where(*(key > bindparam(table.name) for key in table.primary_key))
+        .group_by(table.c.trial_id)
+        for table in _TABLES_OF_ROWS
+    )
+)
+_OWNER_ROWS = select(_USER_ATTRIBUTES.c.trial_id, _USER_ATTRIBUTES.c.value_json).where(
+    _USER_ATTRIBUTES.c.trial_id.in_(bindparam("ids", expanding=True)), _USER_ATTRIBUTES.c.key == OWNER
+)
+
+
+def _owners(connection: Connection, trials: Sequence[Row[Any]]) -> dict[int, str]:
+    """The owners of the trials that have these rows, as they are written, by the trial's id."""
+    found = connection.execute(_OWNER_ROWS, {"ids": [trial.trial_id for trial in trials]})
+    return {row.trial_id: row.value_json for row in found}
 
 
 def _rows_of_trials(table: Table, *columns: str) -> Select[Any]:
@@ -309,14 +389,17 @@ _USER_ATTRIBUTE_ROWS = _rows_of_trials(_USER_ATTRIBUTES, "key", "value_json")
 _SYSTEM_ATTRIBUTE_ROWS = _rows_of_trials(_SYSTEM_ATTRIBUTES, "key", "value_json")
 
 
-def _read(connection: Connection, statement: Select[Any], parameters: dict[str, Any]) -> list[FrozenTrial]:
-    """The trials that a statement selects from their table."""
-    found = connection.execute(statement, parameters).all()
-    groups = (found[start : start + _MAX_IDS] for start in range(0, len(found), _MAX_IDS))
-    return [trial for group in groups for trial in _build(connection, group)]
+def _groups(items: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    """The items, `_MAX_IDS` at once."""
+    return (items[start : start + _MAX_IDS] for start in range(0, len(items), _MAX_IDS))
 
 
 def _build(connection: Connection, trials: Sequence[Row[Any]]) -> list[FrozenTrial]:
+    """The trials that have these rows in their table."""
+    return [trial for group in _groups(trials) for trial in _build_group(connection, group)]
+
+
+def _build_group(connection: Connection, trials: Sequence[Row[Any]]) -> list[FrozenTrial]:
     ids = [trial.trial_id for trial in trials]
     values, epochs, params, user_attributes, system_attributes = (
         _rows_by_trial(connection, statement, ids)
