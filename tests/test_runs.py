@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hpo.config import Direction
 from hpo.plots import study as plots
 from hpo.records import EndState
-from hpo.tracking import server
+from hpo.tracking import server, spool
 from hpo.tracking.runs import StudyRuns
 from hpo.tracking.store import TrackingStore
 
@@ -55,6 +55,34 @@ def test_a_trial_is_a_run_with_parameters_curves_and_its_end(runs: StudyRuns, st
     assert found.data.metrics["best/accuracy"] == 0.75
     assert curve(runs.store, 7) == [(1, 0.25), (2, 0.5), (3, 0.75)]
     assert spooled(runs.store.home) == []
+
+
+def test_a_short_trial_is_told_in_one_batch(store: TrackingStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool, "_PAUSE_S", 60.0)  # on a busy machine it may be over before the trial is
+    client = NotingClient(store.client)
+    with open_runs(replace(store, client=client)) as runs:  # type: ignore[arg-type]
+        run = runs.trial_run(0, params={"lr": 0.1}, tags={"hpo.stage": "step size"})
+        client.calls.clear()
+        run.log_epoch(1, {"val/accuracy": 0.5})
+        run.set_tags({"hpo.precision": "fp32"})
+        run.log_epoch(2, {"val/accuracy": 0.75})
+        run.finish("complete", value=0.75)
+    assert [call for call in client.calls if call != "search_runs"] == ["create_run", "log_batch", "set_terminated"]
+    told = find_trial(store, 0)
+    assert (told.data.params, told.data.metrics["best/accuracy"]) == ({"lr": "0.1"}, 0.75)
+    assert {"hpo.stage": "step size", "hpo.precision": "fp32", "hpo.state": "complete"}.items() <= told.data.tags.items()
+
+
+class NotingClient:
+    """The store's client, which notes what is called."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        self.calls.append(name)
+        return getattr(self._client, name)
 
 
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])
