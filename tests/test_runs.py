@@ -70,7 +70,8 @@ def test_a_short_trial_is_told_in_one_batch(store: TrackingStore, monkeypatch: p
     assert [call for call in client.calls if call != "search_runs"] == ["create_run", "log_batch", "set_terminated"]
     told = find_trial(store, 0)
     assert (told.data.params, told.data.metrics["best/accuracy"]) == ({"lr": "0.1"}, 0.75)
-    assert {"hpo.stage": "step size", "hpo.precision": "fp32", "hpo.state": "complete"}.items() <= told.data.tags.items()
+    tags = {"hpo.stage": "step size", "hpo.precision": "fp32", "hpo.state": "complete"}
+    assert tags.items() <= told.data.tags.items()
 
 
 class NotingClient:
