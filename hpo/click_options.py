@@ -48,6 +48,8 @@ def _click_option(declared: Declaration) -> Callable[[Command], Command]:
     name, option = declared.name, declared.option
     if declared.type is bool:
         return click.option(option.flag, name, is_flag=True, help=option.help)
+    if declared.type == bool | None:
+        return click.option(f"{option.flag}/--no-{option.flag[2:]}", name, default=None, help=option.help)
     return click.option(
         option.flag,
         name,

@@ -30,6 +30,7 @@ from hpo.checks.compatibility import check_task
 from hpo.checks.verdicts import Subject
 from hpo.data.datasets import class_counts
 from hpo.models.preprocessed import build_model
+from hpo.plugins import OBJECT
 from hpo.task import Task
 from hpo.training.class_metrics import best_thresholds
 from hpo.training.evaluation import choose_thresholds, outputs_and_targets
@@ -164,7 +165,7 @@ def task_of(load: Callable[[], Dataset], model: Any, loss: Any, metric: str, **g
         name="made", description="made", load=lambda _: load(), model=model, loss=loss, metric=metric, space=LR_SPACE,
         settings=settings, **given,
     )  # fmt: skip
-    return Task(reference="made", objective=objective, space=LR_SPACE)
+    return Task(reference=OBJECT, objective=objective, space=LR_SPACE)
 
 
 def trained(task: Task, data: Dataset) -> tuple[Any, EpochResult]:

@@ -25,6 +25,7 @@ from hpo.config import USUAL
 from hpo.data.batches import build_batches, evaluation_views
 from hpo.data.kinds import KINDS
 from hpo.models.preprocessed import build_model
+from hpo.plugins import OBJECT
 from hpo.task import Task
 from hpo.training.comparison import compare_models
 from hpo.training.embeddings import RetrievalMetrics
@@ -216,7 +217,7 @@ def task_of(name: str) -> tuple[Task, Dataset]:
         name="made", description="made", load=lambda _: load(), model=model, loss=name.partition(" ")[0], metric=metric,
         space=LR_SPACE, settings=settings,
     )  # fmt: skip
-    return Task(reference="made", objective=objective, space=LR_SPACE), load()
+    return Task(reference=OBJECT, objective=objective, space=LR_SPACE), load()
 
 
 def trained(task: Task, data: Dataset) -> tuple[Any, EpochResult]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,12 +17,10 @@ from helpers.training import assert_equal_weights, weights_of, without_time
 from torch import Tensor, nn
 from torch.nn import functional, utils
 
-from hpo import Choice, Group, HpoError, Int, Objective, Ragged, Space, UsageError, hold_out, split_dataset
-from hpo.checks import rehearsal
+from hpo import Choice, Group, HpoError, Objective, Ragged, Space, UsageError, hold_out, split_dataset
 from hpo.checks.checklist import quick_part
 from hpo.checks.compatibility import check_task
 from hpo.checks.network import check_forward
-from hpo.checks.rehearsal import check_rehearsal
 from hpo.checks.verdicts import Subject, Verdict
 from hpo.data.datasets import Splits
 from hpo.deploy.exporters import write_weights
@@ -496,120 +493,6 @@ def test_probabilities_before_a_loss_of_logits_get_a_warning() -> None:
         assert forward_verdict(harmless).state == "ok"
     own = {"loss": lambda outputs, targets: functional.nll_loss(outputs.log(), targets), "metric": "loss"}
     assert forward_verdict(nn.Softmax(1), **own).state == "ok"
-
-
-# --- the rehearsal ----------------------------------------------------------------------------------------------------
-
-
-class MadeInEvaluation(nn.Linear):
-    """A buffer that a new model does not have."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs)
-        self.register_buffer("seen", None)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        if not self.training:
-            self.seen = torch.ones(3)
-        return super().forward(inputs)
-
-
-class KeptGraph(nn.Linear):
-    """Computes something once, and differentiates it in each step."""
-
-    once: Tensor | None = None
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        if self.once is None:
-            self.once = self.weight.exp()
-        return inputs @ self.once.T
-
-
-class WithObject(nn.Linear):
-    def get_extra_state(self) -> Any:
-        return SimpleNamespace(calls=1)
-
-    def set_extra_state(self, state: Any) -> None:
-        pass
-
-
-class Aux(nn.Linear):
-    """Two outputs in training, as Inception has them, and one in an evaluation."""
-
-    def forward(self, inputs: Tensor) -> Any:
-        outputs = super().forward(inputs)
-        return (outputs, outputs) if self.training else outputs
-
-
-@pytest.mark.parametrize(
-    ("model", "text"),
-    [
-        (MadeInEvaluation, r'fails: RuntimeError: .*Unexpected key\(s\) in state_dict: "network.seen"'),
-        (KeptGraph, "fails: RuntimeError: Trying to backward through the graph a second time"),
-        (WithObject, "cannot be resumed: it may hold tensors and plain values alone; look at what get_extra_state"),
-        (Aux, "fails: TypeError: cross_entropy_loss.* must be Tensor, not tuple"),
-    ],
-)
-def test_a_rehearsal_finds_what_only_training_or_resuming_shows(model: type[nn.Linear], text: str) -> None:
-    task, splits = prepared(lambda spec: model(4, 3))
-    verdict = check_rehearsal(Subject.of(task, splits, "cpu"))
-    assert verdict.state == "wrong"
-    assert re.search(f"^the default configuration {text}", verdict.text), verdict.text
-
-
-def rehearsed(model: Callable[..., nn.Module], *parts: Group) -> Verdict:
-    task, splits = prepared(model)
-    task = replace(task, space=Space(*LR_SPACE.groups, *parts))
-    return check_rehearsal(Subject.of(task, splits, "cpu"))
-
-
-def test_a_rehearsal_tries_the_extremes_and_names_what_breaks() -> None:
-    class Wide(nn.Linear):
-        def __init__(self, width: int) -> None:
-            super().__init__(4, 3)
-            self.width = width
-
-        def forward(self, inputs: Tensor) -> Tensor:
-            if self.width * len(inputs) > 1500:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return super().forward(inputs)
-
-    sizes = Group(
-        "sizes",
-        width=Int(2, 300, default=8),
-        batch_size=Choice(4, 8, 16, default=8),
-        optimizer=Choice("sgd", "adam", "muon", default="adam"),
-    )
-    verdict = rehearsed(lambda spec, width=8: Wide(width), sizes)
-    assert (verdict.state, verdict.text) == ("wrong", "width=300 with batch_size=16 does not fit in memory")
-    assert verdict.advice == "trials with these values fail: leave them out with -p, or change the model"
-
-    verdict = rehearsed(lambda spec, width=8: Wide(8), sizes)
-    assert (verdict.state, verdict.text) == (
-        "ok",
-        "the default configuration and 3 extremes of the space train and are evaluated",
-    )
-
-
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")
-def test_a_rehearsal_names_the_optimizer_that_refuses_a_model() -> None:
-    class Sparse(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding, self.output = nn.Embedding(3, 4, sparse=True), nn.Linear(4, 3)
-
-        def forward(self, inputs: Tensor) -> Tensor:
-            return self.output(inputs + self.embedding((inputs[:, 0] > 0).long()))
-
-    averages = Group("averages", optimizer=Choice("adagrad", "rmsprop", default="adagrad"))
-    verdict = rehearsed(lambda spec: Sparse(), averages)
-    assert verdict.text == "optimizer=rmsprop fails: RuntimeError: RMSprop does not support sparse gradients"
-
-
-def test_a_rehearsal_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rehearsal, "REHEARSAL_S", 0.0)
-    verdict = rehearsed(lambda spec: nn.Linear(4, 3), Group("sizes", batch_size=Choice(4, 8, 16, default=8)))
-    assert verdict.text.endswith("and 0 extremes of the space train and are evaluated; 2 more did not fit into 0 s")
 
 
 def test_batch_norm_and_batches_of_one_are_refused_before_the_search() -> None:

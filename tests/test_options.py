@@ -38,6 +38,7 @@ def test_a_command_has_the_options_that_are_declared_and_no_others(command: str,
     assert set(shown) - {"as_json", "help"} == {declared.name for declared in declarations(options)}
     for declared in declarations(options):
         assert shown[declared.name].opts == [declared.option.flag]
+        assert bool(shown[declared.name].secondary_opts) == (declared.type == bool | None)
         assert shown[declared.name].help == declared.option.help
 
 

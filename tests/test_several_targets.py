@@ -18,6 +18,7 @@ from hpo.deploy.load import load_best
 from hpo.models.preprocessed import PreprocessedModel, build_model
 from hpo.models.weighing import Weighing
 from hpo.objective import Own
+from hpo.plugins import OBJECT
 from hpo.task import Task, check_parameters, check_ranges, load_dataset
 from hpo.training.checkpoint import CheckpointFolder
 from hpo.training.losses import loss_function, target_scale
@@ -68,7 +69,7 @@ def objective_of(**changes: Any) -> Objective:
 
 def task_of(**changes: Any) -> Task:
     objective = objective_of(**changes)
-    return Task(reference="made", objective=objective, space=objective.space or SPACE)
+    return Task(reference=OBJECT, objective=objective, space=objective.space or SPACE)
 
 
 def trained(task: Task, data: Dataset, **parameters: Any) -> tuple[PreprocessedModel, EpochResult]:

@@ -22,7 +22,7 @@ from hpo.checks.learning import check_baseline, check_learning_rate, check_one_b
 from hpo.checks.network import check_first_loss, check_forward, check_gradients
 from hpo.checks.originals import check_originals, has_originals
 from hpo.checks.own_loop import check_loop
-from hpo.checks.rehearsal import check_rehearsal
+from hpo.checks.rehearsal import REHEARSAL, check_rehearsal
 from hpo.checks.speed import check_speed
 from hpo.checks.verdicts import Subject, Verdict, as_markdown
 from hpo.data.datasets import VALIDATION_FRACTION, split_dataset
@@ -162,7 +162,7 @@ def whole_list(subject: Subject, test: SealedSplit) -> Iterator[Verdict]:
         subject,
         {
             **_quick_checks(subject),
-            "rehearsal": check_rehearsal,
+            REHEARSAL: check_rehearsal,
             "duplicates": check_duplicates,
             "test leak": partial(check_leak, test=test),
             "one batch": check_one_batch,

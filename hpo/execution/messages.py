@@ -73,6 +73,8 @@ class Assignment:
     """The most that the untrained model may cost, by some of the same names."""
     folds: int | None = None
     """Folds of a cross-validation over all examples; None for one training, judged by the validation split."""
+    num_examples: int | None = None
+    """Training examples to use, the first ones; None for all: a rehearsal takes a few."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"folder": str(self.folder)}

@@ -297,6 +297,8 @@ def run_trial(
     config = assignment.config
     if ranks.size > 1:
         config = replace(config, compile="off")
+    if assignment.num_examples:
+        splits = replace(splits, train=splits.train.select(slice(0, assignment.num_examples)))
     build = partial(_build, objective, assignment.model_parameters)
     if assignment.limits and ranks.leads:
         _check_costs(assignment, build, splits)

@@ -53,6 +53,7 @@ Topic = Literal[
     "dead units",
     "epochs saved",
     "space used up",
+    "rehearsal",
 ]
 
 
@@ -76,7 +77,18 @@ def findings(study: Study) -> list[Finding]:
         *find_symptoms(study),
         *find_savings(study),
         *find_exhaustion(study),
+        *find_broken_extremes(study),
     ]
+
+
+def find_broken_extremes(study: Study) -> Iterator[Finding]:
+    """Extremes of the space that did not train, or not in time, before the first trial."""
+    if found := study.broken_extremes:
+        yield Finding(
+            topic="rehearsal",
+            text=f"The rehearsal before the first trial found: {found}.",
+            data={"found": found},
+        )
 
 
 def find_exhaustion(study: Study) -> Iterator[Finding]:

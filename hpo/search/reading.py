@@ -134,6 +134,12 @@ class ReadStudy:
         value: float | None = self.recorded(stored.TRIAL_TIMEOUT)
         return value
 
+    @property
+    def broken_extremes(self) -> str | None:
+        """What a rehearsal found wrong with extremes of the space, in words; None if nothing, or if there was none."""
+        value: str | None = self.recorded(stored.REHEARSAL)
+        return value
+
     def trained_s(self, *, besides: Collection[int] = ()) -> float:
         """Seconds that workers were busy with the trials of the search, in all sessions and on all machines.
 

@@ -7,11 +7,13 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hpo.checks.rehearsal import REHEARSAL
 from hpo.config import Direction
 from hpo.data.datasets import save_splits
 from hpo.errors import StoreError, UsageError
 from hpo.execution.coordinator import Coordinator
 from hpo.provenance import record_session
+from hpo.search import stored
 from hpo.search.lease import Session
 from hpo.search.storage import Storage, open_storage
 from hpo.search.study import Study
@@ -101,6 +103,9 @@ def _open_study(prepared: Prepared, database: Storage, session: Session, store: 
     record_session(study, prepared.provenance, accept_changes=machine.accepts_changes)
     tracking_uri = None if store.is_in_home or machine.is_shared else store.uri
     remember(study, request, task_reference=request.task.reference, tracking_uri=tracking_uri)
+    for verdict in prepared.verdicts:
+        if verdict.check == REHEARSAL and verdict.state == "warning":
+            study.record(stored.REHEARSAL, f"{verdict.text}: {verdict.advice}")
     study.requeue(number for number, owner in study.owners().items() if owner in gone or not machine.is_shared)
     enqueue(study, request.proposals)
     return study

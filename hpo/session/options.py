@@ -21,6 +21,7 @@ class Option:
     """How an option is written on the command line, and what it means."""
 
     flag: str
+    """A yes or no that may be left out has another one, `--no-...`."""
     help: str
     """One sentence; what is in brackets names the default."""
 
@@ -409,6 +410,16 @@ class SessionOptions(MachineOptions, ExecutorOptions, HookOptions, StoreOptions,
 
 class SearchOptions(StudyOptions, SessionOptions, total=False):
     """The options of `hpo search` and `hpo.run_search`."""
+
+    rehearse: Annotated[
+        bool | None,
+        Option(
+            "--rehearse",
+            "First train, save and resume the default configuration and the extremes of the space for one step, within "
+            "30 s. [default: in a new study of 30 trials or more]",
+            of_trainer=True,
+        ),
+    ]
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 from uuid import uuid4
-
-import cloudpickle
 
 from hpo.checks.checklist import quick_part
 from hpo.checks.compatibility import check_task
+from hpo.checks.rehearsal import LIMIT_S, REHEARSAL, check_rehearsal
 from hpo.checks.verdicts import Subject, in_few_lines
 from hpo.data.datasets import VALIDATION_FRACTION, all_examples, check_folds, split_dataset
-from hpo.errors import UsageError, in_one_line
+from hpo.errors import UsageError
 from hpo.execution.executors import start_workers
 from hpo.execution.local import warm_up
 from hpo.execution.messages import Setup
-from hpo.plugins import OBJECT
+from hpo.execution.task_code import task_code
 from hpo.provenance import Provenance, require_unchanged
 from hpo.session.request import agreed_tracking_uri, read_study
 from hpo.task import load_dataset
@@ -29,8 +27,7 @@ if TYPE_CHECKING:
     from hpo.data.examples import Dataset, SealedSplit
     from hpo.execution.observer import Observer
     from hpo.execution.pool import WorkerPool
-    from hpo.session.request import Request
-    from hpo.task import Task
+    from hpo.session.request import Machine, Request
 
 SILENCE_S = 30.0
 """Seconds of silence after which a worker, or a whole session, counts as dead."""
@@ -69,7 +66,7 @@ def prepare(request: Request, observer: Observer) -> Prepared:
     if study:
         require_unchanged(study, provenance, accept_changes=machine.accepts_changes)
     splits = split(dataset, request) if dataset else None
-    verdicts = _checked(splits, request, observer) if splits else []
+    verdicts = _checked(splits, request, observer, is_new=study is None) if splits else []
     machine.home.require_space(splits.num_bytes if splits else 0)
     session_id = uuid4().hex
     setup = Setup(
@@ -112,27 +109,22 @@ def split(dataset: Dataset, request: Request) -> Splits:
     return splits
 
 
-def _checked(splits: Splits, request: Request, observer: Observer) -> Sequence[Verdict]:
-    """What the checks before the first trial find. Raises UsageError where the task does not fit its data."""
+def _checked(splits: Splits, request: Request, observer: Observer, *, is_new: bool) -> Sequence[Verdict]:
+    """What the checks before the first trial find. Raises UsageError where the task does not fit its data, or the
+    default configuration does not train."""
     check_task(request.task, splits)
-    verdicts = quick_part(Subject.of(request.task, splits, "cpu"))
+    subject = Subject.of(request.task, splits, "cpu")
+    verdicts = quick_part(subject)
+    if request.is_rehearsed(is_new=is_new):
+        observer.note(f"rehearsing: one step of the default configuration and the extremes, at most {LIMIT_S:.0f} s")
+        verdicts.append(_rehearsed(subject, request.machine))
     for line in in_few_lines(verdicts, request.task.reference):
         observer.found(line)
     return verdicts
 
 
-def task_code(task: Task) -> dict[str, Any]:
-    """How a worker finds the task's code, as fields of Setup: by its reference, or as a pickle of the object itself.
-
-    Raises UsageError where the object cannot be pickled: an open file or a database in one of its functions.
-    """
-    if task.reference != OBJECT:
-        return {"task_reference": task.reference}
-    try:
-        pickled = cloudpickle.dumps(task.objective)
-    except Exception as error:  # whatever is in it may raise anything
-        raise UsageError(
-            f"task '{task.objective.name}' cannot be sent to the workers: {in_one_line(error)}; make such objects "
-            "inside its functions, or move it to a FILE.py."
-        ) from error
-    return {"task_reference": OBJECT, "objective": pickled, "import_path": tuple(sys.path)}
+def _rehearsed(subject: Subject, machine: Machine) -> Verdict:
+    verdict = replace(check_rehearsal(subject, machine.trainer, machine.resources), check=REHEARSAL)
+    if verdict.state == "wrong":
+        raise UsageError(f"{verdict.text}: {verdict.advice}, or search anyway with --no-rehearse.")
+    return verdict

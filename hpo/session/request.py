@@ -39,6 +39,9 @@ from hpo.tracking.store import home_store_uri
 from hpo.training.compiled import check_compile_mode
 from hpo.training.device import check_gpus_per_trial, choose_device, require_share_or_whole, visible_gpus
 
+MIN_TRIALS_REHEARSED = 30
+"""Trials of a new study that make a rehearsal of some seconds worth its while."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
@@ -101,7 +104,19 @@ class Request:
     """What widens the space of the study that is there, as `-p` has it."""
     refit: bool = False
     """Whether the winner is trained on training and validation examples together; False leaves it as it is."""
+    rehearse: bool | None = None
+    """Whether to rehearse before the first trial; None for what `is_rehearsed` says."""
     machine: Machine
+
+    def is_rehearsed(self, *, is_new: bool) -> bool:
+        """Whether the configurations are rehearsed first: if asked, or if the study is new and takes long.
+
+        Only workers of this machine can: those of other executors may have other devices.
+        """
+        if self.rehearse is not None:
+            return self.rehearse
+        num_trials = self.trials or self.settings.planned_trials
+        return is_new and num_trials >= MIN_TRIALS_REHEARSED and self.machine.executor == "local"
 
 
 def read_request(task: str | Objective, given: Mapping[str, object]) -> Request:
@@ -117,6 +132,11 @@ def request_for(machine: Machine, task: str | Objective, options: SearchOptions)
     if (confirm := options.get("confirm")) is not None:
         find_plan(confirm)
     found, name, settings = agree(machine, task, options)
+    if options["rehearse"] and machine.executor != "local":
+        raise UsageError(
+            f"--rehearse is for workers of this machine, not for --executor {machine.executor}; omit it, and run "
+            f"`hpo check {found.reference}` on a machine of the cluster."
+        )
     trial_timeout = options.get("trial_timeout")
     if settings.folds and isinstance(trial_timeout, int | float):
         raise UsageError(
@@ -136,6 +156,7 @@ def request_for(machine: Machine, task: str | Objective, options: SearchOptions)
         trial_timeout_s=trial_timeout,
         extensions=new_extensions(read_study(machine, name), settings),
         refit=options["refit"],
+        rehearse=options["rehearse"],
         machine=machine,
     )
 

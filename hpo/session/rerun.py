@@ -11,13 +11,14 @@ from hpo.config import derive_seed
 from hpo.deploy.load import load_from_folder, load_trial
 from hpo.errors import CheckpointError, StoreError, UsageError
 from hpo.execution.messages import Assignment, Setup
+from hpo.execution.task_code import task_code
 from hpo.files import temporary_folder
 from hpo.machine import num_cores
 from hpo.provenance import Provenance, sessions
 from hpo.records import ELIGIBLE, Rerun
 from hpo.session.alone import ended, log_model, run_alone
 from hpo.session.options import checked
-from hpo.session.preparation import SILENCE_S, read_data, split, task_code
+from hpo.session.preparation import SILENCE_S, read_data, split
 from hpo.session.request import agreed_tracking_uri, request_of_study, require_started_once, this_machine
 from hpo.tracking.runs import begin_run
 from hpo.tracking.store import open_store

@@ -12,6 +12,7 @@ from hpo.data.datasets import VALIDATION_FRACTION, split_dataset
 from hpo.data_options import Given
 from hpo.errors import UsageError
 from hpo.execution.messages import Assignment, Setup
+from hpo.execution.task_code import task_code
 from hpo.files import temporary_folder
 from hpo.home import check_study_name
 from hpo.machine import num_cores
@@ -20,7 +21,7 @@ from hpo.provenance import Provenance
 from hpo.records import Training
 from hpo.session.alone import ended, log_model, run_alone
 from hpo.session.options import checked
-from hpo.session.preparation import SILENCE_S, task_code
+from hpo.session.preparation import SILENCE_S
 from hpo.session.request import check_options_of_loop, require_started_once, this_machine
 from hpo.task import load_dataset
 from hpo.tracking.runs import begin_run
