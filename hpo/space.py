@@ -83,10 +83,13 @@ class Space:
         for name in entry:
             if name not in self.declared:
                 raise UnknownNameError("parameter", name, self.declared, "(forbid)")
-        try:
-            return {name: _conditions_on(self.declared[name], wanted) for name, wanted in entry.items()}
-        except ValueError as problem:
-            raise SpaceError(f"forbid has {shown(entry)}, which can never hold: {problem}.") from None
+        conditions = {}
+        for name, wanted in entry.items():
+            try:
+                conditions[name] = _conditions_on(self.declared[name], wanted)
+            except ValueError as problem:
+                raise SpaceError(f"forbid has {shown(entry)}, which can never hold: {name} {problem}.") from None
+        return conditions
 
     def _check_defaults(self) -> None:
         if problem := self.why_forbidden(self.defaults()):

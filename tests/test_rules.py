@@ -150,7 +150,7 @@ def test_a_wrong_step_or_limit_is_refused(build: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("forbid", "message"),
     [
-        ([{"lr": ">5"}], "forbid has {'lr': '>5'}, which can never hold: is in 0:1"),
+        ([{"lr": ">5"}], "forbid has {'lr': '>5'}, which can never hold: lr is in 0:1"),
         ([{}], "forbid has {}; an entry is conditions by name"),
         (["lr"], "forbid has 'lr'; an entry is conditions by name"),
         ([{"rate": 1}], "no parameter 'rate'. Available: lr. (forbid)"),
