@@ -196,3 +196,10 @@ def test_a_deleted_experiment_is_named_with_the_way_back_and_restored_by_who_con
         assert again.missing([0, 1]) == []
         runs.store.client.delete_run(runs.store.find_trial_run("digits", 1))
         assert again.missing([0, 1]) == [1]
+
+
+def test_a_variable_that_mlflow_cannot_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SQLALCHEMYSTORE_POOL_SIZE", "many")
+    with pytest.raises(StoreError, match=r"MLflow cannot read MLFLOW_SQLALCHEMYSTORE_POOL_SIZE=many: .*; unset it, or"):
+        open_store(tmp_path / "home")
+    assert list(tmp_path.iterdir()) == []

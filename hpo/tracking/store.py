@@ -63,6 +63,7 @@ def open_store(home: Path, tracking_uri: str | None = None) -> TrackingStore:
         raise StoreError(f"the path {home} contains '?', which a database URL cannot; choose another with --home.")
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or home_store_uri(home)
     _require_known_scheme(uri)
+    _require_readable_variables()
     database = _sqlite_path(uri)
     if _is_server(uri):
         _require_answer(uri)
@@ -272,6 +273,21 @@ def _require_known_scheme(uri: str) -> None:
 def home_store_uri(home: Path) -> str:
     """The URI of the home's own store."""
     return f"sqlite:///{Home(home).mlflow_database}"
+
+
+def _require_readable_variables() -> None:
+    """Raise StoreError for a variable that MLflow cannot read, such as a number of connections that is not a number."""
+    from mlflow import environment_variables
+
+    for name, variable in vars(environment_variables).items():
+        if name.startswith("MLFLOW_") and name in os.environ:
+            try:
+                variable.get()
+            except ValueError as error:
+                raise StoreError(
+                    f"MLflow cannot read {name}={os.environ[name]}: {_first_line(error)}; unset it, or set it to "
+                    "another value."
+                ) from error
 
 
 def _is_server(uri: str) -> bool:
