@@ -410,6 +410,10 @@ def _regret_at(outcome: Outcome, *, mark: int, kind: str) -> float:
 # --- the cost of asking -----------------------------------------------------------------------------------------------
 
 
+COST_MARKS = {0: (10, 50, 100, 200, 249, 251, 500, 1_000, 2_000, 5_000, 10_000), 64: (100, 200, 500, 1_000)}
+"""Trials to ask for, by the number of others that are running then."""
+
+
 def print_cost() -> None:
     """CPU seconds to ask for trial 10, 100, ... of the default strategy, and the memory that the process holds."""
     _silence()
@@ -419,40 +423,53 @@ def print_cost() -> None:
         task="cost", space=task_space, seed=0, strategy="priority", pruner="model", max_epochs=20, metric="loss",
         direction=Direction.MINIMIZE, limit=None, planned_trials=10_000,
     )  # fmt: skip
-    study = Study.open(InMemoryStorage(), "cost", settings)
-    print("\n| trial | ask, s of CPU | peak memory, MiB |\n| ---: | ---: | ---: |")
-    marks = (10, 50, 100, 200, 249, 251, 500, 1_000, 2_000, 5_000, 10_000)
-    for mark in marks:
-        _fill(study, mark - 2, task_space, random)
-        times = []
-        for _ in range(3):
-            began = time.process_time()
-            suggestion = study.ask()
-            times.append(time.process_time() - began)
-            _train(study, suggestion.number, suggestion.values, random)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"| {mark} | {sorted(times)[1]:.3f} | {memory:.0f} |", flush=True)
+    for num_running, marks in COST_MARKS.items():
+        study = Study.open(InMemoryStorage(), "cost", settings)
+        print(f"\n| trial, {num_running} others running | ask, s of CPU |\n| ---: | ---: |")
+        for mark in marks:
+            _fill(study, mark - 2 - num_running, random)
+            running = [_ask_at_random(study, random) for _ in range(num_running)]
+            for number, values in running:
+                study.report(number, 1, _loss(values, 1, random))
+            times = []
+            for _ in range(3):
+                began = time.process_time()
+                suggestion = study.ask()
+                times.append(time.process_time() - began)
+                _train(study, suggestion.number, suggestion.values, random)
+            print(f"| {mark} | {sorted(times)[1]:.3f} |", flush=True)
+            for number, values in running:
+                _train(study, number, values, random, after=1)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"\nPeak memory: {memory:.0f} MiB")
 
 
-def _fill(study: Study, total: int, space: Space, random: np.random.Generator) -> None:
+def _fill(study: Study, total: int, random: np.random.Generator) -> None:
     """Add random trials, which cost nothing to ask for."""
-    distributions = {name: distribution(parameter) for name, parameter in space.parameters.items()}
-    sampler, study._optuna.sampler = study._optuna.sampler, RandomSampler(seed=0)
     for _ in range(total - study.num_finished):
-        suggestion = study.ask()
-        assert suggestion.values.keys() == distributions.keys()
-        _train(study, suggestion.number, suggestion.values, random)
+        _train(study, *_ask_at_random(study, random), random)
+
+
+def _ask_at_random(study: Study, random: np.random.Generator) -> tuple[int, dict[str, Value]]:
+    sampler, study._optuna.sampler = study._optuna.sampler, RandomSampler(seed=int(random.integers(2**32)))
+    suggestion = study.ask()
     study._optuna.sampler = sampler
+    return suggestion.number, suggestion.values
 
 
-def _train(study: Study, number: int, values: dict[str, Value], random: np.random.Generator) -> None:
-    floor = (math.log10(float(values["learning_rate"])) + 2) ** 2 + float(values["max_dropout"])
-    for epoch in range(1, 21):
-        loss = floor + 1 / epoch + 0.01 * random.normal()
+def _train(study: Study, number: int, values: dict[str, Value], random: np.random.Generator, *, after: int = 0) -> None:
+    """The epochs of a trial that follow the epoch `after`."""
+    for epoch in range(after + 1, 21):
+        loss = _loss(values, epoch, random)
         if study.report(number, epoch, loss):
             study.tell(number, "pruned", value=loss)
             return
     study.tell(number, "complete", value=loss)
+
+
+def _loss(values: dict[str, Value], epoch: int, random: np.random.Generator) -> float:
+    floor = (math.log10(float(values["learning_rate"])) + 2) ** 2 + float(values["max_dropout"])
+    return floor + 1 / epoch + 0.01 * random.normal()
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
