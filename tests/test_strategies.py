@@ -356,6 +356,16 @@ def test_trials_asked_for_in_parallel_differ_and_do_not_depend_on_who_ends_first
     assert forwards == backwards
 
 
+def test_scouts_asked_for_before_anything_is_known_reach_every_quarter_of_each_range() -> None:
+    space = Space(*(Group(name, closed=False, **{name: Float(0.0, 1.0, default=0.5)}) for name in "abcd"))
+    distributions = {name: distribution(parameter) for name, parameter in space.parameters.items()}
+    study = optuna.create_study(sampler=PrioritySampler(space, seed=3))
+    trials = [study.ask(distributions) for _ in range(16)]
+
+    for name in space.parameters:
+        assert {int(4 * scout.params[name]) for scout in trials[1::2]} == {0, 1, 2, 3}
+
+
 # --- grid -------------------------------------------------------------------------------------------------------------
 
 

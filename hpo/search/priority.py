@@ -172,11 +172,14 @@ class PrioritySampler(PinningSampler):
         return self._surrogate
 
     def _sequence_point(self, number: int) -> dict[str, Value]:
-        """The point of a scrambled Sobol sequence that belongs to the trial."""
+        """The point that belongs to the trial; scouts and other trials have a scrambled Sobol sequence each.
+
+        In a single sequence the second value of every second point is in the same half of its range.
+        """
         from scipy.stats import qmc  # a second, which hpo studies and hpo best can do without
 
-        sequence = qmc.Sobol(len(self._defaults), rng=derive_seed(self._seed, "sobol") % 2**32)
-        sequence.fast_forward(number)
+        sequence = qmc.Sobol(len(self._defaults), rng=derive_seed(self._seed, number % 2, "sobol") % 2**32)
+        sequence.fast_forward((number + 1) // 2)  # at least 1: scipy cannot skip 0 points
         return self._encoding.values(self._encoding.snap(sequence.random(1))[0])
 
 
