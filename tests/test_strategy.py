@@ -225,6 +225,17 @@ def test_the_process_follows_what_it_has_seen_and_is_unsure_elsewhere() -> None:
     assert process.lengths[2] > 5 * process.lengths[0]
 
 
+def test_parameters_that_were_never_varied_may_yet_matter() -> None:
+    inputs = np.full((8, 6), 0.5)
+    inputs[:, 0] = np.linspace(0.0, 1.0, 8)
+    targets = np.sin(6 * inputs[:, 0])
+    targets = (targets - targets.mean()) / targets.std()
+
+    process = GaussianProcess.fit(inputs, targets, np.arange(6))
+
+    assert process.predict(np.array([[0.5, 1.0, 1.0, 1.0, 1.0, 1.0]]))[1][0] > 0.3
+
+
 def test_the_slope_of_the_posterior_is_that_of_its_values() -> None:
     rng = np.random.default_rng(0)
     inputs, targets = rng.uniform(size=(12, 4)), rng.normal(size=12)

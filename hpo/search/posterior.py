@@ -29,7 +29,8 @@ _TREND_VARIANCE = 25.0
 """Of each coefficient of the trend, for losses of variance 1: the mean over the space may be far from that of the
 trials, which a search places where losses are low."""
 
-# Log-normal priors (location, scale) and bounds, for losses of variance 1. Length scales have the surrogate's prior.
+# Log-normal priors (location, scale) and bounds, for losses of variance 1. That of the length scales is from Hvarfner,
+# Hellsten and Nardi (2024, arXiv:2402.02229).
 _LENGTH = (math.sqrt(2.0), math.sqrt(3.0))
 _VARIANCE = (0.5, 1.5)
 _TRIAL_NOISE = (-4.0, 2.0)
