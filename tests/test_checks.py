@@ -36,7 +36,9 @@ def test_the_code_passes(command: tuple[str, ...]) -> None:
     run("-m", *command)
 
 
-@pytest.mark.parametrize("benchmark", ["chaos", "fuzz", "search_quality", "serving", "soups", "storage", "workers"])
+@pytest.mark.parametrize(
+    "benchmark", ["chaos", "fuzz", "search_quality", "serving", "soups", "storage", "warm_start", "workers"]
+)
 def test_a_benchmark_finds_all_that_it_imports(benchmark: str) -> None:
     shown = warm.run([sys.executable, f"benchmarks/{benchmark}.py", "--help"], cwd=ROOT)
     assert shown.returncode == 0, shown.stderr

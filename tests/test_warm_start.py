@@ -1,4 +1,4 @@
-"""Configurations of an earlier study, as another study of its task tries them first."""
+"""An earlier study, whose configurations another study tries first, and whose trials its model learns from."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import studies
 from optuna.storages import InMemoryStorage
@@ -14,9 +15,19 @@ from optuna.storages import InMemoryStorage
 from hpo.config import Direction
 from hpo.errors import UnknownNameError, UsageError
 from hpo.parameters import Choice, Float, Int, Value
+from hpo.search.encoding import Encoding
+from hpo.search.gaussian_process import GaussianProcess, standardized
+from hpo.search.prior import Prior
 from hpo.search.storage import open_storage
 from hpo.search.study import Study
-from hpo.search.warm_start import MIN_DISTANCE, NUM_CONFIGURATIONS, best_configurations, translate
+from hpo.search.warm_start import (
+    MIN_DISTANCE,
+    NUM_CONFIGURATIONS,
+    NUM_OF_ANOTHER_TASK,
+    best_configurations,
+    observations,
+    translate,
+)
 from hpo.session.options import checked
 from hpo.session.request import Proposal, find_proposals, this_machine
 from hpo.session.search import run_search
@@ -131,6 +142,76 @@ def test_a_study_without_results_or_with_nothing_in_common_is_refused() -> None:
         best_configurations(a_study([]), other)
 
 
+# --- trials as data --------------------------------------------------------------------------------------------------
+
+LINE = Space(Group("line", x=Float(0.0, 1.0, default=0.5), y=Float(0.0, 1.0, default=0.5)))
+
+
+def loss_at(values: dict[str, Value]) -> float:
+    return (float(values["x"]) - 0.7) ** 2 + (float(values["y"]) - 0.35) ** 2
+
+
+def searched(study: Study, num_trials: int) -> Study:
+    for _ in range(num_trials):
+        suggestion = study.ask()
+        study.tell(suggestion.number, "complete", value=loss_at(suggestion.values), best_epoch=1)
+    return study
+
+
+def a_line(name: str, **changes: Any) -> Study:
+    chosen: dict[str, Any] = {"space": LINE, "direction": Direction.MINIMIZE, "strategy": "priority"} | changes
+    return Study.open(InMemoryStorage(), name, replace(SETTINGS, **chosen))
+
+
+def test_trials_become_data_over_the_parameters_that_both_have() -> None:
+    earlier = a_study([given(optimizer="adam", momentum=0.6, lr=0.3), given(lr=0.5, depth=8)])
+    space = Space(
+        Group(
+            "g",
+            lr=Float(1e-4, 0.4, log=True, default=1e-2),
+            momentum=Float(0.5, 0.99, default=0.8),
+            new=Int(1, 9, default=2),
+        )
+    )
+
+    seen = observations(earlier, space)
+
+    # lr=0.5 is outside of this space, and momentum was without effect in the first.
+    assert [each["values"] for each in seen] == [{"lr": 0.3, "momentum": 0.8}, {"lr": 0.01, "momentum": 0.9}]
+    assert seen[0]["loss"] < seen[1]["loss"]
+
+
+def test_a_prior_that_agrees_leads_and_one_that_contradicts_is_dropped() -> None:
+    encoding = Encoding(LINE)
+    (prior,) = Prior.read(encoding, {"earlier": observations(searched(a_line("earlier", strategy="qmc"), 20), LINE)})
+    units = np.random.default_rng(0).uniform(size=(8, 2))
+    losses = standardized(np.array([loss_at(encoding.values(point)) for point in units]))
+    process, opposed = (GaussianProcess.fit(units, sign * losses, encoding.owners) for sign in (1.0, -1.0))
+    expected = prior.predict(units) - prior.predict(units).mean()
+
+    assert prior.predict(np.array([[0.7, 0.35]])) < prior.predict(np.array([[0.1, 0.9]])) - 1
+    assert process.scale_of(expected) > 0.5
+    assert opposed.scale_of(expected) == 0.0
+
+
+def test_the_first_modelled_trial_is_where_another_study_was_best_also_after_a_restart() -> None:
+    data = observations(searched(a_line("earlier", strategy="qmc"), 20), LINE)
+    alone, led = searched(a_line("now"), 4), searched(a_line("now"), 4)
+    led.learn_from("earlier", data)
+
+    restarted = Study.load(led._storage, "now").ask().values
+
+    assert loss_at(restarted) < 0.005 < loss_at(alone.ask().values)
+
+
+def test_data_that_no_longer_fits_the_space_says_nothing() -> None:
+    data = observations(searched(a_line("earlier", strategy="qmc"), 20), LINE)
+    for each in data[4:]:
+        each["values"]["x"] = 2.0
+
+    assert Prior.read(Encoding(LINE), {"earlier": data}) == []
+
+
 # --- the option ------------------------------------------------------------------------------------------------------
 
 
@@ -153,6 +234,19 @@ def test_what_is_given_by_hand_comes_before_earlier_studies(propose: Callable[..
     assert [proposal.stage for proposal in propose("earlier")] == ["tried by hand", "from study earlier"]
 
 
+def test_of_another_task_fewer_configurations_are_tried_but_all_trials_are_data(
+    propose: Callable[..., list[Proposal]], tmp_path: Path
+) -> None:
+    study = Study.open(open_storage(tmp_path), "many", replace(SETTINGS, task="cifar10"))
+    study.enqueue([given(optimizer=name, depth=depth) for name in ("sgd", "adam") for depth in (1, 8)], "by hand")
+    for _ in range(5):
+        study.tell(study.ask().number, "complete", value=0.5, best_epoch=1)
+
+    proposal = propose("many")[1]
+
+    assert (len(proposal.configurations), len(proposal.observations)) == (NUM_OF_ANOTHER_TASK, 5)
+
+
 def test_an_earlier_study_is_taken_over_once(propose: Callable[..., list[Proposal]], tmp_path: Path) -> None:
     study = Study.open(open_storage(tmp_path), "now", SETTINGS)
     (proposal,) = propose("earlier")[1:]
@@ -165,7 +259,6 @@ def test_an_earlier_study_is_taken_over_once(propose: Callable[..., list[Proposa
     ("source", "message"),
     [
         ("earlie", "no study 'earlie'; did you mean 'earlier'"),
-        ("alien", "--warm-start alien: study 'alien' is of task 'cifar10', not 'digits'; name a study of 'digits'"),
         ("now", "--warm-start now is the study itself"),
     ],
 )

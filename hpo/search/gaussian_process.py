@@ -7,7 +7,7 @@ at 100 trials; this one needs a tenth of that.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,12 @@ _NOISE_LOCATION, _NOISE_SCALE = -5.0, 1.5
 _LOG_LENGTH_BOUNDS = (np.log(0.02), np.log(1e3))
 _LOG_NOISE_BOUNDS = (np.log(1e-6), 0.0)
 _MAX_STEPS = 40
+
+_SCALE_DEVIATION = 1.0
+"""How far the factor of a mean function may be from what is believed of it."""
+
+_HOPELESS = 10.0
+"""Losses count as equal where they are this many times as far above the median as the best is below it."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,21 @@ class GaussianProcess:
         variance = 1.0 - np.einsum("nm,nm->m", explained, explained)
         return across.T @ self._weights, np.sqrt(np.maximum(variance, 1e-12))
 
+    def observing(self, targets: Array) -> GaussianProcess:
+        """The process with other targets (n,) at the same inputs."""
+        return replace(self, targets=targets, _weights=cho_solve((self._factor, True), targets, check_finite=False))
+
+    def scale_of(self, means: Array, *, share: float = 1.0) -> float:
+        """How much of a mean function the targets ask for, from 0 to 1; `means` (n,) are its values at the inputs.
+
+        The most probable factor of a basis function whose factor is believed to be `share`, with a standard deviation
+        of 1 (Rasmussen and Williams, 2006, section 2.7): targets that contradict `means` soon bring it to 0.
+        """
+        precision = _SCALE_DEVIATION**-2
+        solved = cho_solve((self._factor, True), means, check_finite=False)
+        scale = (solved @ self.targets + precision * share) / (solved @ means + precision)
+        return float(np.clip(scale, 0.0, 1.0))
+
     def believing(self, inputs: Array) -> GaussianProcess:
         """The process as if its own mean had been observed at these inputs (m, d)."""
         if not len(inputs):
@@ -83,6 +104,18 @@ class GaussianProcess:
         return self.given(
             np.concatenate([self.inputs, inputs]), np.concatenate([self.targets, means]), self.lengths, self.noise
         )
+
+
+def standardized(losses: Array) -> Array:
+    """Losses with mean 0 and variance 1; hopeless ones are cut off, so that one absurd loss does not hide the rest.
+
+    Ranks are indifferent to such a loss too, and were worse: regret .176 / .080 at epochs worth 10 / 30 full
+    runs in place of .151 / .059 (LCBench, 8 tasks x 6 seeds).
+    """
+    lowest, median = float(losses.min()), float(np.median(losses))
+    kept = np.minimum(losses, median + _HOPELESS * (median - lowest)) if median > lowest else losses
+    result: Array = (kept - kept.mean()) / kept.std()
+    return result
 
 
 def _squared_distances(a: Array, b: Array) -> Array:

@@ -17,8 +17,10 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import TrialState
 
 from hpo.config import derive_seed
+from hpo.search import stored
 from hpo.search.encoding import Encoding, distribution
 from hpo.search.internals import all_trials, direction_of, identity
+from hpo.search.prior import Prior
 from hpo.search.surrogate import Surrogate
 from hpo.search.wrappers import PinningSampler, TrialSeededSampler
 
@@ -168,7 +170,9 @@ class PrioritySampler(PinningSampler):
         # It remembers the trials of one study; a sampler may serve several.
         key = identity(study)
         if self._surrogate_study != key:
-            self._surrogate, self._surrogate_study = Surrogate(self._space, has_curves=self._has_curves), key
+            priors = Prior.read(self._encoding, study.user_attrs.get(stored.RECORD + stored.PRIORS, {}))
+            self._surrogate = Surrogate(self._space, has_curves=self._has_curves, priors=priors)
+            self._surrogate_study = key
         return self._surrogate
 
     def _sequence_point(self, number: int) -> dict[str, Value]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +23,7 @@ from hpo.search.confirmation import REPEATS
 from hpo.search.encoding import OptunaSpace, distribution
 from hpo.search.finalists import is_spared
 from hpo.search.internals import trial_id
+from hpo.search.prior import Observation
 from hpo.search.pruners import build_pruner, describe_verdict
 from hpo.search.reading import ReadStudy
 from hpo.search.settings import FORMAT, StudySettings, differences
@@ -229,6 +230,14 @@ class Study(ReadStudy):
         for values in configurations:
             about = {stored.STAGE: stage, stored.INACTIVE: self._inactive(values)}
             self._optuna.enqueue_trial(self._as_stored(values), user_attrs=about, skip_if_exists=True)
+
+    def learn_from(self, source: str, seen: Sequence[Observation]) -> None:
+        """Keep the trials of another study, as a guess that `priority` scales by how well this study agrees with it.
+
+        Replaces what was kept of that study. The caller holds the study's lock.
+        """
+        kept = [each | {"values": self._as_optuna.encode(each["values"])} for each in seen]
+        self.record(stored.PRIORS, (self.recorded(stored.PRIORS) or {}) | {source: kept})
 
     def _as_stored(self, values: Mapping[str, Value]) -> dict[str, Any]:
         """The values as Optuna gives them back: 1 for a real number is 1.0."""

@@ -21,8 +21,9 @@ from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from hpo.config import Direction
 from hpo.parameters import Value
 from hpo.search.encoding import Encoding
-from hpo.search.gaussian_process import Array, GaussianProcess
+from hpo.search.gaussian_process import Array, GaussianProcess, standardized
 from hpo.search.internals import trial_id
+from hpo.search.prior import Prior
 from hpo.space import Space
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 _POINTS_OF_A_CURVE = 3
 """A curve is seen at its last epoch, at half of it, and at a quarter."""
 
-_HOPELESS = 10.0
-"""Losses count as equal where they are this many times as far above the median as the best is below it."""
+_TRIALS_BEFORE_FADING = 10
+"""What other studies expect has its whole weight up to this many trials, then less with the square of their number."""
 
 _BLAS = ThreadpoolController().select(user_api="blas")
 
@@ -62,6 +63,36 @@ class _Curve:
 
 
 @dataclass(frozen=True)
+class _Guess:
+    """The prior mean: what other studies expect, scaled by how well the observations agree with them.
+
+    It fades with the number of trials: another task's details mislead where this one's are known.
+    """
+
+    priors: Sequence[Prior]
+    scales: Array
+    """(k,) from 0 to 1, one for each of the priors."""
+
+    offsets: Array
+    """(k,) their means over the observations."""
+
+    @classmethod
+    def scaled(cls, priors: Sequence[Prior], process: GaussianProcess, units: Array) -> _Guess:
+        """The guess that fits the observations of a process, at configurations (n, p)."""
+        expected = [prior.predict(units) for prior in priors]
+        fading = min(1.0, _TRIALS_BEFORE_FADING / len(np.unique(units, axis=0))) ** 2
+        scales = [fading * process.scale_of(means - means.mean(), share=1 / len(priors)) for means in expected]
+        return cls(priors, np.array(scales), np.array([means.mean() for means in expected]))
+
+    def at(self, units: Array) -> Array:
+        """The prior mean at configurations (m, p); (m,)."""
+        total = np.zeros(len(units))
+        for prior, scale, offset in zip(self.priors, self.scales, self.offsets, strict=True):
+            total += scale * (prior.predict(units) - offset) if scale else 0.0
+        return total
+
+
+@dataclass(frozen=True)
 class _Belief:
     """What the observations tell about every configuration."""
 
@@ -71,6 +102,9 @@ class _Belief:
 
     incumbents: Array
     """(n, p) the configurations observed, the best first."""
+
+    guess: _Guess
+    """The prior mean."""
 
 
 def on_one_thread() -> AbstractContextManager[None]:
@@ -82,11 +116,13 @@ def on_one_thread() -> AbstractContextManager[None]:
 class Surrogate:
     """Proposes configurations for a space, and judges trials, from the trials of one study.
 
-    It remembers the trials that have ended. Without curves a trial's final value is all that counts.
+    It remembers the trials that have ended. Without curves a trial's final value is all that counts. `priors` are what
+    other studies expect.
     """
 
-    def __init__(self, space: Space, *, has_curves: bool = True) -> None:
+    def __init__(self, space: Space, *, has_curves: bool = True, priors: Sequence[Prior] = ()) -> None:
         self._has_curves = has_curves
+        self._priors = priors
         self._encoding = Encoding(space)
         self._ended: dict[tuple[int, int], _Curve] = {}
 
@@ -142,14 +178,16 @@ class Surrogate:
         units, epochs, losses = _observations([*curves, judged] if judged else curves, last_epoch)
         if len(losses) == 0 or losses.min() == losses.max():
             return None
-        targets = _standardized(losses)
+        targets = standardized(losses)
         inputs = np.column_stack([self._encoding.columns(units), _epoch_axis(epochs, last_epoch)])
         owners = self._encoding.owners
         process = GaussianProcess.fit(inputs, targets, np.append(owners, owners.max() + 1))
+        guess = _Guess.scaled(self._priors, process, units)
+        process = process.observing(targets - guess.at(units))
         running = np.array([curve.units for curve in curves if curve.state == TrialState.RUNNING])
         if len(running):
             process = process.believing(self._at_the_end(running))
-        return _Belief(process, float(targets.min()), units[np.argsort(targets)])
+        return _Belief(process, float(targets.min()), units[np.argsort(targets)], guess)
 
     def _curves(self, trials: Sequence[FrozenTrial], direction: Direction) -> list[_Curve]:
         return [curve for trial in trials if (curve := self._curve(trial, direction)) is not None]
@@ -185,6 +223,7 @@ class Surrogate:
     def _log_improvement(self, belief: _Belief, units: Array) -> Array:
         """Logarithm of the expected improvement of configurations (m, p) at the last epoch; (m,)."""
         mean, deviation = belief.process.predict(self._at_the_end(units))
+        mean = mean + belief.guess.at(units)
         return log_expected_improvement((belief.lowest - mean) / deviation) + np.log(deviation)
 
     def _promise(self, belief: _Belief, units: Array) -> Array:
@@ -262,18 +301,6 @@ def _earlier_points(curve: _Curve, end: int) -> list[tuple[Array, int, float]]:
 def _epoch_axis(epochs: Array, last_epoch: int) -> Array:
     """1 at the last epoch, 0 at the first; curves bend evenly on a logarithmic scale."""
     return np.log(epochs) / math.log(last_epoch) if last_epoch > 1 else np.ones(len(epochs))
-
-
-def _standardized(losses: Array) -> Array:
-    """Losses with mean 0 and variance 1; hopeless ones are cut off, so that one absurd loss does not hide the rest.
-
-    Ranks are indifferent to such a loss too, and were worse: regret .176 / .080 at epochs worth 10 / 30 full
-    runs in place of .151 / .059 (LCBench, 8 tasks x 6 seeds).
-    """
-    lowest, median = float(losses.min()), float(np.median(losses))
-    kept = np.minimum(losses, median + _HOPELESS * (median - lowest)) if median > lowest else losses
-    result: Array = (kept - kept.mean()) / kept.std()
-    return result
 
 
 def log_expected_improvement(z: Array) -> Array:

@@ -1,6 +1,7 @@
-"""What an earlier study of a task has found, as configurations that another study of it tries first.
+"""What an earlier study has found, as configurations that another study tries first.
 
-They are measured again and not believed: data, epochs and the space may have changed since.
+They are measured again and not believed: data, epochs and the space may have changed since. Its other trials are data
+for the model (hpo.search.prior).
 """
 
 from __future__ import annotations
@@ -18,17 +19,24 @@ from hpo.search.encoding import Encoding
 if TYPE_CHECKING:
     from hpo.parameters import Parameter, Value
     from hpo.records import TrialRecord
+    from hpo.search.prior import Observation
     from hpo.search.study import Study
     from hpo.space import Space
 
 NUM_CONFIGURATIONS = 5
 """Maximum number of configurations to take over."""
 
+NUM_OF_ANOTHER_TASK = 2
+"""Maximum number of configurations to take over from a study of another task."""
+
+MAX_OBSERVATIONS = 150
+"""Maximum number of trials to keep of another study."""
+
 MIN_DISTANCE = 0.5
 """How far apart they are at least: half the range of one number, or another value of one choice, is as much."""
 
 
-def best_configurations(earlier: Study, space: Space) -> list[dict[str, Value]]:
+def best_configurations(earlier: Study, space: Space, *, most: int = NUM_CONFIGURATIONS) -> list[dict[str, Value]]:
     """The best configurations of an earlier study that differ from each other, translated to `space`, the best first.
 
     They are taken from the best quarter of its trials. Raises UsageError where it has no trial with a result, or
@@ -41,7 +49,7 @@ def best_configurations(earlier: Study, space: Space) -> list[dict[str, Value]]:
         searched = ", ".join(earlier.settings.space.parameters)
         raise UsageError(
             f"--warm-start {earlier.name}: study '{earlier.name}' searched {searched}, none of which is searched here; "
-            "leave it out."
+            "omit it."
         )
     encoding = Encoding(space)
     chosen: list[dict[str, Value]] = []
@@ -49,7 +57,23 @@ def best_configurations(earlier: Study, space: Space) -> list[dict[str, Value]]:
         values = translate(record, space)
         if space.allows(values) and all(_distance(encoding, values, other) >= MIN_DISTANCE for other in chosen):
             chosen.append(values)
-    return chosen[:NUM_CONFIGURATIONS]
+    return chosen[:most]
+
+
+def observations(earlier: Study, space: Space) -> list[Observation]:
+    """The trials of another study with a result, the best first; of many, as many of each part of the ranking.
+
+    A value that was inactive becomes the default. A trial is left out if another one is not allowed here.
+    """
+    direction = earlier.settings.direction
+    shared = [name for name in space.parameters if name in earlier.settings.space.parameters]
+    defaults = space.defaults()
+    seen = []
+    for record in ranked(earlier.trials(), direction):
+        values = {name: defaults[name] if name in record.inactive else record.values[name] for name in shared}
+        if all(space.parameters[name].contains(value) for name, value in values.items()):
+            seen.append({"values": values, "loss": direction.loss(record.value or 0.0)})
+    return seen[:: max(1, math.ceil(len(seen) / MAX_OBSERVATIONS))]
 
 
 def translate(record: TrialRecord, space: Space) -> dict[str, Value]:

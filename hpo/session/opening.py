@@ -92,6 +92,8 @@ def enqueue(study: Study, proposals: Sequence[Proposal]) -> None:
     """Let the proposals be tried first. The caller holds the study's lock."""
     for proposal in proposals:
         study.enqueue(proposal.configurations, proposal.stage)
+        if proposal.observations:
+            study.learn_from(proposal.source, proposal.observations)
 
 
 def _open_study(prepared: Prepared, database: Storage, session: Session, store: TrackingStore) -> Study:

@@ -253,7 +253,7 @@ class StudyOptions(TypedDict, total=False):
         Sequence[str],
         Option(
             "--warm-start",
-            "First try the best configurations of an earlier study of this task. Repeatable.",
+            "Learn from an earlier study, of another task too: its best configurations are tried first. Repeatable.",
             metavar="STUDY",
         ),
     ]

@@ -20,12 +20,13 @@ from hpo.parameters import Value
 from hpo.plugins import OBJECTIVES, SEARCH_SPACES, load_task, require_registered
 from hpo.search.confirmation import find_plan
 from hpo.search.forecast import can_forecast
+from hpo.search.prior import Observation
 from hpo.search.priority import TRIED_BY_HAND
 from hpo.search.pruners import check_first_rung, check_folds_pruner
 from hpo.search.settings import StudySettings, read_constraint
 from hpo.search.storage import read_storage
 from hpo.search.study import Kept, Study, check_strategy, read_settings, require_same_settings
-from hpo.search.warm_start import best_configurations
+from hpo.search.warm_start import NUM_CONFIGURATIONS, NUM_OF_ANOTHER_TASK, best_configurations, observations
 from hpo.session.options import (
     SearchOptions,
     StudyOptions,
@@ -480,6 +481,10 @@ class Proposal:
     """Where they come from, for people."""
     configurations: list[dict[str, Value]]
     """A value for every parameter in each."""
+    source: str = ""
+    """The earlier study that they come from, if any."""
+    observations: Sequence[Observation] = ()
+    """The trials of that study, as data for the model."""
 
 
 def find_proposals(
@@ -495,23 +500,19 @@ def find_proposals(
     study = read_study(machine, name)
     proposals = [Proposal(TRIED_BY_HAND, [settings.space.configure(text) for text in tries])] if tries else []
     for source in warm_starts:
-        earlier = _read_source(machine, source, name, settings.task)
+        earlier = _read_source(machine, source, name)
         stage = f"from study {source}"
         if study is None or all(trial.stage != stage for trial in study.trials()):
-            proposals.append(Proposal(stage, best_configurations(earlier, settings.space)))
+            most = NUM_CONFIGURATIONS if earlier.settings.task == settings.task else NUM_OF_ANOTHER_TASK
+            best = best_configurations(earlier, settings.space, most=most)
+            proposals.append(Proposal(stage, best, source, observations(earlier, settings.space)))
     return proposals
 
 
-def _read_source(machine: Machine, source: str, name: str, task: str) -> Study:
+def _read_source(machine: Machine, source: str, name: str) -> Study:
     if source == name:
         raise UsageError(f"--warm-start {source} is the study itself, which is resumed anyway; omit it.")
-    earlier = Study.load(read_storage(machine.home.path, machine.storage), source)
-    if earlier.settings.task != task:
-        raise UsageError(
-            f"--warm-start {source}: study '{source}' is of task '{earlier.settings.task}', not '{task}'; "
-            f"name a study of '{task}'."
-        )
-    return earlier
+    return Study.load(read_storage(machine.home.path, machine.storage), source)
 
 
 def agreed_tracking_uri(machine: Machine, study: Study | None) -> str | None:
