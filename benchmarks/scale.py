@@ -17,9 +17,11 @@ import os
 import platform
 import random
 import resource
+import sqlite3
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -214,6 +216,17 @@ def search(home: Path, given: argparse.Namespace, meter: Meter) -> None:
             print(f"MLflow had the last of it {time.perf_counter() - started:.0f} s after the search")
 
 
+def print_rows(database: Path, num_trials: int) -> None:
+    """How much a database of a home has for each trial."""
+    with closing(sqlite3.connect(database)) as connection:
+        tables = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        num_rows = sum(connection.execute(f"SELECT COUNT(*) FROM {name}").fetchone()[0] for name in tables)
+        size = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
+        (num_bytes,) = connection.execute(size).fetchone()
+    per_trial = f"{num_rows / num_trials:.0f} rows and {num_bytes / num_trials / 1024:.1f} KiB a trial"
+    print(f"{database.name}: {per_trial}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=1000, help="trials of the study (default: 1000)")
@@ -223,7 +236,10 @@ def main() -> None:
     parser.add_argument("--storage", metavar="URL", help="a PostgreSQL database; without it sqlite in a new folder")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        search(Path(folder), given, Meter())
+        home = Home(Path(folder))
+        search(home.path, given, Meter())
+        for database in filter(Path.exists, (home.optuna_database, home.mlflow_database)):
+            print_rows(database, given.trials)
     packages = ("optuna", "mlflow", "sqlalchemy", *(["psycopg"] if given.storage else []))
     print(
         "PostgreSQL" if given.storage else "sqlite",
