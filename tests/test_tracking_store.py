@@ -65,6 +65,14 @@ def test_a_home_may_have_an_odd_name(home: Path, tmp_path: Path, name: str) -> N
     assert sorted(tmp_path.iterdir()) == sorted([home, odd])
 
 
+def test_making_a_store_prints_nothing(tmp_path: Path) -> None:
+    code = "import pathlib, sys; from hpo.tracking.store import open_store; open_store(pathlib.Path(sys.argv[1]))"
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=own, check=True, timeout=120)
+    assert done.stdout + done.stderr == ""
+
+
 def test_processes_may_start_at_once_and_just_end_and_every_row_arrives(tmp_path: Path) -> None:
     """Both create the store, over what a killed one left, and neither closes what it opened."""
     aside = tmp_path / "mlflow.db.new"

@@ -277,6 +277,7 @@ def home_store_uri(home: Path) -> str:
 
 def _require_readable_variables() -> None:
     """Raise StoreError for a variable that MLflow cannot read, such as a number of connections that is not a number."""
+    prepare_mlflow()
     from mlflow import environment_variables
 
     for name, variable in vars(environment_variables).items():
