@@ -170,7 +170,9 @@ class PrioritySampler(PinningSampler):
         # It remembers the trials of one study; a sampler may serve several.
         key = identity(study)
         if self._surrogate_study != key:
-            priors = Prior.read(self._encoding, study.user_attrs.get(stored.RECORD + stored.PRIORS, {}))
+            storage, study_id = key  # Hyperband shows a study without its attributes
+            kept = storage.get_study_user_attrs(study_id).get(stored.RECORD + stored.PRIORS, {})
+            priors = Prior.read(self._encoding, kept)
             self._surrogate = Surrogate(self._space, has_curves=self._has_curves, priors=priors)
             self._surrogate_study = key
         return self._surrogate
