@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import math
 import os
 import platform
 import random
@@ -78,8 +79,8 @@ class SimulatedWorkers(WorkerPool):
         assignment.folder.mkdir(parents=True, exist_ok=True)
         (assignment.folder / DESCRIPTION).write_text("{}")
         pace = self._random.uniform(0.5, 2.0)
-        # Worse where the learning rate is far from 0.03, so that there is something to learn.
-        distance = abs(float(f"{assignment.config.lr:e}".partition("e")[2]) + 2)
+        # Worse where the learning rate is far from 0.01 to 0.1, so that there is something to learn.
+        distance = abs(math.floor(math.log10(assignment.config.lr)) + 2)
         self._under_way[assignment.number] = (0.95 - 0.1 * distance - 0.05 * self._random.random(), pace)
         self._plan(assignment.number, 1)
 
@@ -97,11 +98,10 @@ class SimulatedWorkers(WorkerPool):
             yield number, TrialDone(has_weights=False)
 
     def answer(self, trial: int, decision: Decision) -> None:
-        now, epoch = self._now, self._last_epoch
-        if decision is Decision.GO_ON and epoch < NUM_EPOCHS:
-            self._plan(trial, epoch + 1)
+        if decision is Decision.GO_ON and self._last_epoch < NUM_EPOCHS:
+            self._plan(trial, self._last_epoch + 1)
         else:
-            heapq.heappush(self._agenda, (now, trial, 0))
+            heapq.heappush(self._agenda, (self._now, trial, 0))
 
     def _result(self, number: int, epoch: int) -> EpochResult:
         self._last_epoch = epoch
@@ -139,7 +139,7 @@ class Meter(Observer):
     def _start(self) -> None:
         self._since, self._num_events = self._num_ended, 0
         self._statements = dict.fromkeys(self._statements, 0)
-        self._thread_s, self._process_s, self._clock_s = time.thread_time(), time.process_time(), time.perf_counter()
+        self._thread_s, self._process_s = time.thread_time(), time.process_time()
 
     def epoch_done(self, suggestion: Suggestion, result: EpochResult) -> None:
         self._num_events += 1

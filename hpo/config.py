@@ -10,6 +10,7 @@ from typing import Any
 
 from hpo.errors import UnknownNameError, UsageError
 from hpo.methods import OPTIMIZERS, SCHEDULES
+from hpo.values import is_number
 
 AUGMENTATIONS = (
     "flip",
@@ -356,8 +357,7 @@ class TrainConfig:
 
     def _require_type(self, name: str, wanted: type) -> None:
         value = getattr(self, name)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (is_number if wanted is float else type(value) is wanted):
+        if not (is_number(value) if wanted is float else type(value) is wanted):
             raise UsageError(f"{name}={value!r} is not allowed: it must be of type {wanted.__name__}.")
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from hpo.errors import SpaceError, UnknownNameError
 from hpo.parameters import Choice, Float, Int, Parameter, Value, has_control_characters, shown, split_values
-from hpo.values import Conditions, Interval, as_tuple, describe_conditions, format_value, holds
+from hpo.values import Conditions, Interval, as_tuple, describe_conditions, format_value, holds, is_number
 
 
 class Group:
@@ -399,7 +399,7 @@ def _overlaps(number: Float | Int, text: object) -> bool:
 def _numbers(parameter: Parameter | None) -> list[float]:
     """The largest number that a parameter can be, and others; empty where it can be something else."""
     values: tuple[Value, ...] = () if parameter is None else parameter.extremes()
-    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    numbers = [value for value in values if is_number(value)]
     return numbers if len(numbers) == len(values) else []
 
 

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 Conditions = Mapping[str, Any]
 """By the name of a parameter: a value, a text such as `>=2`, `<0.5` or `2:8`, or a tuple of these, of which one must
@@ -54,6 +54,11 @@ class Interval:
             low + 1 if low == self.low and not self.has_low else low,
             high - 1 if high == self.high and not self.has_high else high,
         )
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value is a number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def holds(value: Any, wanted: tuple[Any, ...]) -> bool:

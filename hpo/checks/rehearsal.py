@@ -6,7 +6,7 @@ Each epoch is one step and an evaluation. Between the two a checkpoint is writte
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from hpo.execution.pool import WorkerDied
 from hpo.execution.task_code import task_code
 from hpo.files import temporary_folder
 from hpo.parameters import Choice, Parameter
-from hpo.values import format_value, is_same
+from hpo.values import format_value, is_number, is_same
 
 if TYPE_CHECKING:
     from hpo.config import TrainConfig
@@ -53,7 +53,8 @@ def check_rehearsal(
     `settings` are those of TrainConfig that the session has for its trials. Raises SearchError where no worker starts.
     """
     resources = resources or Resources(num_workers=1, device=subject.config.device, address=None, gpus_per_trial=None)
-    with _opened_stage(subject, dict(settings or {}), resources) as stage:
+    extremes = _extremes(subject.task)
+    with _opened_stage(subject, dict(settings or {}), resources, extremes.values()) as stage:
         try:
             error = stage.error_of(stage.defaults, LIMIT_S)
         except TimeoutError:
@@ -63,7 +64,7 @@ def check_rehearsal(
             text = f"the default configuration {error}{stage.remedy()}"
             advice = "no trial of the default configuration can succeed; fix this first"
             return Verdict(state="wrong", text=text, advice=advice)
-        return _of_extremes(stage, _extremes(subject.task))
+        return _of_extremes(stage, extremes)
 
 
 def _of_extremes(stage: _Stage, extremes: Mapping[str, Configuration]) -> Verdict:
@@ -124,11 +125,7 @@ def _varied(task: Task) -> dict[str, Parameter]:
 
 def _is_number(parameter: Parameter) -> bool:
     """Whether each of its values is a number, which has a highest and a lowest."""
-    return not isinstance(parameter, Choice) or all(_is_numeric(value) for value in parameter.extremes())
-
-
-def _is_numeric(value: Value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return not isinstance(parameter, Choice) or all(map(is_number, parameter.extremes()))
 
 
 def _ends(parameter: Parameter) -> tuple[Any, Any]:
@@ -142,9 +139,11 @@ def _described(values: Mapping[str, Value]) -> str:
 
 
 @contextmanager
-def _opened_stage(subject: Subject, settings: dict[str, Any], resources: Resources) -> Iterator[_Stage]:
+def _opened_stage(
+    subject: Subject, settings: dict[str, Any], resources: Resources, extremes: Iterable[Configuration]
+) -> Iterator[_Stage]:
     """A worker that has a few examples; it ends with the block, whatever it does then."""
-    configurations = [subject.task.space.defaults(), *_extremes(subject.task).values()]
+    configurations = [subject.task.space.defaults(), *extremes]
     deadline = time.monotonic() + LIMIT_S
     with temporary_folder() as name:
         folder = Path(name)

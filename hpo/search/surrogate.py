@@ -92,6 +92,9 @@ class _Guess:
         return total
 
 
+_NO_GUESS = _Guess((), np.empty(0), np.empty(0))
+
+
 @dataclass(frozen=True)
 class _Belief:
     """What the observations tell about every configuration."""
@@ -182,8 +185,10 @@ class Surrogate:
         inputs = np.column_stack([self._encoding.columns(units), _epoch_axis(epochs, last_epoch)])
         owners = self._encoding.owners
         process = GaussianProcess.fit(inputs, targets, np.append(owners, owners.max() + 1))
-        guess = _Guess.scaled(self._priors, process, units)
-        process = process.observing(targets - guess.at(units))
+        guess = _NO_GUESS
+        if self._priors:
+            guess = _Guess.scaled(self._priors, process, units)
+            process = process.observing(targets - guess.at(units))
         running = np.array([curve.units for curve in curves if curve.state == TrialState.RUNNING])
         if len(running):
             process = process.believing(self._at_the_end(running))

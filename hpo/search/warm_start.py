@@ -15,6 +15,7 @@ from hpo.errors import UsageError
 from hpo.parameters import Choice
 from hpo.records import ranked
 from hpo.search.encoding import Encoding
+from hpo.values import is_number
 
 if TYPE_CHECKING:
     from hpo.parameters import Parameter, Value
@@ -94,17 +95,13 @@ def _nearest(parameter: Parameter, value: Value) -> Value:
     if isinstance(parameter, Choice):
         if parameter.contains(value):
             return value
-        numbers = [choice for choice in parameter.choices if _is_number(choice)]
-        if not (numbers and _is_number(value)):
+        numbers = [choice for choice in parameter.choices if is_number(choice)]
+        if not (numbers and is_number(value)):
             return parameter.default
         return min(numbers, key=lambda number: abs(float(number) - float(value)))
-    if not _is_number(value):
+    if not is_number(value):
         return parameter.default
     return parameter.nearest(float(value))
-
-
-def _is_number(value: Value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _distance(encoding: Encoding, values: dict[str, Value], other: dict[str, Value]) -> float:

@@ -63,6 +63,7 @@ def open_store(home: Path, tracking_uri: str | None = None) -> TrackingStore:
         raise StoreError(f"the path {home} contains '?', which a database URL cannot; choose another with --home.")
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or home_store_uri(home)
     _require_known_scheme(uri)
+    prepare_mlflow()
     _require_readable_variables()
     database = _sqlite_path(uri)
     if _is_server(uri):
@@ -277,7 +278,6 @@ def home_store_uri(home: Path) -> str:
 
 def _require_readable_variables() -> None:
     """Raise StoreError for a variable that MLflow cannot read, such as a number of connections that is not a number."""
-    prepare_mlflow()
     from mlflow import environment_variables
 
     for name, variable in vars(environment_variables).items():
@@ -377,7 +377,6 @@ def _follow_home(database: Path) -> None:
 
 def _create(path: Path) -> None:
     """Make the schema in a file aside and move it into place: killed half-way, MLflow's own way left it unusable."""
-    prepare_mlflow()
     from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine
 
     aside = path.with_name(f"{path.name}.new")
@@ -391,7 +390,6 @@ def _create(path: Path) -> None:
 
 
 def _connect(uri: str) -> MlflowClient:
-    prepare_mlflow()
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
