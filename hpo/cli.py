@@ -184,7 +184,7 @@ def space(task: str, overrides: tuple[str, ...], space: str | None, as_json: boo
 @take(SearchOptions, only=["fixed"])
 @click.option("--space", metavar="NAME|FILE", help="Check this space instead of the task's own.")
 @click.option("--limit", type=int, metavar="N", help="Use only N training examples. [default: all]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--device", default="auto", show_default=True, metavar="NAME", help="auto, cpu, cuda or cuda:N.")
 @take(StudyOptions, only=["data_options"])
 @take(MachineOptions, only=["data_dir"])
 @home_option
@@ -257,9 +257,9 @@ def train(as_json: bool, **request: Any) -> None:
 @take(SearchOptions, only=["device", "deterministic", "data_dir", "home", "storage", "tracking_uri"])
 @json_option
 def rerun(as_json: bool, **request: Any) -> None:
-    """Run a trial of STUDY again, and say whether the result is the same.
+    """Run a trial of STUDY again and compare the results.
 
-    With the same seed, versions and machine it should be equal in every bit. Otherwise the difference is shown with
+    With the same seed, versions and machine they should be equal in every bit. Otherwise the difference is shown with
     its 95 % interval. The study does not change.
 
     \b
@@ -304,7 +304,7 @@ def confirm(as_json: bool, **request: Any) -> None:
 @take(SessionOptions)
 @json_option
 def refit(as_json: bool, **request: Any) -> None:
-    """Train the winner of STUDY on training and validation examples together.
+    """Train the winner of STUDY on all but the test examples.
 
     It is trained for the epochs that the search found, and tested once. With --folds a search does that by itself.
 
@@ -451,13 +451,13 @@ def register(as_json: bool, **request: Any) -> None:
 @click.argument("study")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV, a column for the probability of each class.")
-@click.option("--trial", type=click.IntRange(min=0), metavar="N", help="Ask another trial. [default: the winner]")
+@click.option("--trial", type=click.IntRange(min=0), metavar="N", help="Use another trial. [default: the winner]")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Examples per batch.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--device", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda or cuda:N.")
 @take(StoreOptions)
 @json_option
 def predict(as_csv: bool, as_json: bool, **request: Any) -> None:
-    """Say what the winner of STUDY makes of FILES.
+    """Predict FILES with the winner of STUDY.
 
     FILES are photos, folders of photos, CSV or Parquet tables of numbers, NumPy's .npy and .npz, and .jsonl files with
     an example in each line, as the task has its examples.
@@ -487,7 +487,7 @@ def predict(as_csv: bool, as_json: bool, **request: Any) -> None:
 @click.option(
     "--port", type=click.IntRange(1, 65535), help="Port to listen on. [default: 5001, or the next that is free]"
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on.")
 @click.option("--trial", type=click.IntRange(min=0), metavar="N", help="Serve another trial. [default: the winner]")
 @take(SearchOptions, only=["data_dir", "home", "storage", "tracking_uri"])
 def serve(**request: Any) -> None:
@@ -582,7 +582,7 @@ def compare(studies: tuple[str, ...], out: Path | None, home: Path | None, stora
 @click.option(
     "--port", type=click.IntRange(1, 65535), help="Port to listen on. [default: 5000, or the next that is free]"
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on.")
 @home_option
 @tracking_option
 def ui(study: str | None, port: int | None, host: str, home: Path | None, tracking_uri: str | None) -> None:
