@@ -82,7 +82,7 @@ class Home:
         return StudyFiles(self, name)
 
     def create(self) -> None:
-        """Make the home if it is not there, and be sure that it can be written."""
+        """Make the home if it is not there, and be sure that it can be used."""
         probe = self.path / "locks" / f".probe-{os.getpid()}"
         try:
             probe.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +92,9 @@ class Home:
             raise StoreError(
                 f"the home {self.path} cannot be written: {error.strerror}; choose another with --home or HPO_HOME."
             ) from error
+        with _readable(self.artifacts):
+            if self.artifacts.is_symlink():
+                self.artifacts.stat()  # it leads nowhere while a disk is not mounted, or to itself
 
     def require(self) -> Self:
         """The home, if there is one: a command that only looks must not make it."""

@@ -174,3 +174,15 @@ def test_a_home_that_is_full_or_read_only_is_refused_at_the_start(
             searches.run(home=tmp_path / "disk")
         assert list((tmp_path / "disk").iterdir()) == []
     assert searches.footprints() == []
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"), [("artifacts", "Too many levels of symbolic links"), ("elsewhere", "No such file")]
+)
+def test_a_link_in_place_of_the_artifacts_that_leads_nowhere_is_refused_at_the_start(
+    searches: Searches, target: str, reason: str
+) -> None:
+    (searches.home / "artifacts").symlink_to(target)
+    with pytest.raises(StoreError, match=f"cannot read .*artifacts: {reason}.*; mend it, or choose another home"):
+        searches.run()
+    assert searches.footprints() == []
