@@ -222,6 +222,12 @@ class Triple(Noisy):
         return (*super().__getitem__(index), 1)
 
 
+class Large(Noisy):
+    def __getitem__(self, index: int) -> Any:
+        inputs, parity = super().__getitem__(index)
+        return inputs, 5 + parity
+
+
 class Uneven(Noisy):
     def __getitem__(self, index: int) -> Any:
         return torch.zeros(1 + index % 3), index % 2
@@ -260,9 +266,17 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a negative number of workers": ({"num_workers": -1}, "num_workers=-1 is not allowed: it must be at least 0"),
     "targets of several shapes": (
         {"targets": [[0], *[[0, 1]] * 59], "kind": "regression", "classes": ()},
-        "the targets of the Dataset are not of one shape, as the kind regression needs",
+        "the targets of the Dataset must be numbers of one shape, as the kind regression needs: ",
     ),
-    "a target that is no class": ({"targets": [5] * NUM}, "the targets are from 5 to 5; 2 classes have the indices"),
+    "targets that are names": ({"targets": ["odd"] * NUM}, "numbers of one shape, as classes need, whose indices they"),
+    "targets of another order": (
+        {"targets": [index % 2 for index in range(1, NUM + 1)]},
+        r"targets\[0\] is \[1\], but example 0 of the Dataset has \[0\]: give the targets in the order of the examples",
+    ),
+    "a target that is no class": (
+        {"train": Large(), "evaluation": None},
+        "are from 5 to 6; 2 classes have the indices",
+    ),
 }
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,9 @@ from hpo.data.loaded import Loaded, Source, make_source, read_targets
 from hpo.errors import DataError
 
 _logger = logging.getLogger(__name__)
+
+_NUM_COMPARED = 8
+"""Examples whose targets are compared with those given for all: enough to notice another order."""
 
 
 def from_torch(
@@ -43,32 +47,52 @@ def from_torch(
     """
     source, rows = make_source(train, train if evaluation is None else evaluation, collate_fn, num_workers)
     given: dict[str, Any] = {"classes": tuple(classes), "kind": kind, "vocabulary": vocabulary, "normalise": normalise}
-    known = _targets(source, len(rows), targets, kind)
+    known = _targets(source, len(rows), targets, kind, classes)
     if test is None:
         return hold_out(Loaded(source, rows), known, **given)
     test_source, test_rows = make_source(test, test, collate_fn, num_workers)
 
     def read_test() -> Split:
-        return Split(Loaded(test_source, test_rows), _targets(test_source, len(test_rows), None, kind))
+        return Split(Loaded(test_source, test_rows), _targets(test_source, len(test_rows), None, kind, classes))
 
     return Dataset(Split(Loaded(source, rows), known), SealedSplit(read_test, len(test_rows)), **given)
 
 
-def _targets(source: Source, num_examples: int, given: Any, kind: str | None) -> Tensor | None:
+def _targets(source: Source, num_examples: int, given: Any, kind: str | None, classes: Sequence[str]) -> Tensor | None:
     """The targets as one tensor; None if they are something that only the task's own loss knows."""
     if kind == "own":
         return None
-    if given is None:
+    are_given = given is not None
+    if not are_given:
         _logger.info("%d examples are read for their targets; from_torch(targets=...) spares this.", num_examples)
-        given = read_targets(source, num_examples)
+        given = read_targets(source, range(num_examples))
     try:
         found = given if isinstance(given, Tensor) else torch.stack([torch.as_tensor(target) for target in given])
     except (RuntimeError, TypeError, ValueError) as error:
-        if kind is None:
+        if kind is None and not classes:
             return None
-        raise DataError(f"the targets of the Dataset are not of one shape, as the kind {kind} needs.") from error
+        needed = f"the kind {kind} needs" if kind else "classes need, whose indices they are"
+        raise DataError(f"the targets of the Dataset must be numbers of one shape, as {needed}: {error}.") from error
     if len(found) != num_examples:
         raise DataError(f"there are {len(found)} targets for {num_examples} examples.")
+    if are_given:
+        _require_the_examples_own(source, found)
     if found.dtype == torch.float64:
         return found.float()
     return found if found.is_floating_point() or found.dtype in (torch.bool, torch.uint8) else found.long()
+
+
+def _require_the_examples_own(source: Source, targets: Tensor) -> None:
+    """Raise DataError if some examples, evenly spread, have other targets than those given for them.
+
+    What a collate function makes of an example's target is not known, so only numbers of the same size are compared.
+    """
+    rows = torch.linspace(0, len(targets) - 1, min(_NUM_COMPARED, len(targets))).long().tolist()
+    for row, own in zip(rows, read_targets(source, rows), strict=True):
+        if isinstance(own, int | float | Tensor | np.number | np.ndarray):
+            own, given = torch.as_tensor(own).flatten(), targets[row].flatten()
+            if len(own) == len(given) and not torch.allclose(own.double(), given.double(), equal_nan=True):
+                raise DataError(
+                    f"targets[{row}] is {given.tolist()}, but example {row} of the Dataset has {own.tolist()}: "
+                    "give the targets in the order of the examples, or omit them."
+                )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,8 @@ from hpo.config import derive_seed
 from hpo.errors import DataError, HpoError, in_one_line
 
 Rows = Tensor | slice
+
+_TARGETS_PER_BATCH = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,15 +154,16 @@ def _allow_children() -> None:
     multiprocessing.current_process()._config.pop("daemon", None)  # type: ignore[attr-defined]
 
 
-def read_targets(source: Source, num_examples: int) -> list[Any]:
-    """The target of each example, one after the other."""
+def read_targets(source: Source, rows: Sequence[int]) -> list[Any]:
+    """The targets of some examples, one after the other."""
+    num_workers = source.num_workers if len(rows) > _TARGETS_PER_BATCH else 0
     loader: DataLoader[Any] = DataLoader(
         _Reader(source.evaluation, 0),
-        batch_size=64,
-        sampler=range(num_examples),
+        batch_size=_TARGETS_PER_BATCH,
+        sampler=rows,
         collate_fn=_targets_of,
-        num_workers=source.num_workers,
-        multiprocessing_context="fork" if source.num_workers else None,
+        num_workers=num_workers,
+        multiprocessing_context="fork" if num_workers else None,
         generator=torch.Generator(),
     )
     return [target for batch in loader for target in batch]
