@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import signal
 import statistics
@@ -27,10 +26,10 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from machine import describe_machine
 from plagues import JumpingClock, Plague, disk_plague, network_plague
 
 from hpo.execution.observer import Observer
@@ -292,8 +291,7 @@ def main() -> None:
         torment.run()
         is_fine = judge(home, options, torment)
         print(f"{time.monotonic() - began:.0f} s; {' '.join(sys.argv)}")
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "optuna", "mlflow"))
-    print(f"{packages}, Python {platform.python_version()}, {os.cpu_count()} cores")
+    print(describe_machine("torch", "optuna", "mlflow"))
     sys.exit(0 if is_fine else 1)
 
 

@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import optuna
 from bench_tasks import TABLES_DEVELOPMENT, TableTask
+from machine import describe_machine
 from optuna.storages import InMemoryStorage
 
 from hpo.config import Direction
@@ -180,6 +181,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--epochs", type=int, default=10)
     given = parser.parse_args()
+    print(describe_machine("torch", "optuna"))
     if given.tables:
         run_tables(given.trials, given.plan, given.seeds)
     if given.real:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from bench_tasks import LCBENCH_DEVELOPMENT, TABLES_DEVELOPMENT, BenchTask, LCBenchTask, TableTask
+from machine import describe_machine
 from numpy.typing import NDArray
 from search_quality import OurStudy
 
@@ -129,4 +130,5 @@ if __name__ == "__main__":
     parser.add_argument("--searches", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=2)
     given = parser.parse_args()
+    print(describe_machine("optuna", "numpy"))
     print_report(searches(given.lcbench, given.searches, given.seeds))

@@ -33,6 +33,7 @@ from typing import Any
 
 import fuzz_commands
 import numpy as np
+from machine import describe_machine
 from PIL import Image
 
 from hpo.data.datasets import split_dataset
@@ -398,6 +399,7 @@ def main() -> None:
         print(f"{name}: {len(told)} cases, {', '.join(f'{count} {fate}' for fate, count in fates.items())}", flush=True)
     num_findings = sum(outcome.finding is not None for outcome in outcomes)
     print(f"{len(outcomes)} cases in {time.monotonic() - began:.0f} s: {num_findings} findings")
+    print(describe_machine("optuna", "mlflow", "pillow"))
     sys.exit(bool(num_findings))
 
 

@@ -19,13 +19,13 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import product
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import optuna
+from machine import describe_machine
 from numpy.typing import NDArray
 from optuna.storages import InMemoryStorage
 
@@ -251,7 +251,7 @@ def main() -> None:
     jobs = [(seed, num_trials) for num_trials, seed in product(arguments.trials, seeds)]
     with ProcessPoolExecutor(arguments.processes) as pool:
         intervals = [each for found in pool.map(rate, jobs) for each in found]
-    print(f"{arguments.studies} studies, numpy {version('numpy')}, scipy {version('scipy')}\n")
+    print(f"{arguments.studies} studies; {describe_machine('numpy', 'scipy')}\n")
     print("| coverage at ... trials |", " | ".join(map(str, arguments.trials)), "|")
     print("| --- |", " | ".join("---" for _ in arguments.trials), "|")
     by_trials = [[each for each in intervals if each.num_trials == number] for number in arguments.trials]

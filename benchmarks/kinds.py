@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from unittest.mock import patch
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from machine import describe_machine
 from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
 
@@ -99,7 +99,7 @@ def main() -> None:
                 seconds[side] += run()
         (one, first), (other, second) = ((side, statistics.median(found)) for side, found in seconds.items())
         print(f"{case}: {one} {first:.3f} s, {other} {second:.3f} s an epoch; {other} / {one} = {second / first:.2f}")
-    print(f"torch {torch.__version__}, one thread of {platform.processor() or platform.machine()}")
+    print(f"{describe_machine('torch')}, one of them used")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ import sys
 import time
 from contextlib import closing
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
+
+from machine import describe_machine
 
 from hpo.config import Direction
 
@@ -157,7 +158,7 @@ def main() -> None:
     arguments = _parse()
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    print(f"torch {version('torch')}, Optuna {version('optuna')}, {os.cpu_count()} cores, one of them used")
+    print(f"{describe_machine('torch', 'optuna')}, one of them used")
     began = time.process_time()
     for problem in PROBLEMS:
         task = load_task(problem.name)

@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import heapq
 import math
-import os
-import platform
 import random
 import resource
 import sqlite3
@@ -23,11 +21,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from machine import describe_machine
 from sqlalchemy import Engine, event
 
 from hpo.config import Direction
@@ -241,12 +239,7 @@ def main() -> None:
         for database in filter(Path.exists, (home.optuna_database, home.mlflow_database)):
             print_rows(database, given.trials)
     packages = ("optuna", "mlflow", "sqlalchemy", *(["psycopg"] if given.storage else []))
-    print(
-        "PostgreSQL" if given.storage else "sqlite",
-        *(f"{name} {version(name)}" for name in packages),
-        f"Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}",
-        sep="; ",
-    )
+    print("PostgreSQL" if given.storage else "sqlite", describe_machine(*packages), sep="; ")
 
 
 if __name__ == "__main__":

@@ -29,9 +29,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from machine import describe_machine
 
 from hpo.config import Direction
 
@@ -477,8 +478,7 @@ def _loss(values: dict[str, Value], epoch: int, random: np.random.Generator) -> 
 
 def main() -> None:
     arguments = _parse()
-    print(f"Python {sys.version.split()[0]}, Optuna {version('optuna')}, numpy {version('numpy')}, ", end="")
-    print(f"{os.cpu_count()} cores")
+    print(describe_machine("optuna", "numpy"))
     for name in arguments.contenders:
         print(f"  {name}: {DESCRIPTIONS[name]}")
     if arguments.lcbench:

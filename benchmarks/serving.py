@@ -13,7 +13,6 @@ import argparse
 import http.client
 import json
 import os
-import platform
 import signal
 import socket
 import statistics
@@ -25,10 +24,10 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from machine import describe_machine
 from rich.console import Console
 from rich.table import Table
 
@@ -191,9 +190,7 @@ def main() -> None:
             name, str(size), str(clients), f"{rate:.0f}", f"{rate * size:.0f}", f"{median:.1f}", f"{high:.1f}", *counts
         )
     console.print(table)
-    packages = ("torch", "mlflow", "fastapi", "uvicorn", "onnxruntime")
-    versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    console.print(f"{versions}, Python {platform.python_version()}, {os.cpu_count()} cores")
+    console.print(describe_machine("torch", "mlflow", "fastapi", "uvicorn", "onnxruntime"))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from machine import describe_machine
 from torch import distributed
 
 from hpo import DataSpec, TrainConfig
@@ -37,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
+    print(describe_machine("torch"))
     for name in NETWORKS:
         seconds: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
         for _ in range(rounds):

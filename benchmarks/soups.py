@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+from machine import describe_machine
 from torch import Tensor, nn
 
 from hpo import load_best, run_search
@@ -131,6 +132,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("-p", dest="overrides", action="append", default=[], metavar="NAME=VALUES")
     given = parser.parse_args()
+    print(describe_machine("torch"))
     print("seed: models alike; points of accuracy that all of them gain, and a greedy soup; all models, their ensemble")
     rows = []
     for seed in range(given.seeds):

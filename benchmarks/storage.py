@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import subprocess
 import sys
@@ -21,10 +19,10 @@ import time
 from collections import deque
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from uuid import uuid4
 
+from machine import describe_machine
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution, distribution_to_json
 from optuna.storages._rdb.models import (
     TrialIntermediateValueModel,
@@ -207,12 +205,7 @@ def main() -> None:
     console = Console()
     console.print(table)
     packages = ("optuna", "sqlalchemy", *(["psycopg"] if given.storage else []))
-    console.print(
-        "PostgreSQL" if given.storage else "sqlite",
-        *(f"{name} {version(name)}" for name in packages),
-        f"Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}",
-        sep="; ",
-    )
+    console.print("PostgreSQL" if given.storage else "sqlite", describe_machine(*packages), sep="; ")
 
 
 if __name__ == "__main__":

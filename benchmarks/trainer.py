@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -30,7 +29,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -39,6 +37,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import lightning
 import torch
+from machine import describe_machine
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -435,11 +434,9 @@ def main() -> None:
         compare_speed(case, splits, arguments)
         if arguments.accuracy:
             compare_accuracy(case, splits, arguments)
-    hardware = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.processor()
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "torchmetrics", "lightning"))
+    console.print(describe_machine("torch", "torchvision", "torchmetrics", "lightning"))
     console.print(
-        f"{packages}, Python {platform.python_version()}; {hardware or platform.machine()}, "
-        f"{torch.get_num_threads()} thread(s) of {os.cpu_count()} cores"
+        torch.cuda.get_device_name() if arguments.device.startswith("cuda") else f"{torch.get_num_threads()} thread(s)"
     )
 
 

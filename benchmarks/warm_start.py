@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import sys
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 from bench_tasks import LCBENCH_DEVELOPMENT, BenchTask, LCBenchTask
+from machine import describe_machine
 from search_quality import CONTENDERS, MARKS, OurStudy, Setting, print_table, simulate
 
 from hpo.search.study import Study
@@ -60,7 +59,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, metavar="N")
     parser.add_argument("--runs", type=int, default=20, metavar="N", help="epochs to spend, in full runs")
     arguments = parser.parse_args()
-    print(f"Python {sys.version.split()[0]}, Optuna {version('optuna')}, numpy {version('numpy')}")
+    print(describe_machine("optuna", "numpy"))
     tasks: list[BenchTask] = [LCBenchTask(arguments.lcbench, task) for task in LCBENCH_DEVELOPMENT]
     following = {task.name: after for task, after in zip(tasks, tasks[1:] + tasks[:1], strict=True)}
     CONTENDERS["another task"] = partial(WarmStarted, sources=following, sign=1.0)

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from machine import describe_machine
 from rich.console import Console
 from rich.table import Table
 
@@ -86,7 +85,7 @@ def main() -> None:
         table.add_row(str(workers), f"{trials_an_hour:.0f}", f"{trials_an_hour / first:.2f}")
     console = Console()
     console.print(table)
-    console.print(f"torch {version('torch')}, Python {platform.python_version()}, {os.cpu_count()} cores")
+    console.print(describe_machine("torch"))
 
 
 if __name__ == "__main__":
