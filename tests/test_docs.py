@@ -184,7 +184,7 @@ def test_the_prediction_example_runs_after_the_search_of_the_readme(
     assert re.fullmatch(r"predicted:( \d){8}\n", finished.stdout)
 
 
-@pytest.mark.parametrize("page", ["README.md", "searching.md"])
+@pytest.mark.parametrize("page", ["README.md", "winner.md"])
 def test_the_loading_example_runs(page: str, searched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HPO_HOME", str(searched))
     (code,) = [code for name, language, code in fenced_code() if name == page and language == "python"]
