@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
@@ -161,3 +163,26 @@ def assignment(searches: Searches, number: int) -> Assignment:
     config = load_task(str(searches.task)).train_config({}, seed=number, device="cpu")
     folder = searches.home / "checkpoints" / f"trial-{number}"
     return Assignment(number=number, model_parameters={}, config=config, folder=folder)
+
+
+def test_a_semaphore_of_a_worker_that_ended_is_removed_without_a_word(tmp_path: Path) -> None:
+    script = tmp_path / "ends.py"
+    script.write_text("""
+import os
+from multiprocessing import RLock
+from hpo.execution import local
+
+def work():
+    held = RLock()
+    os._exit(0)
+
+if __name__ == "__main__":
+    local._PRELOADED.clear()
+    local.warm_up()
+    worker = local.process_context().Process(target=work)
+    worker.start()
+    worker.join()
+    assert worker.exitcode == 0
+""")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

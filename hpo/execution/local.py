@@ -49,6 +49,9 @@ MAX_LOG_BYTES = 10_000_000
 
 _SERVER_GONE = 255  # what multiprocessing gives as the exit code of a process whose server was killed
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_IGNORED = "ignore:resource_tracker:UserWarning"
+"""What multiprocessing says of semaphores that a worker had when it ended, which are removed all the same. A compiler
+that shows its progress makes one."""
 
 
 def process_context() -> ForkServerContext | SpawnContext:
@@ -63,7 +66,8 @@ def warm_up() -> None:
         return
     context.set_forkserver_preload(_PRELOADED)
     with _current_folder_ignored(), temporary_folder_for_sockets():
-        resource_tracker.ensure_running()  # a part of what follows, and it would let the signals through again
+        with _environment("PYTHONWARNINGS", _IGNORED):
+            resource_tracker.ensure_running()  # a part of what follows, and it would let the signals through again
         with _signals_held_back():
             forkserver.ensure_running()
 
@@ -283,14 +287,21 @@ def _current_folder_ignored() -> Iterator[None]:
 
     multiprocessing starts them with `python -c`, which imports from there first.
     """
-    before = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"
+    with _environment("PYTHONSAFEPATH", "1"):
+        yield
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Set a variable for processes started meanwhile."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
-        del os.environ["PYTHONSAFEPATH"]
+        del os.environ[name]
         if before is not None:
-            os.environ["PYTHONSAFEPATH"] = before
+            os.environ[name] = before
 
 
 @contextmanager
