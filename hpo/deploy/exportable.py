@@ -52,7 +52,9 @@ class FlatModel(nn.Module):
         def take(spec: Any) -> Tensor | Padded:
             return Padded(next(remaining), next(remaining)) if spec.is_ragged else next(remaining)
 
-        return tuple(tensors_of(self.model(map_parts(take, self.model.spec.inputs))))
+        outputs = tensors_of(self.model(map_parts(take, self.model.spec.inputs)))
+        # Lengths may be returned as they came; in ONNX, torch 2.9 names such an input after the output.
+        return tuple(output.clone() if any(output is given for given in tensors) else output for output in outputs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -232,13 +232,18 @@ def _scaler(model: nn.Module, precision: str) -> torch.amp.GradScaler:
 
 def _clip_gradients(parameters: list[Tensor], clip_norm: float, clip_value: float) -> Tensor:
     """The global norm of all gradients; elements beyond `clip_value`, then a norm beyond `clip_norm`, are cut down."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [_values(parameter.grad) for parameter in parameters if parameter.grad is not None]
     grad_norm = get_total_norm(gradients)
     if clip_value > 0:
         clip_grad_value_(parameters, clip_value)
     if clip_norm > 0:
         clip_grads_with_norm_(parameters, clip_norm, get_total_norm(gradients) if clip_value > 0 else grad_norm)
     return grad_norm
+
+
+def _values(gradient: Tensor) -> Tensor:
+    """What a gradient has beside zeros. torch 2.9 has no norm of a sparse one, which an embedding may have."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def _matrices(optimizer: Optimizer) -> list[Tensor]:
