@@ -14,6 +14,7 @@ import torch
 
 from hpo.session import conclude
 from hpo.tracking.store import open_store
+from hpo.training.compiled import OLDEST_TRACING, can_trace
 
 pytest.register_assert_rewrite("helpers")  # before any of them is imported
 
@@ -34,6 +35,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_configure(config: pytest.Config) -> None:
     # MLflow 3.17 uses a loader strategy that SQLAlchemy 2.1 deprecates: a warning when its tables are imported.
     config.addinivalue_line("filterwarnings", "ignore:The ``noload`` loader strategy:DeprecationWarning")
+    # torch 2.9 warns of its own way to read a .pt2 file, and 2.15 that Python 3.13.0 slows compiled functions down.
+    config.addinivalue_line("filterwarnings", "ignore:The given buffer is not writable:UserWarning")
+    config.addinivalue_line("filterwarnings", "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
     if config.getoption("numprocesses", None):
         config.option.dist = "loadgroup"  # tests that share a cluster or servers run in one process
     if hasattr(config, "workerinput"):  # one of xdist's processes, which do not hear of that
@@ -90,6 +94,7 @@ def postgres() -> Iterator[Postgres]:
 NEEDS = {
     "real_data": (bool(os.environ.get("HPO_DATA_DIR")), "HPO_DATA_DIR with the real data sets"),
     "gpu": (torch.cuda.is_available(), "a CUDA device"),
+    "compiled_step": (can_trace(), f"torch {OLDEST_TRACING} or later, which can compile a whole step"),
     "pretended_gpu": (
         not torch.cuda.is_available() and hasattr(torch._C, "_ensureCUDADeviceGuardSet"),
         "a machine without a GPU, where those marked 'gpu' run instead, and a torch that can pretend one",

@@ -40,11 +40,13 @@ def _asked_anew() -> Iterator[None]:
 # Memory of the device.
 
 
+@pytest.mark.pretended_gpu
 def test_the_free_memory_of_a_gpu_without_an_index_is_known() -> None:
     with pretended_cuda():
         assert batches._free_memory(torch.device("cuda")) == TOTAL_MEMORY
 
 
+@pytest.mark.filterwarnings("ignore:Please use the new API settings:UserWarning")  # torch 2.9 alone
 def test_an_epoch_leaves_cudnn_on_and_the_choice_of_tf32_to_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     class Watched(ImageNet):
         def forward(self, images: Tensor) -> Tensor:
@@ -134,6 +136,7 @@ def test_a_gpu_that_fails_does_not_keep_the_other_from_being_used(
     assert visible_gpus("cuda:1") == ["1"]
 
 
+@pytest.mark.pretended_gpu
 def test_the_product_that_is_tried_is_right_on_a_gpu_that_works(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,6 +178,7 @@ def test_the_pooling_of_airnet_is_that_of_torch_and_has_a_deterministic_form() -
 # When memory does not suffice.
 
 
+@pytest.mark.pretended_gpu
 def test_data_that_turn_out_not_to_fit_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(splits: Splits, device: object) -> Splits:
         raise OUT_OF_MEMORY

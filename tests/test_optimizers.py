@@ -321,12 +321,14 @@ def test_betas_and_epsilon_out_of_range_are_refused(change: dict[str, Any], allo
         quick_config(**change)
 
 
+@pytest.mark.compiled_step
 @pytest.mark.parametrize("optimizer", ["adamax", "adagrad", "lamb", "muon"])
 def test_what_has_no_compiled_formula_stays_eager(optimizer: str) -> None:
     results = list(fit(ImageNet(), image_splits(), quick_config(optimizer=optimizer, compile="step", max_epochs=2)))
     assert [result.settled["compile"] for result in results] == ["off", "off"]
 
 
+@pytest.mark.compiled_step
 def test_a_compiled_step_is_another_for_another_rate_of_alpha_dropout_alone() -> None:
     def mode(wanted: str, dropout: nn.Module) -> str:
         model = nn.Sequential(nn.Linear(7, 7), dropout)

@@ -95,7 +95,7 @@ def test_an_accumulated_batch_that_does_not_fit_is_halved_once() -> None:
         TrainingStep(model, loss, torch.optim.SGD(model.parameters(), lr=0.1), num_parts=2)(images, labels)
 
 
-@pytest.mark.parametrize("mode", ["step", "auto"])
+@pytest.mark.parametrize("mode", [pytest.param("step", marks=pytest.mark.compiled_step), "auto"])
 def test_an_accumulated_step_is_not_compiled_and_says_so(mode: str) -> None:
     *_, last = fit(Plain(), image_splits(), quick_config(compile=mode, batch_size=12, accumulate=2))
     assert last.settled["compile"] == "off"

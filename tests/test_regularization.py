@@ -77,6 +77,7 @@ def test_max_norm_bounds_the_weights_into_each_unit() -> None:
     assert model.bias.tolist() == [9.0, 9.0]
 
 
+@pytest.mark.compiled_step
 @pytest.mark.parametrize("changes", [{"clip_value": 0.1}, {"l1": 0.01}, {"max_norm": 1.0}], ids=str)
 def test_what_the_compiled_step_does_not_have_keeps_it_eager(changes: dict[str, float]) -> None:
     config = quick_config(compile="step", max_epochs=2, **changes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ from helpers.training import (
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn import functional
+from torch.torch_version import TorchVersion
 
 from hpo.errors import DeviceMemoryError, UsageError
 from hpo.training import step as training_step
 from hpo.training.checkpoint import CheckpointFolder
-from hpo.training.compiled import let_dropout_vary, settle_compile_mode
+from hpo.training.compiled import can_trace, let_dropout_vary, settle_compile_mode
 from hpo.training.optimizers import build_optimizer
 from hpo.training.step import TrainingStep
 from hpo.training.trainer import NORM_EVERY, fit
@@ -55,6 +57,7 @@ def compiled_graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
+@pytest.mark.compiled_step
 @pytest.mark.parametrize(
     "changes",
     [
@@ -81,6 +84,7 @@ def test_a_compiled_step_trains_as_the_eager_one_does(changes: dict[str, Any]) -
         torch.testing.assert_close(weights[1][name], eager, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.compiled_step
 def test_the_next_trial_of_an_architecture_batch_and_optimizer_is_not_compiled_again() -> None:
     config = quick_config(compile="step", label_smoothing=0.1, weight_decay=0.01)
     list(fit(ImageNet(dropout=0.3), image_splits(), config))
@@ -93,6 +97,7 @@ def test_the_next_trial_of_an_architecture_batch_and_optimizer_is_not_compiled_a
     assert compiled_graphs() == before + 1  # it does count
 
 
+@pytest.mark.compiled_step
 def test_a_compiled_training_is_resumed_bit_equal(tmp_path: Path) -> None:
     config = quick_config(compile="step", max_epochs=4)
     expected_model = ImageNet(dropout=0.2)
@@ -115,6 +120,7 @@ class Untraceable(ImageNet):
         return outputs if outputs.sum().item() > 0 else 2 * outputs
 
 
+@pytest.mark.compiled_step
 def test_a_model_that_cannot_be_compiled_is_trained_as_it_is_and_the_user_reads_why(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -135,6 +141,7 @@ def test_dropout_in_a_compiled_step_keeps_its_rate_and_its_mean() -> None:
     assert list(model.state_dict()) == ["0.weight", "0.bias"]
 
 
+@pytest.mark.compiled_step
 def test_auto_compiles_where_the_remaining_steps_save_more_than_it_costs() -> None:
     step = TrainingStep(ImageNet(), functional.cross_entropy, torch.optim.SGD(ImageNet().parameters(), lr=0.1))
     shape = (16, *IMAGE_SHAPE)
@@ -154,12 +161,29 @@ def test_auto_compiles_where_the_remaining_steps_save_more_than_it_costs() -> No
     ("changes", "message"),
     [
         ({"compile": "graph"}, "--compile graph needs a CUDA device, not cpu"),
-        ({"compile": "step", "precision": "fp16"}, "--compile step does not work with --precision fp16"),
+        pytest.param(
+            {"compile": "step", "precision": "fp16"},
+            "--compile step does not work with --precision fp16",
+            marks=pytest.mark.compiled_step,
+        ),
     ],
 )
 def test_a_compile_mode_that_cannot_be_had_is_refused_before_any_work(changes: dict[str, str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         next(iter(fit(ImageNet(), image_splits(), quick_config(**changes))))
+
+
+def test_a_torch_that_cannot_trace_a_step_refuses_to_compile_it_and_auto_does_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if can_trace():  # else it is such a torch
+        monkeypatch.setattr(torch, "__version__", TorchVersion("2.10.1"))
+    needs = f"--compile step needs torch 2.11 or later, not {torch.__version__}; use --compile auto"
+    with pytest.raises(UsageError, match=re.escape(needs)):
+        next(iter(fit(ImageNet(), image_splits(), quick_config(compile="step"))))
+    step = TrainingStep(ImageNet(), functional.cross_entropy, torch.optim.SGD(ImageNet().parameters(), lr=0.1))
+    shape, plenty = (17, *IMAGE_SHAPE), 1_000_000
+    assert settle_compile_mode("auto", step, batch_shape=shape, seconds_a_step=1e-3, steps_left=plenty) == "off"
 
 
 # Memory.
@@ -207,7 +231,7 @@ def test_a_resumed_training_takes_batches_in_as_many_parts_as_before(tmp_path: P
     assert_equal_weights(weights_of(model), weights_of(expected_model))
 
 
-@pytest.mark.parametrize("mode", ["off", "step"])
+@pytest.mark.parametrize("mode", ["off", pytest.param("step", marks=pytest.mark.compiled_step)])
 def test_nothing_of_a_training_is_alive_after_it(mode: str) -> None:
     def tensors() -> int:
         gc.collect()

@@ -386,6 +386,7 @@ def test_frozen_layers_keep_their_weights_and_the_statistics_of_their_norms(
     assert not torch.equal(head, network_of(model).model.fc.weight)  # type: ignore[arg-type]
 
 
+@pytest.mark.compiled_step
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_frozen_layers_thaw_at_their_epoch_with_every_optimizer(optimizer: str, weights: str) -> None:
     model = pretrained(weights=weights, trainable_layers=1)

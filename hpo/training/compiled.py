@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
+OLDEST_TRACING = "2.11"
+"""The first version of torch that takes the backward pass into a graph (`torch._dynamo.config.trace_autograd_ops`)."""
+
 MAX_GRAPHS = 32
 """Graphs that are kept: each step looks through them for its own, and they hold memory."""
 
@@ -176,8 +179,8 @@ class Formulas:
 def check_compile_mode(wanted: str, precision: str, device: str) -> None:
     """Raise UsageError where `--compile step` or `graph` was asked for and cannot be had."""
     reason = None
-    if wanted == "step" and not _can_trace():
-        reason = f"needs a newer torch than {torch.__version__}"
+    if wanted == "step" and not can_trace():
+        reason = f"needs torch {OLDEST_TRACING} or later, not {torch.__version__}"
     elif wanted in ("step", "graph") and precision == "fp16":
         reason = "does not work with --precision fp16"
     elif wanted == "graph" and not device.startswith("cuda"):
@@ -216,7 +219,7 @@ def settle_compile_mode(
         is_on_cpu = next(step.model.parameters()).device.type == "cpu"  # the figures are a CPU's
         if not is_on_cpu or (signature not in _known and not _pays(step, seconds_a_step, steps_left)):
             return "off"
-        if not _can_trace():
+        if not can_trace():
             return "off"
     if signature not in _known and len(_known) >= MAX_GRAPHS:
         torch.compiler.reset()
@@ -251,11 +254,9 @@ def _pays(step: TrainingStep, seconds_a_step: float, steps_left: int) -> bool:
     return saving_s * steps_left > SECONDS_TO_COMPILE + SECONDS_TO_COMPILE_A_PARAMETER * num_parameters
 
 
-def _can_trace() -> bool:
-    """Whether this torch can take the backward pass into a graph."""
-    import torch._dynamo  # a second and a half, which most trainings can do without
-
-    return hasattr(torch._dynamo.config, "trace_autograd_ops")
+def can_trace() -> bool:
+    """Whether this torch can compile a whole step."""
+    return torch.__version__ >= OLDEST_TRACING
 
 
 def _trained(group: dict[str, Any]) -> list[nn.Parameter]:
