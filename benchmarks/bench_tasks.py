@@ -8,6 +8,7 @@ smooth curves of 52 epochs without noise. The tables (Klein and Hutter, 2019, ar
 from __future__ import annotations
 
 import json
+import sys
 from abc import ABC, abstractmethod
 from functools import cache
 from pathlib import Path
@@ -54,6 +55,12 @@ LCBENCH_DEVELOPMENT = ("189908", "7593", "168331", "168329", "167201", "168910",
 _LCBENCH_INPUTS = (
     "batch_size", "learning_rate", "momentum", "weight_decay", "num_layers", "max_units", "max_dropout",
 )  # fmt: skip
+
+# Outputs of the surrogate: seconds since the first epoch began, and validation accuracy in per cent.
+_TIME, _ACCURACY = 0, 1
+
+_EPOCHS = (8, 16, 32, 52)
+"""After 10 full runs of epochs each of 64 workers has trained 8 epochs, and each of 16 workers 32."""
 
 _LCBENCH_DEFAULTS: dict[str, dict[str, Any]] = {
     "good": {
@@ -109,20 +116,29 @@ class LCBenchTask(BenchTask):
         )
 
     def curves(self, values: dict[str, Value], rng: np.random.Generator) -> tuple[Losses, Losses]:
-        losses = self._errors(np.array([[values[name] for name in _LCBENCH_INPUTS]], dtype=np.float32))[0]
+        losses = self._errors(_as_row(values))[0]
         return losses, losses
+
+    def epoch_s(self, values: dict[str, Value]) -> float:
+        """Seconds per epoch of a configuration, on LCBench's machines."""
+        total_s = self._outputs(_as_row(values))[0, -1, _TIME]
+        return float(total_s) / self.num_epochs
 
     def _errors(self, configurations: NDArray[np.float32]) -> Losses:
         """(N, 7) configurations -> (N, 52) validation errors in [0, 1]."""
+        errors: Losses = 1.0 - self._outputs(configurations)[..., _ACCURACY].astype(np.float64) / 100.0
+        return errors
+
+    def _outputs(self, configurations: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(N, 7) configurations -> (N, 52, 6) what the surrogate says of each epoch."""
         session, codes = _lcbench_model(self._folder)
         epochs = np.arange(1, self.num_epochs + 1, dtype=np.float32)
         inputs = np.column_stack(
             [np.tile(epochs, len(configurations)), np.repeat(configurations, self.num_epochs, axis=0)]
         )
         code = np.full((len(inputs), 1), codes[self._task], dtype=np.int32)
-        accuracy = session.run(None, {"x_cat": code, "x_cont": inputs})[0][:, 1]
-        errors: Losses = 1.0 - accuracy.reshape(len(configurations), -1).astype(np.float64) / 100.0
-        return errors
+        outputs: NDArray[np.float32] = session.run(None, {"x_cat": code, "x_cont": inputs})[0]
+        return outputs.reshape(len(configurations), self.num_epochs, -1)
 
     def reference(self) -> tuple[float, float]:
         """Lowest error found by an evolution from 2 000 random configurations, and the median of these."""
@@ -140,7 +156,18 @@ class LCBenchTask(BenchTask):
             losses = np.concatenate([losses, self._best_errors(offspring)])
         return float(losses.min()), typical
 
+    def best_of_random(self, num_configurations: int) -> Losses:
+        """(52,) the lowest error that any of so many random configurations has had by each epoch."""
+        units = np.random.default_rng(0).uniform(size=(num_configurations, len(_LCBENCH_INPUTS)))
+        best: Losses = np.minimum.accumulate(self._errors_at(units).min(axis=0))
+        return best
+
     def _best_errors(self, units: Losses) -> Losses:
+        best: Losses = self._errors_at(units).min(axis=1)
+        return best
+
+    def _errors_at(self, units: Losses) -> Losses:
+        """(N, 7) points of the unit cube -> (N, 52) errors."""
         columns = []
         for name, unit in zip(_LCBENCH_INPUTS, units.T, strict=True):
             parameter = self.space("good").parameters[name]
@@ -148,7 +175,11 @@ class LCBenchTask(BenchTask):
             low, high = parameter.low, parameter.high
             column = low * (high / low) ** unit if parameter.log else low + (high - low) * unit
             columns.append(np.rint(column) if isinstance(parameter, Int) else column)
-        return self._errors(np.column_stack(columns).astype(np.float32)).min(axis=1)
+        return self._errors(np.column_stack(columns).astype(np.float32))
+
+
+def _as_row(values: dict[str, Value]) -> NDArray[np.float32]:
+    return np.array([[values[name] for name in _LCBENCH_INPUTS]], dtype=np.float32)
 
 
 @cache
@@ -258,9 +289,17 @@ def _table_task(family: str, dataset: str) -> TableTask:
     return TableTask(family, dataset)
 
 
-if __name__ == "__main__":
-    import sys
+def main() -> None:
+    """Print the references of LCBench, and how far random configurations come within fewer epochs."""
+    reached = []
+    for name in LCBENCH_DEVELOPMENT:
+        task = LCBenchTask(Path(sys.argv[1]), name)
+        best, typical = task.reference()
+        reached.append(task.regret(task.best_of_random(1500)[[epoch - 1 for epoch in _EPOCHS]]))
+        print(f"{name}: best {100 * (1 - best):.3f}, median {100 * (1 - typical):.3f}")
+    for epoch, regret in zip(_EPOCHS, np.mean(reached, axis=0), strict=True):
+        print(f"lowest regret of 1 500 random configurations within {epoch} epochs: {regret:.3f}")
 
-    for development_task in LCBENCH_DEVELOPMENT:
-        best, typical = LCBenchTask(Path(sys.argv[1]), development_task).reference()
-        print(f"{development_task}: best {100 * (1 - best):.3f}, median {100 * (1 - typical):.3f}")
+
+if __name__ == "__main__":
+    main()

@@ -1,16 +1,18 @@
 """Search strategies on real networks: the epochs that each needs to reach what random search reaches at its end.
 
     python benchmarks/real_networks.py --data-dir DIR
+    python benchmarks/real_networks.py --data-dir DIR --seconds 20 --contenders priority+budget priority random
 
 Trains the tasks' own networks with hpo's trainer, one after another in one process on one thread. Every search may
-spend the epochs of 30 full trials; one that stops trials early gets more of them. Searches are paired by seed, which
-also divides the data; the intervals are 95 % of a bootstrap over seeds.
+spend the epochs of 30 full trials, or --seconds of CPU time in training; one that stops trials early gets more of them.
+Searches are paired by seed, which also divides the data; the intervals are 95 % of a bootstrap over seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
 import sys
 import time
@@ -34,8 +36,9 @@ from hpo.config import derive_seed
 from hpo.data.datasets import Splits, split_dataset
 from hpo.models.preprocessed import build_model
 from hpo.plugins import load_task
+from hpo.search import stored
 from hpo.search.settings import StudySettings
-from hpo.search.study import Study, Suggestion
+from hpo.search.study import Study
 from hpo.task import Task
 from hpo.training.trainer import fit
 
@@ -43,8 +46,13 @@ NUM_FULL_TRIALS = 30
 VALIDATION_FRACTION = 0.2
 BOOTSTRAP_SAMPLES = 5000
 
-CONTENDERS = {"priority": "model", "tpe": "none", "random": "none"}
-"""The strategies, each with its pruner."""
+CONTENDERS = {
+    "priority": ("priority", "model"),
+    "priority+budget": ("priority", "model"),
+    "tpe": ("tpe", "none"),
+    "random": ("random", "none"),
+}
+"""Strategies and pruners; with a budget, `priority` weighs what an epoch takes."""
 
 Values = NDArray[np.float64]
 
@@ -59,11 +67,6 @@ class Problem:
 
     max_epochs: int
 
-    @property
-    def budget(self) -> int:
-        """Epochs of one search."""
-        return NUM_FULL_TRIALS * self.max_epochs
-
 
 PROBLEMS = (
     Problem(name="digits", limit=None, max_epochs=6),
@@ -71,63 +74,84 @@ PROBLEMS = (
 )
 
 
-def search(problem: Problem, task: Task, splits: Splits, strategy: str, seed: int) -> tuple[Values, int]:
-    """Run one search; gives the best validation accuracy after each epoch (budget,), and the number of trials."""
-    study = _open_study(problem, task, strategy, seed)
-    reached: list[float] = []
-    best = 0.0
-    while len(reached) < problem.budget:
-        suggestion = study.ask()
-        for accuracy in train(problem, task, splits, study, suggestion, problem.budget - len(reached)):
-            best = max(best, accuracy)
-            reached.append(best)
-    return np.array(reached), len(study.trials())
+@dataclass(frozen=True)
+class Course:
+    """How far a search has come after each of its epochs."""
+
+    spent: Values
+    """(n,) epochs, or seconds, so far."""
+
+    best: Values
+    """(n,) the best validation accuracy so far."""
+
+    num_trials: int
 
 
-def _open_study(problem: Problem, task: Task, strategy: str, seed: int) -> Study:
+def search(problem: Problem, task: Task, splits: Splits, contender: str, seed: int, *, seconds: float | None) -> Course:
+    """Run one search until its seconds, or the epochs of NUM_FULL_TRIALS trials, are used up."""
+    budget = seconds or float(NUM_FULL_TRIALS * problem.max_epochs)
+    study = _open_study(problem, task, contender, seed)
+    spent, best = [0.0], [0.0]
+    while spent[-1] < budget:
+        for accuracy, cost in train(problem, task, splits, study, budget - spent[-1], by_seconds=seconds is not None):
+            spent.append(spent[-1] + cost)
+            best.append(max(best[-1], accuracy))
+    return Course(np.array(spent), np.array(best), len(study.trials()))
+
+
+def _open_study(problem: Problem, task: Task, contender: str, seed: int) -> Study:
+    strategy, pruner = CONTENDERS[contender]
     settings = StudySettings(
         task=problem.name,
         space=task.space,
         seed=seed,
         strategy=strategy,
-        pruner=CONTENDERS[strategy],
+        pruner=pruner,
         max_epochs=problem.max_epochs,
         metric="accuracy",
         direction=Direction.MAXIMIZE,
         limit=problem.limit,
         planned_trials=NUM_FULL_TRIALS,
     )
-    return Study.open(InMemoryStorage(), "real networks", settings)
+    study = Study.open(InMemoryStorage(), "real networks", settings)
+    if contender.endswith("+budget"):
+        study.record(stored.BUDGET, math.inf)
+    return study
 
 
 def train(
-    problem: Problem, task: Task, splits: Splits, study: Study, suggestion: Suggestion, num_epochs: int
-) -> list[float]:
-    """Train a suggestion for `num_epochs` at the most, and tell the study; gives the accuracies, 0 for NaN."""
+    problem: Problem, task: Task, splits: Splits, study: Study, budget: float, *, by_seconds: bool
+) -> list[tuple[float, float]]:
+    """Train what the study suggests, within the budget; the accuracy of each epoch, 0 for NaN, and what it cost."""
+    suggestion = study.ask()
     config = task.train_config(suggestion.active_values, max_epochs=problem.max_epochs, seed=suggestion.seed)
     parameters = task.model_parameters(suggestion.active_values)
     model = build_model(task.objective, splits.spec, parameters, seed=derive_seed(suggestion.seed, "initialisation"))
     model.fit_statistics(splits.train)
-    accuracies: list[float] = []
-    is_weak = False
+    epochs: list[tuple[float, float]] = []
+    is_weak, trained_s = False, 0.0
+    began = time.process_time()
     with closing(fit(model, splits, config)) as results:
-        for result in itertools.islice(results, num_epochs):
-            accuracies.append(0.0 if result.diverged else result.value)
+        for result in results:
+            epoch_s = time.process_time() - began
+            trained_s += epoch_s
+            epochs.append((0.0 if result.diverged else result.value, epoch_s if by_seconds else 1.0))
             is_weak = not result.diverged and study.report(suggestion.number, result.epoch, result.value)
-            if is_weak:
+            if is_weak or sum(cost for _, cost in epochs) >= budget:
                 break
+            began = time.process_time()
     state = "diverged" if result.diverged else "pruned" if is_weak else "complete"
-    study.tell(suggestion.number, state, value=result.best_value, best_epoch=result.best_epoch)
-    return accuracies
+    study.tell(suggestion.number, state, value=result.best_value, best_epoch=result.best_epoch, trained_s=trained_s)
+    return epochs
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-def epochs_to_reach(curves: Values, targets: Values) -> Values:
-    """First epoch in which each search (seeds, epochs) has its target (seeds,); the last one where it never has."""
-    hits = curves >= targets[:, None]
-    return np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, curves.shape[1]).astype(np.float64)
+def cost_to_reach(course: Course, target: float) -> float:
+    """What a search had spent when it reached an accuracy; all that it spent if it never did."""
+    hits = course.best >= target
+    return float(course.spent[hits.argmax()] if hits.any() else course.spent[-1])
 
 
 def interval(values: Values) -> str:
@@ -138,19 +162,20 @@ def interval(values: Values) -> str:
     return f"{values.mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def print_table(problem: Problem, curves: dict[str, Values], trials: dict[str, float]) -> None:
-    """One row a strategy: (seeds, epochs) curves of the best accuracy so far, and the mean number of trials."""
-    num_seeds = len(curves["random"])
+def print_table(problem: Problem, courses: dict[str, list[Course]], unit: str) -> None:
+    """One row a contender; the searches of each are in the order of their seeds."""
+    num_seeds = len(courses["random"])
     size = "all" if problem.limit is None else f"{problem.limit}"
     print(f"\n{problem.name}: {size} examples, {problem.max_epochs} epochs a trial, {num_seeds} seeds\n")
-    print(f"| strategy, pruner | epochs of {problem.budget} to random search's end | had by | accuracy | trials |")
+    print(f"| strategy, pruner | {unit} to random search's end | had by | accuracy | trials |")
     print("| --- | ---: | ---: | ---: | ---: |")
-    targets = curves["random"][:, -1]
-    for name, pruner in CONTENDERS.items():
-        needed = interval(epochs_to_reach(curves[name], targets))
-        num_reached = int((curves[name][:, -1] >= targets).sum())
-        end = interval(curves[name][:, -1])
-        print(f"| `{name}`, `{pruner}` | {needed} | {num_reached} of {num_seeds} | {end} | {trials[name]:.0f} |")
+    targets = [course.best[-1] for course in courses["random"]]
+    for name, own in courses.items():
+        needed = interval(np.array([cost_to_reach(each, target) for each, target in zip(own, targets, strict=True)]))
+        num_reached = sum(each.best[-1] >= target for each, target in zip(own, targets, strict=True))
+        end = interval(np.array([each.best[-1] for each in own]))
+        trials = np.mean([each.num_trials for each in own])
+        print(f"| `{name}`, `{CONTENDERS[name][1]}` | {needed} | {num_reached} of {num_seeds} | {end} | {trials:.0f} |")
     sys.stdout.flush()
 
 
@@ -160,21 +185,14 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     print(f"{describe_machine('torch', 'optuna')}, one of them used")
     began = time.process_time()
-    for problem in PROBLEMS:
+    for problem in (problem for problem in PROBLEMS if problem.name in arguments.tasks):
         task = load_task(problem.name)
         dataset = task.objective.load(arguments.data_dir)
-        curves: dict[str, list[Values]] = {name: [] for name in CONTENDERS}
-        trials: dict[str, list[int]] = {name: [] for name in CONTENDERS}
-        for seed, strategy in itertools.product(range(arguments.seeds), CONTENDERS):
+        courses: dict[str, list[Course]] = {name: [] for name in arguments.contenders}
+        for seed, contender in itertools.product(range(arguments.seeds), arguments.contenders):
             splits = split_dataset(dataset, validation_fraction=VALIDATION_FRACTION, seed=seed, limit=problem.limit)
-            curve, num_trials = search(problem, task, splits, strategy, seed)
-            curves[strategy].append(curve)
-            trials[strategy].append(num_trials)
-        print_table(
-            problem,
-            {name: np.array(rows) for name, rows in curves.items()},
-            {name: float(np.mean(counts)) for name, counts in trials.items()},
-        )
+            courses[contender].append(search(problem, task, splits, contender, seed, seconds=arguments.seconds))
+        print_table(problem, courses, "seconds" if arguments.seconds else "epochs")
     print(f"\n{time.process_time() - began:.0f} s of CPU")
 
 
@@ -182,7 +200,17 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True, metavar="DIR", help="folder that holds FashionMNIST/")
     parser.add_argument("--seeds", type=int, default=5, metavar="N")
-    return parser.parse_args()
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="CPU time of a search's training, in place of epochs"
+    )
+    parser.add_argument("--tasks", nargs="+", default=[each.name for each in PROBLEMS], metavar="NAME")
+    parser.add_argument(
+        "--contenders", nargs="+", default=["priority", "tpe", "random"], choices=CONTENDERS, metavar="NAME"
+    )
+    arguments = parser.parse_args()
+    if "random" not in arguments.contenders:
+        parser.error("--contenders must include random, whose end is what the others are to reach.")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
     python benchmarks/search_quality.py --quick --lcbench DIR       under a minute on two cores
     python benchmarks/search_quality.py --lcbench DIR --tables      everything
     python benchmarks/search_quality.py --cost                      what asking for a trial costs
+    python benchmarks/search_quality.py --seconds --lcbench DIR --workers 1 --contenders priority priority+budget
+                                                                    at equal seconds in place of equal epochs
 
 DIR holds LCBench's surrogate (model.onnx and encoding.json of YAHPO Gym). The extra `bench` brings onnxruntime, the
 tables of HPOLib and HPOBench, and SMAC3 as the peer from outside.
@@ -49,6 +51,7 @@ from optuna.trial import TrialState
 
 from hpo.config import derive_seed
 from hpo.parameters import Choice, Value
+from hpo.search import stored
 from hpo.search.encoding import distribution
 from hpo.search.settings import StudySettings
 from hpo.search.study import Study
@@ -83,8 +86,8 @@ class Contender(ABC):
         """Whether the job is to stop here."""
 
     @abstractmethod
-    def tell(self, key: int, loss: float, *, stopped: bool) -> None:
-        """The job has ended, with this loss at its best epoch."""
+    def tell(self, key: int, loss: float, *, stopped: bool, trained_s: float = 0.0) -> None:
+        """The job has ended, with this loss at its best epoch, after so many seconds."""
 
     def finalists(self) -> list[int]:
         """Jobs that were stopped and are to run to their end before the search is over, the most promising first."""
@@ -94,7 +97,17 @@ class Contender(ABC):
 class OurStudy(Contender):
     """hpo's own study, as `hpo search` runs it."""
 
-    def __init__(self, task: BenchTask, space: Space, seed: int, runs: int, *, strategy: str, pruner: str) -> None:
+    def __init__(
+        self,
+        task: BenchTask,
+        space: Space,
+        seed: int,
+        runs: int,
+        *,
+        strategy: str,
+        pruner: str,
+        has_budget: bool = False,
+    ) -> None:
         settings = StudySettings(
             task=task.name,
             space=space,
@@ -108,6 +121,8 @@ class OurStudy(Contender):
             planned_trials=max(100, runs),
         )
         self._study = Study.open(InMemoryStorage(), "bench", settings)
+        if has_budget:
+            self._study.record(stored.BUDGET, math.inf)
 
     def ask(self) -> Job:
         suggestion = self._study.ask()
@@ -116,8 +131,8 @@ class OurStudy(Contender):
     def report(self, key: int, epoch: int, loss: float) -> bool:
         return self._study.report(key, epoch, loss)
 
-    def tell(self, key: int, loss: float, *, stopped: bool) -> None:
-        self._study.tell(key, "pruned" if stopped else "complete", value=loss)
+    def tell(self, key: int, loss: float, *, stopped: bool, trained_s: float = 0.0) -> None:
+        self._study.tell(key, "pruned" if stopped else "complete", value=loss, trained_s=trained_s)
 
     def finalists(self) -> list[int]:
         return [trial.number for trial in self._study.finalists()]
@@ -156,7 +171,7 @@ class PlainOptuna(Contender):
         self._running[key].report(loss, epoch)
         return self._running[key].should_prune()
 
-    def tell(self, key: int, loss: float, *, stopped: bool) -> None:
+    def tell(self, key: int, loss: float, *, stopped: bool, trained_s: float = 0.0) -> None:
         trial = self._running.pop(key)
         if stopped:
             self._study.tell(trial, state=TrialState.PRUNED)
@@ -204,7 +219,7 @@ class Smac(Contender):
     def report(self, key: int, epoch: int, loss: float) -> bool:
         return epoch >= self._running[key][1]
 
-    def tell(self, key: int, loss: float, *, stopped: bool) -> None:
+    def tell(self, key: int, loss: float, *, stopped: bool, trained_s: float = 0.0) -> None:
         from smac.runhistory.dataclasses import TrialValue
 
         info, last_epoch = self._running.pop(key)
@@ -233,6 +248,7 @@ def _sha_from_a_fifth(max_epochs: int) -> BasePruner:
 
 CONTENDERS: dict[str, Callable[..., Contender]] = {
     "priority": partial(OurStudy, strategy="priority", pruner="model"),
+    "priority+budget": partial(OurStudy, strategy="priority", pruner="model", has_budget=True),
     "optuna": partial(PlainOptuna, sampler=lambda seed: TPESampler(seed=seed), pruner=lambda _: MedianPruner()),
     "tpe+default+sha": partial(
         PlainOptuna, sampler=lambda seed: TPESampler(seed=seed), pruner=_sha_from_a_fifth, default_first=True
@@ -249,6 +265,7 @@ CONTENDERS: dict[str, Callable[..., Contender]] = {
 }
 DESCRIPTIONS = {
     "priority": "hpo's default: --strategy priority --pruner model",
+    "priority+budget": "the same with --budget, which makes it weigh seconds",
     "optuna": "Optuna's defaults: TPESampler, MedianPruner",
     "tpe+default+sha": "TPESampler, default configuration first, SuccessiveHalvingPruner(epochs / 5, 3)",
     "tpe+hyperband": "TPESampler, HyperbandPruner(1, epochs, 3)",
@@ -273,14 +290,16 @@ class Setting:
     default: str
     workers: int
     runs: int
+    by_seconds: bool = False
+    """Whether an epoch costs its seconds; otherwise it costs 1."""
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What a search has reached."""
 
-    by_epochs: Curve
-    """Regret after epochs worth 1, 2, ... full runs."""
+    by_cost: Curve
+    """Regret after epochs, or seconds, worth 1, 2, ... full runs; that of the default configuration in seconds."""
 
     by_trials: Curve
     """Regret after 1, 2, ... trials."""
@@ -296,13 +315,14 @@ class _Training:
     observed: Curve = field(compare=False)
     true: Curve = field(compare=False)
     epoch: int = field(compare=False)
+    epoch_cost: float = field(compare=False)
     lowest: float = field(default=math.inf, compare=False)
     is_final: bool = field(default=False, compare=False)
     """Whether it was stopped and is continued to its end, as hpo's study does when it has its trials."""
 
 
 def simulate(setting: Setting) -> Outcome:
-    """Run a search with asynchronous workers, each of which trains one epoch a tick, until its epochs are used up.
+    """Run a search with asynchronous workers until its epochs, or its seconds, are used up.
 
     The last of them are those that the contender's finalists need to run to their end.
     """
@@ -312,48 +332,62 @@ def simulate(setting: Setting) -> Outcome:
     began = time.process_time()
     space = task.space(setting.default)
     contender = CONTENDERS[setting.contender](task, space, setting.seed, setting.runs)
-    budget = setting.runs * task.num_epochs
-    reached = np.full(budget, math.inf)
+    full_run = task.num_epochs * _epoch_cost(setting, space.defaults())
+    budget = setting.runs * full_run
+    used, reached = [0.0], [math.inf]
     by_trials: list[float] = []
     incumbent_observed, incumbent_true = math.inf, math.inf
 
     stopped_runs: dict[int, _Training] = {}
     finalists: list[_Training] = []
 
-    def start(clock: float, used: int = 0) -> _Training:
+    def start(clock: float) -> _Training:
         if not any(run.is_final for run in stopped_runs.values()):
             finalists[:] = [stopped_runs[key] for key in contender.finalists()]
-        if finalists and budget - used <= sum(task.num_epochs - run.epoch for run in finalists):
+        needed = sum((task.num_epochs - run.epoch) * run.epoch_cost for run in finalists)
+        if finalists and budget - used[-1] <= needed:
             run = finalists.pop(0)
-            run.clock, run.is_final = clock + 1, True
+            run.clock, run.is_final = clock + run.epoch_cost, True
             return run
         job = contender.ask()
-        return _Training(clock + 1, job.key, job, *task.curves(job.values, rng), job.start_epoch)
+        cost = _epoch_cost(setting, job.values)
+        return _Training(clock + cost, job.key, job, *task.curves(job.values, rng), job.start_epoch, cost)
 
     training = [start(0.0) for _ in range(setting.workers)]
-    for used in range(budget):
+    while used[-1] < budget:
         run = heapq.heappop(training)
         loss = float(run.observed[run.epoch])
         run.lowest = min(run.lowest, loss)
         if loss < incumbent_observed:
             incumbent_observed, incumbent_true = loss, float(run.true[run.epoch])
-        reached[used] = incumbent_true
+        used.append(used[-1] + run.epoch_cost)
+        reached.append(incumbent_true)
         run.epoch += 1
         stopped = not run.is_final and contender.report(run.key, run.epoch, loss)
         if stopped or run.epoch == task.num_epochs:
             if not run.is_final:
-                contender.tell(run.key, run.lowest, stopped=stopped and run.epoch < task.num_epochs)
+                stopped_early = stopped and run.epoch < task.num_epochs
+                contender.tell(run.key, run.lowest, stopped=stopped_early, trained_s=run.epoch * run.epoch_cost)
                 by_trials.append(incumbent_true)
                 stopped_runs |= {run.key: run} if stopped else {}
-            heapq.heappush(training, start(run.clock, used + 1))
+            heapq.heappush(training, start(run.clock))
         else:
-            run.clock += 1
+            run.clock += run.epoch_cost
             heapq.heappush(training, run)
+    marks = full_run * np.arange(1, setting.runs + 1)
+    last_within = np.searchsorted(used, marks, side="right") - 1
     return Outcome(
-        task.regret(reached[task.num_epochs - 1 :: task.num_epochs]),
+        task.regret(np.array(reached)[last_within]),
         task.regret(np.array(by_trials)),
         time.process_time() - began,
     )
+
+
+def _epoch_cost(setting: Setting, values: dict[str, Value]) -> float:
+    if not setting.by_seconds:
+        return 1.0
+    assert isinstance(setting.task, LCBenchTask), "only LCBench says how long an epoch takes"
+    return setting.task.epoch_s(values)
 
 
 def _silence() -> None:
@@ -388,7 +422,7 @@ def print_table(title: str, outcomes: dict[tuple[str, str, int], Outcome], marks
     columns = [compare(outcomes, partial(_regret_at, mark=mark, kind=kind)) for mark in marks]
     names = list(columns[0])
     header = " | ".join(f"{mark:>19}" for mark in marks)
-    print(f"| regret at {'epochs worth .. full runs' if kind == 'epochs' else '.. trials':<26} | {header} |")
+    print(f"| regret at {'.. trials' if kind == 'trials' else f'{kind} worth .. full runs':<26} | {header} |")
     print(f"| {'-' * 36} | {' | '.join(['-' * 19] * len(marks))} |")
     for name in names:
         print(f"| {name:<36} | {' | '.join(f'{column[name].mean():>19.3f}' for column in columns)} |")
@@ -404,7 +438,7 @@ def print_table(title: str, outcomes: dict[tuple[str, str, int], Outcome], marks
 
 
 def _regret_at(outcome: Outcome, *, mark: int, kind: str) -> float:
-    regrets = outcome.by_epochs if kind == "epochs" else outcome.by_trials
+    regrets = outcome.by_trials if kind == "trials" else outcome.by_cost
     return float(regrets[min(mark, len(regrets)) - 1])
 
 
@@ -481,13 +515,14 @@ def main() -> None:
     print(describe_machine("optuna", "numpy"))
     for name in arguments.contenders:
         print(f"  {name}: {DESCRIPTIONS[name]}")
+    unit = "seconds" if arguments.seconds else "epochs"
     if arguments.lcbench:
         tasks: list[BenchTask] = [LCBenchTask(arguments.lcbench, task) for task in arguments.tasks]
         for default, workers in itertools.product(arguments.defaults, arguments.workers):
             outcomes = _run(arguments, tasks, default, workers)
             title = f"LCBench, {len(tasks)} tasks x {arguments.seeds} seeds, {default} default, {workers} worker(s)"
             marks = [mark for mark in MARKS if mark <= arguments.runs]
-            print_table(f"{title}, at equal epochs", outcomes, marks, "epochs")
+            print_table(f"{title}, at equal {unit}", outcomes, marks, unit)
             if arguments.by_trials:
                 print_table(f"{title}, at equal trials", outcomes, marks, "trials")
     if arguments.tables:
@@ -507,6 +542,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--tables", action="store_true", help="the tables of HPOLib and HPOBench too")
     parser.add_argument("--cost", action="store_true", help="the cost of asking for a trial")
     parser.add_argument("--quick", action="store_true", help="one seed, 30 full runs, the cheap contenders")
+    parser.add_argument("--seconds", action="store_true", help="an epoch costs its time; for --lcbench alone")
     parser.add_argument("--by-trials", action="store_true", help="also at an equal number of trials")
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, metavar="NAME")
     parser.add_argument("--tasks", nargs="+", default=LCBENCH_DEVELOPMENT, metavar="ID", help="OpenML tasks of LCBench")
@@ -519,6 +555,8 @@ def _parse() -> argparse.Namespace:
     if arguments.quick:
         arguments.contenders = [name for name in arguments.contenders if name in QUICK]
         arguments.seeds, arguments.runs, arguments.workers, arguments.defaults = 1, 30, [1], ["good"]
+    if arguments.seconds and (arguments.tables or not arguments.lcbench):
+        parser.error("--seconds needs --lcbench, and no --tables: only LCBench says how long an epoch takes.")
     if not (arguments.lcbench or arguments.tables or arguments.cost):
         parser.error("nothing to do; give --lcbench DIR, --tables or --cost.")
     return arguments
@@ -529,7 +567,15 @@ def _run(
 ) -> dict[tuple[str, str, int], Outcome]:
     keys = list(itertools.product(arguments.contenders, tasks, range(arguments.seeds)))
     settings = [
-        Setting(task=task, contender=name, seed=seed, default=default, workers=workers, runs=arguments.runs)
+        Setting(
+            task=task,
+            contender=name,
+            seed=seed,
+            default=default,
+            workers=workers,
+            runs=arguments.runs,
+            by_seconds=arguments.seconds,
+        )
         for name, task, seed in keys
     ]
     return {

@@ -55,23 +55,23 @@ def outcome(bench: ModuleType, contender: str, workers: int) -> object:
 def test_every_contender_spends_the_same_epochs_and_regret_never_rises(bench: ModuleType, contender: str) -> None:
     reached = outcome(bench, contender, workers=1)
 
-    assert len(reached.by_epochs) == 12  # type: ignore[attr-defined]
-    assert np.all(np.diff(reached.by_epochs) <= 0)  # type: ignore[attr-defined]
+    assert len(reached.by_cost) == 12  # type: ignore[attr-defined]
+    assert np.all(np.diff(reached.by_cost) <= 0)  # type: ignore[attr-defined]
     assert np.all(np.diff(reached.by_trials) <= 0)  # type: ignore[attr-defined]
     if contender in ("priority", "tpe+default+sha"):
         assert reached.by_trials[0] == pytest.approx(0.2)  # type: ignore[attr-defined]
     if contender == "random":
         assert len(reached.by_trials) == 12  # type: ignore[attr-defined]
-        assert reached.by_epochs == pytest.approx(reached.by_trials)  # type: ignore[attr-defined]
+        assert reached.by_cost == pytest.approx(reached.by_trials)  # type: ignore[attr-defined]
 
 
 def test_parallel_workers_share_the_epochs(bench: ModuleType) -> None:
     alone, together = (outcome(bench, "random", workers) for workers in (1, 4))
 
     # Of four that train side by side, all end together: nothing has reached its last epoch after one run's worth.
-    assert together.by_epochs[0] > alone.by_epochs[0]  # type: ignore[attr-defined]
+    assert together.by_cost[0] > alone.by_cost[0]  # type: ignore[attr-defined]
     assert len(together.by_trials) == len(alone.by_trials)  # type: ignore[attr-defined]
-    assert together.by_epochs[3] == pytest.approx(alone.by_epochs[3])  # type: ignore[attr-defined]
+    assert together.by_cost[3] == pytest.approx(alone.by_cost[3])  # type: ignore[attr-defined]
 
 
 def test_the_ratio_of_means_comes_with_an_interval_over_tasks(bench: ModuleType) -> None:
@@ -94,17 +94,17 @@ def test_real_networks_are_trained_for_the_epochs_that_a_search_may_spend(
     task = load_task("digits")
     splits = split_dataset(task.objective.load(FOLDER), validation_fraction=0.2, seed=0, limit=problem.limit)
 
-    reached, trials = real_networks.search(problem, task, splits, strategy, seed=0)
+    course = real_networks.search(problem, task, splits, strategy, seed=0, seconds=None)
 
-    assert len(reached) == problem.budget == 15
-    assert np.all(np.diff(reached) >= 0)
-    assert reached[-1] > 0.5
-    assert trials >= num_trials
+    assert list(course.spent) == list(range(16))
+    assert np.all(np.diff(course.best) >= 0)
+    assert course.best[-1] > 0.5
+    assert course.num_trials >= num_trials
 
 
-def test_the_epochs_to_a_target_are_all_of_them_where_it_is_never_reached(bench: ModuleType) -> None:
+def test_the_cost_of_a_target_is_all_that_was_spent_if_it_is_never_reached(bench: ModuleType) -> None:
     import real_networks
 
-    curves = np.array([[0.1, 0.5, 0.9], [0.1, 0.2, 0.3]])
+    course = real_networks.Course(np.array([0.0, 2.0, 3.0]), np.array([0.0, 0.5, 0.9]), 1)
 
-    assert list(real_networks.epochs_to_reach(curves, np.array([0.5, 0.5]))) == [2.0, 3.0]
+    assert [real_networks.cost_to_reach(course, target) for target in (0.5, 0.6, 0.95)] == [2.0, 3.0, 3.0]

@@ -20,7 +20,7 @@ from scipy.stats import norm
 from hpo.config import Direction
 from hpo.errors import StudyMismatchError, UsageError
 from hpo.parameters import Choice, Float, Int, Value
-from hpo.search import priority
+from hpo.search import priority, stored
 from hpo.search.encoding import Encoding, distribution
 from hpo.search.gaussian_process import GaussianProcess, negative_log_posterior
 from hpo.search.priority import PrioritySampler
@@ -59,11 +59,14 @@ def past_trial(x: float, curve: list[float], state: TrialState, number: int) -> 
     return trial
 
 
-def proposals(trials: list[optuna.trial.FrozenTrial], direction: Direction = Direction.MINIMIZE) -> list[float]:
+def proposals(
+    trials: list[optuna.trial.FrozenTrial], direction: Direction = Direction.MINIMIZE, **options: Any
+) -> list[float]:
     """What the model proposes for x, under ten seeds."""
     found = []
     for seed in range(10):
-        values = Surrogate(LINE).propose(trials, {}, direction=direction, rng=np.random.default_rng(seed))
+        rng = np.random.default_rng(seed)
+        values = Surrogate(LINE).propose(trials, {}, direction=direction, rng=rng, **options)
         assert values is not None
         found.append(float(values["x"]))
     return found
@@ -390,6 +393,65 @@ def test_a_hopeless_trial_is_stopped_at_the_first_rung_also_before_the_model_jud
     ends = run_losses(Study.open(InMemoryStorage(), "study", settings), [good, *hopeless])
 
     assert ends == [24] + [stopped_after] * len(hopeless)
+
+
+# --- training time ----------------------------------------------------------------------------------------------------
+
+
+def timed_valleys() -> list[optuna.trial.FrozenTrial]:
+    """Two valleys, equally deep; in the right one an epoch takes a hundred times as long."""
+    trials = []
+    for number, x in enumerate(np.linspace(0.0, 1.0, 9).tolist()):
+        loss = min((x - 0.2) ** 2, (x - 0.8) ** 2)
+        trial = past_trial(x, [loss + 0.1, loss], TrialState.COMPLETE, number)
+        trial.set_user_attr(stored.TRAINED, 2.0 if x < 0.5 else 200.0)
+        trials.append(trial)
+    return trials
+
+
+@pytest.mark.parametrize("time_counts", [False, True])
+def test_of_two_equal_valleys_the_fast_one_is_searched_only_if_time_counts(time_counts: bool) -> None:
+    found = proposals(timed_valleys(), time_counts=time_counts)
+
+    assert min(found) < 0.5
+    assert (max(found) < 0.5) == time_counts
+
+
+@pytest.mark.parametrize("time_counts", [False, True])
+def test_a_trial_in_the_slow_valley_continues_only_if_time_does_not_count(time_counts: bool) -> None:
+    continues = Surrogate(LINE).is_worth_continuing(
+        past_trial(0.8, [0.1], TrialState.RUNNING, 9),
+        timed_valleys(),
+        {},
+        last_epoch=2,
+        direction=Direction.MINIMIZE,
+        rng=np.random.default_rng(0),
+        time_counts=time_counts,
+    )
+    assert continues != time_counts
+
+
+@pytest.mark.parametrize("has_budget", [False, True])
+def test_how_long_trials_took_changes_a_search_only_if_it_has_a_budget(has_budget: bool) -> None:
+    chosen = StudySettings(
+        task="digits", space=LINE, seed=0, strategy="priority", pruner="none", max_epochs=2, metric="loss",
+        direction=Direction.MINIMIZE, limit=None, planned_trials=12,
+    )  # fmt: skip
+
+    def asked(seconds: Callable[[float], float]) -> list[Value]:
+        study = Study.open(InMemoryStorage(), "study", chosen)
+        if has_budget:
+            study.record(stored.BUDGET, 1e6)
+        values = []
+        for _ in range(12):
+            suggestion = study.ask()
+            x = float(suggestion.values["x"])
+            study.report(suggestion.number, 1, (x - 0.3) ** 2)
+            study.tell(suggestion.number, "complete", value=(x - 0.3) ** 2, trained_s=seconds(x))
+            values.append(x)
+        return values
+
+    assert (asked(lambda x: 1.0 + 100 * x) != asked(lambda x: 1.0)) == has_budget
 
 
 # --- the first rung ---------------------------------------------------------------------------------------------------

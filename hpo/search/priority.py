@@ -3,7 +3,7 @@
 Two short stages tune the first group, then the first two, while the closed groups are held at the best trial so far;
 every second trial is a scout that searches everything, and no group is ever frozen. Priority order helps to reach the
 good region, not to finish there. What is searched is proposed by a model of the learning curves (hpo.search.surrogate)
-for the first 250 trials, and by TPE after them and for several objectives. docs/searching.md says what this is worth.
+for the first 250 trials, and by TPE after them and for several objectives. docs/strategies.md says what this is worth.
 """
 
 from __future__ import annotations
@@ -160,7 +160,11 @@ class PrioritySampler(PinningSampler):
         if trial.number >= NUM_STARTUP_TRIALS:
             rng = np.random.default_rng(derive_seed(self._seed, trial.number, "surrogate"))
             proposed = self._surrogate_of(study).propose(
-                other_trials(study, trial), held, direction=direction_of(study), rng=rng
+                other_trials(study, trial),
+                held,
+                direction=direction_of(study),
+                rng=rng,
+                time_counts=is_time_limited(study),
             )
             if proposed is not None:
                 return proposed
@@ -192,6 +196,15 @@ class PrioritySampler(PinningSampler):
 def other_trials(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
     """All trials of the study but this one, by number; not copies."""
     return [other for other in all_trials(study) if other.number != trial.number]
+
+
+def is_time_limited(study: Study) -> bool:
+    """Whether a search is to spend its training time well, because `--budget` limits it.
+
+    Without a budget proposals must not depend on how long anything took, or the same search could not be repeated.
+    """
+    storage, study_id = identity(study)
+    return storage.get_study_user_attrs(study_id).get(stored.RECORD + stored.BUDGET) is not None
 
 
 def _best_values(study: Study) -> dict[str, Value]:

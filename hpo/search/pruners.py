@@ -22,7 +22,7 @@ from hpo.config import derive_seed
 from hpo.errors import UsageError
 from hpo.extensions import call, find_factory
 from hpo.search.internals import direction_of
-from hpo.search.priority import NUM_MODELLED_TRIALS, PrioritySampler, other_trials
+from hpo.search.priority import NUM_MODELLED_TRIALS, PrioritySampler, is_time_limited, other_trials
 from hpo.search.surrogate import Surrogate
 
 if TYPE_CHECKING:
@@ -159,4 +159,5 @@ class ModelPruner(BasePruner):
             last_epoch=self._max_epochs,
             direction=direction_of(study),
             rng=np.random.default_rng(derive_seed(self._seed, trial.number, epoch, "pruner")),
+            time_counts=is_time_limited(study),
         )

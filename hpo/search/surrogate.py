@@ -20,7 +20,9 @@ from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 from hpo.config import Direction
 from hpo.parameters import Value
+from hpo.search import stored
 from hpo.search.encoding import Encoding
+from hpo.search.epoch_time import EpochTime
 from hpo.search.gaussian_process import Array, GaussianProcess, standardized
 from hpo.search.internals import trial_id
 from hpo.search.prior import Prior
@@ -34,6 +36,13 @@ _POINTS_OF_A_CURVE = 3
 
 _TRIALS_BEFORE_FADING = 10
 """What other studies expect has its whole weight up to this many trials, then less with the square of their number."""
+
+_TIME_EXPONENT = 0.5
+"""Power of the time per epoch that an improvement is divided by where time is limited.
+
+With 1 (Snoek, Larochelle and Adams, 2012, arXiv:1206.2944) cheap configurations are tried for too long, as Lee et al.,
+2020, arXiv:2003.10870, found too. docs/strategies.md has the figures.
+"""
 
 _BLAS = ThreadpoolController().select(user_api="blas")
 
@@ -60,6 +69,9 @@ class _Curve:
     state: TrialState
     diverged: bool
     """Whether it was stopped with nothing to show, or with a last report that is not finite; the worst of all then."""
+
+    epoch_s: float | None = None
+    """Seconds per epoch of a trial that has ended; None if nobody measured them."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +121,9 @@ class _Belief:
     guess: _Guess
     """The prior mean."""
 
+    epoch_time: EpochTime | None
+    """What to divide an improvement by; None if only the epochs count."""
+
 
 def on_one_thread() -> AbstractContextManager[None]:
     """Keep linear algebra to one thread: on small matrices two take five times the CPU time, which the trials need."""
@@ -136,15 +151,18 @@ class Surrogate:
         *,
         direction: Direction,
         rng: np.random.Generator,
+        time_counts: bool = False,
     ) -> dict[str, Value] | None:
         """The configuration with the highest expected improvement; None while the trials cannot be distinguished.
 
         `held` fixes some of its values. What is running counts as
-        if it would end as the model expects, so that trials asked for together differ.
+        if it would end as the model expects, so that trials asked for together differ. If `time_counts`, an improvement
+        counts for less where an epoch takes longer.
         """
         curves = self._curves(trials, direction)
+        last_epoch = max((epoch for curve in curves for epoch in curve.epochs), default=1)
         with on_one_thread():
-            belief = self._belief(curves, max((epoch for curve in curves for epoch in curve.epochs), default=1))
+            belief = self._belief(curves, last_epoch, time_counts=time_counts)
             if belief is None:
                 return None
             return self._encoding.values(self._most_promising(belief, held, rng)[0]) | dict(held)
@@ -158,22 +176,25 @@ class Surrogate:
         last_epoch: int,
         direction: Direction,
         rng: np.random.Generator,
+        time_counts: bool = False,
     ) -> bool:
         """Whether the epochs that a trial has left promise more than as many of a new configuration.
 
         The measure is the expected improvement an epoch, over `last_epoch` epochs for a new one, some of whose values
-        are `held`. True while the trials cannot be distinguished.
+        are `held`; `time_counts` as in `propose`. True while the trials cannot be distinguished.
         """
         own = self._curve(trial, direction)
         with on_one_thread():
-            belief = self._belief(self._curves(others, direction), last_epoch, own)
+            belief = self._belief(self._curves(others, direction), last_epoch, own, time_counts=time_counts)
             if own is None or not own.epochs or belief is None:
                 return True
             _, elsewhere = self._most_promising(belief, held, rng)
-            here = float(self._log_improvement(belief, own.units[None])[0])
+            here = float(self._merit(belief, own.units[None])[0])
         return here - math.log(last_epoch - own.epochs[-1]) >= elsewhere - math.log(last_epoch)
 
-    def _belief(self, curves: Sequence[_Curve], last_epoch: int, judged: _Curve | None = None) -> _Belief | None:
+    def _belief(
+        self, curves: Sequence[_Curve], last_epoch: int, judged: _Curve | None = None, *, time_counts: bool
+    ) -> _Belief | None:
         """What the curves tell about all configurations at the last epoch; None while they are all the same.
 
         Running trials are believed to end as expected, except for the one that is `judged`, which comes on top.
@@ -192,7 +213,15 @@ class Surrogate:
         running = np.array([curve.units for curve in curves if curve.state == TrialState.RUNNING])
         if len(running):
             process = process.believing(self._at_the_end(running))
-        return _Belief(process, float(targets.min()), units[np.argsort(targets)], guess)
+        epoch_time = self._epoch_time(curves) if time_counts else None
+        return _Belief(process, float(targets.min()), units[np.argsort(targets)], guess, epoch_time)
+
+    def _epoch_time(self, curves: Sequence[_Curve]) -> EpochTime | None:
+        measured = [(curve.units, curve.epoch_s) for curve in curves if curve.epoch_s]
+        if not measured:
+            return None
+        units, seconds = (np.array(column) for column in zip(*measured, strict=True))
+        return EpochTime.fit(self._encoding.columns(units), seconds, self._encoding.owners)
 
     def _curves(self, trials: Sequence[FrozenTrial], direction: Direction) -> list[_Curve]:
         return [curve for trial in trials if (curve := self._curve(trial, direction)) is not None]
@@ -217,6 +246,7 @@ class Surrogate:
             losses=tuple(losses.tolist()),
             state=trial.state,
             diverged=trial.state.is_finished() and not has_result and _ends_undefined(reported),
+            epoch_s=_epoch_s(trial),
         )
         if trial.state.is_finished():
             self._ended[key] = curve
@@ -231,16 +261,23 @@ class Surrogate:
         mean = mean + belief.guess.at(units)
         return log_expected_improvement((belief.lowest - mean) / deviation) + np.log(deviation)
 
+    def _merit(self, belief: _Belief, units: Array) -> Array:
+        """The same, divided by a power of the time per epoch where time counts."""
+        improvement = self._log_improvement(belief, units)
+        if belief.epoch_time is None:
+            return improvement
+        return improvement - _TIME_EXPONENT * belief.epoch_time.log_seconds(self._encoding.columns(units))
+
     def _promise(self, belief: _Belief, units: Array) -> Array:
         """The same, and minus infinity for configurations that the space forbids."""
-        return np.where(self._encoding.allows(units), self._log_improvement(belief, units), -np.inf)
+        return np.where(self._encoding.allows(units), self._merit(belief, units), -np.inf)
 
     def _most_promising(
         self, belief: _Belief, held: Mapping[str, Value], rng: np.random.Generator
     ) -> tuple[Array, float]:
         """Search the cube at random and around the best observations, then refine what is best.
 
-        Gives the configuration (p,) and the logarithm of its expected improvement.
+        Gives the configuration (p,) and its merit.
         """
         encoding = self._encoding
         is_held = np.array([name in held for name in encoding.names])
@@ -263,6 +300,14 @@ class Surrogate:
             scores = np.concatenate([scores[elite], self._promise(belief, offspring)])
         best = int(np.argmax(scores))
         return candidates[best], float(scores[best])
+
+
+def _epoch_s(trial: FrozenTrial) -> float | None:
+    """Seconds per epoch, or per fold, of a trial that has ended; while it runs its time is written now and then."""
+    trained_s = trial.user_attrs.get(stored.TRAINED)
+    if not trained_s or not trial.state.is_finished() or not trial.intermediate_values:
+        return None
+    return float(trained_s / len(trial.intermediate_values))
 
 
 def _ends_undefined(reported: Sequence[tuple[int, float]]) -> bool:
