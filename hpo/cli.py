@@ -16,7 +16,13 @@ import click
 from hpo import __version__
 from hpo.click_options import take
 from hpo.errors import OF_THE_DISK, HpoError, UsageError, visible
-from hpo.machine import escape_what_streams_lack, has_cpu_quota, num_cores, require_supported_system
+from hpo.machine import (
+    escape_what_streams_lack,
+    has_cpu_quota,
+    num_cores,
+    require_readable_allocator_settings,
+    require_supported_system,
+)
 from hpo.session.options import (
     MachineOptions,
     SearchOptions,
@@ -608,6 +614,7 @@ def main() -> None:
     escape_what_streams_lack()
     try:
         require_supported_system()
+        require_readable_allocator_settings()
         if has_cpu_quota():  # else torch's threads, one per core of the host, would wait for each other
             os.environ.setdefault("OMP_NUM_THREADS", str(num_cores()))
         sys.exit(cli.main(standalone_mode=False))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,18 @@ def require_supported_system() -> None:
             "hpo runs on Linux and macOS; on Windows use WSL: run `wsl --install`, then install hpo in there "
             "(https://learn.microsoft.com/windows/wsl/install)."
         )
+
+
+def require_readable_allocator_settings() -> None:
+    """Raise UsageError for settings of its allocator with which torch 2.15 ends the process that imports it."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        given = os.environ.get(name, "")
+        settings = re.sub(r"\[[^]]*\]", "", given).split(",")
+        if any(setting.strip() and setting.count(":") != 1 for setting in settings):
+            raise UsageError(
+                f"torch cannot read {name}={given[:100]!r}: give NAME:VALUE, such as max_split_size_mb:128, "
+                "or unset it."
+            )
 
 
 def escape_what_streams_lack() -> None:
