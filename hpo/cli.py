@@ -612,6 +612,7 @@ def main() -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hpo").setLevel(logging.INFO)
     escape_what_streams_lack()
+    os.environ["MPLBACKEND"] = "agg"  # figures are files here, and matplotlib cannot be imported with an unknown name
     try:
         require_supported_system()
         require_readable_allocator_settings()

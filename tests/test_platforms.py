@@ -232,16 +232,18 @@ def test_what_a_terminal_cannot_show_is_replaced(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("settings", ["x", "a:1,x", "a:b:c", "a\nb"])
 def test_settings_that_would_end_torch_are_refused_before_it_is_imported(settings: str) -> None:
     finished = warm.run([sys.executable, "-m", "hpo", "tasks"], env={**os.environ, "PYTORCH_ALLOC_CONF": settings})
-    message = (
-        f"Error: torch cannot read PYTORCH_ALLOC_CONF={settings!r}: give NAME:VALUE, such as max_split_size_mb:128"
-    )
-    assert finished.stderr.startswith(message)
+    assert finished.stderr.startswith(f"Error: torch cannot read PYTORCH_ALLOC_CONF={settings!r}: give NAME:VALUE")
     assert finished.returncode == 2
 
 
 def test_settings_that_torch_can_read_are_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64, roundup_power2_divisions:[256:1,512:2],")
     machine.require_readable_allocator_settings()
+
+
+def test_a_backend_that_matplotlib_does_not_know_stops_no_command() -> None:
+    code = "import sys; from hpo.cli import main; sys.argv = ['hpo', '-V']\ntry: main()\nfinally: import matplotlib"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "MPLBACKEND": "true"}, check=True)
 
 
 def test_windows_is_told_of_wsl(monkeypatch: pytest.MonkeyPatch) -> None:
