@@ -97,7 +97,7 @@ def allocate(descriptor: int, num_bytes: int) -> None:
 
 
 def keep_end(path: Path, max_bytes: int) -> None:
-    """Cut a text file that has grown beyond `max_bytes` to its second half; those who append to it may go on.
+    """Cut a text file that has grown beyond `max_bytes` to its second half; processes may append to it meanwhile.
 
     What they write at that moment may be lost.
     """

@@ -81,7 +81,7 @@ class Objective:
 
     loss: str | Mapping[str, str] | Callable[..., Any] = "cross_entropy"
     """One of `hpo.config.LOSSES`; "auto" for the usual one of the kind of target that the data have; or a loss of your
-    own: a function `(outputs, targets) -> scalar` that gives the mean
+    own: a function `(outputs, targets) -> scalar` that returns the mean
     over the batch, or an `nn.Module` (the class, or an instance of which each trial gets a copy).
 
     Its other keywords can be searched like the model's; the parameters of a module are trained with the model's. Where

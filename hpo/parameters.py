@@ -71,7 +71,7 @@ class Range(ABC):
         if abs(num_steps - round(num_steps)) > _ROUNDING:
             last = self.low + math.floor(num_steps) * self.step
             raise ValueError(
-                f"high {format_value(self.high)} is no whole number of steps of {format_value(self.step)} above low "
+                f"high {format_value(self.high)} is not a whole number of steps of {format_value(self.step)} above low "
                 f"{format_value(self.low)}; end at {format_value(last)}"
             )
 

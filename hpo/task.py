@@ -92,7 +92,7 @@ class Task:
     def fix(self, assignments: Iterable[str]) -> Task:
         """The task with settings of the trainer fixed, as `patience=20` does; a searched one then has this value alone.
 
-        Raises UsageError for what is no setting, cannot be fixed, or is not allowed.
+        Raises UsageError for a name that is not a setting or cannot be fixed, and for a value that is not allowed.
         """
         values = {
             name: _parse_setting(name, text)

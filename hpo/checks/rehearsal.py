@@ -96,7 +96,7 @@ def _listed(parts: Sequence[str], separator: str = ", ") -> str:
 
 
 def _extremes(task: Task) -> dict[str, Configuration]:
-    """Configurations by name that together have both ends of each range and each choice that is no number.
+    """Configurations by name that together have both ends of each range and each choice that is not a number.
 
     The likeliest to break come first: the highest numbers. The learning rate stays: a loss that is not finite is not a
     failure.

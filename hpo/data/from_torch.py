@@ -34,11 +34,11 @@ def from_torch(
     vocabulary: Vocabulary | Mapping[str, Vocabulary] | None = None,
     normalise: bool | Mapping[str, bool] = True,
 ) -> Dataset:
-    """The examples of a `torch.utils.data.Dataset` that gives (inputs, target) by index.
+    """The examples of a `torch.utils.data.Dataset` that returns (inputs, target) by index.
 
     They are read by `num_workers` processes for each trial and stay out of memory. `train` may transform at random:
     each example is read after Python's, numpy's and torch's global generators were seeded by epoch and example, so that
-    the same batches come again. `evaluation` gives the same examples without that; it is `train` if omitted. Without
+    the same batches come again. `evaluation` returns the same examples without that; it is `train` if omitted. Without
     `test` a fifth is held out. `targets` are those of `train`, in order: without them every example is read once for
     its target.
 

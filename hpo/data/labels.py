@@ -50,7 +50,7 @@ def read_labels(values: pd.Series, what: str, kind: str, option: str, rare: str)
     """The labels in a column without missing values; `kind` is one of KINDS, and `rare` one of RARE.
 
     Texts are classes, and so are up to FEW_NUMBERS different whole numbers. Raises DataError for a single class, for
-    more than MAX_CLASSES, for rare classes and for what is no number, UnknownNameError for another kind.
+    more than MAX_CLASSES, for rare classes and for values that are not numbers, UnknownNameError for another kind.
     """
     if kind not in KINDS:
         raise UnknownNameError("kind of label", kind, KINDS, "(--data-option kind=...)")

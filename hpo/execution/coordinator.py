@@ -295,7 +295,7 @@ class Coordinator:
         if self._time_is_up():
             return attempt.end("interrupted", "the time was up")
         if self._is_out_of_budget(attempt, result):
-            # A part of the folds, or one of several objectives, is no result.
+            # A part of the folds, or one of several objectives, is not a result.
             is_result = not (self._study.settings.folds or self._study.settings.costs)
             return attempt.end("pruned" if is_result else "interrupted", "the study's --budget is used up")
         return Decision.GO_ON

@@ -1,7 +1,7 @@
 """Executors by name: each starts a pool of workers from what the session may use.
 
 `local` and `ray` come with hpo. Others are entry points in the group `hpo.executors`, or module:factory: a factory
-takes `setup` (a Setup) and `resources` (a Resources), and gives a WorkerPool.
+takes `setup` (a Setup) and `resources` (a Resources), and returns a WorkerPool.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class Followers:
 
 
 def join(setup: Setup, followers: Followers, hear: Callable[[], dict[str, Any]]) -> Ranks:
-    """Meet the other processes of the worker; `hear` gives what a follower is told next."""
+    """Meet the other processes of the worker; `hear` returns what a follower is told next."""
     if setup.num_ranks == 1:
         return ALONE
     if setup.rank == 0:

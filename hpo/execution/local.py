@@ -47,7 +47,7 @@ _KILLED_S = 5.0
 MAX_LOG_BYTES = 10_000_000
 """Of what the tasks of a worker print; of more, the beginning is cut."""
 
-_SERVER_GONE = 255  # what multiprocessing gives as the exit code of a process whose server was killed
+_SERVER_GONE = 255  # what multiprocessing reports as the exit code of a process whose server was killed
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _IGNORED = "ignore:resource_tracker:UserWarning"
 """What multiprocessing says of semaphores that a worker had when it ended, which are removed all the same. A compiler

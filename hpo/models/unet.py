@@ -23,7 +23,7 @@ class UNet(nn.Module):
     """Ronneberger et al. 2015, arXiv:1505.04597: `depth` times the resolution is halved, and then doubled again.
 
     Each level has two 3x3 convolutions and twice the channels of the level above, which has `width`; on the way back a
-    level also sees what it had on the way down. Takes images (B, C, H, W) of any size, gives (B, classes, H, W).
+    level also sees what it had on the way down. Takes images (B, C, H, W) of any size, returns (B, classes, H, W).
     `dropout` drops whole channels at the lowest resolution.
     """
 

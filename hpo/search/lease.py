@@ -209,7 +209,7 @@ class Session:
         return self._storage.outlast(read)
 
     def exclusively(self, action: Callable[[], _T], *, idle: str = "300s") -> _T:
-        """What `action` gives when it is run under the study's lock; nobody else's action runs meanwhile.
+        """What `action` returns when it is run under the study's lock; nobody else's action runs meanwhile.
 
         An outage of the database breaks the lock. The action is then run again from its beginning, so it must look at
         the study again, and put back trials that have no owner, for its own last attempt may have left one. An action

@@ -84,7 +84,7 @@ def _patiently(method: Callable[Concatenate[Any, _P], _T]) -> Callable[Concatena
 
 
 class StudyStorage(_CachedStorage):
-    """What `open_storage` gives. With PostgreSQL every call waits for a database that is away; see `outlast`."""
+    """What `open_storage` returns. With PostgreSQL every call waits for a database that is away; see `outlast`."""
 
     def __init__(self, backend: DirectStorage, *, patience_s: float = PATIENCE_S) -> None:
         super().__init__(backend)
@@ -102,7 +102,7 @@ class StudyStorage(_CachedStorage):
         weakref.finalize(self, backend.engine.dispose)  # connections are closed, not dropped
 
     def outlast(self, call: Callable[[], _T]) -> _T:
-        """What `call` gives, which is made again for as long as the database does not answer.
+        """What `call` returns, which is made again for as long as the database does not answer.
 
         Raises OutageError once that has lasted for `patience_s`; within `bound_to` at once.
         """

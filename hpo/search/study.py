@@ -305,8 +305,8 @@ class Study(ReadStudy):
         With several objectives it has `costs` too, one for each of the settings' `costs`. `trained_s` are the seconds
         that workers were busy with it in all attempts.
 
-        An interrupted trial goes back to the queue: `ask` gives it again. A diverged one, and an infeasible one, which
-        costs more than was allowed, count as worse than any other, and a failed one not at all.
+        An interrupted trial goes back to the queue: `ask` returns it again. A diverged one, and an infeasible one,
+        which costs more than was allowed, count as worse than any other, and a failed one not at all.
         """
         running = self._running[number]
         # None is written too: it replaces what an interrupted attempt has left.

@@ -233,7 +233,7 @@ def _print_confirmation(console: Console, race: dict[str, Any], metric: str) -> 
 
 
 def watch_study(console: Console, read: Callable[[], dict[str, Any]]) -> None:
-    """Print a study again and again, until nobody searches it or Ctrl-C; `read` gives its facts."""
+    """Print a study again and again, until nobody searches it or Ctrl-C; `read` returns its facts."""
     try:
         while True:
             facts = read()

@@ -168,7 +168,7 @@ def _copied_to_cpu(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def save_weights(weights: Mapping[str, Any], path: Path) -> str:
-    """Write a model's weights, on the CPU, atomically; gives the file's SHA-256, which `load_weights` asks for.
+    """Write a model's weights, on the CPU, atomically; returns the file's SHA-256, which `load_weights` asks for.
 
     Beside tensors, a training loop of a task's own may have plain values in them.
     """

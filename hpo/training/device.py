@@ -178,7 +178,7 @@ def free_memory(device: torch.device) -> None:
 
 
 def in_fitting_batches(attempt: Callable[[int], _T], batch_size: int) -> _T:
-    """What `attempt` gives for a batch size, which is halved until the device's memory holds a batch.
+    """What `attempt` returns for a batch size, which is halved until the device's memory holds a batch.
 
     Raises DeviceMemoryError where it cannot hold one example.
     """

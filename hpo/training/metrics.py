@@ -119,7 +119,7 @@ class EpochMetrics:
         self._num_examples += num_examples
 
     def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Take in what other processes have counted: `total` gives the sum of a tensor over all of them.
+        """Take in what other processes have counted: `total` returns the sum of a tensor over all of them.
 
         It is for metrics that are not complete.
         """

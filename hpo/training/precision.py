@@ -32,7 +32,7 @@ def settle_precision(wanted: str, model: nn.Module, loss_function: LossFunction,
 
     Convolutions are bound by arithmetic, and bf16 has fp32's range, so it needs no scaling. Small linear layers are
     bound by everything else: they stay in fp32. bf16 is not always faster, even where the processor has instructions
-    for it. So a few passes over what `batch` gives, examples (B, ...) with targets (B,), are timed, and the result is
+    for it. So a few passes over what `batch` returns, examples (B, ...) with targets (B,), are timed, and the result is
     kept for the next model of the same architecture and batch. The model, its gradients and the random state are left
     as they were. fp32 wins where bf16 gains less than 5 %, and if the model does not run in bf16, which is logged.
 

@@ -30,7 +30,7 @@ class EarlyStopping:
         self._improved_epoch = 0
 
     def update(self, epoch: int, value: float) -> bool:
-        """Take in the value of an epoch (from 1); gives whether it is the best so far."""
+        """Take in the value of an epoch (from 1); returns whether it is the best so far."""
         self._epoch = epoch
         if not math.isfinite(value):
             return False

@@ -422,7 +422,7 @@ class _Run:
         }
 
     def resume(self, checkpoint: CheckpointFolder) -> EpochResult | None:
-        """Take over the saved state, if there is one; gives the result of its epoch."""
+        """Take over the saved state, if there is one; returns the result of its epoch."""
         saved = checkpoint.load()
         if saved is None:
             return None
