@@ -142,6 +142,17 @@ class LCBenchTask(BenchTask):
 
     def reference(self) -> tuple[float, float]:
         """Lowest error found by an evolution from 2 000 random configurations, and the median of these."""
+        _, lowest, typical = self._evolved()
+        return lowest, typical
+
+    def optimum(self) -> dict[str, Value]:
+        """The configuration with the lowest error found."""
+        best, _, _ = self._evolved()
+        (values,) = self._configurations(best[None])
+        parameters = self.space("good").parameters
+        return {n: parameters[n].nearest(float(value)) for n, value in zip(_LCBENCH_INPUTS, values, strict=True)}
+
+    def _evolved(self) -> tuple[Losses, float, float]:
         rng = np.random.default_rng(0)
         units = rng.uniform(size=(2000, len(_LCBENCH_INPUTS)))
         losses = self._best_errors(units)
@@ -154,7 +165,7 @@ class LCBenchTask(BenchTask):
             offspring = np.clip(units[rng.integers(len(units), size=50)] + steps, 0, 1)
             units = np.concatenate([units, offspring])
             losses = np.concatenate([losses, self._best_errors(offspring)])
-        return float(losses.min()), typical
+        return units[np.argmin(losses)], float(losses.min()), typical
 
     def best_of_random(self, num_configurations: int) -> Losses:
         """(52,) the lowest error that any of so many random configurations has had by each epoch."""
@@ -168,6 +179,10 @@ class LCBenchTask(BenchTask):
 
     def _errors_at(self, units: Losses) -> Losses:
         """(N, 7) points of the unit cube -> (N, 52) errors."""
+        return self._errors(self._configurations(units))
+
+    def _configurations(self, units: Losses) -> NDArray[np.float32]:
+        """(N, 7) in the unit cube -> as many configurations."""
         columns = []
         for name, unit in zip(_LCBENCH_INPUTS, units.T, strict=True):
             parameter = self.space("good").parameters[name]
@@ -175,7 +190,7 @@ class LCBenchTask(BenchTask):
             low, high = parameter.low, parameter.high
             column = low * (high / low) ** unit if parameter.log else low + (high - low) * unit
             columns.append(np.rint(column) if isinstance(parameter, Int) else column)
-        return self._errors(np.column_stack(columns).astype(np.float32))
+        return np.column_stack(columns).astype(np.float32)
 
 
 def _as_row(values: dict[str, Value]) -> NDArray[np.float32]:

@@ -14,6 +14,9 @@ from hpo.values import Conditions, format_value, is_same
 Value = Any
 """What a parameter can be: a text, a number, true or false, None, or a tuple of such values."""
 
+CONFIDENCES = ("low", "medium", "high")
+"""How sure a user can be of a default."""
+
 LARGEST_INT = 2**53
 """The largest whole number up to which all of them stay distinct when they are stored as real numbers."""
 
@@ -37,6 +40,8 @@ class Range(ABC):
     """Whether the range is searched on a logarithmic scale."""
     step: float | None = None
     """Only `low`, `low + step`, ... are values."""
+    confidence: str | None = None
+    """How sure you are of the default: "low", "medium" or "high". `priority` then searches near it first."""
     when: Conditions = field(default_factory=dict)
     """The parameter is active only where each named parameter has this value, or one of these: `{"depth": ">=2"}`."""
 
@@ -59,6 +64,7 @@ class Range(ABC):
         self._check_step()
         if not self.contains(self.default):
             raise ValueError(f"default {format_value(self.default)} is outside {self.describe()}")
+        _check_confidence(self.confidence)
 
     def _check_step(self) -> None:
         if self.step is None:
@@ -99,12 +105,13 @@ class Range(ABC):
             low, high = (self.parse(part) for part in text.split(":", 1))
             if low > high:
                 raise ValueError(f"low {format_value(low)} is above high {format_value(high)}")
-            return replace(self, low=low, high=high, default=min(max(self._default, low), high))
+            default = min(max(self._default, low), high)
+            return replace(self, low=low, high=high, default=default, confidence=self._confidence_in(default))
         values = list(dict.fromkeys(self.parse(part) for part in text.split(",")))
         if len(values) == 1:
             return replace(self, low=values[0], high=values[0], default=values[0])
         default = self._default if self._default in values else values[0]
-        return Choice(*values, default=default, when=self.when)
+        return Choice(*values, default=default, when=self.when, confidence=self._confidence_in(default))
 
     def extend(self, text: str) -> Self:
         """The range `LOW:HIGH`, which holds this one. Raises ValueError for anything else."""
@@ -152,8 +159,13 @@ class Range(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         kind = type(self).__name__.lower()
-        step = {"step": self.step} if self.step else {}
-        return {"type": kind, "low": self.low, "high": self.high, "log": self.log, "default": self.default} | step
+        given = {"step": self.step, "confidence": self.confidence}
+        optional = {name: value for name, value in given.items() if value}
+        return {"type": kind, "low": self.low, "high": self.high, "log": self.log, "default": self.default} | optional
+
+    def _confidence_in(self, default: float) -> str | None:
+        """It is about a value: another default has none."""
+        return self.confidence if default == self.default else None
 
     @property
     def _default(self) -> float:
@@ -201,21 +213,28 @@ class Choice:
 
     Values are texts, numbers, true and false, None, and tuples of such values. 1 and True are different choices; values
     that are written alike, such as 1 and "1", are refused. With `is_open` these are strings to begin with, and `-p` may
-    name others.
+    name others. `confidence` is as in `Float`.
     """
 
     choices: tuple[Value, ...]
     default: Value
     when: Conditions
     is_open: bool
+    confidence: str | None
 
     def __init__(
-        self, *choices: Value, default: Value = _MISSING, when: Conditions | None = None, is_open: bool = False
+        self,
+        *choices: Value,
+        default: Value = _MISSING,
+        when: Conditions | None = None,
+        is_open: bool = False,
+        confidence: str | None = None,
     ) -> None:
         object.__setattr__(self, "choices", tuple(map(_as_plain, choices)))
         object.__setattr__(self, "default", _as_plain(default))
         object.__setattr__(self, "when", when or {})
         object.__setattr__(self, "is_open", is_open)
+        object.__setattr__(self, "confidence", confidence)
 
     def check(self) -> None:
         """Raise ValueError where the declaration makes no sense; the space adds the name."""
@@ -237,6 +256,7 @@ class Choice:
             raise ValueError("has no default; give it one with default=")
         if not self.contains(self.default):
             raise ValueError(f"default {_cut(format_value(self.default))} is not one of {self._listing}")
+        _check_confidence(self.confidence)
 
     def contains(self, value: Any) -> bool:
         return any(is_same(choice, value) for choice in self.choices)
@@ -247,8 +267,10 @@ class Choice:
             return Choice(*whole, default=whole[0], when=self.when)
         read = str.strip if self.is_open else self.parse
         chosen = {format_value(value): value for value in (read(part) for part in split_values(text))}
-        default = chosen.get(format_value(self.default), next(iter(chosen.values())))
-        return Choice(*chosen.values(), default=default, when=self.when)
+        is_kept = format_value(self.default) in chosen
+        default = chosen[format_value(self.default)] if is_kept else next(iter(chosen.values()))
+        confidence = self.confidence if is_kept else None
+        return Choice(*chosen.values(), default=default, when=self.when, confidence=confidence)
 
     def extend(self, text: str) -> Choice:
         """These choices, then the new ones of `A,B,C`. Raises ValueError where one is of another type."""
@@ -256,7 +278,7 @@ class Choice:
         for part in split_values(text):
             if not self._read(part):
                 added.append(self._new_choice(part.strip()))
-        return Choice(*self.choices, *added, default=self.default, when=self.when, is_open=self.is_open)
+        return self._with(self.when, *self.choices, *added)
 
     def _new_choice(self, text: str) -> Value:
         kinds = {type(choice) for choice in self.choices}
@@ -284,14 +306,18 @@ class Choice:
         return self.choices
 
     def with_when(self, when: Conditions) -> Choice:
-        return Choice(*self.choices, default=self.default, when=when, is_open=self.is_open)
+        return self._with(when, *self.choices)
+
+    def _with(self, when: Conditions, *choices: Value) -> Choice:
+        return Choice(*choices, default=self.default, when=when, is_open=self.is_open, confidence=self.confidence)
 
     def describe(self) -> str:
         """The choices in words: `sgd, adamw`."""
         return f"{self._listing} (fixed)" if self.is_fixed else self._listing
 
     def to_dict(self) -> dict[str, Any]:
-        return {"type": "choice", "choices": list(self.choices), "default": self.default}
+        confidence = {"confidence": self.confidence} if self.confidence else {}
+        return {"type": "choice", "choices": list(self.choices), "default": self.default} | confidence
 
     @property
     def _listing(self) -> str:
@@ -338,6 +364,13 @@ class Setting(Choice):
 Parameter = Float | Int | Choice
 
 
+def describe_default(parameter: Parameter) -> str:
+    """The default in words: `0.01`, or `0.01 (high confidence)`."""
+    text = format_value(parameter.default)
+    is_believed = parameter.confidence and not parameter.is_fixed
+    return f"{text} ({parameter.confidence} confidence)" if is_believed else text
+
+
 def split_values(text: str) -> list[str]:
     """The parts of a list such as `a,(1,2),b`: a comma within brackets separates nothing."""
     parts, depth = [""], 0
@@ -364,6 +397,13 @@ def _as_plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_as_plain, value))
     return value.item() if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () else value
+
+
+def _check_confidence(confidence: Any) -> None:
+    if confidence is not None and confidence not in CONFIDENCES:
+        raise ValueError(
+            f"confidence {shown(confidence)} is not one of {', '.join(CONFIDENCES)}; omit it to say nothing"
+        )
 
 
 def _check_value(value: Any) -> None:

@@ -186,6 +186,14 @@ class Space:
         """The default configuration: a value for every parameter."""
         return {name: parameter.default for name, parameter in self.parameters.items()}
 
+    def confidences(self) -> dict[str, str]:
+        """How sure the user is of defaults, one of CONFIDENCES by parameter; of those that say so and can vary."""
+        return {
+            name: parameter.confidence
+            for name, parameter in self.parameters.items()
+            if parameter.confidence and not parameter.is_fixed
+        }
+
     def active(self, values: Mapping[str, Value]) -> dict[str, Value]:
         """The given values without those whose `when` does not hold."""
         active: dict[str, Value] = {}
@@ -340,10 +348,15 @@ def parse_assignments(option: str, assignments: Iterable[str], wanted: str) -> d
 def _parameter_from_dict(described: Mapping[str, Any]) -> Parameter:
     when = {parent: from_stored(values) for parent, values in described["when"].items()}
     if described["type"] == "choice":
-        return Choice(*from_stored(described["choices"]), default=from_stored(described["default"]), when=when)
+        return Choice(
+            *from_stored(described["choices"]),
+            default=from_stored(described["default"]),
+            when=when,
+            confidence=described.get("confidence"),
+        )
     kind = Int if described["type"] == "int" else Float
-    given = {name: described[name] for name in ("low", "high", "log", "default", "step") if name in described}
-    return kind(**given, when=when)
+    names = ("low", "high", "log", "default", "step", "confidence")
+    return kind(**{name: described[name] for name in names if name in described}, when=when)
 
 
 def from_stored(stored: Any) -> Any:

@@ -525,11 +525,13 @@ def test_a_search_runs_the_quick_part_first_and_says_what_it_found(tmp_path: Pat
     )
     space = tmp_path / "lr.py"
     space.write_text(
-        "from hpo import Float, Group, Space\nspace = Space(Group('g', lr=Float(1e-3, 0.1, log=True, default=1e-2)))"
+        "from hpo import Float, Group, Space\n"
+        "space = Space(Group('g', lr=Float(1e-3, 0.1, log=True, default=1e-2, confidence='high')))"
     )
     heard = Heard()
-    run_search(str(path), space=str(space), trials=1, epochs=1, home=home, observer=heard)
-    (line,) = heard.lines
+    run_search(str(path), space=str(space), strategy="random", trials=1, epochs=1, home=home, observer=heard)
+    note, line = heard.lines
+    assert note == "note: the confidence in the default of lr changes nothing with --strategy random."
     assert line.startswith("wrong: gradients: they do not reach hidden.0.0.weight: ")
     client = open_store(home).client
     experiment = client.get_experiment_by_name("hpo/digits")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from plotly.offline import get_plotlyjs
 
+from hpo.parameters import describe_default
 from hpo.records import TrialRecord, count_finished, ranked
 from hpo.report import figures
 from hpo.search.importances import describe_share
@@ -188,7 +189,7 @@ def _space(content: Content) -> str:
             f"{priority}. {escape(group.name)}" if position == 0 else "",
             escape(name),
             escape(parameter.describe()),
-            escape(format_value(parameter.default)),
+            escape(describe_default(parameter)),
             escape(describe_conditions(parameter.when)),
         )
         for priority, group in enumerate(content.settings.space.groups, start=1)

@@ -90,7 +90,8 @@ class OptunaSpace:
         if name not in self._labels:
             return parameter.with_when(when)
         assert isinstance(parameter, Choice), "choices alone have labels"
-        return Choice(*self._labels[name], default=self._label(name, parameter.default), when=when)
+        default = self._label(name, parameter.default)
+        return Choice(*self._labels[name], default=default, when=when, confidence=parameter.confidence)
 
 
 def _is_stored_by_optuna(choice: Choice) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_solve, cholesky, lapack, solve_triangular
 from scipy.optimize import minimize
+from scipy.special import ndtr
 
 Array = NDArray[np.float64]
 
@@ -88,13 +89,25 @@ class GaussianProcess:
     def scale_of(self, means: Array, *, share: float = 1.0) -> float:
         """How much of a mean function the targets ask for, from 0 to 1; `means` (n,) are its values at the inputs.
 
-        The most probable factor of a basis function whose factor is believed to be `share`, with a standard deviation
-        of 1 (Rasmussen and Williams, 2006, section 2.7): targets that contradict `means` soon bring it to 0.
+        Targets that contradict `means` soon bring it to 0.
         """
-        precision = _SCALE_DEVIATION**-2
-        solved = cho_solve((self._factor, True), means, check_finite=False)
-        scale = (solved @ self.targets + precision * share) / (solved @ means + precision)
+        scale, _ = self._factor_of(means, share)
         return float(np.clip(scale, 0.0, 1.0))
+
+    def agreement_with(self, means: Array) -> float:
+        """How surely the targets rise with `means` (n,), values at the inputs: 1 for certain, 0 if they may fall."""
+        factor, deviation = self._factor_of(means, share=1.0)
+        return max(0.0, 2.0 * float(ndtr(factor / deviation)) - 1.0)
+
+    def _factor_of(self, means: Array, share: float) -> tuple[float, float]:
+        """The most probable factor of a basis function, and its standard deviation.
+
+        It is believed to be `share`, with a standard deviation of 1 (Rasmussen and Williams, 2006, section 2.7).
+        """
+        prior_precision = _SCALE_DEVIATION**-2
+        solved = cho_solve((self._factor, True), means, check_finite=False)
+        precision = float(solved @ means) + prior_precision
+        return (float(solved @ self.targets) + prior_precision * share) / precision, precision**-0.5
 
     def believing(self, inputs: Array) -> GaussianProcess:
         """The process as if its own mean had been observed at these inputs (m, d)."""

@@ -20,6 +20,7 @@ from hpo.config import derive_seed
 from hpo.search import stored
 from hpo.search.encoding import Encoding, distribution
 from hpo.search.internals import all_trials, direction_of, identity
+from hpo.search.optimum import OptimumPrior
 from hpo.search.prior import Prior
 from hpo.search.surrogate import Surrogate
 from hpo.search.wrappers import PinningSampler, TrialSeededSampler
@@ -121,7 +122,8 @@ class PrioritySampler(PinningSampler):
         self._encoding = Encoding(space)
         self._space = space
         self._has_curves = has_curves
-        self._surrogate = Surrogate(space, has_curves=has_curves)
+        self._optimum = OptimumPrior(self._encoding) if space.confidences() else None
+        self._surrogate = self._new_surrogate()
         self._surrogate_study: tuple[BaseStorage, int] | None = None
 
     def pin(self, study: Study, trial: FrozenTrial) -> Mapping[str, Value]:
@@ -177,20 +179,27 @@ class PrioritySampler(PinningSampler):
             storage, study_id = key  # Hyperband shows a study without its attributes
             kept = storage.get_study_user_attrs(study_id).get(stored.RECORD + stored.PRIORS, {})
             priors = Prior.read(self._encoding, kept)
-            self._surrogate = Surrogate(self._space, has_curves=self._has_curves, priors=priors)
+            self._surrogate = self._new_surrogate(priors)
             self._surrogate_study = key
         return self._surrogate
+
+    def _new_surrogate(self, priors: Sequence[Prior] = ()) -> Surrogate:
+        return Surrogate(self._space, has_curves=self._has_curves, priors=priors, optimum=self._optimum)
 
     def _sequence_point(self, number: int) -> dict[str, Value]:
         """The point that belongs to the trial; scouts and other trials have a scrambled Sobol sequence each.
 
-        In a single sequence the second value of every second point is in the same half of its range.
+        In a single sequence the second value of every second point is in the same half of its range. Scouts disregard
+        what the user believes of the optimum, which shows whether it is right.
         """
         from scipy.stats import qmc  # a second, which hpo studies and hpo best can do without
 
         sequence = qmc.Sobol(len(self._defaults), rng=derive_seed(self._seed, number % 2, "sobol") % 2**32)
         sequence.fast_forward((number + 1) // 2)  # at least 1: scipy cannot skip 0 points
-        return self._encoding.values(self._encoding.snap(sequence.random(1))[0])
+        point = sequence.random(1)
+        if self._optimum and number % 2 == 0:
+            point = self._optimum.drawn(point)
+        return self._encoding.values(self._encoding.snap(point)[0])
 
 
 def other_trials(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:

@@ -100,6 +100,15 @@ class StudySettings:
         """What is minimised beside the metric."""
         return self.objectives[1:]
 
+    @property
+    def unused_confidence(self) -> str | None:
+        """That what was said about defaults changes nothing, in words; None where it does, or where nothing was."""
+        names = ", ".join(self.space.confidences())
+        if not names or (self.strategy == "priority" and not self.costs):
+            return None
+        reason = "with several objectives" if self.strategy == "priority" else f"with --strategy {self.strategy}"
+        return f"the confidence in the default of {names} changes nothing {reason}"
+
     def extend(self, overrides: tuple[str, ...]) -> Self:
         """The settings with a wider space. Raises SpaceError, or UnknownNameError."""
         return replace(self, space=self.space.extend(overrides), extensions=self.extensions + overrides)
@@ -177,6 +186,8 @@ def _parameter_differences(name: str, made: Space, asked: Space) -> Iterator[str
         yield f"{placed} {before.describe()}, not {now.describe()}"
     elif before.default != now.default:
         yield f"{placed} default {format_value(before.default)}, not {format_value(now.default)}"
+    elif before.confidence != now.confidence:
+        yield f"{placed} confidence {before.confidence or 'none'}, not {now.confidence or 'none'}"
     elif _declaration(name, made) != _declaration(name, asked):
         yield f"{placed} declared otherwise"
 

@@ -25,6 +25,7 @@ from hpo.search.encoding import Encoding
 from hpo.search.epoch_time import EpochTime
 from hpo.search.gaussian_process import Array, GaussianProcess, standardized
 from hpo.search.internals import trial_id
+from hpo.search.optimum import OptimumPrior
 from hpo.search.prior import Prior
 from hpo.space import Space
 
@@ -43,6 +44,9 @@ _TIME_EXPONENT = 0.5
 With 1 (Snoek, Larochelle and Adams, 2012, arXiv:1206.2944) cheap configurations are tried for too long, as Lee et al.,
 2020, arXiv:2003.10870, found too. docs/strategies.md has the figures.
 """
+
+_CONFIDENCE = 10.0
+"""The user's belief has this power, divided by the number of trials, as long as they agree with it."""
 
 _BLAS = ThreadpoolController().select(user_api="blas")
 
@@ -124,6 +128,9 @@ class _Belief:
     epoch_time: EpochTime | None
     """What to divide an improvement by; None if only the epochs count."""
 
+    confidence: float
+    """The power of the user's belief about the optimum."""
+
 
 def on_one_thread() -> AbstractContextManager[None]:
     """Keep linear algebra to one thread: on small matrices two take five times the CPU time, which the trials need."""
@@ -135,12 +142,20 @@ class Surrogate:
     """Proposes configurations for a space, and judges trials, from the trials of one study.
 
     It remembers the trials that have ended. Without curves a trial's final value is all that counts. `priors` are what
-    other studies expect.
+    other studies expect, and `optimum` is where the user does.
     """
 
-    def __init__(self, space: Space, *, has_curves: bool = True, priors: Sequence[Prior] = ()) -> None:
+    def __init__(
+        self,
+        space: Space,
+        *,
+        has_curves: bool = True,
+        priors: Sequence[Prior] = (),
+        optimum: OptimumPrior | None = None,
+    ) -> None:
         self._has_curves = has_curves
         self._priors = priors
+        self._optimum = optimum
         self._encoding = Encoding(space)
         self._ended: dict[tuple[int, int], _Curve] = {}
 
@@ -206,6 +221,7 @@ class Surrogate:
         inputs = np.column_stack([self._encoding.columns(units), _epoch_axis(epochs, last_epoch)])
         owners = self._encoding.owners
         process = GaussianProcess.fit(inputs, targets, np.append(owners, owners.max() + 1))
+        confidence = self._confidence(process, units, len(curves))
         guess = _NO_GUESS
         if self._priors:
             guess = _Guess.scaled(self._priors, process, units)
@@ -214,7 +230,7 @@ class Surrogate:
         if len(running):
             process = process.believing(self._at_the_end(running))
         epoch_time = self._epoch_time(curves) if time_counts else None
-        return _Belief(process, float(targets.min()), units[np.argsort(targets)], guess, epoch_time)
+        return _Belief(process, float(targets.min()), units[np.argsort(targets)], guess, epoch_time, confidence)
 
     def _epoch_time(self, curves: Sequence[_Curve]) -> EpochTime | None:
         measured = [(curve.units, curve.epoch_s) for curve in curves if curve.epoch_s]
@@ -222,6 +238,13 @@ class Surrogate:
             return None
         units, seconds = (np.array(column) for column in zip(*measured, strict=True))
         return EpochTime.fit(self._encoding.columns(units), seconds, self._encoding.owners)
+
+    def _confidence(self, process: GaussianProcess, units: Array, num_trials: int) -> float:
+        """The power of the user's belief, which falls to 0 if what is far from the defaults is no worse."""
+        if not self._optimum:
+            return 0.0
+        expected = self._optimum.expected_loss(units)
+        return _CONFIDENCE / num_trials * process.agreement_with(expected - expected.mean())
 
     def _curves(self, trials: Sequence[FrozenTrial], direction: Direction) -> list[_Curve]:
         return [curve for trial in trials if (curve := self._curve(trial, direction)) is not None]
@@ -269,8 +292,11 @@ class Surrogate:
         return improvement - _TIME_EXPONENT * belief.epoch_time.log_seconds(self._encoding.columns(units))
 
     def _promise(self, belief: _Belief, units: Array) -> Array:
-        """The same, and minus infinity for configurations that the space forbids."""
-        return np.where(self._encoding.allows(units), self._merit(belief, units), -np.inf)
+        """The same, weighted by the user's belief, and minus infinity for configurations that the space forbids."""
+        promise = self._merit(belief, units)
+        if self._optimum:
+            promise += belief.confidence * self._optimum.log_density(units)
+        return np.where(self._encoding.allows(units), promise, -np.inf)
 
     def _most_promising(
         self, belief: _Belief, held: Mapping[str, Value], rng: np.random.Generator
@@ -287,6 +313,8 @@ class Surrogate:
             return np.where(is_held, base, encoding.snap(units))
 
         anywhere = rng.uniform(size=(_NUM_CANDIDATES, len(base)))
+        if self._optimum:
+            anywhere = np.concatenate([anywhere, self._optimum.drawn(anywhere)])
         incumbents = belief.incumbents[:_NUM_INCUMBENTS]
         nearby = incumbents[rng.integers(len(incumbents), size=_NUM_CANDIDATES)]
         candidates = allowed(np.concatenate([anywhere, encoding.mutated(nearby, rng)]))

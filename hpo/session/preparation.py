@@ -60,6 +60,8 @@ def prepare(request: Request, observer: Observer) -> Prepared:
         files.require_unlocked()
     if machine.executor == "local":
         warm_up()  # the workers' server imports torch while the data is read
+    if unused := request.settings.unused_confidence:
+        observer.found(f"note: {unused}.")
     dataset = read_data(request, observer)
     provenance = Provenance.of_session(request.task.objective, dataset)
     study = read_study(machine, request.study)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from hpo.home import Home
-from hpo.parameters import Parameter
+from hpo.parameters import Parameter, describe_default
 from hpo.records import Winner
 from hpo.search.confirmation import PLANS
 from hpo.search.forecast import Forecast
@@ -36,7 +36,7 @@ from hpo.terminal.words import (
     format_duration,
     format_score,
 )
-from hpo.values import describe_conditions, format_value
+from hpo.values import describe_conditions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -149,7 +149,7 @@ def print_space(console: Console, space: Space, closed_groups: Sequence[Group]) 
 def _parameter_table(title: str, parameters: Mapping[str, Parameter]) -> Table:
     table = _table("parameter", "range", "default", "active when", title=title)
     for name, parameter in parameters.items():
-        table.add_row(name, parameter.describe(), format_value(parameter.default), describe_conditions(parameter.when))
+        table.add_row(name, parameter.describe(), describe_default(parameter), describe_conditions(parameter.when))
     return table
 
 
