@@ -349,7 +349,9 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("form", ["pt2", "onnx"])
-def test_every_kind_of_data_is_exported(name: str, form: str, tmp_path: Path) -> None:
+def test_every_kind_of_data_is_exported(
+    name: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     inputs, targets, network, about = CASES[name]
     model, split = trained(inputs, targets, network, **about), Split(inputs, targets)
     exportable = make_exportable(model, split, split)
@@ -361,6 +363,7 @@ def test_every_kind_of_data_is_exported(name: str, form: str, tmp_path: Path) ->
         "inputs": [vars(port) for port in exportable.inputs],
     }
     find_exporter(form).write(exportable, tmp_path, {})
+    assert capsys.readouterr() == ("", "")
     (tmp_path / "signature.json").write_text(json.dumps(ports))
     exported = ExportedModel(tmp_path)
     names = [port.name for port in exportable.inputs]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,12 +193,12 @@ def _forget_this_machine(program: torch.export.ExportedProgram) -> None:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without the warnings and log lines of what writes a format, which are for its authors."""
+    """Without the warnings, log lines and prints of what writes a format, which are for its authors."""
     root = logging.getLogger()
     before = root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

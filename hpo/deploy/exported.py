@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -118,7 +119,9 @@ def described(shape: Any) -> str:
 def _run_pt2(folder: Path) -> Run:
     import torch
 
-    module = torch.export.load(folder / "model.pt2").module()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.9 has one of its own way to read the file
+        module = torch.export.load(folder / "model.pt2").module()
 
     def run(inputs: Mapping[str, Array]) -> list[Array]:
         with torch.inference_mode():
