@@ -7,7 +7,8 @@
                                                                     at equal seconds in place of equal epochs
 
 DIR holds LCBench's surrogate (model.onnx and encoding.json of YAHPO Gym). The extra `bench` brings onnxruntime, the
-tables of HPOLib and HPOBench, and SMAC3 as the peer from outside.
+tables of HPOLib and HPOBench, and SMAC3 as a peer from outside. The peer `priorband` takes `neural-pipeline-search`
+(0.17), which needs an older pandas than hpo: install it in an environment of its own.
 
 Regret is 0 at the best known loss and 1 at that of a typical random configuration; it is that of the best epoch so far,
 of any trial. A full run is as many epochs as a trial has at the most: a strategy that stops trials early gets more of
@@ -50,7 +51,7 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 from hpo.config import derive_seed
-from hpo.parameters import Choice, Value
+from hpo.parameters import Choice, Float, Int, Value
 from hpo.search import stored
 from hpo.search.encoding import distribution
 from hpo.search.settings import StudySettings
@@ -242,6 +243,56 @@ def _config_space(space: Space, seed: int) -> Any:
     return result
 
 
+class PriorBand(Contender):
+    """NePS's PriorBand (Mallik et al., 2023, arXiv:2306.12370): Hyperband that samples near the default configuration
+    too. A promoted configuration trains on from where it was, as with Smac."""
+
+    def __init__(self, task: BenchTask, space: Space, seed: int, runs: int) -> None:
+        import random
+
+        import neps
+        import torch
+
+        random.seed(seed)  # it draws from the global generators
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        parameters = {name: _neps_parameter(parameter) for name, parameter in space.parameters.items()}
+        epochs = neps.IntegerFidelity(max(1, task.num_epochs // 27), task.num_epochs)
+        pipeline = type("Pipeline", (neps.PipelineSpace,), parameters | {"epochs": epochs})
+        self._neps = neps.AskAndTell(neps.algorithms.priorband(pipeline(), sample_prior_first=True))
+        self._numbers = itertools.count()
+        self._trained: dict[str, int] = {}
+        self._running: dict[int, tuple[Any, int]] = {}
+
+    def ask(self) -> Job:
+        trial = self._neps.ask()
+        key = next(self._numbers)
+        values = dict(trial.config)
+        self._running[key] = trial, values.pop("epochs")
+        return Job(key, values, self._trained.get(self._configuration(trial), 0))
+
+    def report(self, key: int, epoch: int, loss: float) -> bool:
+        return epoch >= self._running[key][1]
+
+    def tell(self, key: int, loss: float, *, stopped: bool, trained_s: float = 0.0) -> None:
+        trial, last_epoch = self._running.pop(key)
+        self._trained[self._configuration(trial)] = last_epoch
+        self._neps.tell(trial, loss)
+
+    def _configuration(self, trial: Any) -> str:
+        return str(trial.id.partition("_rung_")[0])
+
+
+def _neps_parameter(parameter: Float | Int | Choice) -> Any:
+    import neps
+
+    if isinstance(parameter, Choice):
+        prior = parameter.choices.index(parameter.default)
+        return neps.Categorical(parameter.choices, prior=prior, prior_confidence="medium")
+    kind = neps.Integer if isinstance(parameter, Int) else neps.Float
+    return kind(parameter.low, parameter.high, log=parameter.log, prior=parameter.default, prior_confidence="medium")
+
+
 def _sha_from_a_fifth(max_epochs: int) -> BasePruner:
     return SuccessiveHalvingPruner(min_resource=max(1, max_epochs // 5), reduction_factor=3)
 
@@ -262,6 +313,7 @@ CONTENDERS: dict[str, Callable[..., Contender]] = {
     "gp": partial(PlainOptuna, sampler=lambda seed: GPSampler(seed=seed)),
     "random": partial(PlainOptuna, sampler=lambda seed: RandomSampler(seed=seed)),
     "smac": Smac,
+    "priorband": PriorBand,
 }
 DESCRIPTIONS = {
     "priority": "hpo's default: --strategy priority --pruner model",
@@ -273,7 +325,11 @@ DESCRIPTIONS = {
     "gp": "GPSampler, no pruner",
     "random": "RandomSampler, no pruner",
     "smac": "SMAC3's MultiFidelityFacade, default configuration first (tables: HyperparameterOptimizationFacade)",
+    "priorband": "NePS's PriorBand, default configuration first, with medium confidence in it",
 }
+INSTALLED = [name for name in CONTENDERS if name not in ("priority+budget", "priorband")]
+"""Those that the extra brings, at equal epochs."""
+
 QUICK = ("priority", "optuna", "tpe+default+sha", "tpe+hyperband", "random")
 
 
@@ -544,7 +600,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one seed, 30 full runs, the cheap contenders")
     parser.add_argument("--seconds", action="store_true", help="an epoch costs its time; for --lcbench alone")
     parser.add_argument("--by-trials", action="store_true", help="also at an equal number of trials")
-    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, metavar="NAME")
+    parser.add_argument("--contenders", nargs="+", default=INSTALLED, choices=CONTENDERS, metavar="NAME")
     parser.add_argument("--tasks", nargs="+", default=LCBENCH_DEVELOPMENT, metavar="ID", help="OpenML tasks of LCBench")
     parser.add_argument("--seeds", type=int, default=3, metavar="N")
     parser.add_argument("--runs", type=int, default=100, metavar="N", help="epochs to spend, in full runs")
