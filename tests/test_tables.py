@@ -138,8 +138,8 @@ def test_the_models_that_are_no_networks_are_scikit_learns_on_the_same_splits(tm
         return np.concatenate([part.numpy() for part in split.inputs.values()], axis=1)
 
     boosting = HistGradientBoostingRegressor(categorical_features=[False] * 9 + [True] * 2, random_state=0)
-    boosting.fit(columns(splits.train), splits.train.targets)
-    expected = r2_score(splits.validation.targets, boosting.predict(columns(splits.validation)))
+    boosting.fit(columns(splits.train), splits.train.targets.numpy())
+    expected = r2_score(splits.validation.targets.numpy(), boosting.predict(columns(splits.validation)))
     assert table_scores(splits, "r2")[BOOSTED] == pytest.approx(expected, abs=1e-4)
 
 
