@@ -21,13 +21,14 @@ from hpo.config import Direction
 from hpo.errors import StudyMismatchError, UsageError
 from hpo.parameters import Choice, Float, Int, Value
 from hpo.search import priority, stored
+from hpo.search.acquisition import log_expected_improvement
 from hpo.search.encoding import Encoding, distribution
 from hpo.search.gaussian_process import GaussianProcess, negative_log_posterior
 from hpo.search.priority import PrioritySampler
 from hpo.search.pruners import NUM_HALVED_TRIALS, build_pruner
 from hpo.search.settings import StudySettings
 from hpo.search.study import Study
-from hpo.search.surrogate import Surrogate, log_expected_improvement
+from hpo.search.surrogate import Surrogate
 from hpo.space import Group, Space
 
 SPACE = Space(
@@ -86,11 +87,12 @@ class TestAsOptunasOwn(BasicSamplerTestCase, RelativeSamplerTestCase, MultiObjec
 LINE_OF_ANOTHER_NAME = Space(Group("line", ours=Float(0.0, 1.0, default=0.5)))
 
 
-def test_several_objectives_are_left_to_tpe_after_the_default_configuration() -> None:
-    study = optuna.create_study(directions=["minimize", "maximize"], sampler=PrioritySampler(SPACE, num_trials=40))
+def test_three_objectives_are_left_to_tpe_after_the_default_configuration() -> None:
+    sampler = PrioritySampler(SPACE, num_trials=40)
+    study = optuna.create_study(directions=["minimize", "maximize", "minimize"], sampler=sampler)
     for _ in range(15):
         trial = study.ask(distributions(SPACE))
-        study.tell(trial, (abs(math.log10(trial.params["lr"]) + 3), float(trial.params["depth"])))
+        study.tell(trial, (abs(math.log10(trial.params["lr"]) + 3), float(trial.params["depth"]), 1.0))
 
     assert study.trials[0].params == SPACE.defaults()
     assert len({str(trial.params) for trial in study.trials}) == 15

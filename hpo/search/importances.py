@@ -25,10 +25,10 @@ import numpy as np
 
 from hpo.config import derive_seed
 from hpo.records import ELIGIBLE, TrialRecord
+from hpo.search.acquisition import on_one_thread
 from hpo.search.encoding import Encoding
 from hpo.search.posterior import EndPosterior, Observations
 from hpo.search.priority import tunable_groups
-from hpo.search.surrogate import on_one_thread
 from hpo.values import as_tuple, describe_conditions
 
 if TYPE_CHECKING:

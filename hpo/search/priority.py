@@ -3,7 +3,8 @@
 Two short stages tune the first group, then the first two, while the closed groups are held at the best trial so far;
 every second trial is a scout that searches everything, and no group is ever frozen. Priority order helps to reach the
 good region, not to finish there. What is searched is proposed by a model of the learning curves (hpo.search.surrogate)
-for the first 250 trials, and by TPE after them and for several objectives. docs/strategies.md says what this is worth.
+for the first 250 trials, or by one of the Pareto front if there are two objectives (hpo.search.front), and by TPE after
+them and for more objectives. docs/strategies.md says what this is worth.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.trial import TrialState
 
-from hpo.config import derive_seed
+from hpo.config import Direction, derive_seed
 from hpo.search import stored
 from hpo.search.encoding import Encoding, distribution
+from hpo.search.front import FrontSurrogate
 from hpo.search.internals import all_trials, direction_of, identity
 from hpo.search.optimum import OptimumPrior
 from hpo.search.prior import Prior
@@ -123,6 +125,7 @@ class PrioritySampler(PinningSampler):
         self._space = space
         self._has_curves = has_curves
         self._optimum = OptimumPrior(self._encoding) if space.confidences() else None
+        self._front = FrontSurrogate(space)
         self._surrogate = self._new_surrogate()
         self._surrogate_study: tuple[BaseStorage, int] | None = None
 
@@ -155,22 +158,24 @@ class PrioritySampler(PinningSampler):
         return drawn | {name: value for name, value in proposed.items() if name in search_space}
 
     def _is_modelled(self, study: Study, trial: FrozenTrial) -> bool:
-        return 0 < trial.number < NUM_MODELLED_TRIALS and len(study.directions) == 1
+        return 0 < trial.number < NUM_MODELLED_TRIALS and len(study.directions) <= 2
 
     def _proposal(self, study: Study, trial: FrozenTrial) -> dict[str, Value]:
         held = self.pinned(trial)
-        if trial.number >= NUM_STARTUP_TRIALS:
-            rng = np.random.default_rng(derive_seed(self._seed, trial.number, "surrogate"))
-            proposed = self._surrogate_of(study).propose(
-                other_trials(study, trial),
-                held,
-                direction=direction_of(study),
-                rng=rng,
-                time_counts=is_time_limited(study),
-            )
-            if proposed is not None:
-                return proposed
-        return self._sequence_point(trial.number) | dict(held)
+        if trial.number >= NUM_STARTUP_TRIALS and (proposed := self._most_promising(study, trial, held)) is not None:
+            return proposed
+        optimum = self._optimum if len(study.directions) == 1 else None
+        return self._sequence_point(trial.number, optimum) | dict(held)
+
+    def _most_promising(self, study: Study, trial: FrozenTrial, held: Mapping[str, Value]) -> dict[str, Value] | None:
+        rng = np.random.default_rng(derive_seed(self._seed, trial.number, "surrogate"))
+        others = other_trials(study, trial)
+        if len(study.directions) == 2:
+            directions = [Direction(direction.name.lower()) for direction in study.directions]
+            return self._front.propose(others, held, directions=directions, rng=rng)
+        return self._surrogate_of(study).propose(
+            others, held, direction=direction_of(study), rng=rng, time_counts=is_time_limited(study)
+        )
 
     def _surrogate_of(self, study: Study) -> Surrogate:
         # It remembers the trials of one study; a sampler may serve several.
@@ -186,7 +191,7 @@ class PrioritySampler(PinningSampler):
     def _new_surrogate(self, priors: Sequence[Prior] = ()) -> Surrogate:
         return Surrogate(self._space, has_curves=self._has_curves, priors=priors, optimum=self._optimum)
 
-    def _sequence_point(self, number: int) -> dict[str, Value]:
+    def _sequence_point(self, number: int, optimum: OptimumPrior | None) -> dict[str, Value]:
         """The point that belongs to the trial; scouts and other trials have a scrambled Sobol sequence each.
 
         In a single sequence the second value of every second point is in the same half of its range. Scouts disregard
@@ -197,8 +202,8 @@ class PrioritySampler(PinningSampler):
         sequence = qmc.Sobol(len(self._defaults), rng=derive_seed(self._seed, number % 2, "sobol") % 2**32)
         sequence.fast_forward((number + 1) // 2)  # at least 1: scipy cannot skip 0 points
         point = sequence.random(1)
-        if self._optimum and number % 2 == 0:
-            point = self._optimum.drawn(point)
+        if optimum and number % 2 == 0:
+            point = optimum.drawn(point)
         return self._encoding.values(self._encoding.snap(point)[0])
 
 

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 from optuna.trial import TrialState
-from scipy.special import erfcx, ndtr
-from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 from hpo.config import Direction
 from hpo.parameters import Value
 from hpo.search import stored
+from hpo.search.acquisition import NUM_INCUMBENTS, log_expected_improvement, maximize, on_one_thread
 from hpo.search.encoding import Encoding
 from hpo.search.epoch_time import EpochTime
 from hpo.search.gaussian_process import Array, GaussianProcess, standardized
@@ -48,13 +47,7 @@ With 1 (Snoek, Larochelle and Adams, 2012, arXiv:1206.2944) cheap configurations
 _CONFIDENCE = 10.0
 """The user's belief has this power, divided by the number of trials, as long as they agree with it."""
 
-_BLAS = ThreadpoolController().select(user_api="blas")
-
 _MAX_OBSERVATIONS = 400
-_NUM_CANDIDATES = 512
-_NUM_INCUMBENTS = 10
-_REFINEMENTS = (0.1, 0.03, 0.01)
-_OFFSPRING = 20
 
 
 @dataclass(frozen=True)
@@ -130,12 +123,6 @@ class _Belief:
 
     confidence: float
     """The power of the user's belief about the optimum."""
-
-
-def on_one_thread() -> AbstractContextManager[None]:
-    """Keep linear algebra to one thread: on small matrices two take five times the CPU time, which the trials need."""
-    limited: AbstractContextManager[None] = _BLAS.limit(limits=1)
-    return limited
 
 
 class Surrogate:
@@ -301,33 +288,9 @@ class Surrogate:
     def _most_promising(
         self, belief: _Belief, held: Mapping[str, Value], rng: np.random.Generator
     ) -> tuple[Array, float]:
-        """Search the cube at random and around the best observations, then refine what is best.
-
-        Gives the configuration (p,) and its merit.
-        """
-        encoding = self._encoding
-        is_held = np.array([name in held for name in encoding.names])
-        base = encoding.units(encoding.space.defaults() | dict(held))
-
-        def allowed(units: Array) -> Array:
-            return np.where(is_held, base, encoding.snap(units))
-
-        anywhere = rng.uniform(size=(_NUM_CANDIDATES, len(base)))
-        if self._optimum:
-            anywhere = np.concatenate([anywhere, self._optimum.drawn(anywhere)])
-        incumbents = belief.incumbents[:_NUM_INCUMBENTS]
-        nearby = incumbents[rng.integers(len(incumbents), size=_NUM_CANDIDATES)]
-        candidates = allowed(np.concatenate([anywhere, encoding.mutated(nearby, rng)]))
-        scores = self._promise(belief, candidates)
-        for step in _REFINEMENTS:
-            elite = np.argsort(-scores)[:_NUM_INCUMBENTS]
-            offspring = np.repeat(candidates[elite], _OFFSPRING, axis=0)
-            offspring += step * rng.normal(size=offspring.shape) * (rng.uniform(size=offspring.shape) < 0.5)
-            offspring = allowed(offspring)
-            candidates = np.concatenate([candidates[elite], offspring])
-            scores = np.concatenate([scores[elite], self._promise(belief, offspring)])
-        best = int(np.argmax(scores))
-        return candidates[best], float(scores[best])
+        """The configuration (p,) with the highest promise, and that."""
+        incumbents = belief.incumbents[:NUM_INCUMBENTS]
+        return maximize(partial(self._promise, belief), self._encoding, incumbents, held, rng, optimum=self._optimum)
 
 
 def _epoch_s(trial: FrozenTrial) -> float | None:
@@ -379,17 +342,3 @@ def _earlier_points(curve: _Curve, end: int) -> list[tuple[Array, int, float]]:
 def _epoch_axis(epochs: Array, last_epoch: int) -> Array:
     """1 at the last epoch, 0 at the first; curves bend evenly on a logarithmic scale."""
     return np.log(epochs) / math.log(last_epoch) if last_epoch > 1 else np.ones(len(epochs))
-
-
-def log_expected_improvement(z: Array) -> Array:
-    """log E[max(0, z + e)] for a standard normal e, exact where the improvement itself underflows.
-
-    Ament et al., 2023, arXiv:2310.20708.
-    """
-    log_density = -0.5 * z * z - 0.5 * math.log(2 * math.pi)
-    tail = np.minimum(z, -1.0)
-    likely = np.maximum(z, -1.0)
-    far = log_density + np.log1p(np.maximum(math.sqrt(math.pi / 2) * tail * erfcx(-tail / math.sqrt(2)), -1 + 1e-16))
-    near = np.log(np.exp(-0.5 * likely * likely) / math.sqrt(2 * math.pi) + likely * ndtr(likely))
-    result: Array = np.where(z < -1.0, far, near)
-    return result
