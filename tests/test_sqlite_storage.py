@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def test_the_storage_is_a_write_ahead_log_below_any_path(tmp_path: Path) -> None
 
     Study.open(open_storage(home), "study", SETTINGS)
 
-    with sqlite3.connect(home / "optuna.db") as connection:
+    with closing(sqlite3.connect(home / "optuna.db")) as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert connection.execute("SELECT study_name FROM studies").fetchall() == [("study",)]
 
@@ -88,12 +89,12 @@ def test_a_home_that_is_a_file_is_named_with_what_helps(tmp_path: Path) -> None:
 
 def test_tables_of_another_optuna_are_refused(tmp_path: Path) -> None:
     open_storage(tmp_path)
-    with sqlite3.connect(tmp_path / "optuna.db") as connection:
+    with closing(sqlite3.connect(tmp_path / "optuna.db")) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = 'v9.9.9.a'")
 
     with pytest.raises(StoreError, match=r"optuna\.db was made by a newer Optuna than .*; use the version of hpo that"):
         open_storage(tmp_path)
-    with sqlite3.connect(tmp_path / "optuna.db") as connection:
+    with closing(sqlite3.connect(tmp_path / "optuna.db")) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = 'v2.6.0.a'")
     upgrade = rf"make a copy of it, then run `optuna storage upgrade --storage sqlite:///{tmp_path}/optuna\.db`\.$"
     with pytest.raises(StoreError, match=upgrade):
@@ -125,7 +126,7 @@ def test_a_home_on_a_network_file_system_has_no_write_ahead_log(
     try:
         for home, num_warnings in ((tmp_path / "new", 1), (tmp_path / "local", 1)):
             run_trials(Study.open(open_storage(home), "study", SETTINGS), 2)
-            with sqlite3.connect(home / "optuna.db") as connection:
+            with closing(sqlite3.connect(home / "optuna.db")) as connection:
                 assert connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
             assert sum(f"is on a network file system ({kind})" in text for text in caplog.messages) == num_warnings
     finally:
