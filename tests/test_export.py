@@ -40,6 +40,8 @@ from hpo.session.export import export_best
 from hpo.session.formats import compare_formats
 from hpo.session.search import run_search
 
+pytestmark = pytest.mark.xdist_group("export")  # the exports are made once
+
 EXAMPLES = Path(__file__).parent.parent / "examples" / "deploy"
 FORMATS = ("pt2", "onnx", "mlflow", "safetensors")
 NOT_OURS = "/".join(("", "(?:work|home|root|tmp|usr)", ""))  # an absolute path of a machine

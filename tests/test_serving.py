@@ -38,6 +38,8 @@ from hpo.session.register import register_best
 from hpo.session.search import run_search
 from hpo.tracking.store import TrackingStore, open_store
 
+pytestmark = pytest.mark.xdist_group("serving")  # one search and one server for all
+
 NUM_ASKED = 5
 
 
@@ -115,7 +117,6 @@ def test_the_logged_model_is_its_runs_with_signature_example_requirements_and_ca
     }
 
 
-@pytest.mark.xdist_group("contest")  # one after the other
 @pytest.mark.parametrize(
     ("promote", "value", "protocol", "is_champion", "why"),
     [
