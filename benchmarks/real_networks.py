@@ -71,6 +71,8 @@ class Problem:
 PROBLEMS = (
     Problem(name="digits", limit=None, max_epochs=6),
     Problem(name="fashion_mnist", limit=5000, max_epochs=6),
+    Problem(name="diabetes", limit=None, max_epochs=20),
+    Problem(name="examples/definitions.py", limit=800, max_epochs=6),
 )
 
 
@@ -82,7 +84,7 @@ class Course:
     """(n,) epochs, or seconds, so far."""
 
     best: Values
-    """(n,) the best validation accuracy so far."""
+    """(n,) the best value of the task's metric so far, on the validation split."""
 
     num_trials: int
 
@@ -91,11 +93,11 @@ def search(problem: Problem, task: Task, splits: Splits, contender: str, seed: i
     """Run one search until its seconds, or the epochs of NUM_FULL_TRIALS trials, are used up."""
     budget = seconds or float(NUM_FULL_TRIALS * problem.max_epochs)
     study = _open_study(problem, task, contender, seed)
-    spent, best = [0.0], [0.0]
+    spent, best = [0.0], [-math.inf]
     while spent[-1] < budget:
-        for accuracy, cost in train(problem, task, splits, study, budget - spent[-1], by_seconds=seconds is not None):
+        for value, cost in train(problem, task, splits, study, budget - spent[-1], by_seconds=seconds is not None):
             spent.append(spent[-1] + cost)
-            best.append(max(best[-1], accuracy))
+            best.append(max(best[-1], value))
     return Course(np.array(spent), np.array(best), len(study.trials()))
 
 
@@ -108,7 +110,7 @@ def _open_study(problem: Problem, task: Task, contender: str, seed: int) -> Stud
         strategy=strategy,
         pruner=pruner,
         max_epochs=problem.max_epochs,
-        metric="accuracy",
+        metric=task.objective.metric,
         direction=Direction.MAXIMIZE,
         limit=problem.limit,
         planned_trials=NUM_FULL_TRIALS,
@@ -122,7 +124,7 @@ def _open_study(problem: Problem, task: Task, contender: str, seed: int) -> Stud
 def train(
     problem: Problem, task: Task, splits: Splits, study: Study, budget: float, *, by_seconds: bool
 ) -> list[tuple[float, float]]:
-    """Train what the study suggests, within the budget; the accuracy of each epoch, 0 for NaN, and what it cost."""
+    """Train what the study suggests, within the budget; the metric of each epoch, and what it cost."""
     suggestion = study.ask()
     config = task.train_config(suggestion.active_values, max_epochs=problem.max_epochs, seed=suggestion.seed)
     parameters = task.model_parameters(suggestion.active_values)
@@ -135,7 +137,7 @@ def train(
         for result in results:
             epoch_s = time.process_time() - began
             trained_s += epoch_s
-            epochs.append((0.0 if result.diverged else result.value, epoch_s if by_seconds else 1.0))
+            epochs.append((-math.inf if result.diverged else result.value, epoch_s if by_seconds else 1.0))
             is_weak = not result.diverged and study.report(suggestion.number, result.epoch, result.value)
             if is_weak or sum(cost for _, cost in epochs) >= budget:
                 break
@@ -149,7 +151,7 @@ def train(
 
 
 def cost_to_reach(course: Course, target: float) -> float:
-    """What a search had spent when it reached an accuracy; all that it spent if it never did."""
+    """What a search had spent when it reached a value of the metric; all that it spent if it never did."""
     hits = course.best >= target
     return float(course.spent[hits.argmax()] if hits.any() else course.spent[-1])
 
@@ -162,12 +164,12 @@ def interval(values: Values) -> str:
     return f"{values.mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def print_table(problem: Problem, courses: dict[str, list[Course]], unit: str) -> None:
+def print_table(problem: Problem, metric: str, courses: dict[str, list[Course]], unit: str) -> None:
     """One row a contender; the searches of each are in the order of their seeds."""
     num_seeds = len(courses["random"])
     size = "all" if problem.limit is None else f"{problem.limit}"
     print(f"\n{problem.name}: {size} examples, {problem.max_epochs} epochs a trial, {num_seeds} seeds\n")
-    print(f"| strategy, pruner | {unit} to random search's end | had by | accuracy | trials |")
+    print(f"| strategy, pruner | {unit} to random search's end | had by | {metric} | trials |")
     print("| --- | ---: | ---: | ---: | ---: |")
     targets = [course.best[-1] for course in courses["random"]]
     for name, own in courses.items():
@@ -192,7 +194,7 @@ def main() -> None:
         for seed, contender in itertools.product(range(arguments.seeds), arguments.contenders):
             splits = split_dataset(dataset, validation_fraction=VALIDATION_FRACTION, seed=seed, limit=problem.limit)
             courses[contender].append(search(problem, task, splits, contender, seed, seconds=arguments.seconds))
-        print_table(problem, courses, "seconds" if arguments.seconds else "epochs")
+        print_table(problem, task.objective.metric, courses, "seconds" if arguments.seconds else "epochs")
     print(f"\n{time.process_time() - began:.0f} s of CPU")
 
 
