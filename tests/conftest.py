@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 import torch
 
+from hpo.machine import num_cores
 from hpo.session import conclude
 from hpo.tracking.store import open_store
 from hpo.training.compiled import OLDEST_TRACING, can_trace
@@ -42,6 +43,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.dist = "loadgroup"  # tests that share a cluster or servers run in one process
     if hasattr(config, "workerinput"):  # one of xdist's processes, which do not hear of that
         config.option.loadgroup = True
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` means: one more than there are cores, because many tests wait for processes and servers."""
+    return num_cores() + 1
 
 
 @pytest.fixture(scope="session")
