@@ -221,13 +221,14 @@ def test_reading_an_empty_database_writes_nothing(url: str, tmp_path: Path, post
 
 
 def test_a_home_of_an_earlier_version_has_no_sessions_and_gets_them(tmp_path: Path) -> None:
-    RDBStorage(f"sqlite:///{tmp_path}/optuna.db").create_new_study([StudyDirection.MINIMIZE], "study")
+    optunas = closed_at_the_end(RDBStorage(f"sqlite:///{tmp_path}/optuna.db"))
+    optunas.create_new_study([StudyDirection.MINIMIZE], "study")
     storage = open_storage(tmp_path)
 
     assert living_sessions(storage, "study") == []
     with Session(storage, "study") as session:
         assert [found.id for found in living_sessions(storage, "study")] == [session.id]
-    assert [study.study_name for study in RDBStorage(f"sqlite:///{tmp_path}/optuna.db").get_all_studies()] == ["study"]
+    assert [study.study_name for study in optunas.get_all_studies()] == ["study"]
 
 
 def test_what_is_written_is_what_optuna_reads_and_the_other_way_round(
@@ -295,9 +296,13 @@ def plain(storage: StudyStorage) -> Any:
     """Optuna's own storage over the same tables."""
     url = storage.engine.url.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
     creator = {"creator": storage._direct.engine_kwargs["creator"]} if storage.engine.name == "sqlite" else {}
-    backend = RDBStorage(url, creator)
-    weakref.finalize(backend, backend.engine.dispose)
-    return optuna.storages.get_storage(backend)
+    return optuna.storages.get_storage(closed_at_the_end(RDBStorage(url, creator)))
+
+
+def closed_at_the_end(storage: RDBStorage) -> RDBStorage:
+    """Optuna leaves connections open when nobody uses a storage any more, of which Python 3.13 warns."""
+    weakref.finalize(storage, storage.engine.dispose)
+    return storage
 
 
 def fill(storage: Any, study_id: int) -> None:
