@@ -13,7 +13,7 @@ from torch import Tensor
 from hpo.data.datasets import hold_out
 from hpo.data.examples import Dataset, SealedSplit, Split, Vocabulary
 from hpo.data.loaded import Loaded, Source, make_source, read_targets
-from hpo.errors import DataError
+from hpo.errors import DataError, in_one_line
 
 _logger = logging.getLogger(__name__)
 
@@ -72,7 +72,9 @@ def _targets(source: Source, num_examples: int, given: Any, kind: str | None, cl
         if kind is None and not classes:
             return None
         needed = f"the kind {kind} needs" if kind else "classes need, whose indices they are"
-        raise DataError(f"the targets of the Dataset must be numbers of one shape, as {needed}: {error}.") from error
+        raise DataError(
+            f"the targets of the Dataset must be numbers of one shape, as {needed}: {in_one_line(error)}."
+        ) from error
     if len(found) != num_examples:
         raise DataError(f"there are {len(found)} targets for {num_examples} examples.")
     if are_given:

@@ -14,7 +14,7 @@ _LEAST_TRIALS = 3
 
 @dataclass(frozen=True)
 class EpochTime:
-    """A Gaussian process for the logarithm of the seconds per epoch: wide networks multiply them, and so do GPUs."""
+    """A Gaussian process for the logarithm of the seconds per epoch, because a larger network multiplies them."""
 
     process: GaussianProcess
     mean: float
