@@ -95,7 +95,8 @@ def place_in_hpo() -> str:
     frame = sys._getframe()
     while frame:
         file = frame.f_code.co_filename
-        if file.startswith(HPO):
+        # From Python 3.12 on, a list comprehension is a part of its function.
+        if file.startswith(HPO) and frame.f_code.co_name != "<listcomp>":
             return f"{file.removeprefix(HPO)[1:]}:{frame.f_code.co_name}"
         frame = frame.f_back  # type: ignore[assignment]
     return "?"

@@ -35,7 +35,7 @@ from hpo.training.trained import BEST_WEIGHTS, TrialDescription
 BETWEEN_STEPS = {
     ("copy from pageable memory", "?"): "the test itself moves the model that it loads",
     ("copy from pageable memory", "data/batches.py:_draw_epoch"): "the order and the draws of an epoch",
-    ("copy from pageable memory", "data/batches.py:<listcomp>"): "the same",
+    ("copy from pageable memory", "data/batches.py:evaluation_views"): "the draws of views to predict",
     ("copy from pageable memory", "data/examples.py:move"): "the data, once a trial",
     ("copy from pageable memory", "data/parts.py:<genexpr>"): "where sequences begin, once a trial",
     ("copy from pageable memory", "data/parts.py:select"): "the sequences that are watched",
@@ -54,7 +54,7 @@ BETWEEN_STEPS = {
     ("copy from pageable memory", "training/probe.py:__init__"): "the examples that are watched",
     ("copy from pageable memory", "training/trainer.py:restore_best_weights"): "the best weights, from the checkpoint",
     ("copy from pageable memory", "training/trainer.py:resume"): "a resumed training",
-    ("bincount", "models/preprocessed.py:<listcomp>"): "the statistics of images, once a trial",
+    ("bincount", "models/preprocessed.py:_uint8_statistics"): "the statistics of images, once a trial",
     ("bincount", "training/losses.py:_balanced_weights"): "the weights of the classes, once a trial",
     ("copy to the host", "data/batches.py:_balanced_chances"): "the classes, to draw them alike",
     ("copy to the host", "training/trainer.py:_measure_difficulty"): "the losses of a curriculum, once an epoch",
