@@ -168,7 +168,7 @@ class LCBenchTask(BenchTask):
         return units[np.argmin(losses)], float(losses.min()), typical
 
     def best_of_random(self, num_configurations: int) -> Losses:
-        """(52,) the lowest error that any of so many random configurations has had by each epoch."""
+        """(52,) the lowest error that any of that many random configurations has had by each epoch."""
         units = np.random.default_rng(0).uniform(size=(num_configurations, len(_LCBENCH_INPUTS)))
         best: Losses = np.minimum.accumulate(self._errors_at(units).min(axis=0))
         return best

@@ -88,7 +88,7 @@ class Contender(ABC):
 
     @abstractmethod
     def tell(self, key: int, loss: float, *, stopped: bool, trained_s: float = 0.0) -> None:
-        """The job has ended, with this loss at its best epoch, after so many seconds."""
+        """The job has ended after `trained_s` seconds, with this loss at its best epoch."""
 
     def finalists(self) -> list[int]:
         """Jobs that were stopped and are to run to their end before the search is over, the most promising first."""
@@ -180,17 +180,43 @@ class PlainOptuna(Contender):
             self._study.tell(trial, loss)
 
 
-class Smac(Contender):
-    """SMAC3's multi-fidelity facade: Hyperband with a random forest. A promoted configuration trains on from where it
-    was, so that it pays only for its new epochs, which is in SMAC's favour."""
+class PromotingPeer(Contender):
+    """A search that trains configurations for some epochs and promotes the best of them.
+
+    A promoted configuration continues from where it was, so that it pays only for its new epochs, which is in the
+    peer's favour.
+    """
+
+    def __init__(self, task: BenchTask) -> None:
+        self._has_epochs = task.num_epochs > 1
+        self._numbers = itertools.count()
+        self._trained: dict[Any, int] = {}
+        self._running: dict[int, tuple[Any, Any, int]] = {}
+
+    def _start(self, asked: Any, configuration: Any, values: dict[str, Value], last_epoch: int) -> Job:
+        """The job for what the peer has asked; `configuration` is the same whenever it is promoted."""
+        key = next(self._numbers)
+        self._running[key] = asked, configuration, last_epoch
+        return Job(key, values, self._trained.get(configuration, 0) if self._has_epochs else 0)
+
+    def _end(self, key: int) -> Any:
+        """What the peer had asked for."""
+        asked, configuration, last_epoch = self._running.pop(key)
+        self._trained[configuration] = last_epoch
+        return asked
+
+    def report(self, key: int, epoch: int, loss: float) -> bool:
+        return epoch >= self._running[key][2]
+
+
+class Smac(PromotingPeer):
+    """SMAC3's multi-fidelity facade: Hyperband with a random forest."""
 
     def __init__(self, task: BenchTask, space: Space, seed: int, runs: int) -> None:
         import smac
 
+        super().__init__(task)
         self._task = task
-        self._trained: dict[Any, int] = {}
-        self._running: dict[int, tuple[Any, int]] = {}
-        self._numbers = itertools.count()
         self._folder = tempfile.TemporaryDirectory()
         facade = smac.MultiFidelityFacade if task.num_epochs > 1 else smac.HyperparameterOptimizationFacade
         budgets = {"min_budget": max(1, task.num_epochs // 27), "max_budget": task.num_epochs}
@@ -211,21 +237,13 @@ class Smac(Contender):
 
     def ask(self) -> Job:
         info = self._smac.ask()
-        key = next(self._numbers)
         last_epoch = round(info.budget) if info.budget else self._task.num_epochs
-        self._running[key] = info, last_epoch
-        start_epoch = self._trained.get(info.config, 0) if self._task.num_epochs > 1 else 0
-        return Job(key, dict(info.config), start_epoch)
-
-    def report(self, key: int, epoch: int, loss: float) -> bool:
-        return epoch >= self._running[key][1]
+        return self._start(info, info.config, dict(info.config), last_epoch)
 
     def tell(self, key: int, loss: float, *, stopped: bool, trained_s: float = 0.0) -> None:
         from smac.runhistory.dataclasses import TrialValue
 
-        info, last_epoch = self._running.pop(key)
-        self._trained[info.config] = last_epoch
-        self._smac.tell(info, TrialValue(cost=loss), save=False)
+        self._smac.tell(self._end(key), TrialValue(cost=loss), save=False)
 
 
 def _config_space(space: Space, seed: int) -> Any:
@@ -243,9 +261,9 @@ def _config_space(space: Space, seed: int) -> Any:
     return result
 
 
-class PriorBand(Contender):
+class PriorBand(PromotingPeer):
     """NePS's PriorBand (Mallik et al., 2023, arXiv:2306.12370): Hyperband that samples near the default configuration
-    too. A promoted configuration trains on from where it was, as with Smac."""
+    too."""
 
     def __init__(self, task: BenchTask, space: Space, seed: int, runs: int) -> None:
         import random
@@ -253,6 +271,7 @@ class PriorBand(Contender):
         import neps
         import torch
 
+        super().__init__(task)
         random.seed(seed)  # it draws from the global generators
         np.random.seed(seed)
         torch.manual_seed(seed)
@@ -260,27 +279,15 @@ class PriorBand(Contender):
         epochs = neps.IntegerFidelity(max(1, task.num_epochs // 27), task.num_epochs)
         pipeline = type("Pipeline", (neps.PipelineSpace,), parameters | {"epochs": epochs})
         self._neps = neps.AskAndTell(neps.algorithms.priorband(pipeline(), sample_prior_first=True))
-        self._numbers = itertools.count()
-        self._trained: dict[str, int] = {}
-        self._running: dict[int, tuple[Any, int]] = {}
 
     def ask(self) -> Job:
         trial = self._neps.ask()
-        key = next(self._numbers)
         values = dict(trial.config)
-        self._running[key] = trial, values.pop("epochs")
-        return Job(key, values, self._trained.get(self._configuration(trial), 0))
-
-    def report(self, key: int, epoch: int, loss: float) -> bool:
-        return epoch >= self._running[key][1]
+        last_epoch = values.pop("epochs")
+        return self._start(trial, trial.id.partition("_rung_")[0], values, last_epoch)
 
     def tell(self, key: int, loss: float, *, stopped: bool, trained_s: float = 0.0) -> None:
-        trial, last_epoch = self._running.pop(key)
-        self._trained[self._configuration(trial)] = last_epoch
-        self._neps.tell(trial, loss)
-
-    def _configuration(self, trial: Any) -> str:
-        return str(trial.id.partition("_rung_")[0])
+        self._neps.tell(self._end(key), loss)
 
 
 def _neps_parameter(parameter: Float | Int | Choice) -> Any:
