@@ -82,7 +82,11 @@ class DirectStorage(RDBStorage):
     """RDBStorage with fewer and lighter statements; what it writes, RDBStorage reads, and the other way round."""
 
     def __init__(self, url: str, engine_kwargs: dict[str, Any], *, skip_table_creation: bool = False) -> None:
-        super().__init__(url, engine_kwargs, skip_table_creation=skip_table_creation)
+        try:
+            super().__init__(url, engine_kwargs, skip_table_creation=skip_table_creation)
+        except RuntimeError:  # tables of another version, found by connections that nobody else would close
+            self.engine.dispose()
+            raise
         self._autocommitting = self.engine.execution_options(isolation_level="AUTOCOMMIT")
         upsert = postgresql.insert if self.engine.name == "postgresql" else sqlite.insert
         self._unfinished = _UnfinishedTrials()
