@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import unicodedata
 from abc import ABC
 from contextlib import suppress
@@ -61,10 +62,18 @@ class Range(ABC):
             raise ValueError(f"low {format_value(self.low)} is above high {format_value(self.high)}")
         if self.log and self.low <= 0:
             raise ValueError(f"low {format_value(self.low)} must be above 0 for log=True")
+        self._check_width()
         self._check_step()
         if not self.contains(self.default):
             raise ValueError(f"default {format_value(self.default)} is outside {self.describe()}")
         _check_confidence(self.confidence)
+
+    def _check_width(self) -> None:
+        """Between ends that only differ in their last digits, samplers divide by zero or leave the range."""
+        if self._type is int or self.is_fixed:
+            return
+        if math.isclose(self.low, self.high, rel_tol=_ROUNDING, abs_tol=sys.float_info.min):
+            raise ValueError(f"low {self.low!r} and high {self.high!r} are too close for a search; give one value")
 
     def _check_step(self) -> None:
         if self.step is None:

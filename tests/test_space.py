@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from hpo.errors import SpaceError, UnknownNameError
@@ -181,6 +181,11 @@ def test_a_wrong_override_says_what_is_allowed(space: Space, overrides: list[str
         (Float(0.0001, 0.1, default=0.5), "default 0.5 is outside 0.0001:0.1"),
         (Float(0.0, 1.0), "has no default; give it one with default="),
         (Float(0.0, 1.0, log=True, default=0.5), "low 0 must be above 0 for log=True"),
+        (
+            Float(9.0, 9.000000000000002, default=9.0),
+            "low 9.0 and high 9.000000000000002 are too close for a search; give one value",
+        ),
+        (Float(0.0, 5e-324, default=0.0), "low 0.0 and high 5e-324 are too close for a search; give one value"),
         (Float(0.0, math.inf, default=0.5), "high inf is not a number"),
         (
             Float(0.0, "1", default=0.5),
@@ -245,6 +250,8 @@ def test_groups_have_names_of_their_own() -> None:
 def test_every_narrowed_range_lies_within_and_holds_its_default(a: float, b: float, u: float, v: float) -> None:
     low, high = sorted((a, b))
     inner = sorted(min(max(low + t * (high - low), low), high) for t in (u, v))
+    for ends in ((low, high), inner):
+        assume(ends[0] == ends[1] or not math.isclose(*ends, rel_tol=1e-9))  # those are refused
     space = Space(Group("g", x=Float(low, high, default=low)))
     narrowed = space.narrow([f"x={inner[0]!r}:{inner[1]!r}"]).parameters["x"]
     assert isinstance(narrowed, Float)

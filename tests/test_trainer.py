@@ -350,7 +350,7 @@ def test_an_exception_in_the_loop_of_the_caller_leaves_the_best_weights() -> Non
 
 def test_the_best_weights_are_those_that_were_measured() -> None:
     model = ImageNet(dropout=0.2)
-    config = quick_config(max_epochs=6, lr=0.3, metric="loss")
+    config = quick_config(max_epochs=6, lr=0.3, metric="loss", compile="off")
     results = list(fit(model, image_splits(), config))
     assert not results[-1].is_best, "or the test shows nothing"
     measured = evaluate(model, image_splits().validation, config, of_classes(NUM_CLASSES))

@@ -95,8 +95,12 @@ def values_of(suggestions: list[Suggestion]) -> list[dict[str, Value]]:
 
 
 parameters = st.one_of(
-    st.tuples(st.floats(-1e3, 1e3), st.floats(0, 1e3)).map(lambda t: Float(t[0], t[0] + t[1], default=t[0])),
-    st.tuples(st.floats(1e-6, 1e3), st.floats(1, 1e6)).map(lambda t: Float(t[0], t[0] * t[1], log=True, default=t[0])),
+    st.tuples(st.floats(-1e3, 1e3), st.just(0.0) | st.floats(1e-3, 1e3)).map(
+        lambda t: Float(t[0], t[0] + t[1], default=t[0])
+    ),
+    st.tuples(st.floats(1e-6, 1e3), st.just(1.0) | st.floats(1.001, 1e6)).map(
+        lambda t: Float(t[0], t[0] * t[1], log=True, default=t[0])
+    ),
     st.tuples(st.integers(-50, 50), st.integers(0, 50)).map(lambda t: Int(t[0], t[0] + t[1], default=t[0])),
     st.tuples(st.integers(1, 50), st.integers(0, 500)).map(
         lambda t: Int(t[0], t[0] + t[1], log=True, default=t[0] + t[1])
