@@ -440,6 +440,7 @@ def test_a_search_prints_a_line_for_each_trial_and_then_the_winner(searched: Ans
         "Validation",
         "was read once",
         "hpo ui digits",
+        "hpo best digits",
     ):
         assert words in ending
     assert "\x1b" not in searched.out, "no colours where nobody sees them"
@@ -455,6 +456,7 @@ def test_what_was_found_can_be_looked_at(searched: Answer, hpo: Callable[[str], 
     best = hpo("best digits").out
     assert "Validation" in best
     assert 'hpo.load_best("digits")' in best
+    assert "Deploy it: hpo export digits writes" in best
 
 
 def test_json_is_json_and_says_the_same(searched: Answer, hpo: Callable[[str], Answer]) -> None:

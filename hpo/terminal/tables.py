@@ -78,7 +78,7 @@ def print_outcome(console: Console, outcome: SearchOutcome) -> None:
     if outcome.front:
         _print_front(console, outcome.front)
     console.print(f"Runs, curves and checkpoints are in {outcome.home}", soft_wrap=True)
-    home = "" if outcome.home == Home.find().path else f" --home {shlex.quote(str(outcome.home))}"
+    home = _home_option(str(outcome.home))
     if outcome.is_done and outcome.counts["queued"]:
         console.print("Some configurations are still queued; raise --trials to run them.")
     if not outcome.is_done:
@@ -98,7 +98,13 @@ def print_outcome(console: Console, outcome: SearchOutcome) -> None:
     else:
         if outcome.winner.confirmation is None:
             console.print(_how_to_confirm(outcome, home), soft_wrap=True)
-        console.print(f"Next: hpo ui {outcome.study}{home}", soft_wrap=True)
+        console.print(f"Next: hpo ui {outcome.study}{home} shows the curves and plots;", soft_wrap=True)
+        console.print(f"      hpo best {outcome.study}{home} says how to use the winner", soft_wrap=True)
+
+
+def _home_option(home: str) -> str:
+    """What a command needs to find the home; nothing where it looks by itself."""
+    return "" if home == str(Home.find().path) else f" --home {shlex.quote(home)}"
 
 
 def _how_to_confirm(outcome: SearchOutcome, home: str) -> str:
@@ -417,6 +423,11 @@ def print_best(console: Console, facts: dict[str, Any]) -> None:
     if facts.get("front"):
         _print_front(console, facts["front"])
         console.print(f'Load another: model = hpo.load_best("{facts["study"]}", trial=N{rest})', soft_wrap=True)
+    if not facts["is_object"]:
+        study = facts["study"] + _home_option(facts["home"])
+        console.print(f"Deploy it: hpo export {study} writes files that need no hpo", soft_wrap=True)
+        console.print(f"           hpo serve {study} answers requests", soft_wrap=True)
+        console.print(f"           hpo register {study} adds it to MLflow's registry", soft_wrap=True)
 
 
 def _print_front(console: Console, rows: list[dict[str, Any]]) -> None:
