@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 from helpers.tracking import find_trial, open_runs, run_python
+from sqlalchemy import event
+from sqlalchemy.orm import Session
 
 from hpo.errors import StoreError, UnknownNameError
 from hpo.tracking.runs import StudyRuns
@@ -211,3 +213,20 @@ def test_a_variable_that_mlflow_cannot_read_is_named(tmp_path: Path, monkeypatch
     with pytest.raises(StoreError, match=r"MLflow cannot read MLFLOW_SQLALCHEMYSTORE_POOL_SIZE=many: .*; unset it, or"):
         open_store(tmp_path / "home")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tag_may_be_set_or_deleted_by_two_machines_at_once(runs: StudyRuns) -> None:
+    run_id, database = runs.summary_run().run_id, runs.store.home / "mlflow.db"
+
+    def overtake(*_: object) -> None:
+        with closing(sqlite3.connect(database)) as other, other:
+            other.execute("INSERT INTO tags (run_uuid, key, value) VALUES (?, 'hpo.winner', '2')", (run_id,))
+
+    event.listen(Session, "before_flush", overtake, once=True)
+    runs.store.set_tags(run_id, {"hpo.winner": "3"})
+    assert runs.store.tags(run_id)["hpo.winner"] == "3"
+    for _ in range(2):
+        runs.store.delete_tag(run_id, "hpo.winner")
+    assert "hpo.winner" not in runs.store.tags(run_id)
+    with pytest.raises(StoreError, match=r"refused: .*no run"):
+        runs.store.set_tags("no run", {"hpo.winner": "3"})

@@ -35,7 +35,7 @@ def end_dead_runs(store: TrackingStore, experiment_id: str) -> None:
     with explained(store.uri):
         for run in search_runs(store.client, experiment_id, "attributes.status = 'RUNNING'"):
             if _is_dead(run.data.tags.get(PROCESS_TAG, "")):
-                store.client.set_tag(run.info.run_id, "hpo.state", "interrupted")
+                store.set_tags(run.info.run_id, {"hpo.state": "interrupted"})
                 store.client.set_terminated(run.info.run_id, "KILLED")
 
 

@@ -94,8 +94,8 @@ class StudyRuns:
             runs = search_runs(client, self.experiment_id, "")
             for run in runs:
                 if run.data.tags.get("hpo.kind") in ("trial", "study") and not is_of_study(run, self._study_id):
-                    client.set_tag(run.info.run_id, ORPHANED_TAG, "its study's database is gone")
-                    client.set_tag(run.info.run_id, "hpo.state", "orphaned")
+                    orphaned = {ORPHANED_TAG: "its study's database is gone", "hpo.state": "orphaned"}
+                    self.store.set_tags(run.info.run_id, orphaned)
 
     def trial_run(
         self, number: int, *, params: Mapping[str, Any], attempt: int = 1, tags: Mapping[str, str] | None = None
@@ -127,7 +127,7 @@ class StudyRuns:
             if found:
                 self._summary_id = found[0].info.run_id
                 client.update_run(self._summary_id, status="RUNNING")
-                client.set_tag(self._summary_id, "hpo.state", "running")
+                self.store.set_tags(self._summary_id, {"hpo.state": "running"})
             else:
                 tags = {**self._source_tags, **self._study_tags, "hpo.kind": "study", "hpo.study": self.study}
                 tags["hpo.state"] = "running"
@@ -149,9 +149,9 @@ class StudyRuns:
             for run in search_runs(client, self.experiment_id, "tags.`hpo.kind` = 'trial'", self._study_id):
                 is_on_front = int(run.data.tags[TRIAL_TAG]) in numbers
                 if is_on_front and FRONT_TAG not in run.data.tags:
-                    client.set_tag(run.info.run_id, FRONT_TAG, "yes")
+                    self.store.set_tags(run.info.run_id, {FRONT_TAG: "yes"})
                 elif not is_on_front and FRONT_TAG in run.data.tags:
-                    client.delete_tag(run.info.run_id, FRONT_TAG)
+                    self.store.delete_tag(run.info.run_id, FRONT_TAG)
 
     def recover(
         self,
@@ -179,7 +179,7 @@ class StudyRuns:
                 is_summary = run.data.tags.get("hpo.kind") == "study"
                 is_ours = run.info.run_id == self._summary_id
                 if run.data.tags.get(TRIAL_TAG) not in running and not (is_summary and (is_ours or len(alive) > 1)):
-                    client.set_tag(run.info.run_id, "hpo.state", "interrupted")
+                    self.store.set_tags(run.info.run_id, {"hpo.state": "interrupted"})
                     client.set_terminated(run.info.run_id, "KILLED")
         end_dead_runs(self.store, self.experiment_id)
 
@@ -340,17 +340,15 @@ class SummaryRun:
                 self._client.log_metric(self.run_id, key, value)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        with explained(self._store.uri):
-            for key, value in tags.items():
-                self._client.set_tag(self.run_id, key, value)
+        self._store.set_tags(self.run_id, tags)
 
     def set_note(self, markdown: str) -> None:
         """The description that the UI shows on the run's page."""
         self.set_tags({"mlflow.note.content": markdown})
 
     def finish(self, state: Literal["complete", "failed", "interrupted"]) -> None:
+        self.set_tags({"hpo.state": state})
         with explained(self._store.uri):
-            self._client.set_tag(self.run_id, "hpo.state", state)
             self._client.set_terminated(self.run_id, RUN_STATUS[state])
 
 

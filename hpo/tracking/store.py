@@ -7,9 +7,10 @@ import os
 import shutil
 import socket
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,7 +106,7 @@ class TrackingStore:
         experiment_id = experiment.experiment_id if experiment else self._create_experiment(study)
         with explained(self.uri):
             for key, value in tags.items():
-                self.client.set_experiment_tag(experiment_id, key, value)
+                _set_raced(partial(self.client.set_experiment_tag, experiment_id, key, value))
         return experiment_id
 
     def find_trial_run(self, study: str, number: int, study_id: str | None = None) -> str:
@@ -136,6 +137,23 @@ class TrackingStore:
                 f"run {run_id} in {without_password(self.uri)} has no file '{artifact_path}': {_first_line(error)}"
             ) from error
         return Path(path)
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a run, which another machine may be setting at the same moment."""
+        with explained(self.uri):
+            for key, value in tags.items():
+                _set_raced(partial(self.client.set_tag, run_id, key, value))
+
+    def delete_tag(self, run_id: str, key: str) -> None:
+        """Delete a tag of a run; that another machine has just done so is not an error."""
+        import mlflow.exceptions
+
+        with explained(self.uri):
+            try:
+                self.client.delete_tag(run_id, key)
+            except mlflow.exceptions.MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
 
     def tags(self, run_id: str) -> dict[str, str]:
         """The tags of a run."""
@@ -239,6 +257,21 @@ def is_of_study(run: Run, study_id: str | None) -> bool:
     if study_id is None:
         return ORPHANED_TAG not in run.data.tags
     return run.data.tags.get(STUDY_ID_TAG) == study_id
+
+
+def _set_raced(set_tag: Callable[[], object]) -> None:
+    """Set a tag; a second time where another machine did so at the same moment.
+
+    MLflow looks for the tag and, where there is none, inserts it: of two that find none, one is refused.
+    """
+    import mlflow.exceptions
+
+    try:
+        set_tag()
+    except mlflow.exceptions.MlflowException as error:
+        if error.error_code != "BAD_REQUEST":  # what MLflow says of all that a database refuses
+            raise
+        set_tag()
 
 
 @contextmanager
