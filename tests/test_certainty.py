@@ -63,6 +63,17 @@ def test_the_quantile_leaves_room_for_the_new_example(coverage: float, expected:
     assert conformal_quantile(scores, coverage) == expected
 
 
+def test_the_calibration_error_equals_that_of_torchmetrics() -> None:
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    logits, targets = draw(1_000, 0, sharper=2.5).batch(slice(None))
+    logits[0] = torch.tensor([100.0, 0.0, 0.0])  # a confidence of 1
+    found = measure_certainty((logits, targets), (logits, targets), is_classified=True).calibration_error
+    assert found is not None
+    expected = multiclass_calibration_error(logits.softmax(1), targets, num_classes=3, n_bins=15)
+    assert found[0] == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_sets_and_probabilities_are_as_good_on_new_examples_as_they_say() -> None:
     validation, test = draw(4000, 1, sharper=3.0), draw(4000, 2, sharper=3.0)
 
