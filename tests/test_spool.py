@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from helpers.tracking import BrokenClient, curve, find_trial, open_runs, run_python, spooled
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from hpo.errors import SearchError
@@ -111,6 +111,7 @@ def test_half_a_line_at_the_end_of_a_spool_is_cut_off(tmp_path: Path) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(junk=st.binary(min_size=1).filter(lambda junk: b"\n" not in junk and b"\r" not in junk))
+@example(junk=b"{}")
 def test_a_damaged_line_is_skipped_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, junk: bytes
 ) -> None:

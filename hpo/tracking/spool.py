@@ -88,7 +88,7 @@ class Spool:
                 event = json.loads(line)
             except ValueError:
                 event = None
-            if isinstance(event, dict):
+            if event and isinstance(event, dict):
                 yield event
             else:
                 _logger.warning("%s: skipped a damaged line of %d bytes", self.path, len(line))
