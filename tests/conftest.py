@@ -8,10 +8,14 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+# Before torch is imported: threads of several test processes would wait for each other, spinning.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import hypothesis
 import pytest
 import torch
 
+from hpo.execution import local
 from hpo.machine import num_cores
 from hpo.session import conclude
 from hpo.tracking.store import open_store
@@ -21,6 +25,9 @@ pytest.register_assert_rewrite("helpers")  # before any of them is imported
 
 from helpers.homes import copy_database  # noqa: E402
 from helpers.postgres import Postgres, running_postgres  # noqa: E402
+
+# Workers import the file of their task, here a test file: what that imports, the server they are forked from has.
+local._PRELOADED += ["hpo.session.search", "hypothesis", "pandas", "pytest", "sklearn.datasets"]
 
 pytest_plugins = ["helpers.studies", "helpers.tracking", "helpers.searches", "helpers.moody"]
 
@@ -78,15 +85,6 @@ def _figures_are_drawn_where_they_are_looked_at(
     if not request.node.get_closest_marker("figures"):
         monkeypatch.setattr(conclude, "draw_figures", lambda *_: {})
         monkeypatch.setattr(conclude, "log_report", lambda *_: None)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As many as a worker has; with small tensors more would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

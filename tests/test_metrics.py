@@ -11,9 +11,12 @@ from helpers.training import NUM_CLASSES, ImageNet, image_splits, quick_config
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
 
+from hpo import DataSpec, Padded
 from hpo.training.class_metrics import ConfusionMetrics, auroc
 from hpo.training.evaluation import evaluate_classes
+from hpo.training.metrics import EpochMetrics
 from hpo.training.value_metrics import RegressionMetrics
 
 
@@ -131,3 +134,77 @@ def test_r2_of_equal_targets_is_one_for_exact_predictions_and_zero_otherwise() -
     targets = torch.full((5,), 0.1)
     assert measured(RegressionMetrics("cpu"), targets.clone(), targets, 2)["r2"] == 1.0
     assert measured(RegressionMetrics("cpu"), targets + 1, targets, 2)["r2"] == 0.0
+
+
+# --- other kinds of target -------------------------------------------------------------------------------------------
+
+
+def measured_of_kind(spec: DataSpec, outputs: Any, targets: Any, batches: list[slice]) -> dict[str, float]:
+    metrics = EpochMetrics(spec, "cpu", is_complete=True)
+    for rows in batches:
+        metrics.update(outputs[rows], targets[rows], torch.zeros(()))
+    return {name: float(value) for name, value in metrics.compute().items()}
+
+
+BATCHES = [slice(0, 7), slice(7, 40)]
+
+
+def test_metrics_of_several_labels_equal_torchmetrics() -> None:
+    import torchmetrics.classification as reference
+
+    torch.manual_seed(0)
+    outputs, labels = torch.randn(40, 5), torch.rand(40, 5) > 0.6
+    ours = measured_of_kind(DataSpec((1,), tuple("abcde"), "multilabel"), outputs, labels, BATCHES)
+    args = (outputs.sigmoid(), labels.long())
+    assert ours["f1"] == pytest.approx(reference.MultilabelF1Score(5)(*args).item())
+    assert ours["precision"] == pytest.approx(reference.MultilabelPrecision(5)(*args).item())
+    assert ours["recall"] == pytest.approx(reference.MultilabelRecall(5)(*args).item())
+    assert ours["accuracy"] == pytest.approx(reference.MultilabelAccuracy(5, average="micro")(*args).item())
+    assert ours["exact_match"] == pytest.approx(reference.MultilabelExactMatch(5)(*args).item())
+    assert ours["average_precision"] == pytest.approx(reference.MultilabelAveragePrecision(5)(*args).item())
+
+
+def test_metrics_of_masks_equal_torchmetrics_without_the_pixels_that_are_not_known() -> None:
+    import torchmetrics.classification as reference
+
+    torch.manual_seed(0)
+    outputs, labels = torch.randn(40, 3, 6, 6), torch.randint(3, (40, 6, 6))
+    labels[torch.rand(40, 6, 6) < 0.2] = -100
+    ours = measured_of_kind(DataSpec((1,), tuple("abc"), "segmentation"), outputs, labels, BATCHES)
+    args = (outputs.argmax(1), labels)
+    options: dict[str, Any] = {"ignore_index": -100, "average": "macro"}
+    assert ours["mean_iou"] == pytest.approx(reference.MulticlassJaccardIndex(3, **options)(*args).item())
+    assert ours["dice"] == pytest.approx(reference.MulticlassF1Score(3, **options)(*args).item())
+    in_bytes = torch.where(labels == -100, 255, labels).to(torch.uint8)
+    assert measured_of_kind(DataSpec((1,), tuple("abc"), "segmentation"), outputs, in_bytes, BATCHES) == ours
+
+
+def test_metrics_of_elements_equal_torchmetrics() -> None:
+    from torchmetrics.text import Perplexity
+
+    torch.manual_seed(0)
+    outputs, labels = torch.randn(40, 9, 4), torch.randint(4, (40, 9))
+    lengths = torch.randint(1, 10, (40,))
+    padded = Padded(labels, lengths)
+    ignored = torch.where(padded.mask, labels, -100)
+    metrics = EpochMetrics(DataSpec((1,), tuple("abcd"), "tagging"), "cpu")
+    metrics.update(outputs, padded, torch.zeros(()))
+    ours = metrics.compute()
+    assert float(ours["perplexity"]) == pytest.approx(Perplexity(ignore_index=-100)(outputs, ignored).item())
+    accuracy = (outputs.argmax(-1) == labels)[padded.mask].double().mean()
+    assert float(ours["accuracy"]) == pytest.approx(accuracy.item())
+
+
+def test_transcriptions_are_read_greedily_and_measured_by_edits() -> None:
+    from torchmetrics.text import CharErrorRate
+
+    best = torch.tensor([[0, 0, 3, 1, 1], [3, 2, 2, 3, 2], [1, 1, 1, 1, 1]])
+    outputs = functional.one_hot(best, 4).float()
+    written = Padded(torch.tensor([[0, 1, 0], [2, 2, 0], [2, 0, 1]]), torch.tensor([2, 2, 3]))
+    metrics = EpochMetrics(DataSpec((1,), tuple("abc"), "transcription"), "cpu", is_complete=True)
+    metrics.update(outputs, written, torch.zeros(()))
+    ours = metrics.compute()
+    assert float(ours["character_error_rate"]) == pytest.approx(
+        CharErrorRate()(["ab", "cc", "b"], ["ab", "cc", "cab"]).item()
+    )
+    assert float(ours["exact_match"]) == pytest.approx(2 / 3)

@@ -40,7 +40,7 @@ from hpo.models.preprocessed import build_model
 from hpo.task import Task
 from hpo.training.trained import TrialDescription
 
-pytestmark = [pytest.mark.pretended_gpu, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.pretended_gpu
 
 
 @pytest.mark.parametrize("name", configurations())

@@ -21,7 +21,7 @@ from hpo.models.preprocessed import build_model
 from hpo.training import captured, trainer
 from hpo.training.checkpoint import CheckpointFolder
 
-pytestmark = [pytest.mark.pretended_gpu, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.pretended_gpu
 
 PRETRAINED = {"architecture": "resnet18", "weights": "none", "image_size": 16, "trainable_layers": 0}
 

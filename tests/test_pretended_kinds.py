@@ -16,7 +16,7 @@ from hpo.execution.messages import Assignment, Decision
 from hpo.execution.worker import TrialData, run_with_data
 from hpo.training import costs
 
-pytestmark = [pytest.mark.pretended_gpu, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.pretended_gpu
 
 
 def trained(case: Case, folder: Path, *, batch_size: int, is_streamed: bool) -> Seen:

@@ -20,7 +20,7 @@ from hpo.execution.worker import TrialData, run_with_data
 from hpo.models.preprocessed import build_model
 from hpo.objective import Objective
 
-pytestmark = [pytest.mark.pretended_gpu, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.pretended_gpu
 
 
 class Large(nn.Module):

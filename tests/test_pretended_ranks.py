@@ -21,7 +21,7 @@ from hpo.execution.worker import TrialData, run_with_data
 from hpo.training import distributed
 from hpo.training.distributed import Ranks
 
-pytestmark = [pytest.mark.pretended_gpu, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.pretended_gpu
 
 MORE = {
     ("copy from pageable memory", "data/batches.py:__init__"): "the rows that are not only there for mixing",
