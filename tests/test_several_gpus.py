@@ -57,6 +57,7 @@ def in_both() -> list[tuple[dict[str, Any], dict[str, Any]]]:
     return in_ranks(trained_all, CASES, KINDS)
 
 
+@pytest.mark.xdist_group("two processes")  # they train all cases at once
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_train_as_one_does(name: str, in_both: list[Any]) -> None:
     """Losses, metrics over all examples, gradients' norms and weights, batch norms included."""
@@ -70,6 +71,7 @@ def test_two_processes_train_as_one_does(name: str, in_both: list[Any]) -> None:
         assert torch.allclose(torch.tensor(of_both), torch.tensor(of_one), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.xdist_group("two processes")
 @pytest.mark.parametrize("name", KINDS)
 def test_two_processes_train_on_each_kind_of_data_as_one_does(name: str, in_both: list[Any]) -> None:
     """Sequences of different lengths and losses over all their elements, several inputs, a loss of the task's own."""
