@@ -11,6 +11,9 @@ from pathlib import Path
 # Before torch is imported: threads of several test processes would wait for each other, spinning.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# The tests start many Python processes, each of which would compile all that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 import hypothesis
 import pytest
 import torch

@@ -17,7 +17,7 @@ from helpers.homes import copy_home
 from helpers.postgres import Postgres
 
 from hpo.cli import cli, main
-from hpo.session import conclude
+from hpo.session import conclude, formats
 from hpo.session.search import run_search
 
 ROOT = Path(__file__).parent.parent
@@ -121,6 +121,7 @@ def test_every_command_that_is_shown_runs(
 ) -> None:
     monkeypatch.setenv("HPO_HOME", str(home))
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(formats, "_TIME_S", 0.01)
     if arguments.startswith(("best", "show", "gc", "compare")) or "--warm-start" in arguments:
         copy_home(searched, home)
     if arguments.startswith(

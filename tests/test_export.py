@@ -36,6 +36,7 @@ from hpo.deploy.verify import check_outputs
 from hpo.errors import ExportError, UnknownNameError, UsageError
 from hpo.models.networks import convnet, mlp, recurrent, tabular, transformer
 from hpo.models.preprocessed import PreprocessedModel
+from hpo.session import formats
 from hpo.session.export import export_best
 from hpo.session.formats import compare_formats
 from hpo.session.search import run_search
@@ -234,7 +235,8 @@ def test_a_compressed_model_is_smaller_and_nearly_as_good(exports: dict[str, Exp
     assert 0 < done.difference < 0.3  # processors round int8 differently: 0.21 with AVX2 alone
 
 
-def test_formats_are_compared_with_score_size_and_latency(searched: Path) -> None:
+def test_formats_are_compared_with_score_size_and_latency(searched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "_TIME_S", 0.01)
     found = compare_formats("digits", home=searched)
     assert [row.name for row in found.rows] == ["checkpoint", "pt2", "onnx", "onnx fp16", "onnx int8"]
     assert [row.problem for row in found.rows] == [None] * 5
