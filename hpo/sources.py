@@ -11,13 +11,16 @@ import textwrap
 import tokenize
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hpo.objective import Objective
+
+_MAX_KNOWN = 1000
+"""Sources whose checksums and imports are kept: each trial of a worker asks for those of the same files."""
 
 
 def source_checksums(objective: Objective) -> dict[str, str]:
@@ -75,6 +78,7 @@ def _typed(objective: Objective) -> dict[str, str]:
     return found
 
 
+@lru_cache(_MAX_KNOWN)
 def _checksum(source: str) -> str:
     return hashlib.sha256(_without_comments(source).encode()).hexdigest()
 
@@ -98,8 +102,13 @@ def _imported_files(module: ModuleType) -> dict[str, Path]:
     return found
 
 
-def _imported_names(source: str, package: str) -> Iterator[str]:
+@lru_cache(_MAX_KNOWN)
+def _imported_names(source: str, package: str) -> tuple[str, ...]:
     """Every module that a source may mean by its imports; of `from a import b` both a and a.b."""
+    return tuple(_read_imports(source, package))
+
+
+def _read_imports(source: str, package: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             for alias in node.names:
