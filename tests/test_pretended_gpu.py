@@ -123,8 +123,8 @@ def test_the_checks_run_and_leave_nothing_on_the_device(
     model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(learning, "BATCH_STEPS", 10)
-    monkeypatch.setattr(learning, "TRAINING_S", 0.3)
-    monkeypatch.setattr(learning, "RANGE_TEST_S", 0.3)
+    monkeypatch.setattr(learning, "TRAINING_S", 0.1)
+    monkeypatch.setattr(learning, "RANGE_TEST_S", 0.1)
     monkeypatch.setattr(speed, "MEASURING_S", 0.05)
     # Its worker is another process, where nothing is pretended.
     monkeypatch.setattr(checklist, "check_rehearsal", lambda subject: Verdict(state="ok", text="not made"))

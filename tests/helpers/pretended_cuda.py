@@ -105,15 +105,19 @@ def place_in_hpo() -> str:
 # --- the tensor -------------------------------------------------------------------------------------------------------
 
 
+_PLAIN = frozenset({bool, float, int, str, type(None), torch.device, torch.dtype, torch.layout, torch.memory_format})
+
+
 def _mapped(apply: Callable[[torch.Tensor], Any], tree: Any) -> Any:
     """A tree of lists, tuples and dictionaries with its tensors replaced; torch's pytree takes four times as long."""
-    if isinstance(tree, torch.Tensor):
-        return apply(tree)
-    if type(tree) in (list, tuple):
-        return type(tree)([_mapped(apply, each) for each in tree])
-    if type(tree) is dict:
+    kind = type(tree)
+    if kind in _PLAIN:
+        return tree
+    if kind is list or kind is tuple:
+        return kind([_mapped(apply, each) for each in tree])
+    if kind is dict:
         return {key: _mapped(apply, each) for key, each in tree.items()}
-    return tree
+    return apply(tree) if isinstance(tree, torch.Tensor) else tree
 
 
 class GpuTensor(torch.Tensor):
@@ -272,9 +276,17 @@ def _is_cuda(device: Any) -> bool:
 
 def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors: list[torch.Tensor] = []
-    _mapped(tensors.append, (args, kwargs))
-    on_gpu = [each for each in tensors if isinstance(each, GpuTensor)]
-    wants_gpu = _is_cuda(kwargs.get("device"))
+    on_gpu: list[GpuTensor] = []
+
+    def seen_as_plain(tensor: torch.Tensor) -> torch.Tensor:
+        tensors.append(tensor)
+        if not isinstance(tensor, GpuTensor):
+            return tensor
+        on_gpu.append(tensor)
+        return tensor._cpu
+
+    plain_args, plain_kwargs = _mapped(seen_as_plain, (args, kwargs))
+    wants_gpu = "device" in kwargs and _is_cuda(kwargs["device"])
     if not on_gpu and not wants_gpu:
         if not kwargs.get("pin_memory"):
             return func(*args, **kwargs)
@@ -284,6 +296,7 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is aten._to_copy.default and torch._C._current_graph_task_id() != -1:
         # The backward pass of a change of type goes back to the device that C++ sees.
         kwargs, wants_gpu = {**kwargs, "device": CUDA}, True
+        plain_kwargs["device"] = CUDA
     if _is_composite(func):
         with _Mode():
             result = func.decompose(*args, **kwargs)
@@ -291,7 +304,6 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return result
     stays_on_gpu = _check(func, args, kwargs, tensors, on_gpu, wants_gpu)
     own = {id(each._cpu): each for each in on_gpu}
-    plain_args, plain_kwargs = _mapped(lambda t: t._cpu if isinstance(t, GpuTensor) else t, (args, kwargs))
     if "device" in plain_kwargs:
         plain_kwargs["device"] = torch.device("cpu") if wants_gpu or kwargs["device"] is None else kwargs["device"]
     if is_pinned := bool(plain_kwargs.get("pin_memory")):
@@ -572,10 +584,10 @@ def pretended_cuda() -> Iterator[Seen]:
 
 def _plain(tree: Any) -> Any:
     """A tree of arguments with the shapes of its tensors in place of them."""
-    if isinstance(tree, torch.Tensor):
-        return tuple(tree.shape)
+    if isinstance(tree, bool | float | int | str | None):
+        return tree
     if isinstance(tree, list | tuple):
-        return tuple(_plain(each) for each in tree)
+        return tuple([_plain(each) for each in tree])
     if isinstance(tree, dict):
-        return tuple((name, _plain(each)) for name, each in tree.items())
-    return tree if isinstance(tree, int | float | bool | str | None) else str(tree)
+        return tuple([(name, _plain(each)) for name, each in tree.items()])
+    return tuple(tree.shape) if isinstance(tree, torch.Tensor) else str(tree)
