@@ -51,6 +51,8 @@ _LOOK_AROUND_S = 1.0
 _ADOPTION_S = 5.0
 """Seconds between searches for trials of dead coordinators."""
 
+_REMOVAL_S = 2.0
+"""Seconds between removals of checkpoints, which read the whole study; a search ends with one."""
 
 _FLUSH_S = 10.0
 
@@ -97,7 +99,7 @@ class Coordinator:
         self._trainer = trainer
         self._attempts: dict[int, _Attempt] = {}
         self._deaths = Deaths()
-        self._next_adoption = 0.0
+        self._next_adoption = self._next_removal = 0.0
         self._failures: list[str] = []
         self.interrupted = False
 
@@ -355,7 +357,8 @@ class Coordinator:
             if number != attempt.number or attempt.suggestion.attempt > 1:  # else it was never sent
                 self._runs.remove_file(number, f"{CHECKPOINT}/{BEST_WEIGHTS}")
         self._count_failures(attempt)
-        if attempt.state != "interrupted":
+        if attempt.state != "interrupted" and time.monotonic() >= self._next_removal:
+            self._next_removal = time.monotonic() + _REMOVAL_S
             self.remove_old_checkpoints()
         self._observer.trial_ended(attempt.suggestion, attempt.state, _with_value(attempt.last, value), attempt.reason)
 
