@@ -39,14 +39,14 @@ def trained(task: Task, splits: Any, changes: dict[str, Any], **settings: Any) -
 
 @pytest.mark.real_data
 def test_a_unet_finds_pasted_clothes() -> None:
-    task = load_task("pasted_clothes").with_data_options({"num_images": 2000})
-    dataset = load_pasted_clothes(find_data_dir(), num_images=2000)
+    task = load_task("pasted_clothes").with_data_options({"num_images": 1200})
+    dataset = load_pasted_clothes(find_data_dir(), num_images=1200)
     splits = split_dataset(dataset, seed=0)
     naive, _ = baselines(splits)
     metrics = EpochMetrics(splits.spec, "cpu")
     metrics.update(naive, splits.validation.targets, torch.zeros(()))
 
-    reached = trained(task, splits, {"batch_size": 8, "lr": 1e-2, "width": 8, "loss": "dice"}, max_epochs=6)
+    reached = trained(task, splits, {"batch_size": 8, "lr": 2e-2, "width": 8, "loss": "dice"}, max_epochs=6)
     assert metrics.compute()["mean_iou"] < 0.1
     assert reached > 0.2, reached
     assert dataset.test.times_opened == 0
