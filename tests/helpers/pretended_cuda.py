@@ -106,6 +106,7 @@ def place_in_hpo() -> str:
 
 
 _PLAIN = frozenset({bool, float, int, str, type(None), torch.device, torch.dtype, torch.layout, torch.memory_format})
+"""Types of most arguments that are no tensors, nor contain any."""
 
 
 def _mapped(apply: Callable[[torch.Tensor], Any], tree: Any) -> Any:
