@@ -99,7 +99,7 @@ class Coordinator:
         self._trainer = trainer
         self._attempts: dict[int, _Attempt] = {}
         self._deaths = Deaths()
-        self._next_adoption = self._next_removal = 0.0
+        self._next_question = self._next_adoption = self._next_removal = 0.0
         self._failures: list[str] = []
         self.interrupted = False
 
@@ -167,18 +167,22 @@ class Coordinator:
         return not self._is_stopping() and not self.is_done
 
     def _hand_out_trials(self) -> None:
-        while not self._is_stopping() and self._workers.has_room():
+        while not self._is_stopping() and self._workers.has_room() and time.monotonic() >= self._next_question:
             suggestion = self._session.exclusively(self._ask)
-            if suggestion is None:
-                return
-            self._begin(suggestion)
+            if suggestion is None:  # unless a trial of ours ends, only another session can change that
+                self._next_question = time.monotonic() + _LOOK_AROUND_S
+            else:
+                self._begin(suggestion)
 
     def _ask(self) -> Suggestion | None:
         """The next trial, if one is missing. Done again from the beginning when the database went away meanwhile."""
-        begun = [number for number, owner in self._study.owners().items() if owner in ("", self._session.id)]
-        self._study.requeue(number for number in begun if number not in self._attempts)
         with self._study.seen_once():
+            begun = [number for number, owner in self._study.owners().items() if owner in ("", self._session.id)]
+            lost = [number for number in begun if number not in self._attempts]
             num_remaining, num_running = self._num_remaining(), self._study.counts()["running"]
+        if lost:
+            self._study.requeue(lost)
+            return self._ask()
         if num_remaining == num_running == 0:
             self._study.continue_finalists()
             num_remaining = self._num_remaining()
@@ -352,6 +356,7 @@ class Coordinator:
             self._let_go(attempt)
             return
         del self._attempts[attempt.number]
+        self._next_question = 0.0
         self._limits.read_again()
         for number in outdone:
             if number != attempt.number or attempt.suggestion.attempt > 1:  # else it was never sent
@@ -421,6 +426,7 @@ class Coordinator:
     def _let_go(self, attempt: _Attempt) -> None:
         """Forget a trial that another machine has taken over, and tell MLflow nothing more of it."""
         del self._attempts[attempt.number]
+        self._next_question = 0.0
         self._workers.abandon(attempt.number)
         self._runs.abandon(attempt.number)
         self._study.forget(attempt.number)

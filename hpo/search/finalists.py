@@ -37,7 +37,7 @@ def is_spared(trial: TrialRecord, trials: Sequence[TrialRecord], settings: Study
     is_requested = trial.stage in (DEFAULT_CONFIGURATION, TRIED_BY_HAND)
     horizon = step if is_requested or settings.folds else settings.num_steps
     rivals = [other for other in trials if other.number != trial.number and other.state in _RIVALS]
-    losses = [_loss_by(horizon, rival, settings) for rival in rivals]
+    losses = (_loss_by(horizon, rival, settings) for rival in rivals)
     return all(own <= loss for loss in losses if loss is not None)
 
 

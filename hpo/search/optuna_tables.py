@@ -35,7 +35,22 @@ from optuna.storages._rdb.models import (
     TrialValueModel,
 )
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Connection, Table, bindparam, delete, func, insert, literal, or_, select, union_all, update
+from sqlalchemy import (
+    Connection,
+    String,
+    Table,
+    and_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    type_coerce,
+    union_all,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
@@ -233,16 +248,15 @@ class DirectStorage(RDBStorage):
         included_trial_ids: set[int],
         trial_id_greater_than: int,
     ) -> list[FrozenTrial]:
-        known = sorted(trial_id for trial_id in included_trial_ids if trial_id <= trial_id_greater_than)
         if states is not None:
             return super()._get_trials(study_id, states, included_trial_ids, trial_id_greater_than)
-        first, *others = list(_groups(known)) or [[]]
-        of_study = {"of_study": study_id, "after": trial_id_greater_than, "known": first}
+        of_study = {"of_study": study_id, "after": trial_id_greater_than}
         with self._connected() as connection:
-            rows = list(connection.execute(_NEW_AND_KNOWN_TRIALS, of_study))
-            for group in others:
-                rows += connection.execute(_KNOWN_TRIALS, {"known": group})
-            trials = (self._unfinished.build if len(rows) >= _MANY else _build)(connection, rows)
+            if len(included_trial_ids) >= _MANY:
+                trials = self._unfinished.read(connection, of_study, included_trial_ids)
+            else:
+                rows = connection.execute(_NEW_AND_KNOWN_TRIALS, of_study | {"known": sorted(included_trial_ids)})
+                trials = _build(connection, rows.all())
         if not trials:
             self.get_study_name_from_id(study_id)  # raises KeyError where there is no such study
         return trials
@@ -272,7 +286,7 @@ class _UnfinishedTrials:
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[Any, FrozenTrial]] = {}
-        """Each trial by its id, with what is compared before it is used again."""
+        """Each trial by its id, with the mark that is compared before it is used again."""
         self._newest: dict[str, int] = {}
         """The newest row of each table that has rows of trials."""
         self._expires = -math.inf
@@ -281,16 +295,19 @@ class _UnfinishedTrials:
         """Read a trial again: it was written to."""
         self._known.pop(trial_id, None)
 
-    def build(self, connection: Connection, rows: Sequence[Row[Any]]) -> list[FrozenTrial]:
-        """The trials that have these rows in their table."""
+    def read(self, connection: Connection, of_study: dict[str, int], unfinished: set[int]) -> list[FrozenTrial]:
+        """The trials that were `unfinished` when they were last read, and those that have come since, by their ids."""
         self._forget_changed(connection)
-        owners = {id: owner for group in _groups(rows) for id, owner in _owners(connection, group).items()}
-        marks = {row.trial_id: (row.state, row.datetime_start, owners.get(row.trial_id)) for row in rows}
-        usable = {id: trial for id, (mark, trial) in self._known.items() if marks.get(id) == mark}
-        changed = [row for row in rows if row.trial_id not in usable]
-        usable |= {trial_id(trial): trial for trial in _build(connection, changed)}
-        self._known = {id: (mark, usable[id]) for id, mark in marks.items()}
-        return [usable[row.trial_id] for row in rows]
+        marks = {
+            mark.trial_id: mark for mark in connection.execute(_MARKS, of_study | {"oldest": min(unfinished)}).all()
+        }
+        known = {id: kept for id, kept in self._known.items() if marks.get(id) == kept[0]}
+        changed = sorted((marks.keys() | unfinished) - known.keys())
+        rows = [row for group in _groups(changed) for row in connection.execute(_KNOWN_TRIALS, {"known": group})]
+        read = {trial_id(trial): trial for trial in _build(connection, rows)}
+        self._known = known | {id: (marks[id], trial) for id, trial in read.items() if id in marks}
+        found = read | {id: trial for id, (_, trial) in known.items()}
+        return [found[id] for id in sorted(found)]
 
     def _forget_changed(self, connection: Connection) -> None:
         """Forget the trials that have new rows; what is written after this has newer ones, and is seen next time."""
@@ -323,7 +340,7 @@ def _set_on_unfinished(insert: Callable[[Table], Any], table: Table, *, key: str
     """
     columns = [column for column in table.columns if not column.primary_key and column.name != "trial_id"]
     row = select(_TRIALS.c.trial_id, *(bindparam(column.name, type_=column.type) for column in columns)).where(
-        _TRIALS.c.trial_id == bindparam("of_trial"), _TRIALS.c.state.in_([TrialState.RUNNING, TrialState.WAITING])
+        _TRIALS.c.trial_id == bindparam("of_trial"), _TRIALS.c.state.in_(_UNFINISHED)
     )
     statement = insert(table).from_select(["trial_id", *(column.name for column in columns)], row)
     if key is not None:
@@ -347,11 +364,22 @@ _ATTRIBUTES_OF = {  # of a study, or trial, without any there is one row, withou
 
 _TRIAL = select(_TRIALS).where(_TRIALS.c.trial_id == bindparam("of_trial"))
 _is_known = _TRIALS.c.trial_id.in_(bindparam("known", expanding=True))
+_is_of_study, _is_new = _TRIALS.c.study_id == bindparam("of_study"), _TRIALS.c.trial_id > bindparam("after")
 _KNOWN_TRIALS = select(_TRIALS).where(_is_known)
-_NEW_AND_KNOWN_TRIALS = (
-    select(_TRIALS)
-    .where(_TRIALS.c.study_id == bindparam("of_study"), or_(_TRIALS.c.trial_id > bindparam("after"), _is_known))
-    .order_by(_TRIALS.c.trial_id)
+_NEW_AND_KNOWN_TRIALS = select(_TRIALS).where(_is_of_study, or_(_is_new, _is_known)).order_by(_TRIALS.c.trial_id)
+_UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
+_MARKS = (  # as text, which costs no conversion: they are only compared
+    select(
+        _TRIALS.c.trial_id,
+        type_coerce(_TRIALS.c.state, String),
+        type_coerce(_TRIALS.c.datetime_start, String),
+        _USER_ATTRIBUTES.c.value_json,
+    )
+    .outerjoin(
+        _USER_ATTRIBUTES,
+        and_(_USER_ATTRIBUTES.c.trial_id == _TRIALS.c.trial_id, _USER_ATTRIBUTES.c.key == OWNER),
+    )
+    .where(_is_of_study, _TRIALS.c.trial_id >= bindparam("oldest"), or_(_is_new, _TRIALS.c.state.in_(_UNFINISHED)))
 )
 
 
@@ -365,15 +393,6 @@ _NEW_ROWS = union_all(
         for table in _TABLES_OF_ROWS
     )
 )
-_OWNER_ROWS = select(_USER_ATTRIBUTES.c.trial_id, _USER_ATTRIBUTES.c.value_json).where(
-    _USER_ATTRIBUTES.c.trial_id.in_(bindparam("ids", expanding=True)), _USER_ATTRIBUTES.c.key == OWNER
-)
-
-
-def _owners(connection: Connection, trials: Sequence[Row[Any]]) -> dict[int, str]:
-    """The owners of the trials that have these rows, as they are written, by the trial's id."""
-    found = connection.execute(_OWNER_ROWS, {"ids": [trial.trial_id for trial in trials]})
-    return {row.trial_id: row.value_json for row in found}
 
 
 def _rows_of_trials(table: Table, *columns: str) -> Select[Any]:
@@ -433,7 +452,7 @@ def _build_group(connection: Connection, trials: Sequence[Row[Any]]) -> list[Fro
 
 def _rows_by_trial(connection: Connection, statement: Select[Any], ids: list[int]) -> dict[int, list[tuple[Any, ...]]]:
     found: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
-    for id_of_trial, *row in connection.execute(statement, {"ids": ids}):
+    for id_of_trial, *row in connection.execute(statement, {"ids": ids}).all():
         found[id_of_trial].append(tuple(row))
     return found
 

@@ -44,8 +44,8 @@ class ReadStudy:
         self._stages = list(tunable_groups(settings.space))
         self._as_optuna = OptunaSpace(settings.space)
         self._look: _Look | None = None
-        self._ended: dict[int, tuple[FrozenTrial, TrialRecord]] = {}
-        """Records of the trials that have ended, and what they were made from: a study of thousands is read often."""
+        self._records: dict[int, tuple[FrozenTrial, TrialRecord]] = {}
+        """Records of the trials, and what they were made from: a study of thousands is read often."""
 
     @contextmanager
     def seen_once(self) -> Iterator[None]:
@@ -318,12 +318,10 @@ class ReadStudy:
         return DEFAULT_CONFIGURATION if trial.number == 0 and self.settings.strategy != "grid" else EVERYTHING
 
     def _record(self, trial: FrozenTrial) -> TrialRecord:
-        if not trial.state.is_finished():
-            return self._read(trial)
-        source, record = self._ended.get(trial.number, (None, None))
+        source, record = self._records.get(trial.number, (None, None))
         if record is None or source is not trial:
             record = self._read(trial)
-            self._ended[trial.number] = trial, record
+            self._records[trial.number] = trial, record
         return record
 
     def _read(self, trial: FrozenTrial) -> TrialRecord:
