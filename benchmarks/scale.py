@@ -193,7 +193,13 @@ def search(home: Path, given: argparse.Namespace, meter: Meter) -> None:
         study = Study.open(database, name, settings)
         study.remember_session(num_trials=given.trials, task_reference="digits", tracking_uri=None)
         runs = StudyRuns(
-            store, name, metric="accuracy", direction=settings.direction, session=session.id, study_id=study.id
+            store,
+            name,
+            metric="accuracy",
+            direction=settings.direction,
+            session=session.id,
+            study_id=study.id,
+            is_shared=session.is_shared,
         )
         with runs:
             Coordinator(

@@ -169,6 +169,7 @@ def _open_runs(prepared: Prepared, study: Study, session: Session, store: Tracki
         session=session.id,
         study_id=study.id,
         is_new=all(trial.state == "queued" for trial in study.trials()),
+        is_shared=prepared.request.machine.is_shared,
         columns=list(settings.space.parameters)[:NUM_COLUMNS],
         costs=settings.costs,
         tags={"hpo.task": settings.task},

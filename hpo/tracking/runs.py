@@ -46,7 +46,8 @@ class StudyRuns:
     the runs table sorts by `best/<metric>` and shows the `costs` and the parameters in `columns`. `note` is Markdown,
     shown above it.
     What is on its way lies in a folder of the session's own: several may share a home. Runs are tied to the `study_id`;
-    those that a lost study of the same name has left are marked as orphaned when this one `is_new`.
+    those that a lost study of the same name has left are marked as orphaned when this one `is_new`. It
+    `is_shared` where other machines may take its trials over: each run is then looked at before it is written to.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class StudyRuns:
         session: str,
         study_id: str | None = None,
         is_new: bool = False,
+        is_shared: bool = True,
         columns: Sequence[str] = (),
         costs: Sequence[str] = (),
         tags: Mapping[str, str] | None = None,
@@ -78,6 +80,7 @@ class StudyRuns:
         # User and source, which a run made by a client lacks, and what the session searches with.
         self._source_tags: dict[str, str] = {**resolve_tags(), **(run_tags or {})}
         self._study_id = study_id
+        self._is_shared = is_shared
         if is_new and study_id:
             self._mark_orphans()
         self._files = Home(store.home).study(study)
@@ -208,7 +211,8 @@ class StudyRuns:
 
     def _new_delivery(self, path: Path) -> Delivery:
         number = int(path.stem.removeprefix("trial-"))
-        return Delivery(self.store, self.experiment_id, number, self.metric, Spool(path), self._study_id)
+        about = self.store, self.experiment_id, number, self.metric
+        return Delivery(*about, Spool(path), self._study_id, is_shared=self._is_shared)
 
     def flush(self, timeout_s: float = _FLUSH_TIMEOUT_S) -> bool:
         """Send all that is not sent yet; whether all of it arrived."""

@@ -133,7 +133,10 @@ class Delivery:
         metric: str,
         spool: Spool,
         study_id: str | None = None,
+        *,
+        is_shared: bool = True,
     ) -> None:
+        """`is_shared` says whether another machine may take the trial over meanwhile."""
         self.number = number
         self.spool = spool
         self._store = store
@@ -141,6 +144,7 @@ class Delivery:
         self._experiment_id = experiment_id
         self._metric = metric
         self._study_id = study_id
+        self._is_shared = is_shared
         self._run_id: str | None = None
         self._attempt = 0
         self._is_abandoned = False
@@ -176,6 +180,8 @@ class Delivery:
 
     def _is_superseded(self) -> bool:
         """Whether a later attempt than those of this spool has the run."""
+        if self._run_id and not self._is_shared:
+            return False
         run = self._client.get_run(self._run_id) if self._run_id else self._find_run()
         return run is not None and 0 < self._attempt < _attempt(run.data.tags)
 
