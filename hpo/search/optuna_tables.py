@@ -41,13 +41,13 @@ from sqlalchemy import (
     Table,
     and_,
     bindparam,
+    cast,
     delete,
     func,
     insert,
     literal,
     or_,
     select,
-    type_coerce,
     union_all,
     update,
 )
@@ -298,9 +298,7 @@ class _UnfinishedTrials:
     def read(self, connection: Connection, of_study: dict[str, int], unfinished: set[int]) -> list[FrozenTrial]:
         """The trials that were `unfinished` when they were last read, and those that have come since, by their ids."""
         self._forget_changed(connection)
-        marks = {
-            mark.trial_id: mark for mark in connection.execute(_MARKS, of_study | {"oldest": min(unfinished)}).all()
-        }
+        marks = _marks(connection.execute(_MARKS, of_study | {"oldest": min(unfinished)}).scalar())
         known = {id: kept for id, kept in self._known.items() if marks.get(id) == kept[0]}
         changed = sorted((marks.keys() | unfinished) - known.keys())
         rows = [row for group in _groups(changed) for row in connection.execute(_KNOWN_TRIALS, {"known": group})]
@@ -318,6 +316,12 @@ class _UnfinishedTrials:
         for name, of_trial, newest in connection.execute(_NEW_ROWS, self._newest):
             self._newest[name] = max(self._newest[name], newest)
             self.forget(of_trial)
+
+
+def _marks(text: str | None) -> dict[int, str]:
+    """The marks by trial, from the lines of `_MARKS`."""
+    lines = (line.partition(" ") for line in (text or "").splitlines())
+    return {int(id): mark for id, _, mark in lines}
 
 
 @contextmanager
@@ -368,13 +372,18 @@ _is_of_study, _is_new = _TRIALS.c.study_id == bindparam("of_study"), _TRIALS.c.t
 _KNOWN_TRIALS = select(_TRIALS).where(_is_known)
 _NEW_AND_KNOWN_TRIALS = select(_TRIALS).where(_is_of_study, or_(_is_new, _is_known)).order_by(_TRIALS.c.trial_id)
 _UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
-_MARKS = (  # as text, which costs no conversion: they are only compared
+_MARKS = (  # in one text: where another thread is busy, each row that is fetched waits for it
     select(
-        _TRIALS.c.trial_id,
-        type_coerce(_TRIALS.c.state, String),
-        type_coerce(_TRIALS.c.datetime_start, String),
-        _USER_ATTRIBUTES.c.value_json,
+        func.aggregate_strings(
+            cast(_TRIALS.c.trial_id, String)
+            + " "
+            + cast(_TRIALS.c.state, String)
+            + func.coalesce(cast(_TRIALS.c.datetime_start, String), "")
+            + func.coalesce(_USER_ATTRIBUTES.c.value_json, ""),
+            "\n",
+        )
     )
+    .select_from(_TRIALS)
     .outerjoin(
         _USER_ATTRIBUTES,
         and_(_USER_ATTRIBUTES.c.trial_id == _TRIALS.c.trial_id, _USER_ATTRIBUTES.c.key == OWNER),
