@@ -74,6 +74,20 @@ def test_a_short_trial_is_told_in_one_batch(store: TrackingStore, monkeypatch: p
     assert tags.items() <= told.data.tags.items()
 
 
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_a_run_is_looked_at_before_it_is_told_more_where_others_may_have_taken_it_over(
+    store: TrackingStore, is_shared: bool
+) -> None:
+    client = NotingClient(store.client)
+    with open_runs(replace(store, client=client), is_shared=is_shared) as runs:  # type: ignore[arg-type]
+        run = runs.trial_run(0, params={})
+        assert runs.flush()
+        client.calls.clear()
+        run.log_epoch(1, {"val/accuracy": 0.5})
+        assert runs.flush()
+        assert client.calls == (["get_run", "log_batch"] if is_shared else ["log_batch"])
+
+
 class NotingClient:
     """The store's client, which notes what is called."""
 

@@ -29,8 +29,9 @@ def runs(store: TrackingStore) -> Iterator[StudyRuns]:
         yield runs
 
 
-def open_runs(store: TrackingStore) -> StudyRuns:
-    return StudyRuns(store, "digits", metric="accuracy", direction=Direction.MAXIMIZE, session=uuid4().hex)
+def open_runs(store: TrackingStore, *, is_shared: bool = True) -> StudyRuns:
+    maximize, session = Direction.MAXIMIZE, uuid4().hex
+    return StudyRuns(store, "digits", metric="accuracy", direction=maximize, session=session, is_shared=is_shared)
 
 
 class BrokenClient:
