@@ -44,10 +44,14 @@ from hpo.training.trainer import fit
 
 NUM_FULL_TRIALS = 30
 VALIDATION_FRACTION = 0.2
+MARKS = (5, 10, 20, 30)
+"""Full trials whose epochs, or parts of the seconds, a search has spent when its best value is shown."""
+
 BOOTSTRAP_SAMPLES = 5000
 
 CONTENDERS = {
     "priority": ("priority", "model"),
+    "priority+sha": ("priority", "sha"),
     "priority+budget": ("priority", "model"),
     "tpe": ("tpe", "none"),
     "random": ("random", "none"),
@@ -156,6 +160,17 @@ def cost_to_reach(course: Course, target: float) -> float:
     return float(course.spent[hits.argmax()] if hits.any() else course.spent[-1])
 
 
+def value_at(mark: int, course: Course) -> float:
+    """The best value when a search had spent this many of NUM_FULL_TRIALS parts of its budget."""
+    return float(course.best[course.spent <= course.spent[-1] * mark / NUM_FULL_TRIALS][-1])
+
+
+def gain_at(mark: int, own: list[Course], others: list[Course]) -> str:
+    """The mean difference of paired searches at a mark, with its standard error."""
+    gains = np.array([value_at(mark, a) - value_at(mark, b) for a, b in zip(own, others, strict=True)])
+    return f"{gains.mean():+.4f} ± {gains.std(ddof=1) / math.sqrt(len(gains)):.4f}"
+
+
 def interval(values: Values) -> str:
     """The mean of the values with its 95 % interval."""
     drawn = np.random.default_rng(0).integers(len(values), size=(BOOTSTRAP_SAMPLES, len(values)))
@@ -169,15 +184,22 @@ def print_table(problem: Problem, metric: str, courses: dict[str, list[Course]],
     num_seeds = len(courses["random"])
     size = "all" if problem.limit is None else f"{problem.limit}"
     print(f"\n{problem.name}: {size} examples, {problem.max_epochs} epochs a trial, {num_seeds} seeds\n")
-    print(f"| strategy, pruner | {unit} to random search's end | had by | {metric} | trials |")
-    print("| --- | ---: | ---: | ---: | ---: |")
+    marks = " / ".join(map(str, MARKS))
+    print(f"| strategy, pruner | {unit} to random search's end | had by | {metric} | after {marks} trials' | trials |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
     targets = [course.best[-1] for course in courses["random"]]
     for name, own in courses.items():
         needed = interval(np.array([cost_to_reach(each, target) for each, target in zip(own, targets, strict=True)]))
         num_reached = sum(each.best[-1] >= target for each, target in zip(own, targets, strict=True))
         end = interval(np.array([each.best[-1] for each in own]))
+        on_the_way = " / ".join(f"{np.mean([value_at(mark, each) for each in own]):.4f}" for mark in MARKS)
         trials = np.mean([each.num_trials for each in own])
-        print(f"| `{name}`, `{CONTENDERS[name][1]}` | {needed} | {num_reached} of {num_seeds} | {end} | {trials:.0f} |")
+        about = f"| `{name}`, `{CONTENDERS[name][1]}` | {needed} | {num_reached} of {num_seeds} | {end}"
+        print(f"{about} | {on_the_way} | {trials:.0f} |")
+    first, *others = courses
+    print(f"\nHow much better `{first}` is after {marks} trials' {unit}, with standard errors over the seeds:\n")
+    for name in others:
+        print(f"- than `{name}`: {' / '.join(gain_at(mark, courses[first], courses[name]) for mark in MARKS)}")
     sys.stdout.flush()
 
 
