@@ -396,9 +396,9 @@ _TABLES_OF_ROWS = (_EPOCHS, _PARAMS, _USER_ATTRIBUTES, _SYSTEM_ATTRIBUTES)
 _NEWEST_ROWS = union_all(*(select(literal(table.name), func.max(*table.primary_key)) for table in _TABLES_OF_ROWS))
 _NEW_ROWS = union_all(
     *(
-        select(literal(table.name), table.c.trial_id, func.max(*table.primary_key))
-        .where(*(key > bindparam(table.name) for key in table.primary_key))
-        .group_by(table.c.trial_id)
+        select(literal(table.name), table.c.trial_id, *table.primary_key).where(
+            *(key > bindparam(table.name) for key in table.primary_key)
+        )
         for table in _TABLES_OF_ROWS
     )
 )

@@ -219,7 +219,7 @@ class ReadStudy:
 
     def counts(self) -> dict[TrialState, int]:
         """Number of the search's trials in each state, 0 where there are none."""
-        counted = Counter(_state(trial) for trial in self._searched())
+        counted = Counter(trial.state for trial in self.trials())
         return {state: counted[state] for state in get_args(TrialState)}
 
     def trials(self) -> list[TrialRecord]:
