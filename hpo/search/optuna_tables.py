@@ -285,7 +285,7 @@ class _UnfinishedTrials:
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[Any, FrozenTrial]] = {}
+        self._known: dict[int, tuple[str, FrozenTrial]] = {}
         """Each trial by its id, with the mark that is compared before it is used again."""
         self._newest: dict[str, int] = {}
         """The newest row of each table that has rows of trials."""
@@ -296,7 +296,7 @@ class _UnfinishedTrials:
         self._known.pop(trial_id, None)
 
     def read(self, connection: Connection, of_study: dict[str, int], unfinished: set[int]) -> list[FrozenTrial]:
-        """The trials that were `unfinished` when they were last read, and those that have come since, by their ids."""
+        """The trials that were `unfinished` when they were last read, and those that have come since, by id."""
         self._forget_changed(connection)
         marks = _marks(connection.execute(_MARKS, of_study | {"oldest": min(unfinished)}).scalar())
         known = {id: kept for id, kept in self._known.items() if marks.get(id) == kept[0]}
