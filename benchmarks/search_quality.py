@@ -306,6 +306,7 @@ def _sha_from_a_fifth(max_epochs: int) -> BasePruner:
 
 CONTENDERS: dict[str, Callable[..., Contender]] = {
     "priority": partial(OurStudy, strategy="priority", pruner="model"),
+    "priority+sha": partial(OurStudy, strategy="priority", pruner="sha"),
     "priority+budget": partial(OurStudy, strategy="priority", pruner="model", has_budget=True),
     "optuna": partial(PlainOptuna, sampler=lambda seed: TPESampler(seed=seed), pruner=lambda _: MedianPruner()),
     "tpe+default+sha": partial(
@@ -324,7 +325,8 @@ CONTENDERS: dict[str, Callable[..., Contender]] = {
 }
 DESCRIPTIONS = {
     "priority": "hpo's default: --strategy priority --pruner model",
-    "priority+budget": "the same with --budget, which makes it weigh seconds",
+    "priority+sha": "the same with --pruner sha",
+    "priority+budget": "hpo's default with --budget, which makes it weigh seconds",
     "optuna": "Optuna's defaults: TPESampler, MedianPruner",
     "tpe+default+sha": "TPESampler, default configuration first, SuccessiveHalvingPruner(epochs / 5, 3)",
     "tpe+hyperband": "TPESampler, HyperbandPruner(1, epochs, 3)",
@@ -334,7 +336,7 @@ DESCRIPTIONS = {
     "smac": "SMAC3's MultiFidelityFacade, default configuration first (tables: HyperparameterOptimizationFacade)",
     "priorband": "NePS's PriorBand, default configuration first, with medium confidence in it",
 }
-INSTALLED = [name for name in CONTENDERS if name not in ("priority+budget", "priorband")]
+INSTALLED = [name for name in CONTENDERS if name not in ("priority+sha", "priority+budget", "priorband")]
 """Those that the extra brings, at equal epochs."""
 
 QUICK = ("priority", "optuna", "tpe+default+sha", "tpe+hyperband", "random")
