@@ -17,19 +17,17 @@ poor default configuration of search_quality.py.
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 from bench_tasks import LCBENCH_DEVELOPMENT, LCBenchTask
 from machine import describe_machine
-from search_quality import CONTENDERS, MARKS, OurStudy, Setting, print_table, simulate
+from search_quality import CONTENDERS, MARKS, OurStudy, print_table, simulate_all
 
 from hpo.config import derive_seed
 from hpo.parameters import CONFIDENCES, Choice, Value
@@ -94,10 +92,9 @@ def main() -> None:
     for case in arguments.cases:
         contenders = {level: partial(Told, case=case, level=level) for level in arguments.levels}
         CONTENDERS.update(contenders | {"nothing said": partial(Told, case=case)})
-        outcomes: Any = {}
-        for name, task, seed in itertools.product([*contenders, "nothing said"], tasks, range(arguments.seeds)):
-            setting = Setting(task=task, contender=name, seed=seed, default="poor", workers=1, runs=arguments.runs)
-            outcomes[name, task.name, seed] = simulate(setting)
+        outcomes = simulate_all(
+            [*contenders, "nothing said"], tasks, arguments.seeds, default="poor", workers=1, runs=arguments.runs
+        )
         for level in contenders:
             pair = {key: outcome for key, outcome in outcomes.items() if key[0] in (level, "nothing said")}
             print_table(f"{case}, {level} confidence, {arguments.seeds} seeds", pair, marks, "trials")

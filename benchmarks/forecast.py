@@ -5,14 +5,15 @@
 DIR holds LCBench's surrogate; the extra `bench` brings onnxruntime and the tables (see search_quality.py). FILE keeps
 the searches, a line of JSON each; those that it has are not run again.
 
-Each search has 110 trials. Forecasts are made after 20, 30, ... 80 of them, with weights fitted to all other tasks, and
-compared with what the next trials have gained. Then each search is stopped as `--stop-when-flat` would, and compared
-with what 30 more trials would have gained.
+Each search has 110 trials; those of LCBench are run with the pruners `sha` and `model`. Forecasts are made after 20,
+30, ... 80 of them, with weights fitted to all other tasks, and compared with what the next trials have gained. Then
+each search is stopped as `--stop-when-flat` would, and compared with what 30 more trials would have gained.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,10 +38,10 @@ Array = NDArray[np.float64]
 Search = dict[str, Any]
 
 
-def run_search(task: BenchTask, family: str, seed: int) -> Search:
+def run_search(task: BenchTask, family: str, pruner: str, seed: int) -> Search:
     """The best value of each trial of one search, in the order of the trials."""
     rng = np.random.default_rng(derive_seed(seed, task.name, "noise"))
-    study = OurStudy(task, task.space("good"), seed, NUM_TRIALS, strategy="priority", pruner="model")
+    study = OurStudy(task, task.space("good"), seed, NUM_TRIALS, strategy="priority", pruner=pruner)
     values: list[float] = []
     for _ in range(NUM_TRIALS):
         job = study.ask()
@@ -51,20 +52,21 @@ def run_search(task: BenchTask, family: str, seed: int) -> Search:
             stopped = study.report(job.key, epoch, float(observed[epoch - 1]))
         values.append(float(observed[:epoch].min()))
         study.tell(job.key, values[-1], stopped=stopped and epoch < task.num_epochs)
-    return {"task": task.name, "kind": family, "seed": seed, "values": values}
+    return {"task": task.name, "kind": family, "pruner": pruner, "seed": seed, "values": values}
 
 
 def searches(lcbench: Path, kept: Path, seeds: int) -> list[Search]:
     """The searches of the file, with those that it lacks."""
     found = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    known = {(each["task"], each["seed"]) for each in found}
-    tasks: list[tuple[BenchTask, str]] = [(TableTask(*names), "tables") for names in TABLES_DEVELOPMENT]
-    tasks += [(LCBenchTask(lcbench, task), "lcbench") for task in LCBENCH_DEVELOPMENT + MORE_LCBENCH]
+    known = {(each["task"], each["pruner"], each["seed"]) for each in found}
+    tasks: list[tuple[BenchTask, str, str]] = [(TableTask(*names), "tables", "none") for names in TABLES_DEVELOPMENT]
+    for number, pruner in itertools.product(LCBENCH_DEVELOPMENT + MORE_LCBENCH, ("sha", "model")):
+        tasks.append((LCBenchTask(lcbench, number), "lcbench", pruner))
     with kept.open("a") as file:
         for seed in range(seeds):
-            for task, family in tasks:
-                if (task.name, seed) not in known:
-                    found.append(run_search(task, family, seed))
+            for task, family, pruner in tasks:
+                if (task.name, pruner, seed) not in known:
+                    found.append(run_search(task, family, pruner, seed))
                     print(json.dumps(found[-1]), file=file, flush=True)
     return found
 

@@ -50,9 +50,9 @@ MARKS = (5, 10, 20, 30)
 BOOTSTRAP_SAMPLES = 5000
 
 CONTENDERS = {
-    "priority": ("priority", "model"),
-    "priority+sha": ("priority", "sha"),
-    "priority+budget": ("priority", "model"),
+    "priority": ("priority", "sha"),
+    "priority+model": ("priority", "model"),
+    "priority+budget": ("priority", "sha"),
     "tpe": ("tpe", "none"),
     "random": ("random", "none"),
 }

@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=1000, help="trials of the study (default: 1000)")
     parser.add_argument("--workers", type=int, default=64, help="simulated workers (default: 64)")
     parser.add_argument("--strategy", default="priority", help="(default: priority)")
-    parser.add_argument("--pruner", default="model", help="(default: model)")
+    parser.add_argument("--pruner", default="sha", help="(default: sha)")
     parser.add_argument("--storage", metavar="URL", help="a PostgreSQL database; without it sqlite in a new folder")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

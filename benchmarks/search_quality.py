@@ -28,7 +28,7 @@ import tempfile
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -305,9 +305,9 @@ def _sha_from_a_fifth(max_epochs: int) -> BasePruner:
 
 
 CONTENDERS: dict[str, Callable[..., Contender]] = {
-    "priority": partial(OurStudy, strategy="priority", pruner="model"),
-    "priority+sha": partial(OurStudy, strategy="priority", pruner="sha"),
-    "priority+budget": partial(OurStudy, strategy="priority", pruner="model", has_budget=True),
+    "priority": partial(OurStudy, strategy="priority", pruner="sha"),
+    "priority+model": partial(OurStudy, strategy="priority", pruner="model"),
+    "priority+budget": partial(OurStudy, strategy="priority", pruner="sha", has_budget=True),
     "optuna": partial(PlainOptuna, sampler=lambda seed: TPESampler(seed=seed), pruner=lambda _: MedianPruner()),
     "tpe+default+sha": partial(
         PlainOptuna, sampler=lambda seed: TPESampler(seed=seed), pruner=_sha_from_a_fifth, default_first=True
@@ -324,8 +324,8 @@ CONTENDERS: dict[str, Callable[..., Contender]] = {
     "priorband": PriorBand,
 }
 DESCRIPTIONS = {
-    "priority": "hpo's default: --strategy priority --pruner model",
-    "priority+sha": "the same with --pruner sha",
+    "priority": "hpo's default: --strategy priority --pruner sha",
+    "priority+model": "the same with --pruner model",
     "priority+budget": "hpo's default with --budget, which makes it weigh seconds",
     "optuna": "Optuna's defaults: TPESampler, MedianPruner",
     "tpe+default+sha": "TPESampler, default configuration first, SuccessiveHalvingPruner(epochs / 5, 3)",
@@ -336,7 +336,7 @@ DESCRIPTIONS = {
     "smac": "SMAC3's MultiFidelityFacade, default configuration first (tables: HyperparameterOptimizationFacade)",
     "priorband": "NePS's PriorBand, default configuration first, with medium confidence in it",
 }
-INSTALLED = [name for name in CONTENDERS if name not in ("priority+sha", "priority+budget", "priorband")]
+INSTALLED = [name for name in CONTENDERS if name not in ("priority+model", "priority+budget", "priorband")]
 """Those that the extra brings, at equal epochs."""
 
 QUICK = ("priority", "optuna", "tpe+default+sha", "tpe+hyperband", "random")
@@ -370,6 +370,10 @@ class Outcome:
     """Regret after 1, 2, ... trials."""
 
     cpu_s: float
+
+
+Outcomes = dict[tuple[str, str, int], Outcome]
+"""By contender, task and seed."""
 
 
 @dataclass(order=True)
@@ -448,6 +452,17 @@ def simulate(setting: Setting) -> Outcome:
     )
 
 
+def simulate_all(
+    contenders: Sequence[str], tasks: Sequence[BenchTask], num_seeds: int, *, jobs: int = 1, **setting: Any
+) -> Outcomes:
+    """The outcome of each contender on each task with each seed; `setting` has the other fields of Setting."""
+    keys = list(itertools.product(contenders, tasks, range(num_seeds)))
+    settings = [Setting(contender=name, task=task, seed=seed, **setting) for name, task, seed in keys]
+    with ProcessPoolExecutor(jobs) as pool:
+        outcomes = list(pool.map(simulate, settings) if jobs > 1 else map(simulate, settings))
+    return {(name, task.name, seed): outcome for (name, task, seed), outcome in zip(keys, outcomes, strict=True)}
+
+
 def _epoch_cost(setting: Setting, values: dict[str, Value]) -> float:
     if not setting.by_seconds:
         return 1.0
@@ -466,8 +481,8 @@ Regrets = dict[str, Curve]
 """(tasks, seeds) regrets of each contender."""
 
 
-def compare(outcomes: dict[tuple[str, str, int], Outcome], read: Callable[[Outcome], float]) -> Regrets:
-    """One number of each outcome, which are keyed by contender, task and seed, in the order of the keys."""
+def compare(outcomes: Outcomes, read: Callable[[Outcome], float]) -> Regrets:
+    """One number of each outcome, in the order of the keys."""
     names, tasks, seeds = (list(dict.fromkeys(column)) for column in zip(*outcomes, strict=True))
     return {name: np.array([[read(outcomes[name, task, seed]) for seed in seeds] for task in tasks]) for name in names}
 
@@ -481,7 +496,7 @@ def ratio_of_means(ours: Curve, theirs: Curve) -> tuple[float, float, float]:
     return float(ours.mean() / theirs.mean()), float(low), float(high)
 
 
-def print_table(title: str, outcomes: dict[tuple[str, str, int], Outcome], marks: list[int], kind: str) -> None:
+def print_table(title: str, outcomes: Outcomes, marks: list[int], kind: str) -> None:
     """Mean regret of each contender, and what the first one's is of the others'."""
     print(f"\n{title}\n")
     columns = [compare(outcomes, partial(_regret_at, mark=mark, kind=kind)) for mark in marks]
@@ -499,6 +514,8 @@ def print_table(title: str, outcomes: dict[tuple[str, str, int], Outcome], marks
     print(
         "\nTrials and CPU seconds a search: " + ", ".join(f"{n} {trials[n]:.0f} in {seconds[n]:.1f} s" for n in names)
     )
+    tails = {name: np.quantile(columns[-1][name], 0.9) for name in names}
+    print(f"90th percentile of all searches at {marks[-1]}: " + ", ".join(f"{n} {tails[n]:.3f}" for n in names))
     sys.stdout.flush()
 
 
@@ -580,25 +597,38 @@ def main() -> None:
     print(describe_machine("optuna", "numpy"))
     for name in arguments.contenders:
         print(f"  {name}: {DESCRIPTIONS[name]}")
+    marks = [mark for mark in MARKS if mark <= arguments.runs]
     unit = "seconds" if arguments.seconds else "epochs"
     if arguments.lcbench:
         tasks: list[BenchTask] = [LCBenchTask(arguments.lcbench, task) for task in arguments.tasks]
-        for default, workers in itertools.product(arguments.defaults, arguments.workers):
-            outcomes = _run(arguments, tasks, default, workers)
-            title = f"LCBench, {len(tasks)} tasks x {arguments.seeds} seeds, {default} default, {workers} worker(s)"
-            marks = [mark for mark in MARKS if mark <= arguments.runs]
-            print_table(f"{title}, at equal {unit}", outcomes, marks, unit)
+        for title, outcomes in _each_setting(arguments, tasks):
+            print_table(f"LCBench, {title}, at equal {unit}", outcomes, marks, unit)
             if arguments.by_trials:
-                print_table(f"{title}, at equal trials", outcomes, marks, "trials")
+                print_table(f"LCBench, {title}, at equal trials", outcomes, marks, "trials")
     if arguments.tables:
         tasks = [TableTask(*table) for table in TABLES_DEVELOPMENT]
-        for default, workers in itertools.product(arguments.defaults, arguments.workers):
-            outcomes = _run(arguments, tasks, default, workers)
-            title = f"HPOLib and HPOBench, {len(tasks)} tables x {arguments.seeds} seeds, {default} default"
-            marks = [mark for mark in MARKS if mark <= arguments.runs]
-            print_table(f"{title}, {workers} worker(s)", outcomes, marks, "trials")
+        for title, outcomes in _each_setting(arguments, tasks):
+            print_table(f"HPOLib and HPOBench, {title}", outcomes, marks, "trials")
     if arguments.cost:
         print_cost()
+
+
+def _each_setting(arguments: argparse.Namespace, tasks: list[BenchTask]) -> Iterator[tuple[str, Outcomes]]:
+    for default, workers in itertools.product(arguments.defaults, arguments.workers):
+        title = f"{len(tasks)} tasks x {arguments.seeds} seeds, {default} default, {workers} worker(s)"
+        yield (
+            title,
+            simulate_all(
+                arguments.contenders,
+                tasks,
+                arguments.seeds,
+                jobs=arguments.jobs,
+                default=default,
+                workers=workers,
+                runs=arguments.runs,
+                by_seconds=arguments.seconds,
+            ),
+        )
 
 
 def _parse() -> argparse.Namespace:
@@ -625,36 +655,6 @@ def _parse() -> argparse.Namespace:
     if not (arguments.lcbench or arguments.tables or arguments.cost):
         parser.error("nothing to do; give --lcbench DIR, --tables or --cost.")
     return arguments
-
-
-def _run(
-    arguments: argparse.Namespace, tasks: list[BenchTask], default: str, workers: int
-) -> dict[tuple[str, str, int], Outcome]:
-    keys = list(itertools.product(arguments.contenders, tasks, range(arguments.seeds)))
-    settings = [
-        Setting(
-            task=task,
-            contender=name,
-            seed=seed,
-            default=default,
-            workers=workers,
-            runs=arguments.runs,
-            by_seconds=arguments.seconds,
-        )
-        for name, task, seed in keys
-    ]
-    return {
-        (name, task.name, seed): outcome
-        for (name, task, seed), outcome in zip(keys, _outcomes(settings, arguments.jobs), strict=True)
-    }
-
-
-def _outcomes(settings: list[Setting], num_processes: int) -> Iterator[Outcome]:
-    if num_processes == 1:
-        yield from map(simulate, settings)
-        return
-    with ProcessPoolExecutor(num_processes) as pool:
-        yield from pool.map(simulate, settings)
 
 
 if __name__ == "__main__":

@@ -10,18 +10,16 @@ worst configurations for the best. The earlier studies have 30 complete trials.
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 from bench_tasks import LCBENCH_DEVELOPMENT, BenchTask, LCBenchTask
 from machine import describe_machine
-from search_quality import CONTENDERS, MARKS, OurStudy, Setting, print_table, simulate
+from search_quality import CONTENDERS, MARKS, OurStudy, print_table, simulate_all
 
 from hpo.search.study import Study
 from hpo.search.warm_start import NUM_OF_ANOTHER_TASK, best_configurations, observations
@@ -36,7 +34,7 @@ class WarmStarted(OurStudy):
     def __init__(
         self, task: BenchTask, space: Space, seed: int, runs: int, *, sources: dict[str, BenchTask], sign: float
     ) -> None:
-        super().__init__(task, space, seed, runs, strategy="priority", pruner="model")
+        super().__init__(task, space, seed, runs, strategy="priority", pruner="sha")
         earlier = _Earlier(sources[task.name], space, seed, NUM_EARLIER_TRIALS, strategy="priority", pruner="none")
         study = earlier.searched(sources[task.name], sign)
         self._study.enqueue(best_configurations(study, space, most=NUM_OF_ANOTHER_TASK), "from study earlier")
@@ -64,10 +62,8 @@ def main() -> None:
     following = {task.name: after for task, after in zip(tasks, tasks[1:] + tasks[:1], strict=True)}
     CONTENDERS["another task"] = partial(WarmStarted, sources=following, sign=1.0)
     CONTENDERS["wrong"] = partial(WarmStarted, sources={task.name: task for task in tasks}, sign=-1.0)
-    outcomes: Any = {}
-    for name, task, seed in itertools.product(("another task", "wrong", "priority"), tasks, range(arguments.seeds)):
-        setting = Setting(task=task, contender=name, seed=seed, default="good", workers=1, runs=arguments.runs)
-        outcomes[name, task.name, seed] = simulate(setting)
+    contenders = ("another task", "wrong", "priority")
+    outcomes = simulate_all(contenders, tasks, arguments.seeds, default="good", workers=1, runs=arguments.runs)
     marks = [mark for mark in MARKS if mark <= arguments.runs]
     for name in ("another task", "wrong"):
         pair = {key: outcome for key, outcome in outcomes.items() if key[0] in (name, "priority")}

@@ -147,7 +147,7 @@ BAD_INPUT = [
     ("search digts", "no task 'digts'; did you mean 'digits'\\? Available: .*digits"),
     ("search digits --space digts", "no search space 'digts'; did you mean 'digits'\\?"),
     ("search digits --strategy priorty", "no strategy 'priorty'; did you mean 'priority'\\? Available: priority, tpe"),
-    ("search digits --pruner sah", "no pruner 'sah'; did you mean 'sha'\\? Available: model, sha, median"),
+    ("search digits --pruner sah", "no pruner 'sah'; did you mean 'sha'\\? Available: sha, model, median"),
     ("search quits.py", "the model of task 'mine' fails with the default configuration: SystemExit: 0"),
     ("search own_loss.py", "the loss of task 'mine' fails with the default configuration"),
     ("search own_test.py", "have a Split as test; it must be a SealedSplit"),

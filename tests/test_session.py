@@ -173,9 +173,14 @@ def test_more_trials_are_added_and_settings_that_are_not_given_again_stay_as_the
 
 @pytest.mark.parametrize(
     ("given", "pruner"),
-    [({}, "model"), ({"strategy": "priority"}, "model"), ({"strategy": "tpe"}, "sha"), ({"pruner": "none"}, "none")],
+    [
+        ({}, "sha"),
+        ({"folds": 5}, "wilcoxon"),
+        ({"objectives": ("val/accuracy", "params")}, "none"),
+        ({"pruner": "model"}, "model"),
+    ],
 )
-def test_the_model_prunes_what_the_model_proposes(given: Any, pruner: str, task: str, home: Path) -> None:
+def test_the_pruner_suits_the_search_unless_it_is_named(given: Any, pruner: str, task: str, home: Path) -> None:
     _, _, settings = agree(this_machine(checked({"home": home})), task, StudyOptions(**given))  # type: ignore[typeddict-item]
 
     assert settings.pruner == pruner

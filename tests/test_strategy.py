@@ -381,6 +381,25 @@ def run_losses(study: Study, curves: list[list[float]]) -> list[int]:
     return ends
 
 
+def test_the_model_knows_what_the_next_trial_would_hold_also_if_the_space_has_rules(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held = []
+    monkeypatch.setattr(
+        Surrogate, "is_worth_continuing", lambda self, trial, others, fixed, **_: held.append(fixed) or True
+    )
+    line = Float(0.0, 1.0, default=0.5)
+    groups = Group("first", x=line), Group("second", y=line), Group("third", z=line)
+    settings = StudySettings(
+        task="digits", space=Space(*groups, forbid=[{"x": ">=0.999"}]), seed=0, strategy="priority", pruner="model",
+        max_epochs=2, metric="loss", direction=Direction.MINIMIZE, limit=None, planned_trials=60,
+    )  # fmt: skip
+
+    run_losses(Study.open(InMemoryStorage(), "study", settings), [[1.0, 1.0]] * (NUM_HALVED_TRIALS + 3))
+
+    assert [set(fixed) for fixed in held] == [set(), {"z"}, set()]
+
+
 @pytest.mark.parametrize(("first_rung", "stopped_after"), [(None, 4), (2, 2)])
 def test_a_hopeless_trial_is_stopped_at_the_first_rung_also_before_the_model_judges(
     first_rung: int | None, stopped_after: int

@@ -24,6 +24,7 @@ from hpo.extensions import call, find_factory
 from hpo.search.internals import direction_of
 from hpo.search.priority import NUM_MODELLED_TRIALS, PrioritySampler, is_time_limited, other_trials
 from hpo.search.surrogate import Surrogate
+from hpo.search.wrappers import AllowedSampler
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from hpo.space import Space
 
-PRUNERS = ("model", "sha", "median", "hyperband", "wilcoxon", "none")
+PRUNERS = ("sha", "model", "median", "hyperband", "wilcoxon", "none")
 FOLD_PRUNERS = ("wilcoxon", "none")
 """Those that judge a trial between the folds of a cross-validation; all but the last judge nothing else."""
 
@@ -54,10 +55,10 @@ def build_pruner(
 ) -> BasePruner:
     """The pruner of that name, or of a factory (hpo.extensions), for trials of up to `max_epochs` epochs.
 
-    model      see ModelPruner
     sha        asynchronous successive halving (Li et al., 2020, arXiv:1810.05934): after `first_rung` epochs, and
                after 3, 9, ... times as many, a trial continues if it is among the best third of those
                that came that far
+    model      see ModelPruner
     median     from the sixth complete trial on, after the first tenth of the epochs: a trial continues while its best
                epoch is not worse than the median of the others at this epoch
     hyperband  successive halving in brackets with a first cut after 1, 3, 9, ... epochs (Li et al., 2018)
@@ -151,11 +152,11 @@ class ModelPruner(BasePruner):
         if epoch not in self._rungs or epoch >= self._max_epochs:
             return False
         others = other_trials(study, trial)
-        next_number = len(others) + 1
+        sampler = study.sampler.base if isinstance(study.sampler, AllowedSampler) else study.sampler
         return not self._surrogate.is_worth_continuing(
             trial,
             others,
-            study.sampler.held(study, next_number) if isinstance(study.sampler, PrioritySampler) else {},
+            sampler.held(study, len(others) + 1) if isinstance(sampler, PrioritySampler) else {},
             last_epoch=self._max_epochs,
             direction=direction_of(study),
             rng=np.random.default_rng(derive_seed(self._seed, trial.number, epoch, "pruner")),

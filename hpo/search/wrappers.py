@@ -59,27 +59,53 @@ class TrialSeededSampler(BaseSampler):
         return self._make_base(derive_seed(self._seed, *purpose, "sampler") % 2**32)
 
 
-class PinningSampler(BaseSampler, ABC):
+class WrappingSampler(BaseSampler):
+    """Leaves everything to a base sampler."""
+
+    def __init__(self, base: BaseSampler) -> None:
+        self.base = base
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self.base.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self.base.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self.base.sample_independent(study, trial, param_name, param_distribution)
+
+    def reseed_rng(self) -> None:
+        self.base.reseed_rng()
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        self.base.before_trial(study, trial)
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        self.base.after_trial(study, trial, state, values)
+
+
+class PinningSampler(WrappingSampler, ABC):
     """Holds some parameters of a trial at values of its own choice, and leaves the others to a base sampler.
 
     As Optuna's PartialFixedSampler, but what is held may differ from trial to trial.
     """
 
     def __init__(self, base: BaseSampler) -> None:
-        self._base = base
+        super().__init__(base)
         self._pinned: dict[int, Mapping[str, Value]] = {}
 
     @abstractmethod
     def pin(self, study: Study, trial: FrozenTrial) -> Mapping[str, Value]:
         """Values of the parameters that this trial does not search. Asked once for each attempt at a trial."""
 
-    def reseed_rng(self) -> None:
-        self._base.reseed_rng()
-
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         # Here and not parameter by parameter: meanwhile another trial may end, and a mix of two would be pinned.
         self._pinned[trial.number] = self.pin(study, trial)
-        self._base.before_trial(study, trial)
+        self.base.before_trial(study, trial)
 
     def pinned(self, trial: FrozenTrial) -> Mapping[str, Value]:
         """What `pin` has said for this trial; nothing if the trial was not begun through `before_trial`."""
@@ -87,13 +113,8 @@ class PinningSampler(BaseSampler, ABC):
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         pinned = self.pinned(trial)
-        search_space = self._base.infer_relative_search_space(study, trial)
+        search_space = self.base.infer_relative_search_space(study, trial)
         return {name: distribution for name, distribution in search_space.items() if name not in pinned}
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return self._base.sample_relative(study, trial, search_space)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -101,11 +122,11 @@ class PinningSampler(BaseSampler, ABC):
         pinned = self.pinned(trial)
         if param_name in pinned:
             return pinned[param_name]
-        return self._base.sample_independent(study, trial, param_name, param_distribution)
+        return self.base.sample_independent(study, trial, param_name, param_distribution)
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         self._pinned.pop(trial.number, None)
-        self._base.after_trial(study, trial, state, values)
+        self.base.after_trial(study, trial, state, values)
 
 
 class DefaultFirstSampler(PinningSampler):
@@ -119,14 +140,14 @@ class DefaultFirstSampler(PinningSampler):
         return self._defaults if trial.number == 0 else {}
 
 
-class AllowedSampler(BaseSampler):
+class AllowedSampler(WrappingSampler):
     """Moves a configuration that the space forbids to one nearby that it allows; any sampler may propose them.
 
     Configurations that were enqueued stay as they are.
     """
 
     def __init__(self, base: BaseSampler, space: Space, seed: int) -> None:
-        self._base = base
+        super().__init__(base)
         self._encoding = Encoding(space)
         self._distributions = {name: distribution(parameter) for name, parameter in space.parameters.items()}
         self._seed = seed
@@ -137,30 +158,16 @@ class AllowedSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        jointly = self._base.infer_relative_search_space(study, trial)
-        drawn = self._base.sample_relative(study, trial, jointly)
+        jointly = self.base.infer_relative_search_space(study, trial)
+        drawn = self.base.sample_relative(study, trial, jointly)
         values = {
-            name: drawn[name] if name in drawn else self._base.sample_independent(study, trial, name, declared)
+            name: drawn[name] if name in drawn else self.base.sample_independent(study, trial, name, declared)
             for name, declared in self._distributions.items()
         }
         units = self._encoding.units(values)
         if self._encoding.allows(units[None])[0]:
             return values
-        pinned = self._base.pinned(trial) if isinstance(self._base, PinningSampler) else {}
+        pinned = self.base.pinned(trial) if isinstance(self.base, PinningSampler) else {}
         rng = np.random.default_rng(derive_seed(self._seed, trial.number, "allowed"))
         held = np.array([name in pinned for name in self._encoding.names])
         return self._encoding.values(self._encoding.nearest_allowed(units, rng, held=held))
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        return self._base.sample_independent(study, trial, param_name, param_distribution)
-
-    def reseed_rng(self) -> None:
-        self._base.reseed_rng()
-
-    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        self._base.before_trial(study, trial)
-
-    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
-        self._base.after_trial(study, trial, state, values)

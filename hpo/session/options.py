@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict, get_args, get_origin, get_type_hints
 
 from hpo.data_options import FLAG, as_written
 from hpo.errors import UnknownNameError, UsageError
@@ -157,8 +157,8 @@ class StudyOptions(TypedDict, total=False):
         str | None,
         Option(
             "--pruner",
-            "model, sha, median, hyperband, wilcoxon, none, or any Optuna pruner as module:factory. [default: model "
-            "with priority, else sha; wilcoxon with --folds; none with several objectives]",
+            "sha, model, median, hyperband, wilcoxon, none, or any Optuna pruner as module:factory. [default: sha; "
+            "wilcoxon with --folds; none with several objectives]",
             metavar="NAME",
             kept="pruner",
         ),
@@ -452,6 +452,9 @@ def checked(given: Mapping[str, object]) -> SearchOptions:
         name, option, value = declared.name, declared.option, found.get(declared.name)
         if value is None and option.kept is None:
             found[name] = False if declared.type is bool else option.default
+        kinds = [get_origin(kind) for kind in (declared.type, *get_args(declared.type))]
+        if isinstance(value, str) and Sequence in kinds:
+            found[name] = (value,)  # one text in place of several would be taken apart into its letters
         if option.at_least is not None and isinstance(value, int) and value < option.at_least:
             raise UsageError(f"{option.flag} {value} is not allowed: it must be at least {option.at_least}.")
         if option.is_duration and value is not None:

@@ -401,7 +401,7 @@ def _complete(task: Task, stored: StudySettings | None, given: Mapping[str, Any]
         "constraints": (),
         "max_epochs": task.train_config({}).max_epochs,
         "metric": task.objective.metric,
-        "pruner": _default_pruner(given),
+        "pruner": "wilcoxon" if given.get("folds") else "sha",
     }
     known = {name: getattr(stored, name) for name in defaults} if stored else defaults
     chosen = known | dict(given)
@@ -423,13 +423,6 @@ def _complete(task: Task, stored: StudySettings | None, given: Mapping[str, Any]
     )
     check_strategy(settings)
     return settings
-
-
-def _default_pruner(given: Mapping[str, Any]) -> str:
-    if given.get("folds"):
-        return "wilcoxon"
-    # Of another strategy's trials `model` would demand what its own proposals are worth.
-    return "model" if given.get("strategy") in (None, "priority") else "sha"
 
 
 def _metric_of(objectives: Sequence[str], task: Task) -> str | None:
