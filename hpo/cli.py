@@ -348,7 +348,7 @@ def show(
     from hpo.terminal.tables import print_study, watch_study
 
     if watch + as_json + as_csv > 1:
-        raise UsageError("--watch, --csv and --json exclude each other: give one of them.")
+        raise UsageError("--watch, --csv and --json cannot be combined: use one of them.")
     if watch:
         watch_study(_console(), lambda: study_facts(study, home, storage, top))
         return
@@ -376,7 +376,7 @@ def best(study: str, as_yaml: bool, as_options: bool, home: Path | None, storage
     from hpo.terminal.tables import print_best
 
     if as_yaml + as_options + as_json > 1:
-        raise UsageError("--yaml, --as-options and --json exclude each other: give one of them.")
+        raise UsageError("--yaml, --as-options and --json cannot be combined: use one of them.")
     facts = best_facts(study, home, storage)
     if as_yaml or as_options:
         click.echo(winner_as_yaml(facts) if as_yaml else winner_as_options(facts))
@@ -411,16 +411,17 @@ def export(compare: bool, as_json: bool, **request: Any) -> None:
     """
     from hpo.terminal.tables import print_export, print_formats
 
-    console = _console(stderr=as_json)
+    console, tell = _console(stderr=as_json), _console(stderr=True).print
     if compare:
         from hpo.session.formats import compare_formats
 
-        found = compare_formats(**{name: given for name, given in request.items() if name not in _OF_ONE_EXPORT})
+        shared = {name: given for name, given in request.items() if name not in _OF_ONE_EXPORT}
+        found = compare_formats(tell=tell, **shared)
         _print_json(found.to_dict()) if as_json else print_formats(console, found)
         return
     from hpo.session.export import export_best
 
-    done = export_best(**request)
+    done = export_best(tell=tell, **request)
     _print_json(done.to_dict()) if as_json else print_export(console, done)
 
 
@@ -449,7 +450,7 @@ def register(as_json: bool, **request: Any) -> None:
     from hpo.session.register import register_best
     from hpo.terminal.tables import print_registration
 
-    registered = register_best(**request)
+    registered = register_best(tell=_console(stderr=True).print, **request)
     _print_json(registered.to_dict()) if as_json else print_registration(_console(), registered)
 
 
@@ -477,7 +478,7 @@ def predict(as_csv: bool, as_json: bool, **request: Any) -> None:
     from hpo.terminal.tables import print_predictions
 
     if as_csv and as_json:
-        raise UsageError("--csv and --json exclude each other: give one of them.")
+        raise UsageError("--csv and --json cannot be combined: use one of them.")
     with counting(_console(stderr=True), "examples") as tell:
         found = predict_all(tell=tell, **request)
     if as_csv:

@@ -151,16 +151,19 @@ def describe(study: Study) -> list[str]:
     return lines
 
 
+_SECRET = ("--notify", "--on-best")
+
 _COMPARED = ("data", "sources", "versions", "commit", "is_dirty", "machine")
 
 
 def _without_secrets(arguments: Sequence[str]) -> Iterator[str]:
-    """The arguments without passwords, and without the address of --notify: a chat service's holds a token."""
+    """The arguments without passwords, and without what --notify and --on-best are given: it often holds a token."""
     for before, argument in pairwise(["", *arguments]):
-        if before == "--notify":
+        option = argument.partition("=")[0]
+        if before in _SECRET:
             yield "..."
-        elif argument.startswith("--notify="):
-            yield "--notify=..."
+        elif option in _SECRET and option != argument:
+            yield f"{option}=..."
         else:
             yield without_password(argument)
 

@@ -129,7 +129,7 @@ def _with_parents(name: str) -> Iterator[str]:
 
 def _without_comments(source: str) -> str:
     """The source without comments, blank lines and spaces at the ends of lines."""
-    lines = source.splitlines()
+    lines = source.split("\n")  # as tokenize counts them
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             row, column = token.start

@@ -94,6 +94,9 @@ def test_only_the_best_trials_keep_their_weights_and_gc_removes_what_it_said(sea
     assert len(gone) == 3
     assert weights(searches).keys() == {0, ranking[0].number}
     assert gc(searches, "--keep", "1") == []
+    store = open_store(searches.home)
+    store.client.delete_run(store.find_trial_run("moody", second))
+    assert gc(searches, "--keep", "1") == [], "a trial whose run was deleted has no weights"
     assert hpo.load_best("moody", home=searches.home).classes
 
 

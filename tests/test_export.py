@@ -36,8 +36,9 @@ from hpo.deploy.verify import check_outputs
 from hpo.errors import ExportError, UnknownNameError, UsageError
 from hpo.models.networks import convnet, mlp, recurrent, tabular, transformer
 from hpo.models.preprocessed import PreprocessedModel
+from hpo.plugins import load_objective
 from hpo.session import formats
-from hpo.session.export import export_best
+from hpo.session.export import check_export, export_best
 from hpo.session.formats import compare_formats
 from hpo.session.search import run_search
 
@@ -452,3 +453,14 @@ def test_an_export_that_needs_the_task_is_refused(tmp_path: Path) -> None:
         exporter = Exporter(name="own", write=lambda *_: None, load=f"def load(folder):\n    {line}")
         with pytest.raises(ExportError, match=what):
             check_outputs(exporter, tmp_path, exportable, {"hpo"})
+
+
+@pytest.mark.parametrize("compression", [None, "int8"])
+def test_an_export_that_returns_nan_is_refused(tmp_path: Path, compression: str | None) -> None:
+    inputs, targets = torch.randn(8, 4), torch.randn(8, 2)
+    model = trained(inputs, targets, mlp)
+    exportable = make_exportable(model, Split(inputs, targets), Split(inputs, targets))
+    broken = "def load(folder):\n    return lambda inputs: [0 * next(iter(inputs.values()))[:, :2] / 0]"
+    exporter = Exporter(name="own", write=lambda *_: None, load=broken)
+    with pytest.raises(ExportError, match="differs from the checkpoint by nan"):
+        check_export(exporter, tmp_path, exportable, load_objective("digits"), compression)

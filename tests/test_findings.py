@@ -146,6 +146,26 @@ def test_the_ends_of_whole_numbers_are_reported() -> None:
 
 
 @pytest.mark.parametrize(
+    ("parameter", "sign", "wider"),
+    [
+        (Int(64, 512, step=64, default=128), -1, None),  # a multiple of 64 that is lower is not above 0
+        (Int(256, 512, step=64, default=512), -1, "128:512"),
+        (Int(128, 1024, step=128, default=128), 1, "128:1408"),
+        (Float(0.3, 0.9, step=0.1, default=0.5), -1, "0.1:0.9"),
+        (Int(-8, 8, default=0), -1, "-16:8"),
+        (Int(1000, 1235, default=1100), 1, "1000:1350"),
+    ],
+)
+def test_what_is_advised_can_be_typed(parameter: Int | Float, sign: int, wider: str | None) -> None:
+    space = Space(Group("g", size=parameter))
+    found = list(find_edges(a_study(60, rising_with(lambda values: sign * float(values["size"])), space=space)))
+    advised = [finding.text.partition("-p size=")[2].split()[0] for finding in found]
+    assert advised == ([wider] if wider else [])
+    for text in advised:
+        assert parameter.extend(text).contains(parameter.low)
+
+
+@pytest.mark.parametrize(
     ("score", "why"),
     [
         (lambda values: -abs(log_lr(values) + 2.5), "the best is in the middle"),

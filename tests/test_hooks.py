@@ -9,16 +9,19 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import hpo
+from hpo.config import Direction
 from hpo.execution import hooks
-from hpo.execution.hooks import Notifier
+from hpo.execution.hooks import BestObserver, Notifier
+from hpo.execution.observer import Standing
 from hpo.provenance import sessions
 from hpo.search.storage import open_storage
-from hpo.search.study import Study
+from hpo.search.study import Study, Suggestion
 
 # Its trials get better in their order, and the last one fails.
 TASK = """
@@ -112,7 +115,47 @@ def test_a_search_that_fails_is_reported_without_its_message(posts: tuple[str, l
     assert taken == [{"event": "failed", "study": "x", "text": "x: the search failed with a SearchError"}]
 
 
-@pytest.mark.parametrize("url", ["ftp://host/1234", "host/1234", "https:///1234"])
+def suggestion(number: int, repeats: int | None = None) -> Suggestion:
+    return Suggestion(number=number, attempt=1, values={}, active_values={}, stage="", seed=0, repeats=repeats)
+
+
+def test_a_server_that_does_not_speak_http_gets_the_next_post_too() -> None:
+    def answer(server: socket.socket) -> None:
+        for reply in (b"what?\r\n\r\n", b"HTTP/1.0 200 OK\r\n\r\n"):
+            connection, _ = server.accept()
+            with connection:
+                asked.append(connection.recv(9999))
+                connection.sendall(reply)
+
+    asked: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=answer, args=(server,))
+        thread.start()
+        notifier = Notifier(f"http://127.0.0.1:{server.getsockname()[1]}", "x")
+        notifier.trial_ended(suggestion(0), "failed", None, None)
+        notifier.search_failed(hpo.SearchError("why"))
+        thread.join(10)
+    assert len(asked) == 2
+
+
+def test_a_training_of_a_confirmation_is_no_new_best() -> None:
+    class Bests(BestObserver):
+        def new_best(self, suggestion: Suggestion, value: float) -> None:
+            found.append((suggestion.number, value))
+
+    found: list[tuple[int, float]] = []
+    observer = Bests()
+    standing = Standing(
+        study="x", metric="accuracy", direction=Direction.MAXIMIZE, num_trials=3, counts={}, best=(1, 0.8)
+    )
+    observer.search_started(standing)
+    for repeats, value in ((1, 0.95), (None, 0.9)):
+        result = SimpleNamespace(best_value=value)
+        observer.trial_ended(suggestion(7, repeats), "complete", result, None)  # type: ignore[arg-type]
+    assert found == [(7, 0.9)]
+
+
+@pytest.mark.parametrize("url", ["ftp://host/1234", "host/1234", "https:///1234", "http://host:1234x", "http://[1234"])
 def test_an_address_that_cannot_be_posted_to_is_refused_without_repeating_it(url: str, task: str, home: Path) -> None:
     with pytest.raises(hpo.UsageError, match="--notify must be an address such as https://") as raised:
         hpo.run_search(task, home=home, notify=url)

@@ -33,14 +33,14 @@ def test_cross_entropy_is_torchs_with_the_label_smoothing_of_the_config(smoothin
 def test_the_mse_is_one_for_predicting_the_mean_in_any_units(scale: float, seed: int) -> None:
     targets = scale * torch.randn(50, generator=torch.Generator().manual_seed(seed))
     split = Split(torch.zeros(50, 1), targets)
-    loss = loss_function(regression_config(), of_classes(0), target_scale(split))
+    loss = loss_function(regression_config(), of_classes(0), target_scale(split, of_classes(0)))
     assert loss(targets.mean().expand(50, 1), targets).item() == pytest.approx(1.0, rel=1e-3)
     assert loss(targets.unsqueeze(1), targets).item() == 0.0
 
 
 def test_the_scale_of_equal_targets_and_of_class_indices_is_one() -> None:
-    assert target_scale(Split(torch.zeros(3, 1), torch.full((3,), 7.0))) == 1.0
-    assert target_scale(Split(torch.zeros(3, 1), torch.tensor([0, 5, 9]))) == 1.0
+    assert target_scale(Split(torch.zeros(3, 1), torch.full((3,), 7.0)), of_classes(0)) == 1.0
+    assert target_scale(Split(torch.zeros(3, 1), torch.tensor([0, 5, 9])), of_classes(10)) == 1.0
 
 
 def logits_and_targets(seed: int) -> tuple[Tensor, Tensor]:
@@ -194,7 +194,7 @@ def test_log_cosh_does_not_overflow() -> None:
 def test_outliers_spoil_the_mean_squared_error_and_leave_the_robust_losses_alone(loss: str) -> None:
     splits = line_splits()
     splits.train.targets[::10] += 30.0  # one example in ten is wrong
-    scale = target_scale(splits.train)
+    scale = target_scale(splits.train, splits.spec)
 
     def r2_of(loss: str) -> float:
         *_, last = fit(Line(3, deviation=scale), splits, regression_config(loss=loss, max_epochs=15))  # type: ignore[arg-type]

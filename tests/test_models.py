@@ -558,6 +558,7 @@ def test_a_model_predicts_from_arrays_and_names_the_shape_that_it_takes() -> Non
 
     assert model.predict(inputs.numpy()) == model.predict(inputs) == ["eggs", "ham", "eggs"]
     assert model.probabilities(inputs.numpy()).shape == (3, 2)
+    assert not model.train().predict(inputs) or not model.training, "no dropout, and no statistics that move"
     for ask in (model.predict, model.probabilities):
         with pytest.raises(UsageError, match=r"takes a batch of shape \(B, 2\), not \(3, 4\)"):
             ask(torch.zeros(3, 4))

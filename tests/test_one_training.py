@@ -102,6 +102,8 @@ def test_an_own_loop_is_trained_once_and_what_it_raises_is_reported(home: Path, 
 def test_what_a_training_or_a_rerun_cannot_do_is_reported_before_anything_is_written(home: Path) -> None:
     with pytest.raises(hpo.UsageError, match=r"-p lr=0.01:0.1 is more than one value; .* give -p lr=VALUE"):
         train_once("digits", overrides=("lr=0.01:0.1",), home=home)
+    with pytest.raises(hpo.UsageError, match="--epochs 0 is not allowed: it must be at least 1"):
+        train_once("digits", epochs=0, home=home)
     with pytest.raises(hpo.UsageError, match=r"--limit 5 is for the shared trainer"):
         train_once(EXAMPLE, limit=5, home=home)
     with pytest.raises(hpo.UnknownNameError, match="no study 'digits'"):
@@ -122,4 +124,4 @@ def test_csv_yaml_and_options_hold_all_digits(home: Path) -> None:
     options = shlex.split(invoke(home, "best", "digits", "--as-options").stdout)[1::2]
     assert dict(option.split("=") for option in options) == {name: str(value) for name, value in winner.items()}
     told = CliRunner().invoke(cli, ["best", "digits", "--yaml", "--json", "--home", str(home)]).exception
-    assert "--yaml, --as-options and --json exclude each other" in str(told)
+    assert "--yaml, --as-options and --json cannot be combined" in str(told)

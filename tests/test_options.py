@@ -55,6 +55,12 @@ def test_what_is_left_out_is_the_default_or_the_studys() -> None:
     assert kept_by_the_study({"trials": None, "overrides": (), "epochs": 3}) == {"max_epochs": 3}
 
 
+def test_one_text_in_place_of_several_is_not_taken_apart() -> None:
+    options = checked({"overrides": "lr=0.1", "data_options": "label=y", "tries": ["lr=1"]})
+
+    assert (options["overrides"], options["data_options"], options["tries"]) == (("lr=0.1",), ("label=y",), ["lr=1"])
+
+
 @pytest.mark.parametrize(
     "given", [{"budget": 0}, {"budget": "8h"}, {"trial_timeout": float("nan")}, {"timeout": "none"}]
 )

@@ -26,7 +26,12 @@ from hpo.space import Group, Space
 NASTY = "</script><b>"
 
 SPACE = Space(
-    Group("step size", lr=Float(1e-4, 1.0, log=True, default=0.1), depth=Int(1, 8, default=2)),
+    Group(
+        "step size",
+        lr=Float(1e-4, 1.0, log=True, default=0.1),
+        depth=Int(1, 8, default=2),
+        width=Int(16, 64, log=True, default=32),  # no power of ten to mark on its axis
+    ),
     Group(
         "optimizer",
         optimizer=Choice("sgd", NASTY, default="sgd"),
@@ -82,7 +87,7 @@ def test_a_report_is_whole_fetches_nothing_and_its_figures_know_their_trials(tmp
 
     figures, links = read(page)
     assert links.fetched == []
-    expected = ["confirmation", "history", "curves", "coordinates", *(f"slice-{number}" for number in range(4))]
+    expected = ["confirmation", "history", "curves", "coordinates", *(f"slice-{number}" for number in range(5))]
     assert list(figures) == expected
     assert set(figures) <= set(links.ids)
     pointed = {number for trace in figures["history"]["data"] for number in trace.get("customdata", [])}

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from helpers.tracking import find_trial, open_runs, run_python
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 
 from hpo.errors import StoreError, UnknownNameError
 from hpo.tracking.runs import StudyRuns
-from hpo.tracking.store import TrackingStore, open_store
+from hpo.tracking.store import TrackingStore, explained, open_store
 
 
 def test_importing_the_room_imports_no_mlflow() -> None:
@@ -169,6 +170,21 @@ def test_optimise_gives_the_planner_statistics(store: TrackingStore) -> None:
     store.optimise()
     with closing(sqlite3.connect(store.home / "mlflow.db")) as database:
         assert database.execute("SELECT count(*) FROM sqlite_stat1").fetchone()[0] > 0
+
+
+def test_statistics_that_cannot_be_written_are_done_without(
+    store: TrackingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connect = sqlite3.connect
+    monkeypatch.setattr("hpo.tracking.store.sqlite3.connect", lambda path, timeout: connect(path, timeout=0))
+    with closing(connect(store.home / "mlflow.db")) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        store.optimise()
+
+
+def test_what_a_server_of_artifacts_refuses_names_the_store() -> None:
+    with pytest.raises(StoreError, match="MLflow at http://host refused: 413"), explained("http://host"):
+        raise requests.HTTPError("413 Request Entity Too Large")
 
 
 def test_asking_for_what_is_not_there_writes_nothing_and_says_so(store: TrackingStore) -> None:

@@ -202,7 +202,7 @@ def test_a_regression_does_not_depend_on_the_units_of_its_target() -> None:
     curves = []
     for mean, deviation in ((0.0, 1.0), (5e3, 1e4)):
         splits = line_splits(mean=mean, deviation=deviation)
-        scale = target_scale(splits.train)
+        scale = target_scale(splits.train, splits.spec)
         results = list(fit(Line(3, mean, scale), splits, regression_config()))  # type: ignore[arg-type]
         curves.append([(result.value, result.metrics["val/loss"]) for result in results])
         assert results[-1].metrics["val/rmse"] == pytest.approx(0.1 * deviation, rel=0.2)

@@ -95,6 +95,16 @@ def test_the_metric_that_is_given_decides_about_the_winner(tmp_path: Path, home:
         run_search(str(path), metric="f1", **both)
 
 
+def test_the_loss_on_the_test_split_has_the_units_of_that_on_the_validation_split(home: Path) -> None:
+    outcome = run_search("diabetes", metric="loss", trials=1, epochs=3, workers=1, home=home)
+    assert outcome.winner is not None
+    assert outcome.winner.test is not None
+    assert outcome.winner.test_interval is not None
+    low, high = outcome.winner.test_interval
+    assert low < outcome.winner.test["loss"] < high
+    assert outcome.winner.test["loss"] == pytest.approx(outcome.winner.validation, rel=0.5)
+
+
 def test_a_winner_that_was_trained_on_mirror_images_is_also_tested_with_them_and_that_is_distinguished(
     tmp_path: Path, home: Path
 ) -> None:

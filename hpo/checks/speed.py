@@ -23,9 +23,9 @@ def check_speed(subject: Subject) -> Verdict:
     rates, memory, refused = [], [], []
     for size in sizes:
         try:
-            seconds = seconds_a_step(subject, size, MEASURING_S)
-            rates.append(size / seconds)
-            memory.append(_memory_of_step(subject, size))
+            rate, need = size / seconds_a_step(subject, size, MEASURING_S), _memory_of_step(subject, size)
+            rates.append(rate)
+            memory.append(need)
         except DeviceMemoryError:
             refused.append(size)
     measured = sizes[: len(rates)]

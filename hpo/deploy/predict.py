@@ -150,6 +150,8 @@ def _read_file(spec: DataSpec, file: Path) -> _Examples:
     } | dict.fromkeys(TABLES, _read_table)
     try:
         inputs = read[file.suffix.lower()](spec, file)
+    except DataError:  # which names the file
+        raise
     except UsageError as error:
         raise DataError(f"{file}: {error}") from error
     except Exception as error:  # a stranger's file: its reader may raise anything
@@ -174,7 +176,7 @@ def _read_raw(preprocessing: Preprocessing, file: Path) -> _Examples:
 
 def _lines(file: Path) -> list[Any]:
     try:
-        return [json.loads(line) for line in file.read_text(encoding=encoding_of(file)).splitlines() if line.strip()]
+        return [json.loads(line) for line in file.read_text(encoding=encoding_of(file)).split("\n") if line.strip()]
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read: {in_one_line(error)}") from error
 

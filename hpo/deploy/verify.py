@@ -33,7 +33,7 @@ _TIMEOUT_S = 600.0
 def check_outputs(exporter: Exporter, folder: Path, exportable: Exportable, forbidden: Iterable[str]) -> float:
     """The largest difference of the outputs from the checkpoint's, for 256 examples in batches of 1, 3 and 64.
 
-    Raises ExportError where it is above the tolerance, or the export cannot be run.
+    NaN if either has NaN. Raises ExportError if the export cannot be run, or returns other shapes.
     """
     batches = [batch for size in BATCH_SIZES for batch in exportable.batches(exportable.validation, NUM_CHECKED, size)]
     names = [port.name for port in exportable.inputs]
@@ -49,14 +49,20 @@ def check_outputs(exporter: Exporter, folder: Path, exportable: Exportable, forb
             for index, output in enumerate(exportable.module(*batch))
         }
     found = run_as_stranger(exporter, folder, arrays, forbidden)
-    worst = 0.0
+    differences = []
     for key, right in expected.items():
         if key not in found or found[key].shape != right.shape:
             shape = found[key].shape if key in found else None
             raise ExportError(f"the export of format {exporter.name} returns {shape} in place of {right.shape}.")
-        scale = max(1.0, float(np.abs(right).max(initial=0)))
-        worst = max(worst, float(np.abs(found[key].astype(np.float64) - right).max(initial=0)) / scale)
-    return worst
+        differences.append(_difference(found[key].astype(np.float64), right))
+    return float(np.max(differences))
+
+
+def _difference(found: NDArray[Any], right: NDArray[Any]) -> float:
+    """The largest, as a share of the largest finite output if that is above 1; equal infinities do not differ."""
+    scale = np.abs(right[np.isfinite(right)]).max(initial=1.0)
+    differs = found != right
+    return float(np.abs(found[differs] - right[differs]).max(initial=0.0) / scale)
 
 
 def check_weights(
@@ -67,7 +73,7 @@ def check_weights(
     for name, tensor in weights.items():
         right = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         if name not in found or not np.array_equal(found[name], right):
-            raise ExportError(f"the export of format {exporter.name} has not the checkpoint's {name}.")
+            raise ExportError(f"the export of format {exporter.name} does not have the checkpoint's {name}.")
 
 
 def run_as_stranger(

@@ -13,6 +13,8 @@ import subprocess
 import threading
 import urllib.request
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -40,10 +42,11 @@ _logger = logging.getLogger(__name__)
 
 def check_url(url: str) -> str:
     """The URL, if it can be posted to. Raises UsageError, which does not repeat it: it may hold a token."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UsageError("--notify must be an address such as https://HOST/PATH; http:// and https:// are allowed.")
-    return url
+    with suppress(ValueError):  # a port that is not a number, or brackets that do not close
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return url
+    raise UsageError("--notify must be an address such as https://HOST/PATH; http:// and https:// are allowed.")
 
 
 class BestObserver(Observer):
@@ -63,7 +66,8 @@ class BestObserver(Observer):
         self, suggestion: Suggestion, state: EndState, result: EpochResult | None, reason: str | None
     ) -> None:
         value = result.best_value if result else None
-        if state in ELIGIBLE and value is not None and self._is_better(value):
+        # A new training of a confirmation is no trial of the search, which its number would be taken for.
+        if suggestion.repeats is None and state in ELIGIBLE and value is not None and self._is_better(value):
             self._best = value
             self.new_best(suggestion, value)
 
@@ -139,7 +143,7 @@ class Notifier(BestObserver):
         try:
             with urllib.request.urlopen(request, timeout=ANSWER_S):
                 pass
-        except (OSError, ValueError) as error:  # of urllib's own, of sockets, and of what is not HTTP
+        except (OSError, ValueError, HTTPException) as error:  # of sockets, of urllib's own, and of what is not HTTP
             if not self._has_warned:
                 self._has_warned = True
                 reason = getattr(error, "code", None) or getattr(error, "reason", None) or error

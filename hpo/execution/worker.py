@@ -270,7 +270,7 @@ def run_with_data(
         if ranks.size > 1 or not (data.splits.train.device.type == "cuda" or places_its_folds):
             raise
     # Out here the failed attempt's tensors are gone.
-    _logger.warning("the device's memory cannot hold the trial and its data; the data are streamed from now on")
+    _logger.warning("the device's memory cannot hold the trial and its data; this trial continues with streamed data")
     if data.splits.train.device.type == "cuda":
         data.splits = data.splits.to("cpu")
     free_memory(device)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from hpo.errors import UsageError
 from hpo.models.preprocessed import PreprocessedModel
 
 if TYPE_CHECKING:
@@ -54,7 +55,12 @@ class Ensemble(nn.Module):
 
     @torch.no_grad()
     def probabilities(self, inputs: Any) -> Tensor:
-        """The mean probability of each class, (B, num_classes), for a batch of raw examples."""
+        """The mean probability of each class, (B, num_classes), for a batch of raw examples.
+
+        Raises UsageError if the models predict numbers.
+        """
+        if self.spec.kind != "classification":
+            raise UsageError(f"probabilities are for classes, and the models are for the kind {self.spec.kind}.")
         return cast(Tensor, self(self._as_batch(inputs)).exp())
 
     def _as_batch(self, inputs: Any) -> Any:

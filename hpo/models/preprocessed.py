@@ -212,6 +212,7 @@ class PreprocessedModel(nn.Module):
         """
         if self.spec.kind == "own":
             raise UsageError("only the task's own loss knows what its outputs mean; call the model itself.")
+        self.eval()
         batch = self.as_batch(inputs)
         outputs = self(batch)
         if self.spec.kind != SEVERAL:

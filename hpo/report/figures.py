@@ -149,7 +149,8 @@ def _ticks(low: float, high: float, *, log: bool) -> dict[str, float]:
     if not log:
         return {f"{value:.4g}": value for value in (low + share * (high - low) for share in (0, 0.25, 0.5, 0.75, 1))}
     first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
-    powers = [10.0**power for power in range(first, last + 1, 1 + (last - first) // 5)]
+    step = 1 + max(0, last - first) // 5  # a range such as 16:64 holds no power
+    powers = [10.0**power for power in range(first, last + 1, step)]
     inner = [power for power in powers if 1.5 * low < power < high / 1.5]
     return {f"{value:.3g}": math.log10(value) for value in (low, *inner, high)}
 

@@ -122,8 +122,9 @@ def find_edges(study: Study) -> Iterator[Finding]:
         for end, bound in (("lower", parameter.low), ("upper", parameter.high)):
             distances = [_distance(encoding, name, value, bound) for value in active]
             is_at_end = distances[0] <= EDGE and 2 * sum(distance <= NEAR_EDGE for distance in distances) > len(best)
-            if is_at_end and not _is_natural(parameter, bound):
-                command = f"-p {name}={_wider(parameter, end)} --extend"
+            wider = _wider(parameter, end)
+            if is_at_end and wider and not _is_natural(parameter, bound):
+                command = f"-p {name}={wider} --extend"
                 if study.settings.strategy == "grid":
                     command += " in a new --study"
                 yield Finding(
@@ -134,25 +135,38 @@ def find_edges(study: Study) -> Iterator[Finding]:
                 )
 
 
-def _wider(parameter: Float | Int, end: str) -> str:
-    """The range with more room at one end, as `-p` takes it; a positive range stays positive, and a share below 1."""
+def _wider(parameter: Float | Int, end: str) -> str | None:
+    """The range with more room at one end, as `-p` takes it; a positive range stays positive, and a share below 1.
+
+    None if it cannot have more.
+    """
+    low, high = _with_room(parameter, end)
+    if (low, high) == (parameter.low, parameter.high):
+        return None
+    digits = 12 if parameter.step else 3  # whole steps must stay whole
+    return ":".join(
+        format_value(bound if bound in (parameter.low, parameter.high) else float(f"{bound:.{digits}g}"))
+        for bound in (low, high)
+    )
+
+
+def _with_room(parameter: Float | Int, end: str) -> tuple[float, float]:
     low, high = parameter.low, parameter.high
     room = (high - low) / 2
     if parameter.step:
-        room = max(1, room // parameter.step) * parameter.step
-    is_share = low >= 0 and high < 1 and not (parameter.log or parameter.step)
+        num_steps = max(1, int(room // parameter.step))
+        if end == "upper":
+            return low, high + num_steps * parameter.step
+        num_positive = math.ceil(low / parameter.step) - 1 if low > 0 else num_steps
+        return low - min(num_steps, num_positive) * parameter.step, high
     if end == "upper":
+        is_share = low >= 0 and high < 1 and not parameter.log
         high = high * 10 if parameter.log else (high + 1) / 2 if is_share else high + room
-    elif parameter.log:
-        low = low / 10
-    else:
-        low = low / 2 if low > 0 and not parameter.step else low - room
+        return low, math.ceil(high) if isinstance(parameter, Int) else high
+    wider = low / 10 if parameter.log else low / 2 if low > 0 else low - room
     if isinstance(parameter, Int):
-        low, high = min(parameter.low, max(1, math.floor(low))), math.ceil(high)
-    return ":".join(
-        format_value(bound if bound in (parameter.low, parameter.high) else float(f"{bound:.3g}"))
-        for bound in (low, high)
-    )
+        wider = max(1, math.floor(wider)) if low > 0 else math.floor(wider)
+    return wider, high
 
 
 def find_divergence(study: Study, name: str = "lr") -> Iterator[Finding]:

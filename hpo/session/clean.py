@@ -67,9 +67,9 @@ def clean_study(
 def _weak_weights(store: TrackingStore, study: Study, keep: int) -> Iterator[_Leftover]:
     path = f"{CHECKPOINT}/{BEST_WEIGHTS}"
     for number in BestTrials(study, keep).outdone:
-        run = store.find_trial_run(study.name, number, study.id)
-        size = store.file_sizes(run, CHECKPOINT).get(path)
-        if size is not None:
+        run = store.trial_run(study.name, number, study.id)
+        size = store.file_sizes(run, CHECKPOINT).get(path) if run else None  # somebody may have deleted the run
+        if run and size is not None:
             yield _Leftover(f"weights of trial {number}", size, partial(store.remove_file, run, path))
 
 

@@ -167,20 +167,21 @@ def _test_scores(winner: Winner, test: SealedSplit, prepared: Prepared, opened: 
     trained = load_trial(opened.store, study, winner.trial, device, task, is_refit=winner.is_refit)
     spec, classes = trained.model.spec, trained.model.classes
     examples, is_classified = _read_test_split(test, spec), spec.kind == "classification"
+    assert prepared.splits is not None, "a task with a test split has others"
+    scale = target_scale(prepared.splits.train, spec)
     if is_classified:
         scores, counts = evaluate_classes(trained.model, examples, trained.config, spec)
         if len(classes) <= MAX_CONFUSED:
             _record(study, TEST_CONFUSIONS, reading, {"classes": classes, "counts": counts})
     else:
-        scores = evaluate(trained.model, examples, trained.config, spec)
-    assert prepared.splits is not None, "a task with a test split has others"
+        scores = evaluate(trained.model, examples, trained.config, spec, target_scale=scale)
     answers = outputs_and_targets(trained.model, examples, trained.config, spec.kind)
     ends = score_interval(
         answers,
         trained.config,
         num_examples=len(examples),
         spec=spec,
-        target_scale=target_scale(prepared.splits.train),
+        target_scale=scale,
         own=own_of(trained.model),
         seed=derive_seed(study.settings.seed, "test interval"),
     )

@@ -81,7 +81,7 @@ def load_ensemble(
     outputs: dict[int, Tensor] = {}
     for number, member in members.items():
         outputs[number], targets = outputs_and_targets(member.model, splits.validation, member.config, splits.spec.kind)
-    scale, direction = target_scale(splits.train), opened.settings.direction
+    scale, direction = target_scale(splits.train, splits.spec), opened.settings.direction
 
     def loss(answers: Tensor, rows: Tensor) -> float:
         return direction.loss(metric_of(answers, targets[rows], config, splits.spec, scale, own))

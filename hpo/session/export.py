@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -131,7 +132,7 @@ def check_export(
         check_weights(exporter, folder, exportable.model.state_dict(), forbidden)
         return None
     difference = check_outputs(exporter, folder, exportable, forbidden)
-    if difference > TOLERANCE and not compression:
+    if math.isnan(difference) or (difference > TOLERANCE and not compression):
         raise ExportError(
             f"the export of format {exporter.name} differs from the checkpoint by {difference:.1e} of its largest "
             f"output, and {TOLERANCE:.0e} is allowed; nothing was written."

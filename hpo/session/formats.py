@@ -20,6 +20,7 @@ from hpo.files import temporary_folder
 from hpo.session.card import model_card
 from hpo.session.export import choose, describe, load_with_data, size_of, write
 from hpo.training.evaluation import evaluate
+from hpo.training.losses import target_scale
 from hpo.training.trained import BEST_WEIGHTS
 
 if TYPE_CHECKING:
@@ -42,11 +43,11 @@ def compare_formats(
     if chosen.objective.train:
         raise UsageError(f"task '{chosen.objective.name}' has a training loop of its own, which saved no network.")
     loaded, splits, exportable = load_with_data(chosen)
-    metric = chosen.study.settings.metric
+    metric, scale = chosen.study.settings.metric, target_scale(splits.train, splits.spec)
     card = model_card(chosen.study, chosen.objective, chosen.trial)
 
     def measured(name: str, model: nn.Module, num_bytes: int) -> FormatRow:
-        scores = evaluate(model, splits.validation, loaded.config, splits.spec)
+        scores = evaluate(model, splits.validation, loaded.config, splits.spec, target_scale=scale)
         return FormatRow(name=name, score=scores[metric], num_bytes=num_bytes, latency_ms=_latencies(model, exportable))
 
     def of_format(name: str, compression: str | None) -> FormatRow:

@@ -93,8 +93,8 @@ def rerun_trial(
         tell(result)
         if result.fold is None:
             curve[result.epoch] = result.value
-        elif result.is_last and result.fold_value is not None:
-            curve[result.fold] = result.fold_value
+        elif result.is_last:
+            curve[result.fold] = math.nan if result.fold_value is None else result.fold_value
         return not result.diverged and max(curve, default=0) < last_step
 
     with ended(run), temporary_folder() as folder:

@@ -109,8 +109,8 @@ def resume_study(*, observer: Observer | None = None, **options: Unpack[SearchOp
 
 
 def _search(request: Request, observer: Observer) -> SearchOutcome:
-    observer = Observers(observer, *_hooks(request))
     prepared = prepare(request, observer)
+    observer = Observers(observer, *_hooks(request))  # only now, since they start threads
     try:
         with open_search(prepared, observer) as opened, _ended_summary(opened, observer):
             run(prepared, opened)

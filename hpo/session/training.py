@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,10 @@ def train_once(
     the training fails.
     """
     require_started_once()
-    machine = this_machine(checked(machine_options))
+    lists = {"overrides": overrides, "fixed": fixed, "data_options": data_options}
+    asked: Mapping[str, Any] = checked({**machine_options, **lists, "epochs": epochs, "seed": seed, "limit": limit})
+    overrides, fixed, data_options = (asked[name] for name in lists)
+    machine = this_machine(asked)
     found = load_task(task, space)
     of_trainer = {"fixed": fixed, "limit": limit, "metric": metric, "data_options": data_options}
     check_options_of_loop(found.objective, {**machine_options, **of_trainer})
@@ -64,7 +67,7 @@ def train_once(
     _require_one_value_each(found.space, overrides)
     name, seed = check_study_name(found.objective.name), seed or 0
     configuration = found.space.active(found.space.defaults())
-    settings = {"max_epochs": epochs} if epochs else {}
+    settings = {"max_epochs": epochs} if epochs is not None else {}
     config = found.train_config(
         configuration, **settings, seed=derive_seed(seed, 0), device=machine.device, **machine.trainer
     )

@@ -125,7 +125,7 @@ def study_facts(name: str, home: Path | None, storage: str | None = None, top: i
 
 
 def _describe_pruned_winner(winner: Winner | None, study: Study) -> str | None:
-    if winner is None or winner.pruned is None:
+    if winner is None or winner.pruned is None or study.is_done:
         return None
     return (
         f"Trial {winner.trial}, the best so far, was {winner.pruned}; "

@@ -196,8 +196,8 @@ class Delivery:
             self._client.log_text(self._ensure_run(), event["text"], event["name"])
         elif "file" in event:
             self._send_file(Path(event["file"]), event["folder"])
-        elif "remove" in event:
-            self._store.remove_file(self._ensure_run(), event["remove"])
+        elif "remove" in event and self._run_id:  # without a run there is no file
+            self._store.remove_file(self._run_id, event["remove"])
         elif "end" in event:
             self._end(event["time_ms"], **event["end"])
 

@@ -8,7 +8,7 @@ import shutil
 import socket
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -110,17 +110,22 @@ class TrackingStore:
         return experiment_id
 
     def find_trial_run(self, study: str, number: int, study_id: str | None = None) -> str:
-        """The run id of a trial of the study with that id. Raises StoreError where MLflow has no such run."""
-        experiment = self._find_experiment(study)
-        with explained(self.uri):
-            of_trial = f"tags.`{TRIAL_TAG}` = '{number}'"
-            runs = search_runs(self.client, experiment.experiment_id, of_trial, study_id) if experiment else []
-        if not runs:
+        """The run id of a trial of the study with that id. Raises StoreError if MLflow has no such run."""
+        run_id = self.trial_run(study, number, study_id)
+        if run_id is None:
             raise StoreError(
                 f"MLflow at {without_password(self.uri)} has no run of trial {number} in study '{study}': "
                 "it was deleted, or is in another store (--tracking-uri)."
             )
-        return str(runs[0].info.run_id)
+        return run_id
+
+    def trial_run(self, study: str, number: int, study_id: str | None = None) -> str | None:
+        """The same, and None if MLflow has no such run."""
+        experiment = self._find_experiment(study)
+        with explained(self.uri):
+            of_trial = f"tags.`{TRIAL_TAG}` = '{number}'"
+            runs = search_runs(self.client, experiment.experiment_id, of_trial, study_id) if experiment else []
+        return str(runs[0].info.run_id) if runs else None
 
     def download(self, run_id: str, artifact_path: str) -> Path:
         """A local path of one of a run's files or folders: the file itself where the artifacts are local.
@@ -201,7 +206,8 @@ class TrackingStore:
         path = _sqlite_path(self.uri)
         if path is None:
             return
-        with closing(sqlite3.connect(path, timeout=20)) as database:
+        # A store that is in use or full is as right without them.
+        with suppress(sqlite3.OperationalError), closing(sqlite3.connect(path, timeout=20)) as database:
             database.execute("PRAGMA analysis_limit=1000")
             database.execute("ANALYZE")
 
@@ -278,10 +284,11 @@ def _set_raced(set_tag: Callable[[], object]) -> None:
 def explained(uri: str) -> Iterator[None]:
     """Turn what MLflow raises into a StoreError that names the store."""
     import mlflow.exceptions
+    import requests
 
     try:
         yield
-    except mlflow.exceptions.MlflowException as error:
+    except (mlflow.exceptions.MlflowException, requests.RequestException) as error:  # the latter for artifacts
         raise StoreError(f"MLflow at {without_password(uri)} refused: {_first_line(error)}") from error
 
 

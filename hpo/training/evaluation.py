@@ -36,7 +36,7 @@ def evaluate(
     """Loss and metrics of `model`, left in evaluation mode, on any split of the data that `spec` describes.
 
     In fp32, as the model is deployed. A loss of numbers is in units of `target_scale`, as in `fit` with
-    `losses.target_scale(splits.train)`; all other metrics are in the targets' units.
+    `losses.target_scale(splits.train, spec)`; all other metrics are in the targets' units.
     """
     return read_all(_measured(model, split, config, spec, target_scale).compute())
 

@@ -214,10 +214,10 @@ def _balanced_weights(train: Split, num_classes: int) -> Tensor:
     return len(train) / (num_classes * counts.clamp(min=1).float())
 
 
-def target_scale(train: Split, spec: DataSpec | None = None) -> Scale:
-    """`scale_of` the training targets, or of each by name where they are several."""
-    if spec is None or spec.kind != SEVERAL:
-        return scale_of(train, "regression" if spec is None else spec.kind)
+def target_scale(train: Split, spec: DataSpec) -> Scale:
+    """`scale_of` the training targets, or of each by name if they are several."""
+    if spec.kind != SEVERAL:
+        return scale_of(train, spec.kind)
     assert isinstance(train.targets, Mapping), "they are several"
     return {n: scale_of(Split(train.inputs, train.targets[n]), target.kind) for n, target in spec.targets.items()}
 
