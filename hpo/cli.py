@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from hpo.records import SearchOutcome
 
 FAILED, INTERRUPTED = 1, 130
+_RESUMABLE = {"search", "worker", "confirm", "refit"}
 PIPED_WIDTH = 200  # columns of a table in a file or a pipe, which have no width
 
 
@@ -71,7 +73,7 @@ def cli() -> None:
     \b
     hpo search digits --trials 20     search; run it again to resume
     hpo best digits                   show the winner and its scores
-    hpo ui                            show curves, plots and checkpoints in the browser
+    hpo ui                            serve curves, plots and checkpoints to the browser
     """
 
 
@@ -466,8 +468,8 @@ def register(as_json: bool, **request: Any) -> None:
 def predict(as_csv: bool, as_json: bool, **request: Any) -> None:
     """Predict FILES with the winner of STUDY.
 
-    FILES are photos, folders of photos, CSV or Parquet tables of numbers, NumPy's .npy and .npz, and .jsonl files with
-    an example in each line, as the task has its examples.
+    FILES are photos, folders of photos, tables (.csv, .tsv, .parquet), NumPy's .npy and .npz, .txt for texts, and
+    .jsonl with an example in each line, as the task has its examples.
 
     \b
     hpo predict digits examples/deploy/digits.jsonl
@@ -559,8 +561,10 @@ def report(study: str, out: Path | None, live: bool, home: Path | None, storage:
     """
     from hpo.session.report import write_report
 
-    tell = _console(stderr=True).print
-    click.echo(write_report(study, out or Path(f"{study}.html"), home=home, storage=storage, live=live, tell=tell))
+    file, tell = out or Path(f"{study}.html"), _console(stderr=True).print
+    with suppress(KeyboardInterrupt) if live else nullcontext():  # which is how a live one ends
+        write_report(study, file, home=home, storage=storage, live=live, tell=tell)
+    click.echo(file)
 
 
 @cli.command()
@@ -593,9 +597,9 @@ def compare(studies: tuple[str, ...], out: Path | None, home: Path | None, stora
 @home_option
 @tracking_option
 def ui(study: str | None, port: int | None, host: str, home: Path | None, tracking_uri: str | None) -> None:
-    """Open the MLflow UI, at STUDY if given.
+    """Serve the MLflow UI and print its address, or that of STUDY.
 
-    Press Ctrl-C to stop it.
+    Press Ctrl-C to stop it. If the runs are on an MLflow server, only the address is printed.
 
     \b
     hpo ui digits
@@ -604,7 +608,9 @@ def ui(study: str | None, port: int | None, host: str, home: Path | None, tracki
     from hpo.tracking.server import serve
     from hpo.tracking.store import open_store
 
-    serve(open_store(Home.find(home).require().path, tracking_uri), study=study, host=host, port=port, say=click.echo)
+    store = open_store(Home.find(home).require().path, tracking_uri)
+    with suppress(KeyboardInterrupt):  # which is how it ends
+        serve(store, study=study, host=host, port=port, say=click.echo)
 
 
 def main() -> None:
@@ -632,7 +638,8 @@ def main() -> None:
             raise
         _fail(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}", FAILED)
     except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; run the same command again to resume", INTERRUPTED)
+        hint = "; run the same command again to resume" if _RESUMABLE.intersection(sys.argv[1:2]) else ""
+        _fail(f"interrupted{hint}", INTERRUPTED)
 
 
 def _fail(message: str, exit_code: int) -> None:

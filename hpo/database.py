@@ -24,7 +24,7 @@ _NETWORK = re.compile(r"nfs\d?|cifs|smb\w*|afpfs|9p|afs|ncpfs|lustre|beegfs|gpfs
 def prepare_sqlite(path: Path, *, holding: str) -> None:
     """Be sure that a database can be used, and keeps a write-ahead log; where there is none, an empty one is made.
 
-    `holding` says what is lost with it. Raises StoreError where it is damaged, or cannot be opened or written.
+    `holding` says what is lost with it. Raises StoreError if it is damaged, or cannot be opened or written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

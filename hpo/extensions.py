@@ -28,7 +28,7 @@ Factory = Callable[..., Any]
 def find_factory(group: str, name: str, built_in: Sequence[str]) -> Factory:
     """The factory that is registered under a name, or at `module:factory`.
 
-    Raises UnknownNameError for a name that is neither `built_in` nor registered, UsageError where the module cannot be
+    Raises UnknownNameError for a name that is neither `built_in` nor registered, UsageError if the module cannot be
     imported or has no such function.
     """
     factory = _attribute(name) if ":" in name else _registered(group, name, built_in)
@@ -43,7 +43,7 @@ def is_registered(group: str, name: str) -> bool:
 
 
 def call(factory: Factory, offered: Mapping[str, Any]) -> Any:
-    """What a factory makes of those of the offered keywords that it accepts. Raises UsageError where it raises."""
+    """What a factory makes of those of the offered keywords that it accepts. Raises UsageError if it raises."""
     try:
         return factory(**{name: value for name, value in offered.items() if accepts(factory, name)})
     except Exception as error:  # a stranger's code may raise anything

@@ -23,7 +23,7 @@ _CHUNK = 2**20
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a file under another name, make sure of it on the disk, and rename it; folders are made.
 
-    Processes that write the same file replace each other's. Raises OSError where it cannot be written, a full disk for
+    Processes that write the same file replace each other's. Raises OSError if it cannot be written, a full disk for
     one; what was there before then stays as it is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def temporary_folder_for_sockets() -> Iterator[None]:
 def allocate(descriptor: int, num_bytes: int) -> None:
     """Reserve room on the disk for a file that will be mapped: on a full disk, writing to its map would kill us.
 
-    Raises OSError where there is too little.
+    Raises OSError if there is too little.
     """
     try:
         os.posix_fallocate(descriptor, 0, num_bytes)

@@ -112,7 +112,7 @@ class Home:
             return self.optuna_database.exists()
 
     def require_space(self, num_bytes: int) -> None:
-        """Raise StoreError where the disk has no room for this much and the least that a search writes."""
+        """Raise StoreError if the disk has no room for this much and the least that a search writes."""
         existing = next(folder for folder in (self.path, *self.path.parents) if folder.exists())
         free, needed = shutil.disk_usage(existing).free, num_bytes + _LEAST_SPACE
         if free < needed:
@@ -197,7 +197,7 @@ class StudyFiles:
     def claim(self, storage: str | None, data_dir: Path) -> None:
         """Note whose files these are, and where the data lie, for commands that are given the study's name alone.
 
-        Raises UsageError where they are another database's.
+        Raises UsageError if they are another database's.
         """
         self.require_own(storage)
         try:
@@ -212,7 +212,7 @@ class StudyFiles:
             ) from error
 
     def require_own(self, storage: str | None) -> None:
-        """Raise UsageError where these files belong to a study of that name in another database."""
+        """Raise UsageError if these files belong to a study of that name in another database."""
         ours = _database_name(storage)
         with _readable(self._owner_file):
             theirs = self._owner_file.read_text(encoding="utf-8") if self._owner_file.exists() else ours
@@ -239,7 +239,7 @@ class StudyFiles:
         return self.home.path / "locks" / f"{self.name}.data"
 
     def require_unlocked(self) -> None:
-        """Raise UsageError where another process holds the study; nothing is written."""
+        """Raise UsageError if another process holds the study; nothing is written."""
         with _readable(self._lock_file):
             is_there = self._lock_file.exists()
         if is_there:
@@ -263,7 +263,7 @@ class StudyFiles:
             ) from None
         except OSError as error:
             raise StoreError(
-                f"cannot lock {self._lock_file}: {error.strerror}; mend it, or choose another home with --home or "
+                f"cannot lock {self._lock_file}: {error.strerror}; fix it, or choose another home with --home or "
                 "HPO_HOME."
             ) from error
         try:
@@ -274,13 +274,13 @@ class StudyFiles:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Raise StoreError where a file or folder of the home is damaged, or closed to this user."""
+    """Raise StoreError if a file or folder of the home is damaged, or closed to this user."""
     try:
         yield
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is damaged"
         raise StoreError(
-            f"cannot read {path}: {reason}; mend it, or choose another home with --home or HPO_HOME."
+            f"cannot read {path}: {reason}; fix it, or choose another home with --home or HPO_HOME."
         ) from error
 
 

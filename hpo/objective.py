@@ -205,7 +205,7 @@ class Objective:
     def better(self) -> Direction:
         """Whether a larger or a smaller metric is better.
 
-        Raises UsageError where a metric of the task's own does not say so.
+        Raises UsageError if a metric of the task's own does not say so.
         """
         if self.direction is not None:
             return Direction(self.direction)

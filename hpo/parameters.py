@@ -50,7 +50,7 @@ class Range(ABC):
     _type_name: ClassVar[str]
 
     def check(self) -> None:
-        """Raise ValueError where the declaration makes no sense; the space adds the name."""
+        """Raise ValueError if the declaration makes no sense; the space adds the name."""
         if self.default is None:
             raise ValueError("has no default; give it one with default=")
         for name, value in (("low", self.low), ("high", self.high), ("default", self.default)):
@@ -192,7 +192,7 @@ class Range(ABC):
         return abs(value) <= LARGEST_INT if isinstance(value, int) else math.isfinite(value)
 
     def parse(self, text: str) -> float:
-        """The value that a text stands for. Raises ValueError where it is none, or outside the range."""
+        """The value that a text stands for. Raises ValueError if it is none, or outside the range."""
         try:
             value = self._type(text)
         except ValueError:
@@ -246,7 +246,7 @@ class Choice:
         object.__setattr__(self, "confidence", confidence)
 
     def check(self) -> None:
-        """Raise ValueError where the declaration makes no sense; the space adds the name."""
+        """Raise ValueError if the declaration makes no sense; the space adds the name."""
         if not self.choices:
             raise ValueError("has no choices; give at least one")
         for choice in self.choices:
@@ -282,7 +282,7 @@ class Choice:
         return Choice(*chosen.values(), default=default, when=self.when, confidence=confidence)
 
     def extend(self, text: str) -> Choice:
-        """These choices, then the new ones of `A,B,C`. Raises ValueError where one is of another type."""
+        """These choices, then the new ones of `A,B,C`. Raises ValueError if one is of another type."""
         added: list[Value] = []
         for part in split_values(text):
             if not self._read(part):
@@ -333,7 +333,7 @@ class Choice:
         return ", ".join(format_value(choice) for choice in self.choices)
 
     def parse(self, text: str) -> Value:
-        """The choice that a text stands for. Raises ValueError where it is none of them."""
+        """The choice that a text stands for. Raises ValueError if it is none of them."""
         if found := self._read(text):
             return found[0]
         raise ValueError(f"'{text.strip()}' is not one of {self._listing}")
@@ -351,7 +351,7 @@ class Setting(Choice):
         super().__init__(value, default=value, when=when)
 
     def check(self) -> None:
-        """Raise ValueError where the declaration makes no sense; the space adds the name."""
+        """Raise ValueError if the declaration makes no sense; the space adds the name."""
         super().check()
         if not isinstance(self.default, str | int | float):
             raise ValueError(f"setting {self.default!r} is not a string, number or boolean; use Choice")
@@ -450,7 +450,7 @@ def _reads_as(text: str, choice: Value) -> bool:
 
 
 def _read_as(kind: type, text: str) -> Any:
-    """A text as a value of a type. Raises ValueError where it is none."""
+    """A text as a value of a type. Raises ValueError if it is none."""
     if kind is not bool:
         return kind(text)
     if text.lower() not in ("true", "false"):

@@ -239,7 +239,7 @@ class Space:
     def fix(self, values: Mapping[str, Value]) -> Space:
         """The space with one value for each of these parameters, which it need not have declared for them.
 
-        A parameter whose condition can no longer hold is dropped. Raises SpaceError where one that is to be fixed is
+        A parameter whose condition can no longer hold is dropped. Raises SpaceError if one that is to be fixed is
         dropped with the value of another.
         """
         fixed = {name: Choice(value, default=value, when=self.declared[name].when) for name, value in values.items()}
@@ -333,7 +333,7 @@ class Space:
 
 
 def parse_assignments(option: str, assignments: Iterable[str], wanted: str) -> dict[str, str]:
-    """What assignments such as `lr=0.1` say, as text by name. Raises SpaceError where one is malformed or repeated."""
+    """What assignments such as `lr=0.1` say, as text by name. Raises SpaceError if one is malformed or repeated."""
     texts: dict[str, str] = {}
     for assignment in assignments:
         name, equals, text = (part.strip() for part in assignment.partition("="))
@@ -367,7 +367,7 @@ def from_stored(stored: Any) -> Any:
 
 
 def _conditions_on(parameter: Parameter, wanted: Value) -> tuple[Value, ...]:
-    """Values of a choice, or ranges of a number as texts, of which one must hold. Raises ValueError where one cannot.
+    """Values of a choice, or ranges of a number as texts, of which one must hold. Raises ValueError if one cannot.
 
     A tuple may itself be one of the choices. A range of a choice of numbers gives its values.
     """

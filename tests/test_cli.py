@@ -177,7 +177,7 @@ BAD_INPUT = [
     ("search digits --device cpu --gpus-per-trial 2", "--gpus-per-trial 2 is for GPUs, and trials run on the CPU here"),
     (
         "search digits --executor ray --gpus-per-trial 2 --compile graph",
-        "--compile graph does not go with --gpus-per-trial 2; omit it",
+        "--compile graph cannot be combined with --gpus-per-trial 2; omit it",
     ),
     ("search digits --address head:6379", "--address head:6379 is for --executor ray; omit it"),
     ("search digits --executor ray --device cpu", "--device cpu is for workers of this machine; with Ray --gpus-per"),
@@ -295,7 +295,10 @@ BAD_INPUT = [
     ("search digits --extend -p batch_size=big", "'big' is not of type int, as the other choices are"),
     ("search digits --extend -p lr=1e-6:9 --strategy grid", "--extend is not for --strategy grid"),
     ("search digits --trial-timeout 20x", "'20x' is not a duration above 0, such as 90, 90s, 30m or 2h, or none"),
-    ("search digits --trial-timeout 2s --folds 3", "--trial-timeout 2 does not go with --folds 3: the mean of a part"),
+    (
+        "search digits --trial-timeout 2s --folds 3",
+        "--trial-timeout 2 cannot be combined with --folds 3: the mean of",
+    ),
     ("search digits --study ../escape", "'../escape' cannot name a study: use 1 to 64 letters"),
     ("search digits --study ..", "'..' cannot name a study"),
     ("search digits --study a/b", "'a/b' cannot name a study"),

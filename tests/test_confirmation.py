@@ -108,7 +108,7 @@ def test_a_configuration_that_diverges_with_a_new_seed_loses_to_one_that_does_no
 
 @pytest.mark.parametrize("written", ["fast", "3", "0x3", "3x0", "3 x 3", "-1x3", "1000x3", ""])
 def test_a_plan_that_is_none_is_refused(written: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=f"--confirm {written} is not allowed: use none, quick"):
+    with pytest.raises(UsageError, match=f"the plan '{written}' of a confirmation is not allowed: use none, quick"):
         run_search("digits", home=tmp_path, confirm=written)
     assert not list(tmp_path.iterdir())
 

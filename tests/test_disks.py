@@ -185,6 +185,6 @@ def test_a_link_in_place_of_the_artifacts_that_leads_nowhere_is_refused_at_the_s
     searches: Searches, target: str, reason: str
 ) -> None:
     (searches.home / "artifacts").symlink_to(target)
-    with pytest.raises(StoreError, match=f"cannot read .*artifacts: {reason}.*; mend it, or choose another home"):
+    with pytest.raises(StoreError, match=f"cannot read .*artifacts: {reason}.*; fix it, or choose another home"):
         searches.run()
     assert searches.footprints() == []

@@ -169,7 +169,7 @@ def test_a_model_that_is_a_version_already_gets_no_second_one(searched: Path) ->
 
 
 def test_what_register_cannot_do_is_told_first(searched: Path) -> None:
-    with pytest.raises(UsageError, match="--promote sometimes is not possible; allowed: always, if-better, never"):
+    with pytest.raises(UsageError, match="--promote sometimes is not allowed: use one of always, if-better, never"):
         register_best("digits", promote="sometimes", home=searched)
 
 

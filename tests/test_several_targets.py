@@ -248,7 +248,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a kind that does not go with others": (
         {"load": data_with(kind={"price": "own"})},
-        "the target price is of the kind own, which does not go with others",
+        "the target price is of the kind own, which cannot be combined with others",
     ),
     "a list of classes for several targets": (
         {"load": data_with(classes=["a", "b", "c"], kind={"price": "regression"})},

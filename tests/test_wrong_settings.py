@@ -133,7 +133,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "smote and a curriculum": (
         {"settings": {"sampling": "smote", "curriculum": "loss"}},
-        "sampling='smote' does not go with a curriculum",
+        "sampling='smote' cannot be combined with a curriculum",
     ),
     "mixing of soft labels": (
         SHARES | {"targets": LABELS.float(), "settings": {"mixup": 0.2}},

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def check_task(task: Task, splits: Splits) -> None:
-    """Raise UsageError where a metric, a batch size or the model of the task does not fit its data."""
+    """Raise UsageError if a metric, a batch size or the model of the task does not fit its data."""
     own = task.objective.own(task.space.defaults())
     _check_losses(task, splits, own, "loss")
     check_metric(task.objective.metric, splits.spec, own)
@@ -200,7 +200,7 @@ def _check_smaller_examples(task: Task, splits: Splits, model: PreprocessedModel
 
 
 def _check_outputs(task: Task, spec: DataSpec, outputs: Any, targets: Any, loss: str) -> None:
-    """Raise UsageError where a model's outputs for two examples do not fit the kind of target."""
+    """Raise UsageError if a model's outputs for two examples do not fit the kind of target."""
     name, kind = task.objective.name, spec.kind
     if kind == SEVERAL:
         _check_outputs_of_several(task, spec, outputs, targets)
@@ -235,7 +235,7 @@ def _check_outputs_of_several(task: Task, spec: DataSpec, outputs: Any, targets:
 
 
 def _reconstruction_in(name: str, outputs: Any, *, has_latent: bool) -> Any:
-    """The reconstruction among the outputs. Raises UsageError where the loss `vae` would not find what it takes."""
+    """The reconstruction among the outputs. Raises UsageError if the loss `vae` would not find what it takes."""
     tensors = tensors_of(outputs)
     if not has_latent:
         return outputs

@@ -50,7 +50,7 @@ def check_rehearsal(
     """Whether each configuration trains, is evaluated, saved and resumed: wrong if the default one does not, a warning
     if an extreme does not.
 
-    `settings` are those of TrainConfig that the session has for its trials. Raises SearchError where no worker starts.
+    `settings` are those of TrainConfig that the session has for its trials. Raises SearchError if no worker starts.
     """
     resources = resources or Resources(num_workers=1, device=subject.config.device, address=None, gpus_per_trial=None)
     extremes = _extremes(subject.task)

@@ -272,7 +272,7 @@ def build_batches(
     rank: int = 0,
     num_ranks: int = 1,
 ) -> TrainingBatches:
-    """The training batches that `config` asks for, on its device. Raises UsageError where they do not fit the data.
+    """The training batches that `config` asks for, on its device. Raises UsageError if they do not fit the data.
 
     `difficulty` is the task's own, for a curriculum. Each of several ranks has its part of every batch.
     """
@@ -282,7 +282,7 @@ def build_batches(
         )
     if config.sampling == "smote":
         if config.curriculum != "none":
-            raise UsageError("sampling='smote' does not go with a curriculum: use 'balanced'.")
+            raise UsageError("sampling='smote' cannot be combined with a curriculum: use 'balanced'.")
         split = oversample(split, derive_seed(config.seed, "smote"))
     return TrainingBatches(
         split,

@@ -58,7 +58,7 @@ class Splits:
 
 
 def save_splits(splits: Splits, path: Path) -> None:
-    """Write the splits to a file for `load_splits`; folders are made. Raises OSError where it cannot be written."""
+    """Write the splits to a file for `load_splits`; folders are made. Raises OSError if it cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.tmp")
     try:
@@ -73,7 +73,7 @@ def save_splits(splits: Splits, path: Path) -> None:
 def load_splits(path: Path) -> Splits:
     """The splits in a file, mapped into memory: any number of processes share one copy, and opening it costs nothing.
 
-    Raises OSError where there is no such file.
+    Raises OSError if there is no such file.
     """
     saved = torch.load(path, mmap=True, weights_only=True)
     train, validation = (_from_plain(saved[name]) for name in ("train", "validation"))
@@ -121,7 +121,7 @@ def split_dataset(
 
     Seeded, and stratified by class, or by the rarest of several labels; the size of the validation split is rounded up.
     `limit` keeps that many of all examples, and a larger limit keeps them too. The test split stays sealed. Raises
-    UsageError where the examples do not suffice.
+    UsageError if the examples do not suffice.
     """
     if not 0 < validation_fraction < 1:
         raise UsageError(f"validation_fraction={validation_fraction} is not allowed: it must be between 0 and 1.")
@@ -163,7 +163,7 @@ def folds(splits: Splits, num_folds: int) -> Iterator[Splits]:
 
 
 def check_folds(examples: Split, spec: DataSpec, num_folds: int) -> None:
-    """Raise UsageError where there are too few examples, of a class perhaps, for each fold to have one."""
+    """Raise UsageError if there are too few examples, of a class perhaps, for each fold to have one."""
     counts = class_counts(examples, spec)
     for name, count in {"": len(examples), **counts}.items():
         if count < num_folds:
@@ -269,7 +269,7 @@ def _require_sound_input(name: str, part: Part) -> None:
 
 
 def _require_examples(train: Split, validation: Split, spec: DataSpec) -> None:
-    """Raise UsageError where there is nothing to learn or to judge by; a rare class may be missing in one split."""
+    """Raise UsageError if there is nothing to learn or to judge by; a rare class may be missing in one split."""
     num_examples = len(train) + len(validation)
     for name, split in (("training", train), ("validation", validation)):
         if len(split) == 0:

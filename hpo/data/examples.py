@@ -116,7 +116,7 @@ class Split:
         return to_device(self.batch(slice(0, num_examples)), device)
 
     def require_like(self, spec: DataSpec) -> None:
-        """Raise DataError where the examples of a test split are not of the kind that a model was made for."""
+        """Raise DataError if the examples of a test split are not of the kind that a model was made for."""
         if isinstance(self.inputs, Loaded):
             self.select(slice(0, SAMPLE_SIZE)).in_memory().require_like(spec)
             return
@@ -278,7 +278,7 @@ class Dataset:
 
     @cached_property  # integer inputs are scanned for it
     def spec(self) -> DataSpec:
-        """Raises DataError where the data are not made of tensors and the like, one row for each example.
+        """Raises DataError if the data are not made of tensors and the like, one row for each example.
 
         Of raw examples the inputs are not known before they are divided.
         """
@@ -342,7 +342,7 @@ class Dataset:
 
 
 def _require_rows(split: Split) -> None:
-    """Raise DataError where inputs and targets are not made of tensors and the like, one row for each example."""
+    """Raise DataError if inputs and targets are not made of tensors and the like, one row for each example."""
     named = {f"input {name}" if name else "inputs": part for name, part in named_parts(split.inputs).items()}
     if split.targets is not None:
         named |= {f"target {name}" if name else "targets": part for name, part in named_parts(split.targets).items()}
@@ -389,7 +389,7 @@ class InputSpec:
 
     @classmethod
     def of(cls, part: Part, vocabulary: Vocabulary | None = None, normalise: bool = True) -> Self:
-        """Raises DataError where the examples hold more than a vocabulary that is given."""
+        """Raises DataError if the examples hold more than a vocabulary that is given."""
         values = part.values if isinstance(part, Ragged) else part
         found = _largest(values) if isinstance(values, Tensor) else None
         columns: tuple[int, ...] = ()
@@ -426,7 +426,7 @@ def _largest(values: Tensor) -> int | None:
 
 
 def _require_within(largest: int, columns: tuple[int, ...], given: Vocabulary) -> tuple[int, ...]:
-    """The number of categories in each column. Raises DataError where the examples hold more than was given."""
+    """The number of categories in each column. Raises DataError if the examples hold more than was given."""
     if isinstance(given, tuple):
         for column, (needed, allowed) in enumerate(zip(columns, given, strict=True)):
             if needed > allowed:
@@ -481,7 +481,7 @@ class DataSpec:
     def input_shape(self) -> tuple[int, ...]:
         """Shape (C, H, W) or (F,) of the numbers of an example, for a network that takes nothing else.
 
-        Raises UsageError where there are several inputs, sequences of different lengths, or ids.
+        Raises UsageError if there are several inputs, sequences of different lengths, or ids.
         """
         only = self.only_input
         if only.is_ragged:
@@ -495,7 +495,7 @@ class DataSpec:
 
     @property
     def only_input(self) -> InputSpec:
-        """Raises UsageError where there are several inputs."""
+        """Raises UsageError if there are several inputs."""
         if not isinstance(self.inputs, InputSpec):
             names = ", ".join(named_parts(cast(Any, self.inputs)))
             raise UsageError(f"this network takes one input; the task has several ({names}), so it needs its own.")
@@ -521,8 +521,8 @@ class DataSpec:
         for name, found in self.targets.items():
             if found.kind in _ALONE:
                 raise DataError(
-                    f"the target {name} is of the kind {found.kind}, which does not go with others; use a loss of your "
-                    "own, without classes or kinds by name."
+                    f"the target {name} is of the kind {found.kind}, which cannot be combined with others; use a loss of "
+                    "your own, without classes or kinds by name."
                 )
             try:
                 require_sound_targets(found.kind, targets[name], found.classes)
@@ -534,7 +534,7 @@ class DataSpec:
         """One logit per class (and one more for a transcription's blank), one value per number, or per value of the
         inputs for a reconstruction. Embeddings have 64, but a model of the task's own may return any number.
 
-        Raises UsageError where only the task's own loss can say.
+        Raises UsageError if only the task's own loss can say.
         """
         if self.kind == "reconstruction":
             return prod(self.input_shape)

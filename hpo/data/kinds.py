@@ -241,7 +241,7 @@ def _require_transcription(targets: Tensor | Ragged, classes: Sequence[str]) -> 
         raise DataError(f"transcriptions must be Ragged int64, a sequence for each example, not {_described(targets)}.")
     if len(targets) and int(targets.lengths.min()) == 0:
         row = int(targets.lengths.argmin())
-        raise DataError(f"the transcription of example {row} is empty; leave out what nothing is written on.")
+        raise DataError(f"the transcription of example {row} is empty; remove that example.")
     _require_indices(targets.values, classes)
 
 

@@ -15,7 +15,7 @@ class MappedImages:
     """Some rows of a file of uint8 images that all have one shape; a slice of it is a tensor.
 
     It is plain data in which the images are not: a few bytes a row that travel to other processes, which read the same
-    pages of memory. Raises DataError where the file is missing or has another length.
+    pages of memory. Raises DataError if the file is missing or has another length.
     """
 
     dtype = torch.uint8

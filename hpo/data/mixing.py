@@ -35,7 +35,7 @@ class Mixing:
     """0 where targets are numbers."""
 
     def check(self, split: Split) -> None:
-        """Raise UsageError where the examples cannot be mixed so."""
+        """Raise UsageError if the examples cannot be mixed so."""
         inputs, targets = split.inputs, split.targets
         if not isinstance(inputs, Tensor | MappedImages) or not is_image_or_number(inputs.dtype):
             raise UsageError("mixup and cutmix are for one input of images or numbers: use 0.")

@@ -17,7 +17,7 @@ def oversample(split: Split, seed: int) -> Split:
 
     A new one lies anywhere between an example and one of its five nearest neighbours of the same class (Chawla et al.
     2002, https://doi.org/10.1613/jair.953, without borders). Distances are in units of each feature's deviation.
-    Raises UsageError where the examples are not vectors of numbers with a class each.
+    Raises UsageError if the examples are not vectors of numbers with a class each.
     """
     inputs, targets = split.inputs, split.targets
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or inputs.ndim != 2:

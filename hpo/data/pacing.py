@@ -82,7 +82,7 @@ class Curriculum:
 def build_curriculum(
     config: TrainConfig, split: Split, spec: DataSpec, difficulty: Difficulty | None
 ) -> Curriculum | None:
-    """What `config` asks for; None where every epoch draws from all examples. Raises UsageError where it cannot be."""
+    """What `config` asks for; None where every epoch draws from all examples. Raises UsageError if it cannot be."""
     if config.curriculum == "none":
         return None
     least = min(len(split), config.batch_size * config.accumulate)
@@ -154,7 +154,7 @@ class Growth:
 
 
 def build_growth(config: TrainConfig, split: Split, spec: DataSpec) -> Growth | None:
-    """What `config` asks for; None where examples have their full size. Raises UsageError where they have none."""
+    """What `config` asks for; None where examples have their full size. Raises UsageError if they have none."""
     if config.progressive_start == 1:
         return None
     pace = Pace(config.progressive_start, config.progressive_until, config.max_epochs)

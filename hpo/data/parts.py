@@ -62,7 +62,7 @@ class Ragged:
         """`values` (total, ...) are those of all sequences, `lengths` (N,) int64 on the CPU says how many each has.
 
         `padding` is what fills up the shorter sequences of a batch. `synonyms` (vocabulary, choices) are other ids for
-        each id, from `hpo.read_synonyms`. Raises DataError where lengths and values disagree.
+        each id, from `hpo.read_synonyms`. Raises DataError if lengths and values disagree.
         """
         if lengths.ndim != 1 or int(lengths.sum()) != len(values) or (len(lengths) and int(lengths.min()) < 0):
             raise DataError(
@@ -84,7 +84,7 @@ class Ragged:
         padding: float = 0,
         synonyms: Tensor | None = None,
     ) -> Ragged:
-        """From sequences (L, ...) of one type and shape; raises DataError where they do not go together."""
+        """From sequences (L, ...) of one type and shape; raises DataError if they do not go together."""
         tensors = [torch.as_tensor(sequence) for sequence in sequences]
         try:
             values = torch.cat(tensors) if tensors else torch.empty(0)

@@ -65,7 +65,7 @@ def load_image_folder(
     type, and what is transparent shows white. Hidden folders, folders of the system and, below a class, thumbnails are
     passed over. With `rare="drop"` classes with one or two photos are left out; in a table "refuse" and "train" do
     what they do in `load_table`. Photos that are damaged, or of pixels without a known range, are left out, and named
-    in a warning each time. Raises DataError where more than MAX_DAMAGED of them are, and where there are fewer than two
+    in a warning each time. Raises DataError if more than MAX_DAMAGED of them are, and where there are fewer than two
     classes or a class without photos.
     """
     if (data_dir / LABELS).is_file():

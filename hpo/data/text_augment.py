@@ -118,7 +118,7 @@ def read_synonyms(file: Path | str, ids: Mapping[str, int], vocabulary: int | No
     """The synonyms of each id, for `Ragged.of(..., synonyms=...)`: (vocabulary, 8) int64.
 
     A line of the file is a word and its synonyms, with tabs between them, as WordNet's are written; words that are not
-    among `ids` are passed over. The vocabulary is by default one more than the largest id. Raises DataError where the
+    among `ids` are passed over. The vocabulary is by default one more than the largest id. Raises DataError if the
     file is missing or knows none of the words.
     """
     path = Path(file)

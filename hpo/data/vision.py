@@ -56,7 +56,7 @@ class _Originals:
 def load_cifar10(data_dir: Path) -> Dataset:
     """CIFAR-10: 50 000 training and 10 000 test images of ten classes, (N, 3, 32, 32) uint8.
 
-    Raises DataError where it is damaged, or neither there nor to be downloaded.
+    Raises DataError if it is damaged, or neither there nor to be downloaded.
     """
     if (data_dir / "cifar10").is_dir():
         return _cifar10_from_images(data_dir)
@@ -93,7 +93,7 @@ def _cifar10_from_batches(data_dir: Path) -> Dataset:
 def load_fashion_mnist(data_dir: Path) -> Dataset:
     """Fashion-MNIST: 60 000 training and 10 000 test images of ten classes, (N, 1, 28, 28) uint8.
 
-    Raises DataError where it is damaged, or neither there nor to be downloaded.
+    Raises DataError if it is damaged, or neither there nor to be downloaded.
     """
     folder = data_dir / "FashionMNIST" / "raw"
 
@@ -160,7 +160,7 @@ def _network_timeout(seconds: float) -> Iterator[None]:
 def list_images(folder: Path, classes: Sequence[str]) -> list[Path]:
     """The images in `folder/<class>/`, class by class, by name; other files are passed over.
 
-    Raises DataError where the class folders are not the given ones, or one holds no image.
+    Raises DataError if the class folders are not the given ones, or one holds no image.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is missing; it must hold a folder of images for each class: {', '.join(classes)}.")
@@ -211,7 +211,7 @@ def _pixels(size: Sequence[int]) -> str:
 
 
 def _verify_idx_pair(images: Path, labels: Path, *, size: tuple[int, int]) -> int:
-    """Number of examples in two IDX files; raises DataError where one is damaged or they do not belong together."""
+    """Number of examples in two IDX files; raises DataError if one is damaged or they do not belong together."""
     num_images, *image_size = _idx_shape(images, num_dimensions=3)
     (num_labels,) = _idx_shape(labels, num_dimensions=1)
     if tuple(image_size) != size:

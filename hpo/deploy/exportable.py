@@ -85,7 +85,7 @@ class Exportable:
     def export(self) -> torch.export.ExportedProgram:
         """The model's graph, with a batch and lengths of any size, and no trace of this machine in it.
 
-        Raises ExportError where it has none, and names the place.
+        Raises ExportError if it has none, and names the place.
         """
         dimensions: dict[str, Any] = {}
 

@@ -80,7 +80,7 @@ class ExportedModel:
 
 
 def checked(expected: Mapping[str, Any], inputs: Mapping[str, Array]) -> Array:
-    """An input as the model takes it. Raises ValueError where it has another shape or type."""
+    """An input as the model takes it. Raises ValueError if it has another shape or type."""
     name, shape, dtype = expected["name"], expected["shape"], np.dtype(expected["dtype"])
     if name not in inputs:
         raise ValueError(f"the input '{name}' is missing.")

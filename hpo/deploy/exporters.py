@@ -58,7 +58,7 @@ class Exporter:
 
 
 def find_exporter(name: str) -> Exporter:
-    """The format of that name. Raises UnknownNameError for an unknown one, UsageError where a package is missing."""
+    """The format of that name. Raises UnknownNameError for an unknown one, UsageError if a package is missing."""
     if name in BUILT_IN:
         exporter = BUILT_IN[name]
     else:
@@ -70,9 +70,8 @@ def find_exporter(name: str) -> Exporter:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise UsageError(
-                f"--format {name} needs the package {package}: install hpo with the extra `export`."
-            ) from error
+            advice = "pip install 'hpo-torch[export]'" if name in BUILT_IN else "install it"
+            raise UsageError(f"--format {name} needs the package {package}: {advice}.") from error
     return exporter
 
 

@@ -74,11 +74,11 @@ def load_best(
 def choose_trial(study: Study, trial: int | None) -> tuple[int, bool]:
     """The number of the trial whose model is wanted, and whether it is the model that was trained on all examples.
 
-    It is the winner's unless another trial is named. Raises UsageError where there is none.
+    It is the winner's unless another trial is named. Raises UsageError if there is none.
     """
     winner = find_winner(study)
     if winner is None:
-        raise UsageError(f"study '{study.name}' has no finished trial yet; continue it with `hpo search`.")
+        raise UsageError(f"study '{study.name}' has no finished trial yet; resume it with `hpo search`.")
     number = winner.trial if trial is None else study.trial(trial).number
     if study.settings.folds and str(number) not in (study.recorded(TEST_READINGS) or {}):
         raise UsageError(
@@ -173,7 +173,7 @@ def download_trial(store: TrackingStore, study: Study, number: int, *, is_refit:
 
 
 def saved_model(folder: Path, device: str = "cpu") -> dict[str, Any]:
-    """What a training loop of the task's own has saved. Raises UsageError where that is nothing."""
+    """What a training loop of the task's own has saved. Raises UsageError if that is nothing."""
     sha256 = TrialDescription.read(folder).weights_sha256
     if sha256 is None:
         raise UsageError("its training loop saved no model: it did not call trial.save_model(model) before a report.")

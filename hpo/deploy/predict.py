@@ -51,7 +51,7 @@ class Prediction:
 def find_files(given: Sequence[Path], spec: DataSpec) -> list[Path]:
     """The files, and those in folders that a model can take, by name.
 
-    Raises UsageError where one is missing or is of no kind that the model takes.
+    Raises UsageError if one is missing or is of no kind that the model takes.
     """
     readable = _readable(spec)
     found: list[Path] = []

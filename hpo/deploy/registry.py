@@ -42,7 +42,7 @@ def check_promotion(given: str) -> Promotion:
     for known in get_args(Promotion):
         if given == known:
             return known  # type: ignore[no-any-return]
-    raise UsageError(f"--promote {given} is not possible; allowed: {', '.join(get_args(Promotion))}.")
+    raise UsageError(f"--promote {given} is not allowed: use one of {', '.join(get_args(Promotion))}.")
 
 
 def log_model(store: TrackingStore, run_id: str, folder: Path, *, tags: Mapping[str, str]) -> str:

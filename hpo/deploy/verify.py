@@ -68,7 +68,7 @@ def _difference(found: NDArray[Any], right: NDArray[Any]) -> float:
 def check_weights(
     exporter: Exporter, folder: Path, weights: Mapping[str, torch.Tensor], forbidden: Iterable[str]
 ) -> None:
-    """Raise ExportError where a weight is not the checkpoint's, byte for byte."""
+    """Raise ExportError if a weight is not the checkpoint's, byte for byte."""
     found = run_as_stranger(exporter, folder, {}, forbidden)
     for name, tensor in weights.items():
         right = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

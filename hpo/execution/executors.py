@@ -65,7 +65,7 @@ def check_executor(name: str) -> None:
 
 
 def start_workers(name: str, setup: Setup, resources: Resources) -> WorkerPool:
-    """The workers of an executor. Raises UsageError where it cannot give any."""
+    """The workers of an executor. Raises UsageError if it cannot give any."""
     if name in _BUILT_IN:
         return _BUILT_IN[name](setup, resources)
     pool = call(find_factory(GROUP, name, [*_BUILT_IN]), {"setup": setup, "resources": resources})

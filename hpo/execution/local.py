@@ -77,7 +77,7 @@ def local_workers(
 ) -> LocalWorkers:
     """Workers on this machine: as many as its GPUs have room for, or one for each core it may use, unless given.
 
-    Raises UsageError where there are too few GPUs.
+    Raises UsageError if there are too few GPUs.
     """
     gpus = visible_gpus(device)
     check_gpus_per_trial(gpus_per_trial, gpus=gpus, num_workers=num_workers)

@@ -166,7 +166,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode(frame: bytes) -> Message:
-    """The message in a frame; raises ValueError, KeyError or TypeError where it is none."""
+    """The message in a frame; raises ValueError, KeyError or TypeError if it is none."""
     plain = json.loads(frame)
     kind = _KINDS[plain.pop("kind")]
     message: Message = kind.from_dict(plain) if hasattr(kind, "from_dict") else kind(**plain)

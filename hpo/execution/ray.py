@@ -66,7 +66,7 @@ class RayWorkers(WorkerPool):
     def __init__(self, setup: Setup, *, num_workers: int | None, address: str, gpus_per_trial: float) -> None:
         """`num_workers` None takes as many as the cluster has room for now; further ones wait for nodes to join.
 
-        Raises UsageError where there is no such cluster, or no room for a single worker.
+        Raises UsageError if there is no such cluster, or no room for a single worker.
         """
         require_share_or_whole(gpus_per_trial)
         self._ray, self._is_ours = _connect(address)
@@ -270,7 +270,7 @@ def _connect(address: str) -> tuple[Any, bool]:
 
 
 def _require_cluster(address: str) -> None:
-    """Raise UsageError where `ray.init` would: it tries for minutes and cannot be stopped, so another process tries."""
+    """Raise UsageError if `ray.init` would: it tries for minutes and cannot be stopped, so another process tries."""
     advice = "start one with `ray start --head`, and run hpo on one of its nodes."
     host, _, port = address.rpartition(":")
     if address != "auto" and not (host and port.isdecimal() and "://" not in host):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def task_code(task: Task) -> dict[str, Any]:
     """How a worker finds the task's code, as fields of Setup: by its reference, or as a pickle of the object itself.
 
-    Raises UsageError where the object cannot be pickled: an open file or a database in one of its functions.
+    Raises UsageError if the object cannot be pickled: an open file or a database in one of its functions.
     """
     if task.reference != OBJECT:
         return {"task_reference": task.reference}

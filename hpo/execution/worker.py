@@ -117,7 +117,7 @@ def serve(connection: Connection, setup: Setup, followers: Sequence[Connection] 
 
 
 def _load_task(setup: Setup) -> Objective:
-    """The task, by its reference or out of its pickle. Raises UsageError where either cannot be imported."""
+    """The task, by its reference or out of its pickle. Raises UsageError if either cannot be imported."""
     if setup.objective is None:
         return load_objective(setup.task_reference)
     sys.path.extend(folder for folder in setup.import_path if folder not in sys.path)
@@ -288,7 +288,7 @@ def run_trial(
 ) -> dict[str, float]:
     """Train until the trainer ends or `report` says so; the costs of the model that the assignment asks for.
 
-    Raises InfeasibleError where the model costs more than the assignment allows.
+    Raises InfeasibleError if the model costs more than the assignment allows.
 
     A trial that was begun before continues from its checkpoint. Unless it is left to be continued, its folder then has
     the weights of the best epoch (`best.pt`) and all that is needed to rebuild the model (`trial.json`); but not with
@@ -335,7 +335,7 @@ def run_trial(
 def _check_costs(
     assignment: Assignment, build: Callable[[Splits, TrainConfig], PreprocessedModel], splits: Splits
 ) -> None:
-    """Raise InfeasibleError where an untrained model costs more than is allowed. One that is resumed was looked at."""
+    """Raise InfeasibleError if an untrained model costs more than is allowed. One that is resumed was looked at."""
     if any(assignment.folder.glob("**/epoch-*.pt")):
         return
     config = assignment.config
@@ -351,7 +351,7 @@ def _check_costs(
 def refit(assignment: Assignment, objective: Objective, splits: Splits, *, num_epochs: int, value: float) -> None:
     """Train on all examples, with nothing left to judge by: for as many epochs as the folds needed, who gave `value`.
 
-    The folder then holds what that of a trial without folds does. Raises SearchError where the training diverges.
+    The folder then holds what that of a trial without folds does. Raises SearchError if the training diverges.
     """
     config = assignment.config
     # What is measured after each epoch are the training examples; a `plateau` schedule goes by them.

@@ -65,7 +65,7 @@ class Architecture(Protocol):
 
 
 def find_architecture(name: str, weights: str) -> Architecture:
-    """The architecture of that name. Raises UnknownNameError, or UsageError where timm is wanted and not installed."""
+    """The architecture of that name. Raises UnknownNameError, or UsageError if timm is wanted and not installed."""
     if name.startswith(TIMM):
         return TimmArchitecture(name.removeprefix(TIMM), weights)
     return TorchvisionArchitecture(name, weights)

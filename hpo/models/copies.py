@@ -17,7 +17,7 @@ def copy_of(model: nn.Module) -> nn.Module:
     """A deep copy of a module. What it has computed and kept, such as the weight of `weight_norm` or a hidden state, is
     copied without its graph, which torch's own deepcopy refuses.
 
-    Raises TypeError where something in it cannot be copied: a lock, an open file.
+    Raises TypeError if something in it cannot be copied: a lock, an open file.
     """
     with _WithoutGraph():
         return deepcopy(model)

@@ -449,7 +449,7 @@ def build_model(
 def _materialise(model: PreprocessedModel) -> None:
     """Let lazy layers find out their sizes, so that weights exist before an optimizer or a checkpoint takes them.
 
-    Raises UsageError where one is not reached.
+    Raises UsageError if one is not reached.
     """
     if not _lazy_weights(model):
         return

@@ -95,7 +95,7 @@ class PretrainedNetwork(nn.Module):
     def load_pretrained(self) -> None:
         """Load the weights; the head's as well where it has as many outputs.
 
-        Raises DataError where they are neither there nor to be downloaded, or belong to another architecture.
+        Raises DataError if they are neither there nor to be downloaded, or belong to another architecture.
         """
         if self.weights == "none":
             return

@@ -53,8 +53,8 @@ def find_plan(written: str) -> Plan:
     size = re.fullmatch(r"([1-9]\d{0,2})x([1-9]\d{0,2})", written)
     if size is None:
         raise UsageError(
-            f"--confirm {written} is not allowed: use none, quick (3x3), full (5x5), or configurations x seeds, such "
-            "as 4x10."
+            f"the plan '{written}' of a confirmation is not allowed: use none, quick (3x3), full (5x5), or "
+            "configurations x seeds, such as 4x10."
         )
     return Plan(int(size[1]), int(size[2]))
 

@@ -258,7 +258,7 @@ class DirectStorage(RDBStorage):
                 rows = connection.execute(_NEW_AND_KNOWN_TRIALS, of_study | {"known": sorted(included_trial_ids)})
                 trials = _build(connection, rows.all())
         if not trials:
-            self.get_study_name_from_id(study_id)  # raises KeyError where there is no such study
+            self.get_study_name_from_id(study_id)  # raises KeyError if there is no such study
         return trials
 
     @contextmanager

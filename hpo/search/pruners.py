@@ -67,7 +67,7 @@ def build_pruner(
     none       every trial runs to its end
 
     `first_rung` is a fifth of the epochs unless given, and a sixth with `model`. Where the first epochs tell the good
-    from the bad, as with some recurrent networks, 1 is better. Raises UsageError where it is below 1 or above
+    from the bad, as with some recurrent networks, 1 is better. Raises UsageError if it is below 1 or above
     `max_epochs`, or for another pruner.
     """
     check_first_rung(name, max_epochs, first_rung)
@@ -112,7 +112,7 @@ _VERDICTS = {
 
 
 def check_folds_pruner(name: str, num_folds: int | None) -> None:
-    """Raise UsageError where the pruner does not fit folds, or the lack of them."""
+    """Raise UsageError if the pruner does not fit folds, or the lack of them."""
     if num_folds and name not in FOLD_PRUNERS:
         raise UsageError(f"--pruner {name} stops trials between epochs; with --folds use {' or '.join(FOLD_PRUNERS)}.")
     if name == "wilcoxon" and not num_folds:
@@ -120,7 +120,7 @@ def check_folds_pruner(name: str, num_folds: int | None) -> None:
 
 
 def check_first_rung(name: str, max_epochs: int, first_rung: int | None) -> None:
-    """Raise UsageError where the first rung does not fit the pruner and the epochs; None always does."""
+    """Raise UsageError if the first rung does not fit the pruner and the epochs; None always does."""
     if first_rung is None:
         return
     if name not in _WITH_RUNGS:

@@ -231,7 +231,7 @@ class ReadStudy:
         return [self._record(trial) for trial in self._trials() if REPEATS in trial.user_attrs]
 
     def trial(self, number: int) -> TrialRecord:
-        """A trial of the search or a repeat. Raises UsageError where there is none of that number."""
+        """A trial of the search or a repeat. Raises UsageError if there is none of that number."""
         trials = self._trials()
         if not 0 <= number < len(trials):
             raise UsageError(f"study '{self.name}' has no trial {number}; `hpo show {self.name}` lists its trials.")

@@ -129,7 +129,7 @@ class StudySettings:
 
 
 def read_constraint(text: str) -> tuple[str, float]:
-    """Name and highest value in `params<=5e6`. Raises UsageError where it is none."""
+    """Name and highest value in `params<=5e6`. Raises UsageError if it is none."""
     name, _, most = (part.strip() for part in text.partition("<="))
     try:
         number = float(most)

@@ -59,7 +59,7 @@ Storage = BaseStorage
 def open_storage(home: Path, url: str | None = None) -> BaseStorage:
     """The storage at `url`, else in `home/optuna.db`, made on first use; several processes may do so at once.
 
-    Raises StoreError where the home cannot be written, the file is damaged, nothing answers at the URL, it is not a
+    Raises StoreError if the home cannot be written, the file is damaged, nothing answers at the URL, it is not a
     PostgreSQL's, or the tables are of another version of Optuna.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -275,7 +275,7 @@ def _open_postgresql(url: str) -> StudyStorage:
 
 @contextmanager
 def _connected(url: str) -> Iterator[Connection]:
-    """A connection to PostgreSQL, closed at the end. Raises StoreError where there is none to be had."""
+    """A connection to PostgreSQL, closed at the end. Raises StoreError if there is none to be had."""
     address = _postgresql_address(url)
     shown = without_password(url)
     try:

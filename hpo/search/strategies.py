@@ -50,7 +50,7 @@ def build_sampler(strategy: str, space: Space, *, seed: int, num_trials: int, ha
     qmc       a scrambled Sobol sequence
     cmaes     CMA-ES (Hansen, 2016, arXiv:1604.00772) for numbers, random for choices; learns from complete trials only
 
-    Each but `grid` keeps the rules of the space; UsageError where they are not kept.
+    Each but `grid` keeps the rules of the space; UsageError if they are not kept.
     """
     if not space.has_rules:
         return _sampler(strategy, space, seed, num_trials, has_curves=has_curves)

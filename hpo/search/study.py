@@ -254,7 +254,7 @@ class Study(ReadStudy):
         `trained_s` are the seconds that workers were busy with the trial so far, in all attempts; they are stored now
         and then, so that a crash loses little of them.
 
-        Raises TrialTakenError where another session has ended the trial, while this one was cut off.
+        Raises TrialTakenError if another session has ended the trial, while this one was cut off.
 
         A step that an earlier attempt has reported keeps its value. NaN is stored and never judged: the trainer
         knows whether a trial has diverged. Nothing is gained by stopping a trial in its last step.
@@ -428,7 +428,7 @@ def list_studies(storage: BaseStorage) -> list[Study]:
 def read_settings(storage: BaseStorage, name: str) -> StudySettings | None:
     """What the study was made with; None if there is no such study.
 
-    Raises StoreError where the name belongs to a study that hpo did not make, or that a newer hpo made.
+    Raises StoreError if the name belongs to a study that hpo did not make, or that a newer hpo made.
     """
     try:
         study_id = storage.get_study_id_from_name(name)
@@ -454,7 +454,7 @@ def require_same_settings(name: str, made: StudySettings, asked: StudySettings) 
 
 
 def check_strategy(settings: StudySettings) -> None:
-    """Raise UsageError where the strategy or the pruner cannot be made, before anything is written."""
+    """Raise UsageError if the strategy or the pruner cannot be made, before anything is written."""
     _sampler(settings)
     _pruner(settings)
 

@@ -40,7 +40,7 @@ MIN_DISTANCE = 0.5
 def best_configurations(earlier: Study, space: Space, *, most: int = NUM_CONFIGURATIONS) -> list[dict[str, Value]]:
     """The best configurations of an earlier study that differ from each other, translated to `space`, the best first.
 
-    They are taken from the best quarter of its trials. Raises UsageError where it has no trial with a result, or
+    They are taken from the best quarter of its trials. Raises UsageError if it has no trial with a result, or
     nothing of its space is in this one.
     """
     records = ranked(earlier.trials(), earlier.settings.direction)

@@ -30,7 +30,7 @@ Report = Callable[["EpochResult"], bool]
 
 
 def run_alone(assignment: Assignment, setup: Setup, splits: Splits | None, report: Report) -> TrialDone:
-    """Run one trial to its end, or until `report` says so. Raises SearchError where it fails or its worker dies."""
+    """Run one trial to its end, or until `report` says so. Raises SearchError if it fails or its worker dies."""
     gpus = visible_gpus(assignment.config.device)[: setup.num_ranks]
     device = "cuda" if gpus else "cpu"  # in the worker, which sees no other GPU
     assignment = replace(assignment, config=replace(assignment.config, device=device))

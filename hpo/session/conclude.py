@@ -109,7 +109,7 @@ def _flush_patiently(runs: StudyRuns) -> bool:
 
 
 def _require_winner_arrived(study: Study, runs: StudyRuns) -> None:
-    """Raise StoreError where MLflow lacks what is to be tested; other runs may wait for the next search."""
+    """Raise StoreError if MLflow lacks what is to be tested; other runs may wait for the next search."""
     winner = find_winner(study)
     if winner is not None and not runs.has_arrived(winner.trial):
         raise StoreError(

@@ -63,7 +63,7 @@ def load_ensemble(
     request, opened = request_of_study(machine, study, task)
     winner = find_winner(opened)
     if winner is None:
-        raise UsageError(f"study '{study}' has no finished trial yet; continue it with `hpo search`.")
+        raise UsageError(f"study '{study}' has no finished trial yet; resume it with `hpo search`.")
     if opened.settings.folds or request.task.objective.train:
         why = "--folds" if opened.settings.folds else "a training loop of its own"
         raise UsageError(f"study '{study}' was searched with {why}: there is no validation split to choose members on.")

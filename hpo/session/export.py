@@ -91,7 +91,7 @@ def export_best(
     outputs then differ, and are not judged. `task` says where the task is now, if it has moved. The other parameters
     are the options of `hpo export`.
 
-    Raises UsageError where something given is wrong, ExportError for a model that has no such form, CheckpointError for
+    Raises UsageError if something given is wrong, ExportError for a model that has no such form, CheckpointError for
     damage.
     """
     exporter = find_exporter(format)
@@ -126,7 +126,7 @@ def export_best(
 def check_export(
     exporter: Exporter, folder: Path, exportable: Exportable, objective: Objective, compression: str | None
 ) -> float | None:
-    """The largest difference from the checkpoint. Raises ExportError where it is more than may be."""
+    """The largest difference from the checkpoint. Raises ExportError if it is more than may be."""
     forbidden = forbidden_modules(objective)
     if exporter.is_of_weights:
         check_weights(exporter, folder, exportable.model.state_dict(), forbidden)
@@ -141,7 +141,7 @@ def check_export(
 
 
 def choose(study: str, *, trial: int | None, task: str | Objective | None = None, **machine_options: Any) -> Chosen:
-    """The trial whose model is wanted. Raises UsageError where there is none."""
+    """The trial whose model is wanted. Raises UsageError if there is none."""
     machine = this_machine(checked({**machine_options, "study": study}))
     request, opened = request_of_study(machine, study, task)
     number, is_refit = choose_trial(opened, trial)
@@ -215,7 +215,7 @@ _LIBRARIES = {"torch", "torchvision", "numpy", "transformers", "lightning"}
 
 
 def require_free(folder: Path, *, force: bool) -> None:
-    """Raise UsageError where something is in the way that may not be replaced."""
+    """Raise UsageError if something is in the way that may not be replaced."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / SIGNATURE).exists() or not folder.is_dir():

@@ -131,7 +131,7 @@ def remember(study: Study, request: Request, *, task_reference: str, tracking_ur
 
 
 def extensions_alone(request: Request, session: Session) -> tuple[str, ...]:
-    """What the request widens. Raises UsageError where others search the study, who would not hear of it."""
+    """What the request widens. Raises UsageError if others search the study, who would not hear of it."""
     if request.extensions and (others := session.others()):
         raise UsageError(
             f"--extend cannot widen study '{request.study}' while it is being searched by "

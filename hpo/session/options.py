@@ -281,7 +281,7 @@ class MachineOptions(TypedDict, total=False):
     ]
     timeout: Annotated[
         float | None,
-        Option("--timeout", "Stop after this time of training: 90, 90s, 30m or 2h.", metavar="TIME", is_duration=True),
+        Option("--timeout", "End this session after this time: 90, 90s, 30m or 2h.", metavar="TIME", is_duration=True),
     ]
     device: Annotated[
         str | None, Option("--device", "auto, cpu, cuda or cuda:N. [default: auto]", metavar="NAME", default="auto")
@@ -315,7 +315,7 @@ class MachineOptions(TypedDict, total=False):
         int | None,
         Option(
             "--keep",
-            "Keep the weights of the K best trials. [default: 5]",
+            "Keep the weights of the K best trials, besides the default configuration's. [default: 5]",
             metavar="K",
             default=5,
             at_least=1,
@@ -325,7 +325,7 @@ class MachineOptions(TypedDict, total=False):
         Path | None,
         Option(
             "--data-dir",
-            "Directory with the data sets; missing ones are downloaded into it. "
+            "Directory of data sets, into which missing ones are downloaded; or your own data, a directory or file. "
             "[env: HPO_DATA_DIR; default: ~/.cache/hpo/data]",
             of_trainer=True,
         ),

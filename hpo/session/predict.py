@@ -29,7 +29,7 @@ def predict(
 ) -> list[Prediction]:
     """What the best model of a study says of each example in files and folders; `tell` hears how many there are so far.
 
-    The other parameters are those of `load_best`. Raises UsageError where a file is missing, or the study's model has
+    The other parameters are those of `load_best`. Raises UsageError if a file is missing, or the study's model has
     no known inputs, and DataError for files that do not fit the model.
     """
     model = load_best(study, device=device, **options)

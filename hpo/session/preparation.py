@@ -52,7 +52,7 @@ class Prepared:
 
 
 def prepare(request: Request, observer: Observer) -> Prepared:
-    """Read the data, split it, check the task with it and find the workers. Raises UsageError where anything fails."""
+    """Read the data, split it, check the task with it and find the workers. Raises UsageError if anything fails."""
     machine = request.machine
     files = machine.home.study(request.study)
     files.require_own(machine.storage)
@@ -100,7 +100,7 @@ def read_data(request: Request, observer: Observer | None = None) -> Dataset | N
 
 
 def split(dataset: Dataset, request: Request) -> Splits:
-    """The data as the study divides them. Raises UsageError where the examples do not suffice."""
+    """The data as the study divides them. Raises UsageError if the examples do not suffice."""
     settings = request.settings
     if settings.folds:
         check_folds(dataset.train, dataset.spec, settings.folds)
@@ -112,7 +112,7 @@ def split(dataset: Dataset, request: Request) -> Splits:
 
 
 def _checked(splits: Splits, request: Request, observer: Observer, *, is_new: bool) -> Sequence[Verdict]:
-    """What the checks before the first trial find. Raises UsageError where the task does not fit its data, or the
+    """What the checks before the first trial find. Raises UsageError if the task does not fit its data, or the
     default configuration does not train."""
     check_task(request.task, splits)
     subject = Subject.of(request.task, splits, "cpu")

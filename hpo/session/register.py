@@ -39,7 +39,7 @@ def register_best(
     `champion` if there is none, or if its test score is better than the champion's and both were tested by the same
     metric on the same data; `always` and `never` do not ask. The other parameters are the options of `hpo register`.
 
-    Raises UsageError where something given is wrong, ExportError for a model that cannot be exported, StoreError if
+    Raises UsageError if something given is wrong, ExportError for a model that cannot be exported, StoreError if
     MLflow refuses.
     """
     how, exporter = check_promotion(promote), find_exporter("mlflow")

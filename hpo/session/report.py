@@ -36,7 +36,7 @@ def write_report(
 ) -> Path:
     """Write the report of a study to a file; with `live` again and again until nobody searches it.
 
-    Raises UsageError where plotly is not installed, and StoreError where the file cannot be written.
+    Raises UsageError if plotly is not installed, and StoreError if the file cannot be written.
     """
     database = read_storage(Home.find(home).path, find_storage(storage))
     while True:
@@ -55,7 +55,7 @@ def _nothing(line: str) -> None:
 
 
 def report_page(study: Study, *, refresh_s: int | None = None) -> str:
-    """The report of a study as HTML. Raises UsageError where plotly is not installed."""
+    """The report of a study as HTML. Raises UsageError if plotly is not installed."""
     require_plotly()
     from hpo.report.content import Content
     from hpo.report.page import draw_page
@@ -68,7 +68,7 @@ def compare_studies(
 ) -> list[dict[str, Any]]:
     """What several studies came to, a row for each; with `out` also a page with their curves and configurations.
 
-    Raises UsageError where fewer than two are named, or they optimise different metrics.
+    Raises UsageError if fewer than two are named, or they optimise different metrics.
     """
     if len(studies) < 2:
         raise UsageError(f"hpo compare needs two studies or more, not {len(studies)}.")
@@ -109,7 +109,7 @@ def _content(study: Study, content: type[Content]) -> Content:
 
 
 def require_plotly() -> None:
-    """Raise UsageError where plotly is not installed."""
+    """Raise UsageError if plotly is not installed."""
     if not has_plotly():
         raise UsageError("a report needs plotly: pip install 'hpo-torch[report]'.")
 

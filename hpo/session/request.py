@@ -141,8 +141,8 @@ def request_for(machine: Machine, task: str | Objective, options: SearchOptions)
     trial_timeout = options.get("trial_timeout")
     if settings.folds and isinstance(trial_timeout, int | float):
         raise UsageError(
-            f"--trial-timeout {trial_timeout:g} does not go with --folds {settings.folds}: the mean of a part of the "
-            "folds cannot be compared with others; omit it, or use fewer --epochs."
+            f"--trial-timeout {trial_timeout:g} cannot be combined with --folds {settings.folds}: the mean of a part of "
+            "the folds cannot be compared with others; omit it, or use fewer --epochs."
         )
     return Request(
         task=found,
@@ -247,7 +247,7 @@ def this_machine(options: Mapping[str, Any]) -> Machine:
 
 
 def require_started_once() -> None:
-    """Raise UsageError where a launcher has started this command several times, as it does a training script."""
+    """Raise UsageError if a launcher has started this command several times, as it does a training script."""
     for launcher, variable in (("torchrun", "WORLD_SIZE"), ("srun", "SLURM_STEP_NUM_TASKS")):
         number = os.environ.get(variable, "")
         if number.isdecimal() and int(number) > 1:
@@ -274,7 +274,7 @@ def _check_executor(executor: str, options: Mapping[str, Any]) -> None:
     require_share_or_whole(gpus_per_trial)
     if gpus_per_trial > 1 and options["compile"] in ("step", "graph"):
         raise UsageError(
-            f"--compile {options['compile']} does not go with --gpus-per-trial {gpus_per_trial:g}; omit it."
+            f"--compile {options['compile']} cannot be combined with --gpus-per-trial {gpus_per_trial:g}; omit it."
         )
 
 
@@ -356,7 +356,7 @@ def request_of_study(machine: Machine, name: str, task: str | Objective | None =
 
 
 def check_options_of_loop(objective: Objective, options: Mapping[str, object]) -> None:
-    """Raise UsageError where something is asked of the shared trainer, and the task has a training loop of its own."""
+    """Raise UsageError if something is asked of the shared trainer, and the task has a training loop of its own."""
     if not objective.train:
         return
     if gpus := _several(options.get("gpus_per_trial")):
@@ -455,7 +455,7 @@ def _check_constraints(constraints: Sequence[str]) -> None:
 
 
 def _suit_several_objectives(chosen: dict[str, Any], given: Mapping[str, Any]) -> None:
-    """Choose the pruner that several objectives allow. Raises UsageError where another, or cmaes, was asked for."""
+    """Choose the pruner that several objectives allow. Raises UsageError if another, or cmaes, was asked for."""
     if given.get("pruner") is None:
         chosen["pruner"] = "none"
     if chosen["pruner"] != "none":
@@ -485,7 +485,7 @@ def find_proposals(
 ) -> list[Proposal]:
     """What `--try` and `--warm-start` ask for, checked. An earlier study is taken over once.
 
-    Raises UsageError where a configuration does not fit the space, or an earlier study cannot be used.
+    Raises UsageError if a configuration does not fit the space, or an earlier study cannot be used.
     """
     if settings.strategy == "grid" and (tries or warm_starts):
         option = f"--try {tries[0]}" if tries else f"--warm-start {warm_starts[0]}"

@@ -46,8 +46,8 @@ def rerun_trial(
     """Run a trial again, with its own seed or another one, and compare it with what it was.
 
     The parameters are the options of `hpo rerun`. The split is that of the study whatever the seed, and the training
-    goes as far as the trial came. Nothing of the study changes. Raises UsageError where something given is wrong, and
-    SearchError where the training fails.
+    goes as far as the trial came. Nothing of the study changes. Raises UsageError if something given is wrong, and
+    SearchError if the training fails.
     """
     require_started_once()
     machine = this_machine(checked({**machine_options, "study": study}))

@@ -98,7 +98,7 @@ def join_search(study: str, *, observer: Observer | None = None, **options: Unpa
 def resume_study(*, observer: Observer | None = None, **options: Unpack[SearchOptions]) -> SearchOutcome:
     """Resume the `study` of that name, whose task it knows: to confirm or to refit its winner.
 
-    Raises UsageError where the task can no longer be found; then resume it with `run_search`.
+    Raises UsageError if the task can no longer be found; then resume it with `run_search`.
     """
     asked = checked(options)
     machine, name = this_machine(asked), asked.get("study") or ""

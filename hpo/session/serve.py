@@ -30,7 +30,7 @@ def serve_best(
     """Serve the best model of a study, or of another `trial`, until Ctrl-C.
 
     By default it listens on the first free port from 5001. It is served as its export of format mlflow, which is made
-    unless it is in the home. Raises what `export_best` raises, and UsageError where the port is taken.
+    unless it is in the home. Raises what `export_best` raises, and UsageError if the port is taken.
     """
     from hpo.deploy.serve import run, scoring_app
 

@@ -50,7 +50,7 @@ def train_once(
     """Train one configuration of a task: its default one, except for `overrides` such as `lr=0.1`.
 
     The parameters are the options of `hpo train`, and `tell` hears of each epoch. It trains as trial 0 of a study with
-    this seed would. Raises UsageError where something given is wrong, before anything is written, and SearchError where
+    this seed would. Raises UsageError if something given is wrong, before anything is written, and SearchError where
     the training fails.
     """
     require_started_once()

@@ -75,7 +75,9 @@ def _study_row(study: Study, searchers: list[str]) -> dict[str, Any]:
 def _describe_now(study: Study, searchers: list[str]) -> str:
     if searchers:
         return f"searched by {', '.join(searchers)}"
-    return "done" if study.is_done else "stopped"
+    if study.is_done:
+        return "done"
+    return "queued" if all(trial.state == "queued" for trial in study.trials()) else "stopped"
 
 
 def study_facts(name: str, home: Path | None, storage: str | None = None, top: int | None = None) -> dict[str, Any]:

@@ -272,7 +272,10 @@ def print_checklist(console: Console, checklist: Checklist) -> None:
 
 def print_submitted(console: Console, facts: dict[str, Any]) -> None:
     console.print(f"Study '{facts['study']}' is queued: {facts['missing']} of {facts['trials']} trials still to run.")
-    console.print(f"On each machine: hpo worker {facts['study']} --storage ...", soft_wrap=True)
+    console.print(
+        f"On each machine, with the same HPO_STORAGE and MLFLOW_TRACKING_URI: hpo worker {facts['study']}",
+        soft_wrap=True,
+    )
 
 
 def print_epoch(console: Console, result: EpochResult) -> None:

@@ -301,7 +301,7 @@ class TrialRun:
 class SummaryRun:
     """A run that stands for the whole study: its space, its settings, its plots and its winner, or its checklist.
 
-    Its calls go to MLflow directly and raise StoreError where it does not take them.
+    Its calls go to MLflow directly and raise StoreError if it does not take them.
     """
 
     def __init__(self, store: TrackingStore, run_id: str) -> None:

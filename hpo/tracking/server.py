@@ -47,7 +47,7 @@ def serve(
 
     Without a port it is the first from 5000 that is free.
 
-    Raises UsageError where the port is taken, UnknownNameError for an unknown study, StoreError where the server does
+    Raises UsageError if the port is taken, UnknownNameError for an unknown study, StoreError if the server does
     not start.
     """
     if store.is_server:
@@ -207,7 +207,7 @@ def find_free_port(host: str, first: int, say: Callable[[str], None]) -> int:
 
 
 def require_free_port(host: str, port: int) -> None:
-    """Raise UsageError where another process listens."""
+    """Raise UsageError if another process listens."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was left a moment ago is free

@@ -65,7 +65,7 @@ class Spool:
         os.truncate(self.path, whole)
 
     def append(self, event: Event) -> None:
-        """Write one event with the time it happened. Raises SearchError where the disk does not take it."""
+        """Write one event with the time it happened. Raises SearchError if the disk does not take it."""
         line = json.dumps({"time_ms": time.time_ns() // 1_000_000, **event}) + "\n"
         try:
             with self._lock, self.path.open("ab", buffering=0) as file:

@@ -56,7 +56,7 @@ _MLFLOW_SETTINGS = {
 def open_store(home: Path, tracking_uri: str | None = None) -> TrackingStore:
     """The store at `tracking_uri`, else at MLFLOW_TRACKING_URI, else in `home`/mlflow.db.
 
-    A database is created where there is none; any number of processes may do so at once. Raises StoreError where the
+    A database is created where there is none; any number of processes may do so at once. Raises StoreError if the
     home cannot be written, the database is damaged or from another MLflow, or the server does not answer.
     """
     home = home.absolute()
@@ -130,7 +130,7 @@ class TrackingStore:
     def download(self, run_id: str, artifact_path: str) -> Path:
         """A local path of one of a run's files or folders: the file itself where the artifacts are local.
 
-        Raises StoreError where the run has no such file.
+        Raises StoreError if the run has no such file.
         """
         import mlflow.exceptions
 

@@ -46,7 +46,7 @@ class CheckpointFolder:
     def save(self, state: Mapping[str, Any], epoch: int) -> None:
         """Write the state after `epoch`, made of tensors and plain values, and delete what it supersedes.
 
-        Raises OSError where it cannot be written, a full disk for one; the earlier checkpoints stay as they are.
+        Raises OSError if it cannot be written, a full disk for one; the earlier checkpoints stay as they are.
         """
         content = _to_bytes(state)
         written = self.path / f"epoch-{epoch:04d}.{_sha256(content)}.pt"
@@ -189,7 +189,7 @@ def _on_device(value: Any, device: str) -> Any:
 def load_weights(path: Path, sha256: str, device: str = "cpu") -> dict[str, Any]:
     """The weights in a file that `save_weights` wrote, on the device.
 
-    Raises CheckpointError where the file is missing, differs from what was written, or holds more than tensors.
+    Raises CheckpointError if the file is missing, differs from what was written, or holds more than tensors.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; the weights cannot be loaded.")

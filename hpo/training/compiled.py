@@ -177,7 +177,7 @@ class Formulas:
 
 
 def check_compile_mode(wanted: str, precision: str, device: str) -> None:
-    """Raise UsageError where `--compile step` or `graph` was asked for and cannot be had."""
+    """Raise UsageError if `--compile step` or `graph` was asked for and cannot be had."""
     reason = None
     if wanted == "step" and not can_trace():
         reason = f"needs torch {OLDEST_TRACING} or later, not {torch.__version__}"

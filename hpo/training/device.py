@@ -111,7 +111,7 @@ def visible_gpus(device: str) -> list[str]:
 
 
 def check_gpus_per_trial(given: float | None, *, gpus: Sequence[str], num_workers: int | None) -> None:
-    """Raise UsageError where `--gpus-per-trial` cannot be had with these values of CUDA_VISIBLE_DEVICES."""
+    """Raise UsageError if `--gpus-per-trial` cannot be had with these values of CUDA_VISIBLE_DEVICES."""
     if given is None:
         return
     num_gpus = len(gpus)
@@ -158,7 +158,7 @@ def memory_share(num_workers: int, num_gpus: int) -> float:
 def limit_memory(share: float) -> None:
     """Let this process take its share of the current GPU's memory, context included.
 
-    Raises DeviceMemoryError where nothing is left of the share beside the context.
+    Raises DeviceMemoryError if nothing is left of the share beside the context.
     """
     _, total = torch.cuda.mem_get_info()
     limit = USABLE_SHARE * share * total - CONTEXT_BYTES
@@ -180,7 +180,7 @@ def free_memory(device: torch.device) -> None:
 def in_fitting_batches(attempt: Callable[[int], _T], batch_size: int) -> _T:
     """What `attempt` returns for a batch size, which is halved until the device's memory holds a batch.
 
-    Raises DeviceMemoryError where it cannot hold one example.
+    Raises DeviceMemoryError if it cannot hold one example.
     """
     while True:
         try:

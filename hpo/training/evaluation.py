@@ -104,7 +104,7 @@ def outputs_and_targets(model: nn.Module, split: Split, config: TrainConfig, kin
     """What a model, moved to the config's device and left in evaluation mode, makes of a split, and what is right.
 
     Of the kind `instances` each example is there in two views, one after the other. Outputs of sequences are padded to
-    the longest of all. Raises DeviceMemoryError where the device's memory cannot hold one example.
+    the longest of all. Raises DeviceMemoryError if the device's memory cannot hold one example.
     """
     model = model.to(config.device).eval()
     batch_size = _batch_size(model, split, config, kind)

@@ -270,7 +270,7 @@ class RunningTrial(Trial):
                 path.unlink()
 
     def require_complete(self) -> None:
-        """Raise UsageError where the loop has returned without having done its part."""
+        """Raise UsageError if the loop has returned without having done its part."""
         if self._progress is None:
             raise UsageError(
                 f"train of task '{self.objective.name}' returned without a result: call trial.report(epoch, "

@@ -49,7 +49,7 @@ class TrialDescription:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Raises CheckpointError where the file is missing or damaged."""
+        """Raises CheckpointError if the file is missing or damaged."""
         try:
             plain = json.loads((folder / DESCRIPTION).read_bytes())
             config = {name: value for name, value in plain["config"].items() if name not in _FORMER_SETTINGS}

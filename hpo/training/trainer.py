@@ -119,7 +119,7 @@ def fit(
     `compile` must be "off". The first rank alone writes checkpoints.
 
     The global random state is seeded again for each epoch. Raises UsageError before any work where the config does not
-    fit the data or the device, CheckpointError where the folder holds a run with another config, and DeviceMemoryError
+    fit the data or the device, CheckpointError if the folder holds a run with another config, and DeviceMemoryError
     where half a batch does not fit either.
     """
     run = _Run(model, splits if is_streamed else place(splits, config.device), config, num_epochs, ranks)
