@@ -138,7 +138,7 @@ def test_two_machines_share_a_study(team: Team, tmp_path: Path) -> None:
     settings = ["--trials", 7, "--epochs", 5, "--strategy", "random"]
     queued = team.start("cleo", "submit", "paced", "--study", team.study_name, *settings)
     assert queued.finish() == 0, queued.said
-    assert team.now() == "stopped"
+    assert team.now() == "queued"
     for machine in ("anna", "bert"):
         team.hold(machine, 1)
     workers = [team.start_worker(machine) for machine in ("anna", "bert")]
@@ -319,12 +319,12 @@ with Session(open_storage(Path(), sys.argv[1]), sys.argv[2], lease_s=1):
 
 def test_studies_tell_the_living_from_the_dead(team: Team) -> None:
     team.submit(trials=2)
-    assert team.now() == "stopped"
+    assert team.now() == "queued"
     command = [sys.executable, "-c", PRESENCE, team.servers.storage, team.study_name]
     with WarmPopen(command, env=team.servers.environment, stdin=subprocess.PIPE) as process:
         wait_until(lambda: team.now() == f"searched by {socket.gethostname()}:{process.pid}")
         process.kill()
-        wait_until(lambda: team.now() == "stopped")
+        wait_until(lambda: team.now() == "queued")
 
 
 REFUSED: list[tuple[str, dict[str, str], str]] = [

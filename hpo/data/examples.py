@@ -521,8 +521,8 @@ class DataSpec:
         for name, found in self.targets.items():
             if found.kind in _ALONE:
                 raise DataError(
-                    f"the target {name} is of the kind {found.kind}, which cannot be combined with others; use a loss of "
-                    "your own, without classes or kinds by name."
+                    f"the target {name} is of the kind {found.kind}, which cannot be combined with others; use a loss "
+                    "of your own, without classes or kinds by name."
                 )
             try:
                 require_sound_targets(found.kind, targets[name], found.classes)

@@ -141,8 +141,8 @@ def request_for(machine: Machine, task: str | Objective, options: SearchOptions)
     trial_timeout = options.get("trial_timeout")
     if settings.folds and isinstance(trial_timeout, int | float):
         raise UsageError(
-            f"--trial-timeout {trial_timeout:g} cannot be combined with --folds {settings.folds}: the mean of a part of "
-            "the folds cannot be compared with others; omit it, or use fewer --epochs."
+            f"--trial-timeout {trial_timeout:g} cannot be combined with --folds {settings.folds}: the mean of a part "
+            "of the folds cannot be compared with others; omit it, or use fewer --epochs."
         )
     return Request(
         task=found,
