@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
@@ -76,6 +77,11 @@ class Direction(StrEnum):
     def gain(self, value: float, over: float) -> float:
         """How much better a value is than another, below 0 where it is worse."""
         return self.loss(over) - self.loss(value)
+
+    @property
+    def best(self) -> Callable[..., float]:
+        """`max` or `min`, whichever is better."""
+        return max if self is Direction.MAXIMIZE else min
 
 
 METRICS = {

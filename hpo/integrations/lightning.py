@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import UsageError
+from hpo.integrations import checkpoint_of as checkpoint_of
 
 try:
     from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -44,12 +44,6 @@ class TrialCallback(Callback):  # type: ignore[misc]
         for path in self._trial.folder.glob("epoch-*.ckpt"):
             if path.name not in (written.name, f"epoch-{epoch - 1}.ckpt"):  # the last two states may be read
                 path.unlink()
-
-
-def checkpoint_of(trial: Trial) -> Path | None:
-    """The checkpoint that an earlier attempt at the trial has left; None where it begins."""
-    state = trial.resume()
-    return trial.folder / state["checkpoint"] if state else None
 
 
 def lightning_loop(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import UsageError
+from hpo.integrations import checkpoint_of as checkpoint_of
 
 try:
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -63,12 +63,6 @@ def trial_arguments(trial: Trial, **options: Any) -> TrainingArguments:
         save_strategy="epoch",
         save_total_limit=2,
     )
-
-
-def checkpoint_of(trial: Trial) -> Path | None:
-    """The checkpoint that an earlier attempt at the trial has left; None where it begins."""
-    state = trial.resume()
-    return trial.folder / state["checkpoint"] if state else None
 
 
 class TrainerLoop:

@@ -80,7 +80,7 @@ class Transformer(nn.Module):
     """A transformer encoder of `depth` layers with `width` features and `heads`: Vaswani et al. 2017, arXiv:1706.03762.
 
     Norms come first (Xiong et al. 2020, arXiv:2002.04745), positions are sines, and the answer for a sequence is made
-    from the mean over its elements. With `causal` an element sees only those before it.
+    from the mean over its elements. With `causal` an element sees only itself and those before it.
     """
 
     def __init__(

@@ -73,8 +73,7 @@ def plot_history(records: Sequence[TrialRecord], *, metric: str, direction: Dire
             at_the_foot = axes.get_xaxis_transform()
             axes.plot(record.number, 0.0, marker, color=colour, markersize=7, clip_on=False, transform=at_the_foot)
     candidates = sorted(ranked(valued, direction), key=lambda record: record.number)
-    better = max if direction is Direction.MAXIMIZE else min
-    best_so_far = list(accumulate(map(_value, candidates), better))
+    best_so_far = list(accumulate(map(_value, candidates), direction.best))
     axes.step([r.number for r in candidates], best_so_far, where="post", color=GREEN, linewidth=2, zorder=1)
     _mark_default(axes, valued)
     winner = next(iter(ranked(valued, direction)), None)

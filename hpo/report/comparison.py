@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from plotly import graph_objects as go
 
-from hpo.config import Direction
 from hpo.records import ranked
 from hpo.report import figures
 from hpo.report.page import as_page, place, section, short, table
@@ -43,14 +42,14 @@ def plot_progress(contents: Sequence[Content]) -> go.Figure:
     figure = figures.blank("epochs spent, in the order of the trials", contents[0].settings.metric)
     for index, content in enumerate(contents):
         direction = content.settings.direction
-        better = max if direction is Direction.MAXIMIZE else min
         spent = dict(zip([trial.number for trial in content.trials], _epochs_spent(content), strict=True))
         known = sorted(ranked(content.trials, direction), key=lambda trial: trial.number)
+        values = [trial.value for trial in known if trial.value is not None]  # which the ranked ones have
         colour, dash = _LINES[index % len(_LINES)]
         figure.add_trace(
             go.Scatter(
                 x=[spent[trial.number] for trial in known],
-                y=list(accumulate((trial.value or 0.0 for trial in known), better)),
+                y=list(accumulate(values, direction.best)),
                 mode="lines",
                 line={"shape": "hv", "color": colour, "dash": dash, "width": 2.5},
                 name=content.study,

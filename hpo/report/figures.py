@@ -47,11 +47,10 @@ def plot_history(content: Content) -> go.Figure:
         figure.add_trace(trace)
     candidates = sorted(ranked(content.trials, content.settings.direction), key=lambda trial: trial.number)
     if candidates:
-        better = max if content.settings.direction is Direction.MAXIMIZE else min
         figure.add_trace(
             go.Scatter(
                 x=[trial.number for trial in candidates],
-                y=list(accumulate(map(_value, candidates), better)),
+                y=list(accumulate(map(_value, candidates), content.settings.direction.best)),
                 mode="lines",
                 line={"shape": "hv", "color": GREEN, "width": 2},
                 name="best so far",

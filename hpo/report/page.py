@@ -116,7 +116,7 @@ def _head(content: Content) -> str:
     settings = content.settings
     finished = count_finished(content.counts)
     states = ", ".join(f"{number} {state}" for state, number in content.counts.items() if number) or "no trial yet"
-    planned = len(content.trials) * settings.num_steps
+    planned = finished * settings.num_steps
     steps = "folds" if settings.folds else "epochs"
     saved = [f"{1 - content.num_epochs / planned:.0%} less than {planned}"] if planned > content.num_epochs else []
     saved += [f"{content.num_epochs_repeated} more to confirm"] if content.repeats else []
@@ -225,7 +225,8 @@ def _importances(content: Content, drawn: dict[str, Figure]) -> str:
 def _trials(content: Content) -> str:
     names = list(content.settings.space.parameters)
     best = ranked(content.trials, content.settings.direction)
-    others = [trial for trial in content.trials if trial not in best]
+    numbers = {trial.number for trial in best}
+    others = [trial for trial in content.trials if trial.number not in numbers]
     shown = [*best, *others][:MAX_ROWS]
     head = ("trial", "state", content.settings.metric, "best epoch", "stage", *names)
     rows = "".join(

@@ -27,6 +27,7 @@ from hpo.config import derive_seed
 from hpo.records import ELIGIBLE, TrialRecord
 from hpo.search.acquisition import on_one_thread
 from hpo.search.encoding import Encoding
+from hpo.search.gaussian_process import standardized
 from hpo.search.posterior import EndPosterior, Observations
 from hpo.search.priority import tunable_groups
 from hpo.values import as_tuple, describe_conditions
@@ -59,8 +60,6 @@ _NUM_POINTS = 256
 _MAX_OBSERVATIONS = 400
 _POINTS_OF_A_CURVE = 3
 """A curve is seen at its last epoch, at half of it, and at a quarter."""
-_HOPELESS = 10.0
-"""Losses count as equal where they are this many times as far above the median as the best is below it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,10 +156,11 @@ def _importance(draws: Array, num_trials: int, condition: str | None = None) -> 
 
 def _with_note(groups: dict[str, GroupImportance]) -> Importances:
     parameters = {name: each for group in groups.values() for name, each in group.parameters.items()}
-    missing = {name: each.missing_trials for name, each in (groups | parameters).items() if each.share is None}
-    if len(missing) == len(groups | parameters):
-        return Importances(note=_needs(min(missing.values())))
-    listed = ", ".join(f"{name} (about {_rounded(count)} more trials)" for name, count in missing.items())
+    rated = [*groups.items(), *parameters.items()]  # a group and a parameter may have the same name
+    missing = [(name, each.missing_trials) for name, each in rated if each.share is None]
+    if len(missing) == len(rated):
+        return Importances(note=_needs(min(count for _, count in missing)))
+    listed = ", ".join(f"{name} (about {_rounded(count)} more trials)" for name, count in missing)
     return Importances(groups, f"Too uncertain to report: {listed}." if missing else None)
 
 
@@ -230,7 +230,7 @@ def _draw_shares(
     observed = Observations(
         inputs=columns(np.array([encoding.units(records[index].values) for index in trials])),
         gaps=1.0 - np.log(np.maximum(epochs, 1)) / math.log(last) if last > 1 else np.zeros(len(epochs)),
-        losses=_standardized(losses),
+        losses=standardized(losses),
         trials=trials,
     )
     posterior = EndPosterior(observed, np.unique(encoding.owners[is_searched], return_inverse=True)[1])
@@ -242,14 +242,6 @@ def _draw_shares(
         for key, shares in design.shares(functions.reshape(len(design.blocks), _NUM_POINTS, -1)).items():
             draws.setdefault(key, []).append(shares)
     return {key: np.concatenate(shares) for key, shares in draws.items()}
-
-
-def _standardized(losses: Array) -> Array:
-    """Losses with mean 0 and variance 1; hopeless ones are cut off, so that one absurd loss does not explain all."""
-    lowest, median = float(losses.min()), float(np.median(losses))
-    kept = np.minimum(losses, median + _HOPELESS * (median - lowest)) if median > lowest else losses
-    result: Array = (kept - kept.mean()) / kept.std()
-    return result
 
 
 class Design:
