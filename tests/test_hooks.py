@@ -157,7 +157,7 @@ def test_a_training_of_a_confirmation_is_no_new_best() -> None:
 
 @pytest.mark.parametrize("url", ["ftp://host/1234", "host/1234", "https:///1234", "http://host:1234x", "http://[1234"])
 def test_an_address_that_cannot_be_posted_to_is_refused_without_repeating_it(url: str, task: str, home: Path) -> None:
-    with pytest.raises(hpo.UsageError, match="--notify must be an address such as https://") as raised:
+    with pytest.raises(hpo.UsageError, match="--notify, or HPO_NOTIFY, must be an address such as https://") as raised:
         hpo.run_search(task, home=home, notify=url)
     assert "1234" not in str(raised.value)
 

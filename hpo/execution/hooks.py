@@ -46,7 +46,9 @@ def check_url(url: str) -> str:
         parts = urlsplit(url)
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
             return url
-    raise UsageError("--notify must be an address such as https://HOST/PATH; http:// and https:// are allowed.")
+    raise UsageError(
+        "--notify, or HPO_NOTIFY, must be an address such as https://HOST/PATH; http:// and https:// are allowed."
+    )
 
 
 class BestObserver(Observer):
