@@ -38,7 +38,7 @@ class DataOption:
         return self.default is REQUIRED
 
     def describe(self) -> str:
-        """`label=TEXT` for one that must be given, else `kind=auto`."""
+        """`label=...` for one that must be given, else `kind=auto`."""
         return f"{self.name}=..." if self.is_required else f"{self.name}={_as_text(self.default)}"
 
     def read(self, value: object) -> Any:

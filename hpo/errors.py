@@ -10,6 +10,7 @@ HpoError                    something expected went wrong; the message is for th
 │       └── OutageError     the database does not answer (hpo.search.optuna_tables)
 ├── CheckpointError         a checkpoint is damaged, or was not written by hpo
 ├── DeviceMemoryError       a training does not fit into the memory of its device
+├── InfeasibleError         a model costs more than --constraint allows (hpo.execution.worker)
 ├── ExportError             a model cannot be exported, or its export is not equal to it
 └── SearchError             the search had to stop before it was complete
 

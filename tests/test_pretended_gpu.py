@@ -163,7 +163,7 @@ def test_a_training_there_equals_one_on_the_cpu(tmp_path: Path) -> None:
 
         def report(result: Any, curve: list[float] = curve) -> Decision:
             curve.append(result.metrics["val/loss"])
-            return Decision.GO_ON
+            return Decision.CONTINUE
 
         with pretended_cuda() if device == "cuda" else pytest.MonkeyPatch.context():
             run_trial(assignment, make_objective(networks.convnet), make_splits(), report)

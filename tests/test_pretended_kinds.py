@@ -36,7 +36,7 @@ def trained(case: Case, folder: Path, *, batch_size: int, is_streamed: bool) -> 
             patch.setattr(batches, "DEVICE_SHARE", 0.0)
         with pretended_cuda() as seen:
             data = TrialData(split_dataset(case.data, seed=0))
-            run_with_data(assignment, objective, data, lambda result: Decision.GO_ON)
+            run_with_data(assignment, objective, data, lambda result: Decision.CONTINUE)
     return seen
 
 

@@ -69,7 +69,7 @@ def run(
 
     def report(result: Any) -> Decision:
         curve.append(result.metrics["val/loss"])
-        return Decision.GO_ON
+        return Decision.CONTINUE
 
     assert run_with_data(assignment, OBJECTIVE, data, report) == {"params": 51.0}
     return curve

@@ -66,7 +66,7 @@ def trained(folder: Path, *, batch_size: int) -> Seen:
     assignment = Assignment(number=0, model_parameters={"width": 8}, config=config, folder=folder)
     with pretended_cuda() as seen:
         splits = TrialData(split_dataset(data, seed=0))
-        run_with_data(assignment, objective, splits, lambda result: Decision.GO_ON, ranks=Ranks(0, 2))
+        run_with_data(assignment, objective, splits, lambda result: Decision.CONTINUE, ranks=Ranks(0, 2))
     return seen
 
 

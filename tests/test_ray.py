@@ -333,7 +333,7 @@ def test_a_worker_of_two_processes_trains_a_trial_in_both(setup: Setup, tmp_path
             for _, event in workers.events(0.1):
                 if isinstance(event, EpochDone):
                     settled.append(event.result.settled["processes"])
-                    workers.answer(0, Decision.GO_ON)
+                    workers.answer(0, Decision.CONTINUE)
                 else:
                     done.append(event)
     assert done == [TrialDone()]

@@ -196,7 +196,7 @@ def test_a_new_study_of_many_trials_is_rehearsed_and_refused_before_anything_is_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_search_names_the_extremes_that_break_and_goes_on(home: Path) -> None:
+def test_a_search_names_the_extremes_that_break_and_continues(home: Path) -> None:
     lines, sizes = Lines(), Group("sizes", width=Int(2, 300, default=8), batch_size=BATCHES)
     run_search(odd(wide, sizes), home=home, trials=1, workers=1, device="cpu", rehearse=True, observer=lines)
     found = "width=300 with batch_size=16 does not fit in memory: trials with these values fail: leave them out with -p"

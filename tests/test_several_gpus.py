@@ -240,7 +240,7 @@ class Pair:
                 if not isinstance(event, EpochDone):
                     return results, event
                 results.append(event)
-                workers.answer(0, Decision.GO_ON)
+                workers.answer(0, Decision.CONTINUE)
 
     def pid(self, *, rank: int, epoch: int) -> int:
         return int((self.folder / f"pid-{rank}-{epoch}").read_text())

@@ -323,7 +323,7 @@ def late_bloomer(x: float, num_epochs: int) -> list[float]:
     return [1.5 + 0.3 * x - (epoch / 8) * (0.5 + x) for epoch in range(1, num_epochs + 1)]
 
 
-def goes_on(
+def continues(
     x: float,
     trials: list[optuna.trial.FrozenTrial],
     direction: Direction = Direction.MINIMIZE,
@@ -353,17 +353,17 @@ def bloomed(direction: Direction = Direction.MINIMIZE) -> list[optuna.trial.Froz
 
 @pytest.mark.parametrize("direction", [*Direction])
 def test_a_trial_continues_if_the_model_expects_the_best_end_of_it_however_it_begins(direction: Direction) -> None:
-    assert goes_on(1.0, bloomed(direction), direction)
-    assert not goes_on(0.1, bloomed(direction), direction)
+    assert continues(1.0, bloomed(direction), direction)
+    assert not continues(0.1, bloomed(direction), direction)
 
 
 def test_a_trial_need_only_promise_more_than_what_may_be_tried_next() -> None:
-    assert not goes_on(0.9, bloomed())
-    assert goes_on(0.9, bloomed(), held={"x": 0.2})
+    assert not continues(0.9, bloomed())
+    assert continues(0.9, bloomed(), held={"x": 0.2})
 
 
 def test_a_trial_continues_while_there_is_nothing_to_compare_it_with() -> None:
-    assert goes_on(0.5, [])
+    assert continues(0.5, [])
 
 
 def run_losses(study: Study, curves: list[list[float]]) -> list[int]:

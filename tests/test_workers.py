@@ -127,7 +127,7 @@ def test_a_worker_is_not_silent_when_nobody_listened(searches: Searches, pool: L
     searches.hold(1)
     pool.run(assignment(searches, 1))
     let_begin(pool)
-    pool.answer(0, Decision.GO_ON)
+    pool.answer(0, Decision.CONTINUE)
     wait_until(lambda: pool._workers[0].connection.poll())
     events = pool.events(timeout_s=0)
     assert next(events)[0] == 0

@@ -200,7 +200,7 @@ class _Stage:
             )
             # The second time it continues from the checkpoint of the first.
             return self._train(assignment, Decision.LEAVE, deadline) or self._train(
-                assignment, Decision.GO_ON, deadline
+                assignment, Decision.CONTINUE, deadline
             )
 
     def _train(self, assignment: Assignment, decision: Decision, deadline: float) -> str | None:

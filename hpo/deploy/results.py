@@ -1,4 +1,4 @@
-"""What the commands that take a model out of the house report."""
+"""What the commands that export, register and predict report."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ class Coordinator:
         self._observer.search_started(self._standing())
         try:
             with self._signals_heard(), _threads_alternate_often(), self._workers:
-                while self._goes_on():
+                while self._should_continue():
                     look_around()
                     for number, event in self._workers.events(_LOOK_AROUND_S):
                         self._let_go_of_lost_trials()
@@ -159,7 +159,7 @@ class Coordinator:
             trained_s=self._study.trained_s(besides=running) + sum(running.values()),
         )
 
-    def _goes_on(self) -> bool:
+    def _should_continue(self) -> bool:
         """Hand out what is missing; whether there is anything to wait for."""
         self._hand_out_trials()
         if self._attempts:
@@ -305,7 +305,7 @@ class Coordinator:
             # A part of the folds, or one of several objectives, is not a result.
             is_result = not (self._study.settings.folds or self._study.settings.costs)
             return attempt.end("pruned" if is_result else "interrupted", "the study's --budget is used up")
-        return Decision.GO_ON
+        return Decision.CONTINUE
 
     def _is_out_of_budget(self, attempt: _Attempt, result: EpochResult) -> bool:
         """Whether a trial has to end because the trials together have trained for as long as they may."""

@@ -93,7 +93,7 @@ class Assignment:
 class Decision(Enum):
     """What the coordinator answers to an epoch's result."""
 
-    GO_ON = "go on"
+    CONTINUE = "continue"
     STOP = "stop"
     LEAVE = "leave"
     """Stop, and keep the checkpoint: the trial will be continued."""

@@ -149,15 +149,15 @@ def _run(
 
 
 def _run_own_loop(assignment: Assignment, objective: Objective, report: Callable[[EpochResult], Decision]) -> TrialDone:
-    decision = Decision.GO_ON
+    decision = Decision.CONTINUE
 
-    def goes_on(result: EpochResult) -> bool:
+    def continues(result: EpochResult) -> bool:
         nonlocal decision
         decision = report(result)
-        return decision is Decision.GO_ON
+        return decision is Decision.CONTINUE
 
     trial = RunningTrial(
-        objective, assignment.number, assignment.model_parameters, assignment.config, assignment.folder, goes_on
+        objective, assignment.number, assignment.model_parameters, assignment.config, assignment.folder, continues
     )
     run_loop(trial)
     return TrialDone(has_weights=decision is not Decision.LEAVE and trial.conclude())

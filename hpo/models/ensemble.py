@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Ensemble(nn.Module):
     """A weighted mean of models of one task: of their probabilities if they tell classes, else of their numbers.
 
-    Takes what each of them takes. Gives logits (B, num_classes), the logarithms of the mean probabilities, or the mean
-    numbers in the target's units.
+    Takes what each of them takes. Returns logits (B, num_classes), the logarithms of the mean probabilities, or the
+    mean numbers in the target's units.
     """
 
     def __init__(self, members: Mapping[int, tuple[PreprocessedModel, int]], *, gain: float) -> None:

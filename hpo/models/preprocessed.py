@@ -41,9 +41,8 @@ if TYPE_CHECKING:
 SAMPLE_SIZE = 4096
 """Images that the statistics of those in a file are taken from; a split is in random order."""
 
-
-NUM_READ = 1024
-"""The same of the examples of a torch Dataset."""
+DATASET_SAMPLE_SIZE = 1024
+"""Examples that the statistics of a torch Dataset are taken from."""
 
 
 class PreprocessedModel(nn.Module):
@@ -51,9 +50,9 @@ class PreprocessedModel(nn.Module):
 
     Takes a batch as the task's splits have it: (B, *input_shape) uint8 images as they are stored or features in their
     own units, sequences as `Padded`, or a mapping or tuple of several inputs. Floats and images are normalised by
-    channel or by feature, integers are not. Gives what the network does: logits (B, num_classes) of classes or labels;
-    numbers (B,) or (B, values) in the targets' units. The statistics are buffers: they are saved, loaded and moved with
-    the weights, and so are the parameters of a loss of the task's own.
+    channel or by feature, integers are not. Returns what the network does: logits (B, num_classes) of classes or
+    labels; numbers (B,) or (B, values) in the targets' units. The statistics are buffers: they are saved, loaded and
+    moved with the weights, and so are the parameters of a loss of the task's own.
     """
 
     target_mean: Tensor  # () or (values,)
@@ -151,7 +150,7 @@ class PreprocessedModel(nn.Module):
         in memory a random sample is taken. A network with a method `initialize_from_data` is then shown the first 512
         normalised examples.
         """
-        sample = train.select(slice(0, NUM_READ)).in_memory() if isinstance(train.inputs, Loaded) else train
+        sample = train.select(slice(0, DATASET_SAMPLE_SIZE)).in_memory() if isinstance(train.inputs, Loaded) else train
         for name, part in named_parts(sample.inputs).items():
             if hasattr(self, _buffer("input_mean", name)):
                 for of_part, statistic in zip(("input_mean", "input_std"), self._input_statistics(part), strict=True):

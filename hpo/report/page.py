@@ -163,7 +163,7 @@ def _winner(content: Content, winner: Winner) -> str:
     if winner.test:
         said.append("Test: " + ", ".join(f"{name} {value:.4f}" for name, value in winner.test.items()))
         if winner.metric in winner.test:
-            said.append(f"Validation less test: {winner.validation - winner.test[winner.metric]:.4f}")
+            said.append(f"Validation minus test: {winner.validation - winner.test[winner.metric]:.4f}")
     said += [f"Certainty: {describe_certainty(winner)}"] if winner.certainty else []
     return table(("parameter", "best", "default"), rows) + "".join(f"<p>{escape(line)}.</p>" for line in said)
 

@@ -22,7 +22,7 @@ _JITTER = 1e-6
 
 # Log-normal priors. That of the length scales grows with the square root of the number of inputs, as distances do
 # (Hvarfner, Hellsten and Nardi, 2024, arXiv:2402.02229). Their location is sqrt(2); with 0 the median is a quarter of
-# theirs, and the process less sure of what it has not seen (docs/strategies.md has the figures). The prior of the noise
+# theirs, which makes no difference that can be measured (docs/strategies.md has the figures). The prior of the noise
 # variance is for targets of variance 1.
 _LENGTH_LOCATION, _LENGTH_SCALE = 0.0, np.sqrt(3.0)
 _NOISE_LOCATION, _NOISE_SCALE = -5.0, 1.5

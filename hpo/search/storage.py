@@ -53,7 +53,7 @@ _log = logging.getLogger(__name__)
 
 
 Storage = BaseStorage
-"""What `open_storage` and `read_storage` give."""
+"""What `open_storage` and `read_storage` return."""
 
 
 def open_storage(home: Path, url: str | None = None) -> BaseStorage:

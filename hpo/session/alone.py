@@ -59,7 +59,7 @@ def _in_a_file(splits: Splits | None) -> Iterator[Path | None]:
 def _decide(event: Event, report: Report) -> Decision:
     match event:
         case EpochDone(result):
-            return Decision.GO_ON if report(result) else Decision.STOP
+            return Decision.CONTINUE if report(result) else Decision.STOP
         case TrialRaised(reason):
             raise SearchError(f"the training failed: {reason}")
         case WorkerDied(reason):

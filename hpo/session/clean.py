@@ -43,7 +43,7 @@ def clean_study(
 ) -> dict[str, Any]:
     """Remove the weights of all but the `keep` best trials, and files in the home that no trial will ever read.
 
-    Checkpoints of trials that run, or can be resumed, stay. Gives what was removed, or would be in a `dry_run`, with
+    Checkpoints of trials that run, or can be resumed, stay. Returns what was removed, or would be in a `dry_run`, with
     its size in bytes. May run while the study is searched.
     """
     layout, url = Home.find(home).require(), find_storage(storage)

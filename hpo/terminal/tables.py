@@ -474,7 +474,7 @@ def _describe_test(winner: Winner) -> str:
         "once" if winner.num_test_readings == 1 else f"{winner.num_test_readings} times, once for each winner so far"
     )
     optimism = winner.validation - winner.test.get(winner.metric, math.nan)
-    difference = f"; validation less test: {optimism:.4f}" if math.isfinite(optimism) else ""
+    difference = f"; validation minus test: {optimism:.4f}" if math.isfinite(optimism) else ""
     return f"{scores} (the test split was read {times}{difference})"
 
 

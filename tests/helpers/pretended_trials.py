@@ -265,9 +265,9 @@ def train(
             if addresses is not None:
                 patch.setattr(trainer, "TrainingStep", listening(seen, addresses))
             if resumes:
-                asked = iter([Decision.GO_ON, Decision.LEAVE])  # the CPU's epoch once more, and one on the GPU
+                asked = iter([Decision.CONTINUE, Decision.LEAVE])  # the CPU's epoch once more, and one on the GPU
                 run_trial(assignment, objective, splits, lambda result: next(asked))
-            run_trial(assignment, objective, splits, lambda result: Decision.GO_ON)
+            run_trial(assignment, objective, splits, lambda result: Decision.CONTINUE)
             if not folds:
                 evaluate_winner(assignment, objective, splits)
     return seen
