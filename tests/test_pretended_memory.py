@@ -93,7 +93,7 @@ def test_a_trial_streams_the_data_of_the_ones_before_if_it_needs_their_memory(
         assert caplog.text == ""
         tight = run(1, WITHOUT_DATA, tmp_path, data, fails_in_evaluation=fails_in_evaluation)
         assert not data.splits.train.targets.is_cuda
-        assert "cannot hold the trial and its data; the data are streamed" in caplog.text
+        assert "cannot hold the trial and its data; this trial continues with streamed data" in caplog.text
         assert seen.bytes_alive() == 0
         assert tight == before
         assert run(2, ROOMY, tmp_path, data) == before
@@ -106,7 +106,7 @@ def test_folds_are_streamed_as_well(tmp_path: Path, caplog: pytest.LogCaptureFix
         roomy = run(0, ROOMY, tmp_path, TrialData(make_splits(num_examples=NUM_EXAMPLES)), folds=2)
         assert caplog.text == ""
         assert run(1, WITHOUT_DATA, tmp_path, TrialData(make_splits(num_examples=NUM_EXAMPLES)), folds=2) == roomy
-        assert "are streamed" in caplog.text
+        assert "continues with streamed data" in caplog.text
 
 
 def test_a_trial_that_does_not_fit_without_the_data_either_says_so(tmp_path: Path) -> None:
