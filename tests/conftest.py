@@ -56,8 +56,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """What `-n auto` means: one more than there are cores, because many tests wait for processes and servers."""
-    return num_cores() + 1
+    """What `-n auto` means: two more than there are cores, because many tests wait for processes and servers."""
+    return num_cores() + 2
 
 
 @pytest.fixture(scope="session")
