@@ -96,7 +96,7 @@ class SimulatedWorkers(WorkerPool):
             yield number, TrialDone(has_weights=False)
 
     def answer(self, trial: int, decision: Decision) -> None:
-        if decision is Decision.GO_ON and self._last_epoch < NUM_EPOCHS:
+        if decision is Decision.CONTINUE and self._last_epoch < NUM_EPOCHS:
             self._plan(trial, self._last_epoch + 1)
         else:
             heapq.heappush(self._agenda, (self._now, trial, 0))
