@@ -45,6 +45,13 @@ def test_a_benchmark_finds_all_that_it_imports(benchmark: str) -> None:
     assert "usage" in shown.stdout
 
 
+def test_the_benchmark_of_scale_runs_a_small_study() -> None:
+    small = ["benchmarks/scale.py", "--trials", "8", "--workers", "2", "--strategy", "random"]
+    shown = warm.run([sys.executable, *small], cwd=ROOT)
+    assert shown.returncode == 0, shown.stderr
+    assert "optuna.db: " in shown.stdout
+
+
 def test_the_distributions_hold_what_they_should_and_nothing_else(tmp_path: Path) -> None:
     run("-m", "hatchling", "build", "-d", str(tmp_path))
     (wheel,) = tmp_path.glob("*.whl")
