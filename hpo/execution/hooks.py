@@ -68,7 +68,7 @@ class BestObserver(Observer):
         self, suggestion: Suggestion, state: EndState, result: EpochResult | None, reason: str | None
     ) -> None:
         value = result.best_value if result else None
-        # A new training of a confirmation is no trial of the search, which its number would be taken for.
+        # A repeat in a confirmation is not a trial of the search, and may be lucky.
         if suggestion.repeats is None and state in ELIGIBLE and value is not None and self._is_better(value):
             self._best = value
             self.new_best(suggestion, value)

@@ -76,6 +76,11 @@ class ReadStudy:
             return finalists(self.trials(), self.settings, num_continued=totals.count(self.num_trials))
 
     @property
+    def has_begun(self) -> bool:
+        """Whether a trial has ever run."""
+        return any(trial.state != "queued" for trial in self.trials())
+
+    @property
     def is_done(self) -> bool:
         """Whether it has all the trials that it was last asked for, and has confirmed what was to be confirmed."""
         with self.seen_once():

@@ -168,7 +168,7 @@ def _open_runs(prepared: Prepared, study: Study, session: Session, store: Tracki
         direction=settings.direction,
         session=session.id,
         study_id=study.id,
-        is_new=all(trial.state == "queued" for trial in study.trials()),
+        is_new=not study.has_begun,
         is_shared=prepared.request.machine.is_shared,
         columns=list(settings.space.parameters)[:NUM_COLUMNS],
         costs=settings.costs,

@@ -77,7 +77,7 @@ def _describe_now(study: Study, searchers: list[str]) -> str:
         return f"searched by {', '.join(searchers)}"
     if study.is_done:
         return "done"
-    return "queued" if all(trial.state == "queued" for trial in study.trials()) else "stopped"
+    return "stopped" if study.has_begun else "queued"
 
 
 def study_facts(name: str, home: Path | None, storage: str | None = None, top: int | None = None) -> dict[str, Any]:
