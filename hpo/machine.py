@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from hpo.errors import UsageError
 
 _PROCESS = Path("/proc/self")
 _VMSTAT = Path("/proc/vmstat")
+_FIRST_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO in the kernel's include/linux/proc_ns.h
 
 
 def require_supported_system() -> None:
@@ -115,6 +117,19 @@ def _control_groups(controller: str) -> Iterator[Path]:
             folder = mount_point / inside
             yield folder
             yield from (above for above in folder.parents if above.is_relative_to(mount_point))
+
+
+def process_host() -> str:
+    """Where a process id means the same process as here: this host's name, in a container "HOST@NAMESPACE".
+
+    Containers that share the host's network share its name, too, and do not see each other's processes.
+    """
+    try:
+        namespace = (_PROCESS / "ns" / "pid").readlink().name
+    except OSError:  # not Linux, or a container that hides it
+        namespace = _FIRST_NAMESPACE
+    within = "" if namespace == _FIRST_NAMESPACE else "@" + re.sub(r"\D", "", namespace)
+    return socket.gethostname() + within
 
 
 def file_system(path: Path) -> str:

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -449,6 +450,33 @@ def test_a_session_is_shown_with_its_process_and_gone_at_its_end(storage: StudyS
         assert (session.living(), other.living()) == ({session.id}, {other.id})
         assert not session.has_lapsed()
     assert living_sessions(storage, "study") == []
+
+
+CONTAINER = """
+import ctypes, os
+CLONE_NEWUSER, CLONE_NEWPID = 0x10000000, 0x20000000  # linux/sched.h
+assert ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWUSER | CLONE_NEWPID) == 0, os.strerror(ctypes.get_errno())
+if not os.fork():  # what is forked from here on sees its own process ids alone
+    with Session(storage, "study") as session:
+        print(len(session.forget_gone()), len(session.living()), flush=True)
+        sys.stdin.readline()
+    os._exit(0)
+os.wait()
+"""
+
+
+def test_sessions_in_containers_with_the_name_of_their_host_do_not_take_each_other_for_dead(
+    start: Callable[..., Process], shared: StudyStorage
+) -> None:
+    with Session(shared, "study") as session:
+        container = start(CONTAINER)
+        assert container.answer() == "0 2"
+        assert session.forget_gone() == set()
+        assert len(session.living()) == 2
+        here, there = (info.name for info in living_sessions(shared, "study"))
+        assert here.partition(":")[0] == there.partition(":")[0] == socket.gethostname()
+        container.answer("end")
+        container.finish()
 
 
 def test_a_killed_session_dies_by_the_databases_clock_and_may_then_be_adopted(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import socket
+import re
 import sys
 import threading
 import time
@@ -44,6 +44,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
+from hpo.machine import process_host
 from hpo.search.storage import SCHEMA_LOCK, StudyStorage
 
 if TYPE_CHECKING:
@@ -99,11 +100,16 @@ class SessionInfo:
     """A coordinator that works on a study."""
 
     id: str
-    name: str
-    """HOST:PID"""
+    process: str
+    """HOST:PID, in a container HOST@NAMESPACE:PID"""
 
     seconds_since_renewal: float
     """By the database's clock."""
+
+    @property
+    def name(self) -> str:
+        """HOST:PID"""
+        return re.sub(r"@\d+(?=:\d+$)", "", self.process)
 
 
 def living_sessions(storage: BaseStorage, study: str) -> list[SessionInfo]:
@@ -177,7 +183,7 @@ class Session:
     def forget_gone(self) -> set[str]:
         """Remove the sessions of this machine whose process is gone, without waiting for their lease; their ids."""
         gone = {
-            session.id for session in living_sessions(self._storage, self._study) if _is_gone_from_here(session.name)
+            session.id for session in living_sessions(self._storage, self._study) if _is_gone_from_here(session.process)
         }
         self._storage.outlast(lambda: self._execute(delete(_SESSIONS).where(_SESSIONS.c.id.in_(gone))))
         return gone
@@ -304,7 +310,7 @@ class Session:
             row = {
                 "id": self.id,
                 "study": self._study,
-                "name": f"{socket.gethostname()}:{os.getpid()}",
+                "name": f"{process_host()}:{os.getpid()}",
                 "lease_s": self._lease_s,
                 "renewed_at": _Now(),
                 "unbroken_since": _Now(),
@@ -325,10 +331,10 @@ _RENEWAL = update(_SESSIONS).values(
 )
 
 
-def _is_gone_from_here(name: str) -> bool:
-    """Whether a session's process ran on this machine and does so no longer."""
-    host, _, pid = name.rpartition(":")
-    if host != socket.gethostname():
+def _is_gone_from_here(process: str) -> bool:
+    """Whether a session's process could be seen from here, and is gone."""
+    host, _, pid = process.rpartition(":")
+    if host != process_host():
         return False
     try:
         os.kill(int(pid), 0)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hpo.machine import process_host
 from hpo.tracking.store import explained, search_runs
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hpo.tracking.store import TrackingStore
 
 PROCESS_TAG = "hpo.process"
-"""Host, process id and the process's start: in ticks since the host's on Linux, else its date."""
+"""The process's host, its id there, and its start: in ticks since the host's on Linux, else its date."""
 
 
 def this_process() -> str:
@@ -41,12 +41,12 @@ def end_dead_runs(store: TrackingStore, experiment_id: str) -> None:
 
 def _is_dead(tag: str) -> bool:
     host, pid, _ = tag.split("/") if tag.count("/") == 2 else ("", "", "")
-    return host == socket.gethostname() and _process_tag(int(pid)) != tag
+    return host == process_host() and _process_tag(int(pid)) != tag
 
 
 def _process_tag(pid: int) -> str:
     begun = _start_on_linux(pid) if sys.platform == "linux" else _start_by_ps(pid)
-    return f"{socket.gethostname()}/{pid}/{begun}" if begun else ""
+    return f"{process_host()}/{pid}/{begun}" if begun else ""
 
 
 def _start_on_linux(pid: int) -> str:
