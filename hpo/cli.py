@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hpo import __version__
-from hpo.click_options import take
+from hpo.click_options import InSections, take
 from hpo.errors import OF_THE_DISK, HpoError, UsageError, visible
 from hpo.machine import (
     escape_what_streams_lack,
@@ -77,7 +77,7 @@ def cli() -> None:
     """
 
 
-@cli.command()
+@cli.command(cls=InSections)
 @click.argument("task")
 @take(SearchOptions)
 @json_option
@@ -98,7 +98,7 @@ def search(as_json: bool, **request: Any) -> None:
     _run(run_search, as_json, **request)
 
 
-@cli.command()
+@cli.command(cls=InSections)
 @click.argument("task")
 @take(SubmitOptions)
 @json_option
@@ -118,7 +118,7 @@ def submit(as_json: bool, **request: Any) -> None:
     _print_json(facts) if as_json else print_submitted(_console(), facts)
 
 
-@cli.command()
+@cli.command(cls=InSections)
 @click.argument("study")
 @take(WorkerOptions)
 @json_option

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import click
 
-from hpo.session.options import Declaration, declarations
+from hpo.session.options import SECTIONS, Declaration, declarations
 
 Command = Callable[..., Any]
+_FLAGS_WIDTH = 28  # columns
 
 
 class Duration(click.ParamType[float | str]):
@@ -30,6 +31,22 @@ class Duration(click.ParamType[float | str]):
             other = ", or none" if self._takes_none else ""
             self.fail(f"'{value}' is not a duration above 0, such as 90, 90s, 30m or 2h{other}.", param, ctx)
         return float(parts[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[parts[2]]
+
+
+class InSections(click.Command):
+    """A command whose help shows its options under the titles of `SECTIONS`, in one column."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        options = [parameter for parameter in self.get_params(ctx) if isinstance(parameter, click.Option)]
+        rows = {option.name: option.get_help_record(ctx) for option in options}
+        shown = {name: (row[0].ljust(_FLAGS_WIDTH), row[1]) for name, row in rows.items() if row}
+        sections = {title: [name for name in get_type_hints(kind) if name in shown] for title, kind in SECTIONS.items()}
+        named = {name for names in sections.values() for name in names}
+        sections["Other options"] = [name for name in shown if name not in named]
+        for title, names in sections.items():
+            if names:
+                with formatter.section(title):
+                    formatter.write_dl([shown[name] for name in names])
 
 
 def take(*options: type, only: Sequence[str] = ()) -> Callable[[Command], Command]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from hpo.errors import SpaceError, StudyMismatchError, UnknownNameError, UsageEr
 from hpo.plugins import load_task
 from hpo.search.settings import StudySettings
 from hpo.session.options import (
+    SECTIONS,
     SearchOptions,
     StudyOptions,
     SubmitOptions,
@@ -40,6 +42,21 @@ def test_a_command_has_the_options_that_are_declared_and_no_others(command: str,
         assert shown[declared.name].opts == [declared.option.flag]
         assert bool(shown[declared.name].secondary_opts) == (declared.type == bool | None)
         assert shown[declared.name].help == declared.option.help
+
+
+def test_the_help_has_a_title_for_the_options_of_each_kind() -> None:
+    lines = CliRunner().invoke(cli, ["search", "--help"]).stdout.splitlines()
+    titles, sections = ["Usage", *SECTIONS, "Other options"], dict[str, list[str]]()
+    for line in lines:
+        if (title := line.partition(":")[0]) in titles:
+            sections[title] = []
+        elif found := re.match(r"  (-[-\w]+)", line):
+            sections[list(sections)[-1]].append(found[1])
+
+    assert list(sections) == titles
+    assert sections["How much is tried"][:2] == ["--trials", "--epochs"]
+    assert sections["Other options"] == ["--rehearse", "--json", "-h"]
+    assert sum(map(len, sections.values())) == len(cli.commands["search"].params)  # --help, and not TASK
 
 
 def test_every_field_that_an_option_is_kept_in_is_one_of_the_study() -> None:

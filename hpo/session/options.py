@@ -45,14 +45,15 @@ class Option:
     """Whether a time may also be "none", which takes back what the study keeps."""
 
 
-class StudyOptions(TypedDict, total=False):
-    """What is searched, and how."""
+class TrialOptions(TypedDict, total=False):
+    """How much is tried."""
 
     trials: Annotated[
         int | None,
         Option(
             "--trials",
             "Total number of finished trials (complete, pruned, diverged or infeasible). [default: 100]",
+            metavar="N",
             default=100,
             kept="planned_trials",
             at_least=1,
@@ -60,57 +61,12 @@ class StudyOptions(TypedDict, total=False):
     ]
     epochs: Annotated[
         int | None,
-        Option("--epochs", "Maximum number of epochs per trial. [default: the task's]", kept="max_epochs", at_least=1),
-    ]
-    overrides: Annotated[
-        Sequence[str],
         Option(
-            "-p",
-            "Narrow a parameter: lr=1e-3:1e-1, optimizer=sgd,adamw or batch_size=256. Repeatable.",
-            metavar="NAME=VALUES",
-            kept="overrides",
-        ),
-    ]
-    extend: Annotated[
-        bool,
-        Option("--extend", "Let -p widen a parameter of the study, such as lr=1e-4:3; its trials are kept."),
-    ]
-    fixed: Annotated[
-        Sequence[str],
-        Option(
-            "--set",
-            "Fix a setting of the trainer, searched or not: patience=20, optimizer=lamb. Repeatable.",
-            metavar="NAME=VALUE",
-            kept="fixed",
-            of_trainer=True,
-        ),
-    ]
-    study: Annotated[str | None, Option("--study", "Name of the study. [default: the task's name]", metavar="NAME")]
-    confirm: Annotated[
-        str | None,
-        Option(
-            "--confirm",
-            "Train the best configurations again with new seeds, and choose by their mean: none, quick (3 "
-            "configurations with 3 seeds), full (5 with 5) or 4x10. [default: none]",
-            metavar="PLAN",
-        ),
-    ]
-    stop_at: Annotated[
-        str | None,
-        Option(
-            "--stop-at",
-            "Start no new trial once one has reached this value of the metric: accuracy=0.98; none never stops. "
-            "[default: none]",
-            metavar="METRIC=VALUE",
-        ),
-    ]
-    stop_when_flat: Annotated[
-        str | None,
-        Option(
-            "--stop-when-flat",
-            "Start no new trial once there is an 80 % chance that 30 more gain less than this: accuracy=0.002; none "
-            "never stops. [default: none]",
-            metavar="METRIC=GAIN",
+            "--epochs",
+            "Maximum number of epochs per trial. [default: the task's]",
+            metavar="N",
+            kept="max_epochs",
+            at_least=1,
         ),
     ]
     budget: Annotated[
@@ -135,45 +91,72 @@ class StudyOptions(TypedDict, total=False):
             takes_none=True,
         ),
     ]
-    refit: Annotated[
-        bool,
+    stop_at: Annotated[
+        str | None,
         Option(
-            "--refit",
-            "Train the winner on training and validation examples together before it is tested.",
+            "--stop-at",
+            "Start no new trial once one has reached this value of the metric: accuracy=0.98; none never stops. "
+            "[default: none]",
+            metavar="METRIC=VALUE",
+        ),
+    ]
+    stop_when_flat: Annotated[
+        str | None,
+        Option(
+            "--stop-when-flat",
+            "Start no new trial once there is an 80 % chance that 30 more gain less than this: accuracy=0.002; none "
+            "never stops. [default: none]",
+            metavar="METRIC=GAIN",
+        ),
+    ]
+
+
+class SpaceOptions(TypedDict, total=False):
+    """What is searched, with which examples."""
+
+    study: Annotated[str | None, Option("--study", "Name of the study. [default: the task's name]", metavar="NAME")]
+    space: Annotated[
+        str | None,
+        Option("--space", "Search this space instead of the task's own.", metavar="NAME|FILE", kept="space_reference"),
+    ]
+    overrides: Annotated[
+        Sequence[str],
+        Option(
+            "-p",
+            "Narrow a parameter: lr=1e-3:1e-1, optimizer=sgd,adamw or batch_size=256. Repeatable.",
+            metavar="NAME=VALUES",
+            kept="overrides",
+        ),
+    ]
+    extend: Annotated[
+        bool,
+        Option("--extend", "Let -p widen a parameter of the study, such as lr=1e-4:3; its trials are kept."),
+    ]
+    fixed: Annotated[
+        Sequence[str],
+        Option(
+            "--set",
+            "Fix a setting of the trainer, searched or not: patience=20, optimizer=lamb. Repeatable.",
+            metavar="NAME=VALUE",
+            kept="fixed",
             of_trainer=True,
         ),
     ]
-    strategy: Annotated[
-        str | None,
+    tries: Annotated[
+        Sequence[str],
         Option(
-            "--strategy",
-            "priority, tpe, gp, random, grid, qmc, cmaes, or any Optuna sampler as module:factory. [default: priority]",
-            metavar="NAME",
-            default="priority",
-            kept="strategy",
+            "--try",
+            "First try this configuration, with defaults for the rest: lr=0.1,optimizer=sgd. Repeatable.",
+            metavar="NAME=VALUE,...",
         ),
     ]
-    pruner: Annotated[
-        str | None,
+    warm_starts: Annotated[
+        Sequence[str],
         Option(
-            "--pruner",
-            "sha, model, median, hyperband, wilcoxon, none, or any Optuna pruner as module:factory. [default: sha; "
-            "wilcoxon with --folds; none with several objectives]",
-            metavar="NAME",
-            kept="pruner",
+            "--warm-start",
+            "Learn from an earlier study, of another task too: its best configurations are tried first. Repeatable.",
+            metavar="STUDY",
         ),
-    ]
-    first_rung: Annotated[
-        int | None,
-        Option(
-            "--first-rung",
-            "Epochs a trial runs before model or sha may prune it. [default: 1/6 or 1/5 of --epochs]",
-            metavar="N",
-            kept="first_rung",
-        ),
-    ]
-    seed: Annotated[
-        int | None, Option("--seed", "Seed of everything random. [default: 0]", default=0, kept="seed", at_least=0)
     ]
     limit: Annotated[
         int | None,
@@ -196,10 +179,11 @@ class StudyOptions(TypedDict, total=False):
             of_trainer=True,
         ),
     ]
-    space: Annotated[
-        str | None,
-        Option("--space", "Search this space instead of the task's own.", metavar="NAME|FILE", kept="space_reference"),
-    ]
+
+
+class GoalOptions(TypedDict, total=False):
+    """What is optimised."""
+
     metric: Annotated[
         str | None,
         Option(
@@ -241,22 +225,70 @@ class StudyOptions(TypedDict, total=False):
             of_trainer=True,
         ),
     ]
-    tries: Annotated[
-        Sequence[str],
+
+
+class StrategyOptions(TypedDict, total=False):
+    """How configurations are chosen, and which trials are stopped early."""
+
+    strategy: Annotated[
+        str | None,
         Option(
-            "--try",
-            "First try this configuration, with defaults for the rest: lr=0.1,optimizer=sgd. Repeatable.",
-            metavar="NAME=VALUE,...",
+            "--strategy",
+            "priority, tpe, gp, random, grid, qmc, cmaes, or any Optuna sampler as module:factory. [default: priority]",
+            metavar="NAME",
+            default="priority",
+            kept="strategy",
         ),
     ]
-    warm_starts: Annotated[
-        Sequence[str],
+    pruner: Annotated[
+        str | None,
         Option(
-            "--warm-start",
-            "Learn from an earlier study, of another task too: its best configurations are tried first. Repeatable.",
-            metavar="STUDY",
+            "--pruner",
+            "sha, model, median, hyperband, wilcoxon, none, or any Optuna pruner as module:factory. [default: sha; "
+            "wilcoxon with --folds; none with several objectives]",
+            metavar="NAME",
+            kept="pruner",
         ),
     ]
+    first_rung: Annotated[
+        int | None,
+        Option(
+            "--first-rung",
+            "Epochs a trial runs before model or sha may prune it. [default: 1/6 or 1/5 of --epochs]",
+            metavar="N",
+            kept="first_rung",
+        ),
+    ]
+    seed: Annotated[
+        int | None,
+        Option("--seed", "Seed of everything random. [default: 0]", metavar="N", default=0, kept="seed", at_least=0),
+    ]
+
+
+class WinnerOptions(TypedDict, total=False):
+    """What is done with the best configurations at the end."""
+
+    confirm: Annotated[
+        str | None,
+        Option(
+            "--confirm",
+            "Train the best configurations again with new seeds, and choose by their mean: none, quick (3 "
+            "configurations with 3 seeds), full (5 with 5) or 4x10. [default: none]",
+            metavar="PLAN",
+        ),
+    ]
+    refit: Annotated[
+        bool,
+        Option(
+            "--refit",
+            "Train the winner on training and validation examples together before it is tested.",
+            of_trainer=True,
+        ),
+    ]
+
+
+class StudyOptions(TrialOptions, SpaceOptions, GoalOptions, StrategyOptions, WinnerOptions, total=False):
+    """What is searched, and how."""
 
 
 class MachineOptions(TypedDict, total=False):
@@ -420,6 +452,20 @@ class SearchOptions(StudyOptions, SessionOptions, total=False):
             of_trainer=True,
         ),
     ]
+
+
+SECTIONS: dict[str, type] = {
+    "What is searched": SpaceOptions,
+    "How much is tried": TrialOptions,
+    "How configurations are chosen": StrategyOptions,
+    "What is optimised": GoalOptions,
+    "What happens at the end": WinnerOptions,
+    "How this machine trains": MachineOptions,
+    "Where trials run": ExecutorOptions,
+    "Who is told": HookOptions,
+    "Where everything is kept": StoreOptions,
+}
+"""The titles under which the help shows them, in its order."""
 
 
 @dataclass(frozen=True)
