@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import re
 import shlex
@@ -16,8 +18,14 @@ from helpers import warm
 from helpers.homes import copy_home
 from helpers.postgres import Postgres
 
+from hpo.checks.checklist import Checklist
 from hpo.cli import cli, main
-from hpo.session import conclude, formats
+from hpo.deploy.predict import Prediction
+from hpo.deploy.results import Export, Registration
+from hpo.records import Rerun, SearchOutcome, Training, TrialRecord, Winner
+from hpo.search.storage import read_storage
+from hpo.search.study import Study
+from hpo.session import conclude, formats, search
 from hpo.session.search import run_search
 
 ROOT = Path(__file__).parent.parent
@@ -198,6 +206,48 @@ def test_the_python_of_the_task_guide_runs() -> None:
     for _, language, code in fenced_code():
         if language == "python" and "Space(" in code:
             exec(compile(code, "docs/tasks.md", "exec"), {})
+
+
+def test_the_keys_that_json_prints_are_those_of_its_page(searched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that only read are run here; what the others print are records, whose fields are compared."""
+    monkeypatch.setattr(search, "submit_study", lambda **_: Study.load(read_storage(searched), "digits"))
+
+    def printed(arguments: str) -> set[str]:
+        command = [*arguments.split(), "--json", "--home", str(searched)]
+        result = CliRunner().invoke(cli, command, catch_exceptions=False)
+        found = json.loads(result.stdout)
+        return set(found[0] if isinstance(found, list) else found)
+
+    def fields(record: type, *more: str) -> set[str]:
+        return {field.name for field in dataclasses.fields(record)} | set(more)
+
+    metric = {"validation accuracy": "validation METRIC", "test accuracy": "test METRIC"}
+    tasks = json.loads(CliRunner().invoke(cli, ["tasks", "--json"]).stdout)
+    expected = {
+        "hpo search": fields(SearchOutcome) - {"trials"},
+        "hpo best": printed("best digits") | {"front"},
+        "The winner": fields(Winner),
+        "hpo show": printed("show digits"),
+        "A trial": fields(TrialRecord),
+        "hpo studies": printed("studies"),
+        "hpo compare": {metric.get(key, key) for key in printed("compare digits digits")},
+        "hpo tasks": set(tasks[0]),
+        "hpo check": fields(Checklist),
+        "hpo train": fields(Training),
+        "hpo rerun": fields(Rerun, "is_equal", "is_within_spread"),
+        "hpo export": fields(Export),
+        "hpo register": fields(Registration, "uri"),
+        "hpo predict": fields(Prediction),
+        "hpo submit": printed("submit digits"),
+        "hpo gc": printed("gc digits"),
+    }
+    documented, title = dict[str, set[str]](), ""
+    for line in (ROOT / "docs" / "json.md").read_text().splitlines():
+        if line.startswith("#"):
+            title = line.strip("# `")
+        elif line.startswith("| `"):  # a row of keys, and what they mean
+            documented.setdefault(title, set()).update(re.findall(r"`([^`]+)`", line.split("|")[1]))
+    assert documented == expected
 
 
 def test_every_public_name_is_there_and_in_the_reference_which_is_built_without_a_warning(tmp_path: Path) -> None:
