@@ -1,4 +1,4 @@
-"""What strangers add without touching hpo: strategies, pruners, executors and export formats, each made by a factory.
+"""What other packages add to hpo: strategies, pruners, executors and export formats, each made by a factory.
 
 A factory is found by the name of an entry point in its group, or as `module:factory`. It is called with those of the
 offered keywords that it accepts, so `optuna.samplers:TPESampler` and a function of no arguments are both factories.
@@ -46,7 +46,7 @@ def call(factory: Factory, offered: Mapping[str, Any]) -> Any:
     """What a factory makes of those of the offered keywords that it accepts. Raises UsageError if it raises."""
     try:
         return factory(**{name: value for name, value in offered.items() if accepts(factory, name)})
-    except Exception as error:  # a stranger's code may raise anything
+    except Exception as error:  # user code may raise anything
         raise UsageError(f"{getattr(factory, '__name__', factory)} failed: {in_one_line(error)}") from error
 
 
@@ -70,5 +70,5 @@ def _registered(group: str, name: str, built_in: Sequence[str]) -> Any:
         raise UnknownNameError(_KINDS[group], name, [*built_in, *sorted(points)], "Or give your own as module:factory.")
     try:
         return points[name].load()
-    except (Exception, SystemExit) as error:  # a stranger's code may raise anything
+    except (Exception, SystemExit) as error:  # user code may raise anything
         raise UsageError(f"{name} ({points[name].value}) cannot be imported: {in_one_line(error)}") from error

@@ -20,7 +20,7 @@ _logger = logging.getLogger(__name__)
 def import_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except (Exception, SystemExit) as error:  # a stranger's code may raise anything
+    except (Exception, SystemExit) as error:  # user code may raise anything
         raise UsageError(f"{name} cannot be imported: {in_one_line(error)}") from error
 
 

@@ -393,7 +393,7 @@ def split_values(text: str) -> list[str]:
 
 
 def shown(value: object) -> str:
-    """A stranger's value in a message."""
+    """A user's value in a message."""
     return _cut(repr(value))
 
 

@@ -55,7 +55,7 @@ def registered(group: str) -> dict[str, str]:
     for entry_point in entry_points(group=group):
         try:
             package = importlib.import_module(entry_point.value)
-        except Exception as error:  # a stranger's code may raise anything, and must not stop the others
+        except Exception as error:  # user code may raise anything, and must not stop the others
             warn_once(f"plugin '{entry_point.name}' ({entry_point.value}) is broken: {in_one_line(error)}")
             continue
         for module in pkgutil.iter_modules(getattr(package, "__path__", ())):
@@ -125,7 +125,7 @@ def _import_file(path: Path) -> ModuleType:
     sys.modules[module.__name__] = module  # dataclasses look themselves up there
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # a stranger's code may raise anything
+    except (Exception, SystemExit) as error:  # user code may raise anything
         raise UsageError(f"{path} cannot be imported: {in_one_line(error)}") from error
     return module
 

@@ -173,7 +173,7 @@ def load_dataset(task: Task, data_dir: Path) -> Dataset:
         dataset = task.objective.load(data_dir, **task.data_options)
     except HpoError:
         raise
-    except (Exception, SystemExit) as error:  # reading is a stranger's code and may raise anything
+    except (Exception, SystemExit) as error:  # reading is user code and may raise anything
         raise DataError(f"the data of task '{name}' cannot be loaded: {type(error).__name__}: {error}") from error
     if not isinstance(dataset, Dataset):
         raise DataError(f"load of task '{name}' must return a Dataset, but returned a {type(dataset).__name__}.")

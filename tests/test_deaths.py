@@ -17,7 +17,7 @@ from hpo.execution import local, pool
 from hpo.execution.deaths import NUM_REMEMBERED, Deaths
 from hpo.execution.local import LocalWorkers
 from hpo.execution.messages import Setup
-from hpo.execution.pool import Fate, WorkerDied
+from hpo.execution.pool import WorkerDied, WorkerEnd
 
 KILLED = WorkerDied("its worker was killed by SIGKILL", is_unexplained=True)
 CRASHED = WorkerDied("its worker was killed by SIGSEGV", is_unexplained=False)
@@ -86,7 +86,7 @@ def test_a_worker_that_is_killed_while_memory_runs_out_is_not_taken_for_a_victim
     """The counter of the kernel is pretended: to fill a machine's memory would kill others too."""
     num_kills = [7]
     monkeypatch.setattr(local, "num_oom_kills", lambda: num_kills[0])
-    fates = []
+    ends = []
     with LocalWorkers(setup, num_workers=1, gpus=[]) as workers:
         for num_kills[0] in (7, 8, 8):
             worker = workers._idle_worker()
@@ -96,18 +96,18 @@ def test_a_worker_that_is_killed_while_memory_runs_out_is_not_taken_for_a_victim
             assert process.pid
             os.kill(process.pid, signal.SIGKILL)
             process.join()
-            fates.append(workers._remove(worker))
+            ends.append(workers._remove(worker))
     explained, unexplained = "was killed by SIGKILL (out of memory)", "was killed by SIGKILL (out of memory?)"
-    assert [fate.words for fate in fates] == [unexplained, explained, unexplained]
-    assert [fate.is_unexplained for fate in fates] == [True, False, True]
+    assert [end.text for end in ends] == [unexplained, explained, unexplained]
+    assert [end.is_unexplained for end in ends] == [True, False, True]
 
 
-@pytest.mark.parametrize(("fate", "num_starts"), [("was killed", pool.MAX_KILLED_STARTS), ("ended with code 1", 4)])
+@pytest.mark.parametrize(("text", "num_starts"), [("was killed", pool.MAX_KILLED_STARTS), ("ended with code 1", 4)])
 def test_workers_killed_at_their_start_are_replaced_longer_than_those_that_crash(
-    setup: Setup, fate: str, num_starts: int
+    setup: Setup, text: str, num_starts: int
 ) -> None:
     with LocalWorkers(setup, num_workers=1, gpus=[]) as workers:
-        died = Fate(fate, is_unexplained=fate == "was killed")
+        died = WorkerEnd(text, is_unexplained=text == "was killed")
         for _ in range(num_starts - 1):
             workers._count_failed_start(died)
         with pytest.raises(SearchError, match=f"^{num_starts} workers in a row died at their start"):

@@ -183,7 +183,7 @@ def _judged(subject: Subject, checks: Mapping[str, Callable[[Subject], Verdict]]
     for name, check in checks.items():
         try:
             verdict = check(subject)
-        except Exception as error:  # data and models are a stranger's code and may raise anything
+        except Exception as error:  # data and models are user code and may raise anything
             text = f"{type(error).__name__}: {error}".partition("\n")[0]
             verdict = Verdict(state="wrong", text=text, advice="the check failed to run; fix this first")
         yield replace(verdict, check=name)

@@ -182,7 +182,7 @@ def _error_with(model: PreprocessedModel, splits: Splits, size: int) -> BaseExce
     """What the model raises for a batch of this size."""
     try:
         model(splits.train.batch(slice(0, size))[0])
-    except (Exception, SystemExit) as error:  # a stranger's code may raise anything
+    except (Exception, SystemExit) as error:  # user code may raise anything
         return error
     return None
 
@@ -300,7 +300,7 @@ def _blamed_on(task: Task, what: str, condition: str) -> Iterator[None]:
         yield
     except (DataError, SpaceError):  # no pretrained weights; it says what to do
         raise
-    except (Exception, SystemExit) as error:  # a stranger's code may raise anything
+    except (Exception, SystemExit) as error:  # user code may raise anything
         raise UsageError(
             f"{what} of task '{task.objective.name}' fails with {condition}: {in_one_line(error)}"
         ) from error

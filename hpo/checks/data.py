@@ -227,13 +227,13 @@ def check_normalised(subject: Subject) -> Verdict:
 def _seen_by_network(subject: Subject, split: Split) -> Tensor:
     """All floats that the network gets for the first examples, as one vector; of sequences without padding."""
     model = subject.network().cpu()
-    eye = _Eye(subject.spec.target_shape or (1,))
-    model.network = eye
+    recorder = _InputRecorder(subject.spec.target_shape or (1,))
+    model.network = recorder
     model(split.first(NORMALISED_SAMPLE, "cpu")[0])
-    return torch.cat(eye.seen) if eye.seen else torch.empty(0)
+    return torch.cat(recorder.seen) if recorder.seen else torch.empty(0)
 
 
-class _Eye(nn.Module):
+class _InputRecorder(nn.Module):
     """Keeps what a network would get. Not a closure: a class and what it refers to would hold each other."""
 
     def __init__(self, output_shape: tuple[int, ...]) -> None:
@@ -242,10 +242,10 @@ class _Eye(nn.Module):
         self._output_shape = output_shape
 
     def forward(self, inputs: Batch) -> Tensor:
-        map_parts(self._look, inputs)
+        map_parts(self._record, inputs)
         return torch.zeros(len(tensors_of(inputs)[0]), *self._output_shape)
 
-    def _look(self, batch: Tensor | Padded) -> None:
+    def _record(self, batch: Tensor | Padded) -> None:
         values = batch.values[batch.mask] if isinstance(batch, Padded) else batch
         if values.is_floating_point():
             self.seen.append(values.flatten())

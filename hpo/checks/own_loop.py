@@ -35,7 +35,7 @@ def check_loop(task: Task, device: str) -> Iterator[Verdict]:
                 yield _describe_resume(second)
             again, _ = attempts.run("again", num_epochs=1)
             yield _describe_repetition(first.results[-1], again.results[-1], task)
-        except (Exception, SystemExit) as error:  # the loop is a stranger's code and may raise anything
+        except (Exception, SystemExit) as error:  # the loop is user code and may raise anything
             yield Verdict(check="loop", state="wrong", text=in_one_line(error), advice="fix train(trial) first")
 
 

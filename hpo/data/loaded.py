@@ -99,7 +99,7 @@ class _Reader(Dataset[Any]):
                 return row, self._dataset[row]
         except HpoError:
             raise
-        except Exception as error:  # a stranger's code may raise anything
+        except Exception as error:  # user code may raise anything
             raise DataError(f"example {row} of the Dataset cannot be read: {in_one_line(error)}") from error
 
 
@@ -113,7 +113,7 @@ class _Collator:
         try:
             with _seeded(derive_seed(self._seed, "batch", rows[0])):
                 batch = self._collate(list(examples))
-        except Exception as error:  # a stranger's code may raise anything
+        except Exception as error:  # user code may raise anything
             raise DataError(
                 f"examples {rows[0]}, ... of the Dataset do not make a batch: {in_one_line(error)}; give a collate_fn."
             ) from error

@@ -105,7 +105,7 @@ def build_curriculum(
 def _measured(difficulty: Difficulty, split: Split) -> Tensor:
     try:
         found = difficulty(split.inputs, split.targets)
-    except Exception as error:  # a stranger's code may raise anything
+    except Exception as error:  # user code may raise anything
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise UsageError(f"the task's difficulty fails with the training split: {reason}") from error
     if not isinstance(found, Tensor) or found.shape != (len(split),):

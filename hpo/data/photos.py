@@ -118,7 +118,7 @@ def read_photos(paths: Iterable[str | Path], side: int = SIDE) -> Tensor:
     for path in paths:
         try:
             images.append(_read(Path(path), side)[0])
-        except Exception as problem:  # a stranger's file: its decoder may raise anything
+        except Exception as problem:  # a user's file: its decoder may raise anything
             raise DataError(f"{path} cannot be read ({problem}); choose another photo.") from problem
     return torch.stack(images)
 
@@ -247,7 +247,7 @@ class _Album:
                 images[row], original = _read(self.paths[row], self.side)
             except UnidentifiedImageError:
                 return "not an image"
-            except Exception as problem:  # a stranger's file: its decoder may raise anything
+            except Exception as problem:  # a user's file: its decoder may raise anything
                 return " ".join(str(problem).split()) or type(problem).__name__
             return original
 

@@ -71,7 +71,7 @@ def read_rows(path: Path, *, names: Sequence[str] | None = None) -> pd.DataFrame
         raise DataError(
             f"{path} is not a text in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8."
         ) from error
-    except Exception as error:  # a stranger's file: its reader may raise anything
+    except Exception as error:  # a user's file: its reader may raise anything
         raise DataError(f"{path} cannot be read ({in_one_line(error)}); it must be {_listed(SUFFIXES)}.") from error
     if not len(frame):
         raise DataError(f"{path} holds no rows; it must have a line with the names of the columns, and rows.")

@@ -198,7 +198,7 @@ def _read_image(path: Path, size: tuple[int, int]) -> Tensor:
             width, height = image.size
         if (height, width) == size:  # a small file may unpack into gigabytes
             pixels = np.array(open_photo(path)[0])  # (H, W, 3) uint8
-    except Exception as problem:  # a stranger's file: its decoder may raise anything
+    except Exception as problem:  # a user's file: its decoder may raise anything
         raise DataError(f"{path} is damaged ({problem}); replace it or delete it.") from problem
     if (height, width) != size:
         raise DataError(f"{path} has {_pixels((height, width))} pixels, not {_pixels(size)}; resize it or delete it.")

@@ -98,7 +98,7 @@ class Exportable:
         try:
             with torch.no_grad(), quietly(), as_loops(self.module):
                 program = torch.export.export(self.module, self.traced, dynamic_shapes=(shapes,), strict=False)
-        except Exception as error:  # a stranger's network may raise anything
+        except Exception as error:  # a user's network may raise anything
             raise ExportError(f"the model cannot be exported: {_place(error, self.module)}") from error
         _forget_this_machine(program)
         return program

@@ -1,4 +1,4 @@
-"""The formats of `hpo export`: how each is written, and how a stranger loads it.
+"""The formats of `hpo export`: how each is written, and how it is loaded without hpo.
 
 A format is an `Exporter`. More of them are found under entry points in the group `hpo.exporters`, or as
 `module:factory`; the factory is called without arguments and returns an `Exporter`.
@@ -37,14 +37,14 @@ class Exporter:
     model as `signature.json` afterwards."""
 
     load: str
-    """How a stranger runs it: source code that defines `load(folder)`. That returns a function from the inputs, NumPy
-    arrays by name, to a list with an array for each output. It must not import hpo."""
+    """How it is run without hpo, which it must not import: source code that defines `load(folder)`. That returns a
+    function from the inputs, NumPy arrays by name, to a list with an array for each output."""
 
     packages: tuple[str, ...] = ()
     """Modules that must be importable here."""
 
     preload: tuple[str, ...] = ()
-    """Modules that a stranger imports first: what a library does when it is imported is not the export's doing."""
+    """Modules that are imported before it is loaded: what their import does is not the export's doing."""
 
     is_of_weights: bool = False
     """Whether it holds weights and no network: `load(folder)` then returns the bytes of each weight by its name, as

@@ -154,7 +154,7 @@ def _read_file(spec: DataSpec, file: Path) -> _Examples:
         raise
     except UsageError as error:
         raise DataError(f"{file}: {error}") from error
-    except Exception as error:  # a stranger's file: its reader may raise anything
+    except Exception as error:  # a user's file: its reader may raise anything
         raise DataError(f"{file} cannot be read: {in_one_line(error)}") from error
     size = len(next(iter(inputs.values()))) if isinstance(inputs, Mapping) else len(inputs)
     return _Examples(inputs, [(str(file), row) for row in range(size)])
@@ -194,7 +194,7 @@ def _read_photos(spec: DataSpec, files: Sequence[Path]) -> torch.Tensor:
         try:
             upright, _ = open_photo(file, "L" if channels == 1 else "RGB")
             fitted = np.asarray(ImageOps.fit(upright, (width, height)))
-        except Exception as error:  # a stranger's file: its decoder may raise anything
+        except Exception as error:  # a user's file: its decoder may raise anything
             raise DataError(f"{file} cannot be read ({in_one_line(error)}); choose another photo.") from error
         images.append(torch.from_numpy(np.array(fitted)).view(height, width, channels).permute(2, 0, 1))
     return torch.stack(images)

@@ -1,4 +1,4 @@
-"""Each export is run by a stranger: in a process that can import neither hpo nor the task, and compared."""
+"""Each export is run in a process that can import neither hpo nor the task, and compared."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from hpo.deploy import stranger
+from hpo.deploy import standalone
 from hpo.errors import ExportError
 from hpo.files import temporary_folder
 
@@ -48,7 +48,7 @@ def check_outputs(exporter: Exporter, folder: Path, exportable: Exportable, forb
             for number, batch in enumerate(batches)
             for index, output in enumerate(exportable.module(*batch))
         }
-    found = run_as_stranger(exporter, folder, arrays, forbidden)
+    found = run_standalone(exporter, folder, arrays, forbidden)
     differences = []
     for key, right in expected.items():
         if key not in found or found[key].shape != right.shape:
@@ -69,14 +69,14 @@ def check_weights(
     exporter: Exporter, folder: Path, weights: Mapping[str, torch.Tensor], forbidden: Iterable[str]
 ) -> None:
     """Raise ExportError if a weight is not the checkpoint's, byte for byte."""
-    found = run_as_stranger(exporter, folder, {}, forbidden)
+    found = run_standalone(exporter, folder, {}, forbidden)
     for name, tensor in weights.items():
         right = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         if name not in found or not np.array_equal(found[name], right):
             raise ExportError(f"the export of format {exporter.name} does not have the checkpoint's {name}.")
 
 
-def run_as_stranger(
+def run_standalone(
     exporter: Exporter, folder: Path, batches: Mapping[str, NDArray[Any]], forbidden: Iterable[str]
 ) -> dict[str, NDArray[Any]]:
     """What an export makes of batches. Raises ExportError with the last line of what the process said."""
@@ -92,7 +92,7 @@ def run_as_stranger(
         }
         (Path(work) / "job.json").write_text(json.dumps(job), encoding="utf-8")
         np.savez(given, **batches)  # type: ignore[arg-type]
-        command: Sequence[str] = [sys.executable, "-IB", stranger.__file__, f"{work}/job.json"]
+        command: Sequence[str] = [sys.executable, "-IB", standalone.__file__, f"{work}/job.json"]
         try:
             done = subprocess.run(command, cwd=work, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
         except subprocess.TimeoutExpired as error:

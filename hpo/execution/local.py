@@ -23,7 +23,7 @@ import torch
 from hpo.errors import SearchError
 from hpo.execution.followers import FOLLOWER_LOST
 from hpo.execution.messages import Setup
-from hpo.execution.pool import MAX_FAILED_STARTS, Fate, Worker, WorkerPool
+from hpo.execution.pool import MAX_FAILED_STARTS, Worker, WorkerEnd, WorkerPool
 from hpo.execution.worker import serve
 from hpo.files import keep_end, temporary_folder_for_sockets
 from hpo.machine import num_cores, num_oom_kills
@@ -170,7 +170,7 @@ class _LocalWorker(Worker):
         self.log = log
         self._memory = memory
 
-    def end(self, grace_s: float) -> Fate:
+    def end(self, grace_s: float) -> WorkerEnd:
         self._processes[0].join(grace_s)
         has_ended = self._processes[0].exitcode is not None
         for process in self._processes:
@@ -181,7 +181,8 @@ class _LocalWorker(Worker):
         is_killed = has_ended and code == -signal.SIGKILL
         is_full = is_killed and self._memory.has_run_out()
         output = f"; see {self.log}" if self.log else ""
-        return Fate(loss + _describe_exit(code, is_full=is_full) + output, is_unexplained=is_killed and not is_full)
+        text = loss + _describe_exit(code, is_full=is_full) + output
+        return WorkerEnd(text, is_unexplained=is_killed and not is_full)
 
     def _cause(self) -> tuple[int | None, str]:
         """Exit code of the worker, or of the follower that it has lost and words for that."""

@@ -51,10 +51,10 @@ class WorkerDied:
 
 
 @dataclass(frozen=True)
-class Fate:
+class WorkerEnd:
     """What became of a worker that was ended."""
 
-    words: str
+    text: str
     """For the user, to follow "its worker"."""
     is_unexplained: bool = False
 
@@ -80,7 +80,7 @@ class Worker(ABC):
             _logger.debug("worker of trial %s is gone: %s", self.trial, error)
 
     @abstractmethod
-    def end(self, grace_s: float) -> Fate:
+    def end(self, grace_s: float) -> WorkerEnd:
         """Make sure that the process is gone, killed after `grace_s`; what became of it."""
 
 
@@ -173,18 +173,18 @@ class WorkerPool(ABC):
                 yield trial, message
 
     def _lose(self, worker: Worker, reason: str | None = None) -> Iterator[tuple[int, Event]]:
-        fate = self._remove(worker, _EXIT_S if reason is None else 0)
+        end = self._remove(worker, _EXIT_S if reason is None else 0)
         if not worker.has_spoken:
-            self._count_failed_start(fate)
+            self._count_failed_start(end)
         if worker.trial is not None:
-            yield worker.trial, WorkerDied(f"its worker {reason or fate.words}", reason is None and fate.is_unexplained)
+            yield worker.trial, WorkerDied(f"its worker {reason or end.text}", reason is None and end.is_unexplained)
 
-    def _count_failed_start(self, fate: Fate) -> None:
-        self._killed_starts += fate.is_unexplained
-        self._failed_starts += not fate.is_unexplained
+    def _count_failed_start(self, end: WorkerEnd) -> None:
+        self._killed_starts += end.is_unexplained
+        self._failed_starts += not end.is_unexplained
         if self._failed_starts >= MAX_FAILED_STARTS or self._killed_starts >= MAX_KILLED_STARTS:
             num_starts = self._failed_starts + self._killed_starts
-            raise SearchError(f"{num_starts} workers in a row died at their start; the last one {fate.words}")
+            raise SearchError(f"{num_starts} workers in a row died at their start; the last one {end.text}")
 
     def _silent(self) -> list[Worker]:
         earliest = time.monotonic() - self._silence_s
@@ -192,11 +192,11 @@ class WorkerPool(ABC):
         # After an outage of the database, in which nobody listened, what they have said may lie there unread.
         return [worker for worker in quiet if not worker.connection.poll()]
 
-    def _remove(self, worker: Worker, grace_s: float = 0) -> Fate:
+    def _remove(self, worker: Worker, grace_s: float = 0) -> WorkerEnd:
         self._workers.remove(worker)
-        fate = worker.end(grace_s)
+        end = worker.end(grace_s)
         worker.connection.close()
-        return fate
+        return end
 
     def _worker_of(self, trial: int) -> Worker:
         return next(worker for worker in self._workers if worker.trial == trial)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from hpo.errors import UsageError
 from hpo.execution.local import of_rank, start_followers
 from hpo.execution.messages import Setup
-from hpo.execution.pool import Event, Fate, Worker, WorkerPool
+from hpo.execution.pool import Event, Worker, WorkerEnd, WorkerPool
 from hpo.execution.worker import serve
 from hpo.training.device import ranks_of_trial, require_share_or_whole, trials_on_gpu
 
@@ -130,15 +130,15 @@ class RayWorkers(WorkerPool):
                 continue
             del self._asked[number]
             if cause.is_ours:
-                self._count_failed_start(Fate(f"with {cause.text}"))
+                self._count_failed_start(WorkerEnd(f"with {cause.text}"))
             _logger.warning("a Ray worker died at its start and is requested again: %s", cause.text)
             self._ask_for_worker()
 
-    def _remove(self, worker: Worker, grace_s: float = 0) -> Fate:
-        fate = super()._remove(worker, grace_s)
+    def _remove(self, worker: Worker, grace_s: float = 0) -> WorkerEnd:
+        end = super()._remove(worker, grace_s)
         if not self._is_closing:
             self._ask_for_worker()
-        return fate
+        return end
 
     def _ask_for_worker(self) -> None:
         number, self._num_asked = self._num_asked, self._num_asked + 1
@@ -168,14 +168,14 @@ class _RayWorker(Worker):
             True  # connecting is enough: the loss of a node takes many workers with it, and proves nothing
         )
 
-    def end(self, grace_s: float) -> Fate:
+    def end(self, grace_s: float) -> WorkerEnd:
         # The reason is useful, but not worth a long wait: Ray takes half a minute to be sure that a node is lost.
         ended, _ = self._ray.wait([self._handle], timeout=min(grace_s, _DEATH_NOTICE_S))
         if ended:
             cause = _cause_of_death(self._ray, self._handle)
-            return Fate(f"ended with {cause.text}" if cause else "left")
+            return WorkerEnd(f"ended with {cause.text}" if cause else "left")
         self._ray.cancel(self._handle, force=True)
-        return Fate("or its node was lost", is_unexplained=True)
+        return WorkerEnd("or its node was lost", is_unexplained=True)
 
 
 def _work(address: tuple[str, int], key: bytes, number: int, setup: Setup) -> None:

@@ -123,7 +123,7 @@ def _load_task(setup: Setup) -> Objective:
     sys.path.extend(folder for folder in setup.import_path if folder not in sys.path)
     try:
         objective: Objective = cloudpickle.loads(setup.objective)
-    except Exception as error:  # it imports what a stranger's code needs
+    except Exception as error:  # it imports what user code needs
         raise UsageError(f"the task cannot be read from its pickle: {in_one_line(error)}") from error
     return objective
 

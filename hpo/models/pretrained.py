@@ -130,7 +130,7 @@ class PretrainedNetwork(nn.Module):
             raise DataError(f"no weights '{file}' for {self.architecture}: give one of {names}, or an existing FILE.")
         try:
             state: Any = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a stranger's file: unpickling it may raise anything
+        except Exception as error:  # a user's file: unpickling it may raise anything
             raise self._misfit(f"it cannot be read ({type(error).__name__})") from error
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
             raise self._misfit("it holds something else; save model.state_dict()")

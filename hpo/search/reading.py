@@ -43,21 +43,21 @@ class ReadStudy:
         self._study_id = storage.get_study_id_from_name(name)
         self._stages = list(tunable_groups(settings.space))
         self._as_optuna = OptunaSpace(settings.space)
-        self._look: _Look | None = None
+        self._snapshot: _Snapshot | None = None
         self._records: dict[int, tuple[FrozenTrial, TrialRecord]] = {}
         """Records of the trials, and what they were made from: a study of thousands is read often."""
 
     @contextmanager
     def seen_once(self) -> Iterator[None]:
         """Answer all questions within from one reading of the database; nothing may be written to the study there."""
-        if self._look is not None:
+        if self._snapshot is not None:
             yield
             return
-        self._look = _Look(self._storage, self._study_id)
+        self._snapshot = _Snapshot(self._storage, self._study_id)
         try:
             yield
         finally:
-            self._look = None
+            self._snapshot = None
 
     def finalists(self) -> list[TrialRecord]:
         """The pruned trials that are continued to their end when the study has all its trials, the best first.
@@ -302,7 +302,7 @@ class ReadStudy:
 
     def recorded(self, key: str) -> Any:
         """The fact kept under the key; None if there is none."""
-        facts = self._look.facts if self._look else self._storage.get_study_user_attrs(self._study_id)
+        facts = self._snapshot.facts if self._snapshot else self._storage.get_study_user_attrs(self._study_id)
         return facts.get(stored.RECORD + key)
 
     def trial_seed(self, number: int) -> int:
@@ -310,7 +310,7 @@ class ReadStudy:
         return derive_seed(self.settings.seed, number)
 
     def _trials(self) -> list[FrozenTrial]:
-        return self._look.trials if self._look else self._storage.get_all_trials(self._study_id, deepcopy=False)
+        return self._snapshot.trials if self._snapshot else self._storage.get_all_trials(self._study_id, deepcopy=False)
 
     def _searched(self) -> list[FrozenTrial]:
         return [trial for trial in self._trials() if REPEATS not in trial.user_attrs]
@@ -375,7 +375,7 @@ class ReadStudy:
         return [name for name in values if name not in active]
 
 
-class _Look:
+class _Snapshot:
     """What a study's database has at one moment, read when it is first asked for."""
 
     def __init__(self, storage: BaseStorage, study_id: int) -> None:

@@ -212,7 +212,7 @@ def _scores_of_own_test(objective: Objective, trained: TrainedTrial) -> dict[str
         return {str(name): float(score) for name, score in scores.items()}
     except HpoError:
         raise
-    except (Exception, SystemExit) as error:  # it is a stranger's code and may raise anything, or return anything
+    except (Exception, SystemExit) as error:  # it is user code and may raise anything, or return anything
         raise SearchError(
             f"test of task '{objective.name}' failed with trial {trained.number}, the winner: {in_one_line(error)}; "
             "the trials are kept."
@@ -328,7 +328,7 @@ def _read_test_split(test: SealedSplit, spec: DataSpec) -> Split:
         return examples
     except HpoError:
         raise
-    except Exception as error:  # reading is a stranger's code and may raise anything
+    except Exception as error:  # reading is user code and may raise anything
         raise SearchError(
             f"the test split cannot be read: {type(error).__name__}: {error}; the trials are kept."
         ) from error

@@ -203,7 +203,7 @@ def describe(chosen: Chosen, exportable: Exportable, runtime: str, compression: 
 
 
 def forbidden_modules(objective: Objective) -> set[str]:
-    """What a stranger does not have: hpo, and the packages of the task."""
+    """What a user of the export does not have: hpo, and the packages of the task."""
     modules = {"hpo", "objectives", "search_spaces"}
     functions = (objective.load, objective.model, objective.train)
     of_task = {getattr(function, "__module__", "").partition(".")[0] for function in functions if function}
@@ -211,7 +211,7 @@ def forbidden_modules(objective: Objective) -> set[str]:
 
 
 _LIBRARIES = {"torch", "torchvision", "numpy", "transformers", "lightning"}
-"""Packages that a task's functions may come from and a stranger may have."""
+"""Packages that a task's functions may come from and a user of the export may have."""
 
 
 def require_free(folder: Path, *, force: bool) -> None:

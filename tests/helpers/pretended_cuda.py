@@ -337,16 +337,16 @@ def _check(func: Any, args: Any, kwargs: dict[str, Any], tensors: Any, on_gpu: A
     generator = kwargs.get("generator")
     if isinstance(generator, torch.Generator) and generator.device.type != "cuda":
         raise RuntimeError(f"Expected a 'cuda' device type for generator but found 'cpu' ({func}, {place_in_hpo()})")
-    strangers = [each for each in tensors if not isinstance(each, GpuTensor)]
+    on_cpu = [each for each in tensors if not isinstance(each, GpuTensor)]
     if func in _INDEXING and isinstance(args[0], GpuTensor):
         indices = [each for each in args[1] if each is not None]
         if any(each.dtype in (torch.bool, torch.uint8) for each in indices):
             _seen.wait("boolean mask")
         if any(not isinstance(each, GpuTensor) for each in indices):
             _seen.wait("index on the CPU")
-        strangers = [each for each in strangers if all(each is not index for index in indices)]
+        on_cpu = [each for each in on_cpu if all(each is not index for index in indices)]
     takes_scalars = torch.Tag.pointwise in func.tags or func in _INDEXING or name.startswith("aten::_foreach")
-    wrong = [each for each in strangers if each.dim() > 0 or not takes_scalars]
+    wrong = [each for each in on_cpu if each.dim() > 0 or not takes_scalars]
     if wrong and on_gpu:
         raise RuntimeError(
             "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "

@@ -1,6 +1,6 @@
 """Runs an export where hpo and its task cannot be imported. A program of its own, which imports nothing of hpo.
 
-    python -I stranger.py JOB.json
+    python -I standalone.py JOB.json
 
 The job names the folder, the source of `load(folder)`, the modules that are forbidden, a file with batches and the file
 for the outputs. Opening a connection fails, and so does a pickle that calls anything.
