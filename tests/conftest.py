@@ -22,7 +22,7 @@ from hpo.execution import local
 from hpo.machine import num_cores
 from hpo.session import conclude
 from hpo.tracking.store import open_store
-from hpo.training.compiled import OLDEST_TRACING, can_trace
+from hpo.training.compiled import OLDEST_CAPTURING, OLDEST_TRACING, can_capture, can_trace
 
 pytest.register_assert_rewrite("helpers")  # before any of them is imported
 
@@ -102,6 +102,7 @@ NEEDS = {
     "real_data": (bool(os.environ.get("HPO_DATA_DIR")), "HPO_DATA_DIR with the real data sets"),
     "gpu": (torch.cuda.is_available(), "a CUDA device"),
     "compiled_step": (can_trace(), f"torch {OLDEST_TRACING} or later, which can compile a whole step"),
+    "captured_step": (can_capture(), f"torch {OLDEST_CAPTURING} or later, which can give up the capture of a step"),
     "pretended_gpu": (
         not torch.cuda.is_available() and hasattr(torch._C, "_ensureCUDADeviceGuardSet"),
         "a machine without a GPU, where those marked 'gpu' run instead, and a torch that can pretend one",

@@ -87,3 +87,13 @@ def test_swa_is_the_mean_of_the_weights_at_the_ends_of_the_late_epochs(tmp_path:
 def test_two_ways_of_averaging_at_once_are_refused() -> None:
     with pytest.raises(UsageError, match=r"swa_start=0\.5 is not allowed: it must be 0 when ema_decay"):
         quick_config(swa_start=0.5, ema_decay=0.9)
+
+
+def test_the_average_of_a_recurrent_network_has_its_weights_in_one_piece_as_cudnn_wants_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flattened = []
+    network = nn.Sequential(nn.LSTM(3, 4), nn.Linear(4, 2))
+    monkeypatch.setattr(nn.RNNBase, "flatten_parameters", lambda module: flattened.append(module))
+    average = AveragedWeights(network, quick_config(ema_decay=0.9))
+    assert flattened == [average.model[0]]  # type: ignore[index]

@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 import torch
 from helpers.data import of_classes
+from helpers.kinds import CASES
 from helpers.pretended_cuda import TOTAL_MEMORY, pretended_cuda
 from helpers.training import ImageNet, image_splits, quick_config
 from torch import Tensor, nn
 
+from hpo import recurrent, split_dataset
 from hpo.data import batches
 from hpo.data.batches import place
 from hpo.data.datasets import Splits
 from hpo.errors import DeviceMemoryError, UnknownNameError, UsageError
 from hpo.models.airnet import GlobalMaxPool
-from hpo.training import compiled, device
+from hpo.training import compiled, device, trainer
 from hpo.training.device import CONTEXT_BYTES, choose_device, limit_memory, memory_share, visible_gpus, why_gpus_fail
 from hpo.training.evaluation import evaluate
 from hpo.training.step import TrainingStep
@@ -59,6 +61,30 @@ def test_an_epoch_leaves_cudnn_on_and_the_choice_of_tf32_to_the_user(monkeypatch
     next(iter(fit(Watched(), image_splits(), quick_config())))
     assert seen == {(True, False, True)}
     assert not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize("kind", ["sequences", "images"])
+def test_cudnn_tries_out_its_algorithms_for_batches_of_one_shape_alone(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the choice of the precision on, because cuDNN keeps for a shape what it has chosen first."""
+    seen = []
+
+    def look(module: nn.Module, *_: Any) -> None:
+        if module.training:
+            seen.append(torch.backends.cudnn.benchmark)
+
+    def settle_precision(_wanted: str, module: nn.Module, *_: Any) -> str:
+        look(module)
+        return "fp32"
+
+    monkeypatch.setattr(trainer, "settle_precision", settle_precision)
+    splits = image_splits() if kind == "images" else split_dataset(CASES["classes of sequences"].data, seed=0)
+    model = ImageNet() if kind == "images" else recurrent(splits.spec, width=8)
+    model.register_forward_pre_hook(look)
+    next(iter(fit(model, splits, quick_config())))
+    assert set(seen) == {kind == "images"}
+    assert len(seen) > 1
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from torch.nn import functional
 from torch.torch_version import TorchVersion
 
 from hpo.errors import DeviceMemoryError, UsageError
+from hpo.training import compiled
 from hpo.training import step as training_step
 from hpo.training.checkpoint import CheckpointFolder
 from hpo.training.compiled import can_trace, let_dropout_vary, settle_compile_mode
@@ -192,6 +193,8 @@ def test_a_torch_that_cannot_trace_a_step_refuses_to_compile_it_and_auto_does_wi
 class Hungry(ImageNet):
     """Runs out of memory above a number of examples at a time."""
 
+    error: RuntimeError = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
     def __init__(self, most: int) -> None:
         super().__init__()
         self.norm = nn.Identity()  # type: ignore[assignment]
@@ -199,13 +202,19 @@ class Hungry(ImageNet):
 
     def forward(self, images: Tensor) -> Tensor:
         if self.training and len(images) > self.most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            raise self.error
         return super().forward(images)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [Hungry.error, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")],
+    ids=["torch", "cuBLAS"],
+)
 def test_a_batch_that_does_not_fit_is_taken_in_two_halves_with_the_same_result(
-    caplog: pytest.LogCaptureFixture,
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(Hungry, "error", error)
     config = quick_config(batch_size=31, clip_norm=0.1, weight_decay=0.01)
     roomy, cramped = Hungry(31), Hungry(16)
     expected, results = (list(fit(model, image_splits(), config)) for model in (roomy, cramped))
@@ -214,6 +223,18 @@ def test_a_batch_that_does_not_fit_is_taken_in_two_halves_with_the_same_result(
     for name, weight in weights_of(roomy).items():
         torch.testing.assert_close(weights_of(cramped)[name], weight)
     assert caplog.text.count("does not hold a batch of 31; it is processed in two halves") == 1
+
+
+def test_an_error_that_is_not_about_memory_is_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Hungry, "error", RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        next(iter(fit(Hungry(16), image_splits(), quick_config())))
+
+
+def test_a_graph_is_refused_with_a_torch_that_cannot_give_up_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "OLDEST_CAPTURING", "99.0")
+    with pytest.raises(UsageError, match=r"--compile graph needs torch 99.0 or later, not"):
+        compiled.check_compile_mode("graph", "fp32", "cuda")
 
 
 def test_a_training_gives_up_when_half_a_batch_does_not_fit_either() -> None:

@@ -248,7 +248,7 @@ def _range_test(subject: Subject) -> tuple[list[float], list[float]]:
     growth = (HIGHEST_RATE / LOWEST_RATE) ** (1 / (num_rates - 1))
     rates: list[float] = []
     losses: list[float] = []
-    with torch.random.fork_rng(devices=[] if config.device == "cpu" else [torch.cuda.current_device()]):
+    with torch.random.fork_rng(devices=[] if config.device == "cpu" else [torch.device(config.device)]):
         torch.manual_seed(derive_seed(config.seed, "range test"))
         for number, (inputs, targets) in zip(range(num_rates), _endless(subject), strict=False):
             rates.append(LOWEST_RATE * growth**number)

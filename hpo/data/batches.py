@@ -7,6 +7,7 @@ its batches are streamed: the same batches, bit by bit.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -457,12 +458,21 @@ def _fetched(
             yield split.batch(rows, rows_there)
 
 
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream beside the default one, the same for each trial: torch keeps memory for every stream that it has used.
+
+    Data are copied to the GPU on it, and steps are captured on it; no trial does both.
+    """
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 def _streamed(batches: Iterable[tuple[Batch, Batch]], device: torch.device) -> Iterator[tuple[Batch, Batch]]:
-    """Batches in pinned memory on their way to a GPU, one ahead of the one at work, on a stream of their own.
+    """Batches in pinned memory on their way to a GPU, one ahead of the one at work, on another stream.
 
     torch keeps pinned memory for the next batch, and gives it out only when the copy is done.
     """
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = side_stream(device)
 
     def send(batch: tuple[Batch, Batch]) -> tuple[tuple[Batch, Batch], torch.cuda.Event]:
         with torch.cuda.stream(stream):

@@ -51,7 +51,7 @@ from hpo.sources import source_checksums
 from hpo.training.checkpoint import CheckpointFolder, save_weights
 from hpo.training.costs import measure_costs
 from hpo.training.cross_validation import fit_folds
-from hpo.training.device import free_memory, limit_memory
+from hpo.training.device import free_memory, limit_memory, prepare_deterministic_products
 from hpo.training.distributed import ALONE, Ranks
 from hpo.training.evaluation import choose_thresholds
 from hpo.training.loop import RunningTrial, run_loop
@@ -261,6 +261,8 @@ def run_with_data(
     raises, because the others would wait.
     """
     device = torch.device(assignment.config.device)
+    if assignment.config.deterministic:
+        prepare_deterministic_products()
     if not assignment.folds:
         data.splits = place(data.splits, device)
     try:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 def copy_of(model: nn.Module) -> nn.Module:
@@ -20,7 +18,11 @@ def copy_of(model: nn.Module) -> nn.Module:
     Raises TypeError if something in it cannot be copied: a lock, an open file.
     """
     with _WithoutGraph():
-        return deepcopy(model)
+        copied = deepcopy(model)
+    for module in copied.modules():
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()  # cuDNN wants its weights in one piece, which deepcopy has taken apart
+    return copied
 
 
 class _WithoutGraph(TorchFunctionMode):

@@ -118,7 +118,8 @@ class Transformer(nn.Module):
         length, width = values.shape[1:]
         values = self.dropout(values + _sines(length, width, values.device))
         later = torch.ones(length, length, dtype=torch.bool, device=values.device).triu(1) if self.causal else None
-        values = self.layers(values, mask=later, src_key_padding_mask=~mask)
+        # Not None: torch would compare the mask with a causal one, for which the host waits for the GPU.
+        values = self.layers(values, mask=later, src_key_padding_mask=~mask, is_causal=False)
         return cast("Tensor | Padded", self.head(values, lengths, mask))
 
 

@@ -9,12 +9,14 @@ tensor: a rate that is a Python float would stay what it was.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hpo.training.compiled import FormulaStep
+from hpo.data.batches import side_stream
+from hpo.training.compiled import FormulaStep, can_capture
 from hpo.training.device import free_memory
 from hpo.training.step import StepResult, TrainingStep
 
@@ -55,7 +57,7 @@ def wants_graph(compile_mode: str, model: nn.Module) -> bool:
     `auto` leaves models alone whose modules are not all of torch, torchvision or hpo: a forward pass of others may
     depend on what Python does, which a graph would not repeat.
     """
-    if compile_mode == "auto" and CAPTURED_BY_AUTO:
+    if compile_mode == "auto" and CAPTURED_BY_AUTO and can_capture():
         return all(type(module).__module__.partition(".")[0] in _KNOWN_PACKAGES for module in model.modules())
     return compile_mode == "graph"
 
@@ -145,14 +147,15 @@ class CapturedFunction:
     """A step's function that captures itself in its third call, and is replayed from then on.
 
     A call raises RuntimeError if the capture fails, if it runs out of memory, or if the captured step differs from an
-    eager one on the same batch; the state is then the one from before the call.
+    eager one on the same batch. The state is then the one from before the call; but if one of the calls before the
+    capture runs out of memory, its changes stay as far as they came, as in an eager step.
     """
 
     def __init__(self, function: StepFunction, state: Sequence[Sequence[Tensor]], device: torch.device) -> None:
         """`state` is what the function changes in place, by kind: weights, buffers, what the optimizer keeps."""
         self._function = function
         self._state = state
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = side_stream(device)
         self._num_calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._taken: list[Tensor] = []  # what the graph reads
@@ -180,9 +183,11 @@ class CapturedFunction:
     def _warm_up(self, *taken: Tensor) -> tuple[Tensor, ...]:
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            results = self._function(*taken)
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                results = self._function(*taken)
+        finally:  # what an attempt that failed has launched still changes the weights
+            current.wait_stream(self._stream)
         for result in results:
             result.record_stream(current)
         return results
@@ -207,9 +212,10 @@ class CapturedFunction:
         """Raise RuntimeError if a replay does other things than the function itself. What both change is undone."""
         replayed, eager = self._tried(self._replay, taken), self._tried(self._function, taken)
         for one, other in zip(replayed, eager, strict=True):
-            # Written like this, NaN is a difference.
-            if not bool((one - other).norm() <= TOLERANCE * other.norm()):
-                raise RuntimeError("the captured step differs from an eager one on the same batch")
+            difference, size = float((one - other).norm()), float(other.norm())
+            if not difference <= TOLERANCE * size:  # NaN is a difference, too
+                share = difference / size if size else math.inf
+                raise RuntimeError(f"the captured step differs from an eager one on the same batch by {share:.1%}")
 
     def _tried(self, step: StepFunction, taken: Sequence[Tensor]) -> list[Tensor]:
         """What a step returns and what it changes, by kind, each as one vector; the state is left as it was."""

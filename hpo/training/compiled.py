@@ -34,6 +34,10 @@ _logger = logging.getLogger(__name__)
 OLDEST_TRACING = "2.11"
 """The first version of torch that takes the backward pass into a graph (`torch._dynamo.config.trace_autograd_ops`)."""
 
+OLDEST_CAPTURING = "2.15"
+"""The oldest version of torch that is known to leave a capture which CUDA has refused as if it had not begun. torch 2.9
+stays on the capture's stream, and its allocator and its random numbers take it for one that is still under way."""
+
 MAX_GRAPHS = 32
 """Graphs that are kept: each step looks through them for its own, and they hold memory."""
 
@@ -181,6 +185,8 @@ def check_compile_mode(wanted: str, precision: str, device: str) -> None:
     reason = None
     if wanted == "step" and not can_trace():
         reason = f"needs torch {OLDEST_TRACING} or later, not {torch.__version__}"
+    elif wanted == "graph" and not can_capture():
+        reason = f"needs torch {OLDEST_CAPTURING} or later, not {torch.__version__}"
     elif wanted in ("step", "graph") and precision == "fp16":
         reason = "does not work with --precision fp16"
     elif wanted == "graph" and not device.startswith("cuda"):
@@ -257,6 +263,11 @@ def _pays(step: TrainingStep, seconds_a_step: float, steps_left: int) -> bool:
 def can_trace() -> bool:
     """Whether this torch can compile a whole step."""
     return torch.__version__ >= OLDEST_TRACING
+
+
+def can_capture() -> bool:
+    """Whether a capture as a CUDA graph that fails does no harm with this torch."""
+    return torch.__version__ >= OLDEST_CAPTURING
 
 
 def _trained(group: dict[str, Any]) -> list[nn.Parameter]:

@@ -177,6 +177,19 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def prepare_deterministic_products() -> None:
+    """Let cuBLAS compute the same in each run; torch 2.9 and cuBLAS read this once, at a process's first product."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+_ALLOCATION_FAILED = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that the device's memory is full, in the words of torch or of a library that allocates."""
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _ALLOCATION_FAILED)
+
+
 def in_fitting_batches(attempt: Callable[[int], _T], batch_size: int) -> _T:
     """What `attempt` returns for a batch size, which is halved until the device's memory holds a batch.
 
@@ -185,7 +198,9 @@ def in_fitting_batches(attempt: Callable[[int], _T], batch_size: int) -> _T:
     while True:
         try:
             return attempt(batch_size)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if batch_size == 1:
                 raise DeviceMemoryError(
                     "out of memory (oom) while evaluating one example at a time; choose a smaller model."

@@ -13,6 +13,7 @@ from torch import nn
 
 from hpo.data.parts import tensors_of
 from hpo.errors import UsageError, in_one_line
+from hpo.training.device import is_out_of_memory
 
 if TYPE_CHECKING:
     from hpo.training.losses import LossFunction
@@ -50,9 +51,10 @@ def settle_precision(wanted: str, model: nn.Module, loss_function: LossFunction,
     if key not in _fastest:
         try:
             _fastest[key] = _measure_fastest(model, loss_function, inputs, targets)
-        except torch.OutOfMemoryError:
-            return "bf16"  # it needs half of the memory
-        except RuntimeError as error:  # an operation that does not exist in bf16, such as an FFT on a GPU
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                return "bf16"  # it needs half of the memory
+            # An operation that does not exist in bf16, such as an FFT on a GPU.
             _logger.warning("the model does not run in bf16 and is trained in fp32: %s", in_one_line(error)[:200])
             _fastest[key] = "fp32"
     return _fastest[key]

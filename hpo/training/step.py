@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_no
 
 from hpo.data.parts import joined, map_tensors, tensors_of
 from hpo.errors import DeviceMemoryError
+from hpo.training.device import is_out_of_memory
 from hpo.training.optimizers import FusedStep
 from hpo.training.precision import autocast
 
@@ -133,7 +134,9 @@ class TrainingStep:
         known = set() if self.has_stepped else {*self.optimizer.state}
         try:
             result = self._step(inputs, targets)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if not self.has_stepped:
                 # An optimizer makes its state in its first step, and takes a half-made one for a whole one.
                 for parameter in {*self.optimizer.state} - known:

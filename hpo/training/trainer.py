@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from hpo.training.averaging import AveragedWeights
 from hpo.training.captured import CapturedStep, wants_graph
 from hpo.training.checkpoint import CheckpointFolder, CheckpointWriter
 from hpo.training.compiled import CompiledStep, check_compile_mode, has_formula, settle_compile_mode
+from hpo.training.device import is_out_of_memory, prepare_deterministic_products
 from hpo.training.distributed import ALONE, Ranks
 from hpo.training.evaluation import losses_of_examples, measure, read_all
 from hpo.training.losses import loss_function, target_scale, training_loss
@@ -171,6 +171,8 @@ class _Run:
         self.optimizer = build_optimizer(self.model, config, self.own)
         self.schedule = build_schedule(self.optimizer, config, config.max_epochs * len(self.batches))
         loss = training_loss(config, splits.train, self.spec, self.own)
+        with self._algorithms_of_steps():  # what cuDNN chooses for a shape here, it keeps for the training
+            precision = settle_precision(config.precision, self.model, loss, self.batches.first)
         self.step: TrainingStep | CompiledStep | CapturedStep = TrainingStep(
             self.model,
             loss,
@@ -179,7 +181,7 @@ class _Run:
             clip_value=config.clip_value,
             l1=config.l1,
             max_norm=config.max_norm,
-            precision=settle_precision(config.precision, self.model, loss, self.batches.first),
+            precision=precision,
             num_parts=config.accumulate,
         )
         self._share_step(self.step)
@@ -213,11 +215,10 @@ class _Run:
         self._measure_difficulty(epoch)
         self._seed(epoch)
         self._thaw(epoch)
-        deterministic = self.config.deterministic
         # Not in an evaluation: its other batch sizes, the last one above all, would be tried out as well.
-        with _algorithms(deterministic=deterministic, benchmark=not deterministic), _memory_explained():
+        with self._algorithms_of_steps(), _memory_explained():
             train, grad_norm = self._train()
-        with _algorithms(deterministic=deterministic), _memory_explained():
+        with _algorithms(deterministic=self.config.deterministic), _memory_explained():
             self.ranks.agree_on_buffers(self.model)
             candidate = self._candidate(epoch)
             validation = self._validate(candidate)
@@ -235,6 +236,11 @@ class _Run:
         if isinstance(self.step, TrainingStep):
             self._settle_compile_mode(self.step, epoch, metrics["time/epoch_s"])
         return self._judge(epoch, metrics, symptoms, candidate)
+
+    def _algorithms_of_steps(self) -> AbstractContextManager[None]:
+        """cuDNN tries out its algorithms only if batches have one shape: each new one costs as much as many steps."""
+        deterministic = self.config.deterministic
+        return _algorithms(deterministic=deterministic, benchmark=not deterministic and self.splits.train.is_plain)
 
     def _seed(self, epoch: int) -> None:
         """Give each epoch its own streams: a checkpoint needs no random state, and no draw of the caller disturbs."""
@@ -288,7 +294,8 @@ class _Run:
     def _share_step(self, step: TrainingStep) -> None:
         if self.ranks.size > 1:
             assert self.config.compile == "off", "a step that is compiled or captured has no gradients to average"
-            self.ranks.share_step(step, self.spec, self.config, self.batches.first)
+            with self._algorithms_of_steps():
+                self.ranks.share_step(step, self.spec, self.config, self.batches.first)
 
     def _steps(self, points: Sequence[Point]) -> Iterator[tuple[StepResult, Batch]]:
         """Each step of an epoch, and the targets of its batch."""
@@ -486,7 +493,7 @@ def _algorithms(*, deterministic: bool, benchmark: bool = False) -> Iterator[Non
     cudnn = torch.backends.cudnn
     before = torch.are_deterministic_algorithms_enabled(), cudnn.benchmark, cudnn.deterministic
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        prepare_deterministic_products()
     try:
         torch.use_deterministic_algorithms(deterministic)
         # One by one: cudnn.flags() would switch cuDNN off and TF32 on, by its defaults (pytorch#77467).
@@ -502,7 +509,9 @@ def _memory_explained() -> Iterator[None]:
     """Turn what a step could not handle by halving its batch into a line for the user."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         reason = str(error).partition("\n")[0].rstrip(".")
         raise DeviceMemoryError(f"out of memory (oom): {reason}. Choose a smaller batch or model.") from error
 

@@ -102,7 +102,7 @@ CASES = {
     "masks by Dice": Case(hold_out(IMAGES, IMAGES[:, 0] % 2, NAMES[:2]), Pixels, "dice", "dice", {}),
     "boxes": Case(hold_out(FEATURES, boxes(), kind="box"), mlp, "giou", "mean_iou", WIDTH),
     "classes of sequences": Case(
-        hold_out(Ragged.of(WORDS), CLASSES, NAMES), transformer, "cross_entropy", "auroc", WIDTH
+        hold_out(Ragged.of(WORDS), CLASSES, NAMES), transformer, "cross_entropy", "auroc", WIDTH | {"causal": True}
     ),
     "classes of elements": Case(
         hold_out(Ragged.of(WORDS), Ragged.of([each % 3 for each in WORDS]), NAMES),

@@ -348,7 +348,7 @@ def wait_until(condition: Callable[[], bool], *searches: Future[SearchOutcome], 
 def lives(pid: int) -> bool:
     try:
         return _stat(pid)[0] != "Z"  # a zombie is dead, whether or not somebody has taken note
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
