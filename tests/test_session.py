@@ -78,7 +78,33 @@ def test_a_search_whose_budget_is_used_up_has_a_winner_and_a_larger_budget_conti
     outcome = search(**SLOWLY, budget="none")
     (continued,) = outcome.trials
     assert (continued.state, len(continued.curve), outcome.spent_budget_s) == ("complete", 8, None)
+    assert outcome.winner is not None
+    assert outcome.winner.num_test_readings == 2, "the model is another one"
+    assert outcome.winner.comparison is not None
+    assert outcome.winner.comparison["pruned"] is None
     assert continued.trained_s > trial.trained_s
+
+
+@pytest.mark.parametrize(
+    ("limit", "state"),
+    [({"stop_at": "accuracy=0.05"}, "complete"), ({"budget": 0.1}, "pruned")],
+    ids=["stop_at", "budget"],
+)
+def test_an_interrupted_trial_runs_on_although_a_limit_lets_no_new_one_begin(
+    limit: dict[str, Any], state: str, search: Callable[..., SearchOutcome]
+) -> None:
+    options = SLOWLY | {"trials": 3}
+    first, *_ = search(**options, tries=("lr=0.05",), timeout=1.5).trials
+    assert first.state == "interrupted"
+    assert first.curve
+    outcome = search(**options, **limit)
+
+    resumed, *others = outcome.trials
+    assert (resumed.state, [trial.state for trial in others]) == (state, ["queued"])
+    assert len(resumed.curve) == 8 if state == "complete" else len(resumed.curve) <= len(first.curve) + 1
+    assert outcome.is_done
+    assert outcome.winner is not None
+    assert outcome.winner.test is not None
 
 
 def test_a_trial_ends_complete_when_all_its_attempts_together_have_trained_for_as_long_as_it_may(

@@ -73,6 +73,28 @@ def test_no_new_trial_is_missing_once_one_has_reached_the_value_to_stop_at(direc
     assert study.stop_at is None
 
 
+def test_a_trial_that_was_interrupted_is_resumed_before_what_is_queued_even_if_no_new_one_is_missing() -> None:
+    storage = InMemoryStorage()
+    study = Study.open(storage, "s", replace(SETTINGS, strategy="random"))
+    study.remember_session(num_trials=5, task_reference="digits", tracking_uri=None, stop_at=0.7)
+    begun = [study.ask(), study.ask()]
+    study.enqueue([begun[0].values | {"lr": 0.123}], "tried by hand")
+    study.report(begun[1].number, 1, 0.9)
+    study.requeue([begun[1].number])
+    study.tell(begun[0].number, "complete", value=0.1, best_epoch=1)
+
+    assert (study.remaining(5), study.has_searched) == (1, False)
+    assert study.to_resume(is_budget_spent=True) == [begun[1].number]
+    again = study.resume(begun[1].number)
+    assert (again.values, again.attempt) == (begun[1].values, 2)
+    study.tell(again.number, "complete", value=0.9, best_epoch=1)
+    assert study.has_searched
+    of_folds = Study.open(storage, "folds", replace(SETTINGS, strategy="random", folds=3))
+    of_folds.requeue([of_folds.ask().number])
+    assert of_folds.to_resume(is_budget_spent=True) == [], "a part of the folds is no result"
+    assert of_folds.to_resume(is_budget_spent=False) == [0]
+
+
 def test_no_new_trial_is_missing_once_the_budget_is_used_up_and_repeats_use_none_of_it() -> None:
     storage = InMemoryStorage()
     study = Study.open(storage, "s", replace(SETTINGS, strategy="random"))

@@ -32,6 +32,7 @@ from hpo.execution.pool import WorkerDied
 from hpo.execution.retention import BestTrials, without_use_for_checkpoints
 from hpo.records import ELIGIBLE
 from hpo.search.study import TrialTakenError
+from hpo.search.winner import forget_models
 from hpo.tracking.spool import rounded
 from hpo.training.trained import BEST_WEIGHTS, CHECKPOINT, DESCRIPTION
 
@@ -181,20 +182,25 @@ class Coordinator:
             begun = [number for number, owner in self._study.owners().items() if owner in ("", self._session.id)]
             lost = [number for number in begun if number not in self._attempts]
             num_remaining, num_running = self._num_remaining(), self._study.counts()["running"]
+            interrupted = self._study.to_resume(is_budget_spent=False)
         if lost:
             self._study.requeue(lost)
             return self._ask()
         if num_remaining == num_running == 0:
+            forget_models(self._study, [finalist.number for finalist in self._study.finalists()])
             self._study.continue_finalists()
-            num_remaining = self._num_remaining()
+            with self._study.seen_once():
+                num_remaining, interrupted = self._num_remaining(), self._study.to_resume(is_budget_spent=False)
+        if num_remaining and interrupted:  # before what is only queued
+            return self._study.resume(interrupted[0], self._session.id)
         if num_remaining:
             return self._study.ask(self._session.id)
         return self._study.ask_repeat(self._session.id) if self._study.has_searched else None
 
     def _num_remaining(self) -> int:
-        if self._limits.is_budget_spent(self._running_s()):
-            return 0
         with self._study.seen_once():
+            if self._limits.is_budget_spent(self._running_s()):
+                return len(self._study.to_resume(is_budget_spent=True))
             return self._study.remaining(self._study.num_trials)
 
     def _running_s(self) -> dict[int, float]:
@@ -302,9 +308,8 @@ class Coordinator:
         if self._time_is_up():
             return attempt.end("interrupted", "the time was up")
         if self._is_out_of_budget(attempt, result):
-            # A part of the folds, or one of several objectives, is not a result.
-            is_result = not (self._study.settings.folds or self._study.settings.costs)
-            return attempt.end("pruned" if is_result else "interrupted", "the study's --budget is used up")
+            state: EndState = "pruned" if self._study.may_end_early else "interrupted"
+            return attempt.end(state, "the study's --budget is used up")
         return Decision.CONTINUE
 
     def _is_out_of_budget(self, attempt: _Attempt, result: EpochResult) -> bool:

@@ -204,18 +204,32 @@ class ReadStudy:
     def remaining(self, num_trials: int) -> int:
         """Trials still to be created until `num_trials` are finished, if the running ones will be.
 
-        A grid ends at its last point; a point whose trial failed is not tried again. None are missing once a trial
-        has reached `stop_at`, more trials promise too little, or the budget is used up.
+        A grid ends at its last point; a point whose trial failed is not tried again. No new ones are missing once a
+        trial has reached `stop_at`, more trials promise too little, or the budget is used up.
         """
         with self.seen_once():
             if self.has_reached_target or self.is_flat or self.has_spent_budget:
-                return 0
+                return len(self.to_resume(is_budget_spent=self.has_spent_budget))
             counts = self.counts()
         missing = num_trials - count_finished(counts) - counts["running"]
         if self.settings.strategy == "grid":
             num_tried = sum(counts.values()) - counts["interrupted"] - counts["queued"]
             missing = min(missing, grid_size(self.settings.space) - num_tried)
         return max(0, missing)
+
+    def to_resume(self, *, is_budget_spent: bool) -> list[int]:
+        """Trials that were interrupted and run on, even if no new one is started.
+
+        If the budget is used up, each ends as pruned with its next epoch, and none is resumed that could not.
+        """
+        if is_budget_spent and not self.may_end_early:
+            return []
+        return [trial.number for trial in self.trials() if trial.state == "interrupted"]
+
+    @property
+    def may_end_early(self) -> bool:
+        """Whether a part of a trial is a result: some of the folds, or one of several objectives, are not."""
+        return not (self.settings.folds or self.settings.costs)
 
     @property
     def num_finished(self) -> int:

@@ -162,6 +162,13 @@ class Study(ReadStudy):
         return self._begin(self._optuna.ask(self._distributions), owner)
 
     @_explained()
+    def resume(self, number: int, owner: str = "") -> Suggestion:
+        """A trial that was interrupted, as `ask` would return it. The caller holds the study's lock."""
+        waiting = trial_id(self._trials()[number])
+        self._storage.set_trial_state_values(waiting, OptunaState.RUNNING)
+        return self._begin(optuna.Trial(self._optuna, waiting), owner)
+
+    @_explained()
     def ask_repeat(self, owner: str = "") -> Suggestion | None:
         """The next training that confirms a configuration, one that was interrupted first; None if none is missing.
 
@@ -173,9 +180,7 @@ class Study(ReadStudy):
             if race.next is None:
                 return None
             numbers = [self._queue_repeat(race.next.trial)]
-        waiting = trial_id(self._trials()[numbers[0]])
-        self._storage.set_trial_state_values(waiting, OptunaState.RUNNING)
-        return self._begin(optuna.Trial(self._optuna, waiting), owner)
+        return self.resume(numbers[0], owner)
 
     def _queue_repeat(self, record: TrialRecord) -> int:
         """Queue a training of this configuration with a seed of its own; the number of the new trial."""

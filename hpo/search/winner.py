@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from hpo.config import METRICS
@@ -72,6 +73,35 @@ def find_mistakes(study: Study, winner: Winner) -> list[Mistake]:
 def reading_of(trial: int, *, is_refit: bool) -> str:
     """The key that a reading of the test split is recorded under."""
     return f"{trial} refit" if is_refit else str(trial)
+
+
+def forget_models(study: Study, trials: Collection[int]) -> None:
+    """Forget what is known of the models of trials that train on. How often the test split was read stays known.
+
+    The caller holds the study's lock.
+    """
+    numbers = {str(number) for number in trials}
+    for key in (TEST_INTERVALS, CERTAINTIES, REFITS, TEST_CONFUSIONS, TEST_MISTAKES):
+        _replace(study, key, lambda known: {of: fact for of, fact in known.items() if of.split()[0] not in numbers})
+    _replace(
+        study,
+        COMPARISONS,
+        lambda known: {of: fact for of, fact in known.items() if not {of, str(fact["trial"])} & numbers},
+    )
+    _replace(
+        study,
+        TEST_READINGS,
+        lambda known: {
+            f"an earlier model of {of}, {index}" if of.split()[0] in numbers else of: scores
+            for index, (of, scores) in enumerate(known.items())
+        },
+    )
+
+
+def _replace(study: Study, key: str, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    known = study.recorded(key) or {}
+    if (changed := change(known)) != known:
+        study.record(key, changed)
 
 
 def how_far(trial: TrialRecord, settings: StudySettings) -> str | None:

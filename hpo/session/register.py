@@ -14,6 +14,7 @@ from hpo.provenance import sessions
 from hpo.search.winner import find_winner
 from hpo.session.card import model_card
 from hpo.session.export import check_export, choose, describe, load_with_data, write
+from hpo.training.trained import TrialDescription
 
 if TYPE_CHECKING:
     from hpo.deploy.exporters import Exporter
@@ -56,6 +57,7 @@ def register_best(
         "hpo.trial": str(chosen.trial),
         "hpo.task": chosen.objective.name,
         "hpo.refit": str(chosen.is_refit).lower(),
+        "hpo.weights": str(TrialDescription.read(chosen.folder).weights_sha256),  # a trial may train on
     }
     version = find_version(chosen.store, registered_as, run_id, tags)
     if version is None:
