@@ -17,16 +17,18 @@ from torch import nn
 
 import hpo
 from hpo.config import Direction, TrainConfig
+from hpo.data.examples import DataSpec
 from hpo.errors import UsageError
 from hpo.execution.observer import Observer
 from hpo.objective import NOTHING_OWN
 from hpo.parameters import Choice, Float, Int
-from hpo.records import SearchOutcome, TrialRecord, TrialState
+from hpo.records import SearchOutcome, TrialRecord, TrialState, Winner
 from hpo.search.confirmation import Plan, Race, find_plan
 from hpo.search.settings import StudySettings
 from hpo.search.storage import open_storage
 from hpo.search.strategies import grid_size
 from hpo.search.study import Study
+from hpo.search.winner import describe_confirmation
 from hpo.session.search import resume_study, run_search
 from hpo.space import Group, Space
 from hpo.terminal.facts import best_facts, study_facts
@@ -385,3 +387,26 @@ def test_the_interval_of_an_accuracy_is_wilsons_and_of_others_a_bootstraps() -> 
     low, high = score_interval((outputs, targets), by_f1, **given)
     assert 0.75 < low < 0.9 < high < 1.0
     assert (low, high) == score_interval((outputs, targets), by_f1, **given)
+
+
+def test_the_interval_of_several_labels_is_of_the_thresholds_that_the_score_has() -> None:
+    labels = (torch.rand(60, 3, generator=torch.Generator().manual_seed(0)) < 0.3).float()
+    outputs = labels - 5  # below 0 for all, and right from -4.5 on
+    config, spec = TrainConfig(metric="f1", loss="binary_cross_entropy"), DataSpec((1,), tuple("abc"), "multilabel")
+    given: dict[str, Any] = {"num_examples": 60, "spec": spec, "target_scale": 1.0, "own": NOTHING_OWN, "seed": 0}
+
+    assert score_interval((outputs, labels), config, **given) == (0.0, 0.0)
+    assert score_interval((outputs, labels), config, thresholds=torch.full((3,), -4.5), **given) == (1.0, 1.0)
+
+
+def test_a_best_configuration_whose_new_trainings_all_failed_is_told_of() -> None:
+    row = {"searched": 0.9, "std": None, "values": [], "repeats": [4, 5], "num_diverged": 0, "is_behind": False}
+    rows = [row | {"trial": 1, "mean": None}, row | {"trial": 2, "mean": 0.8, "values": [0.8]}]
+    confirmation = {"seeds": 2, "is_done": True, "configurations": rows}
+    winner = Winner(
+        trial=6, searched=2, configuration={}, metric="accuracy", validation=0.8, best_epoch=1, folds=None, pruned=None,
+        test=None, confusion=None, comparison=None, num_test_readings=0, confirmation=confirmation,
+    )  # fmt: skip
+    assert describe_confirmation(winner).endswith(
+        "trial 1, the best of the search with 0.9000, has no result with new seeds"
+    )

@@ -18,8 +18,8 @@ from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
 from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.metrics import r2_score
 
-from hpo import DataSpec, HpoError, load_best, load_table, run_search, split_dataset
-from hpo.checks.table_models import BOOSTED, LINEAR, table_scores
+from hpo import DataSpec, HpoError, hold_out, load_best, load_table, run_search, split_dataset
+from hpo.checks.table_models import BOOSTED, LINEAR, is_table, table_scores
 from hpo.cli import cli
 from hpo.data.fingerprint import data_fingerprint
 from hpo.data.parts import named_parts
@@ -264,8 +264,12 @@ def test_a_table_that_cannot_be_learned_is_told_in_one_line(case: str, tmp_path:
             "a.csv is not a text in UTF-8 .* save it as UTF-8",
         ),
         (lambda folder: (folder / "a.parquet").write_bytes(b"PAR") and folder, "a.parquet cannot be read"),
-        (lambda folder: (folder / "a.csv").write_text("a,b\n1,2\n1,2,3\n") and folder, "a.csv cannot be read"),
-        (lambda folder: (folder / "a.csv").touch() or folder, "a.csv cannot be read .*No columns to parse"),
+        (lambda folder: (folder / "a.csv").write_text("a,b\n1,2\n1,2,3\n") and folder, "a.csv: line 3 has 3 fields"),
+        (
+            lambda folder: (folder / "a.csv").write_text("a,b\n1,2,3\n1,2,3\n") and folder,
+            "rows have 3 fields, and the f",
+        ),
+        (lambda folder: (folder / "a.csv").touch() or folder, "a.csv is empty; it must have a line"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_told_in_one_line(
@@ -300,6 +304,20 @@ def test_check_says_what_was_found_and_left_out(tmp_path: Path, home: Path) -> N
     assert "left out: patient: 282 different texts in 282 rows look like an ID or a free text; row_id:" in told
     assert "hospital:" not in told
     assert "gradient boosting 0." in told
+
+
+def test_rows_that_end_with_a_delimiter_keep_their_columns(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("age,city\n20,Rome,\n30,Oslo,\n")
+    assert read_rows(tmp_path / "t.csv").to_dict("list") == {"age": ["20", "30"], "city": ["Rome", "Oslo"]}
+
+
+def test_token_ids_are_no_table_to_fit_a_linear_model_to() -> None:
+    ids = torch.arange(200).reshape(50, 4) % 7
+    few, many = (
+        split_dataset(hold_out(ids, torch.arange(50) % 2, ("a", "b"), vocabulary=size), seed=0) for size in (7, 10**7)
+    )
+    assert is_table(few)
+    assert not is_table(many)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])

@@ -27,10 +27,18 @@ MAX_BINNED = 255
 """Categories up to which gradient boosting tells a column's apart; it takes more of them for a number."""
 
 
+MAX_NUMBERS = 10**8
+"""Examples times columns, a category's values one column each, up to which a linear model is fitted."""
+
+
 def is_table(splits: Splits) -> bool:
-    """Whether the examples are rows of numbers and categories, and the target is one class or one number."""
+    """Whether the examples are rows of numbers and categories, and the target is one class or one number.
+
+    Token ids look like categories, of which there are too many.
+    """
     are_flat = all(isinstance(part, Tensor) and part.ndim <= 2 for part in parts(splits.train.inputs))
-    return are_flat and splits.spec.kind in ("classification", "regression") and not splits.spec.target_shape
+    is_one = splits.spec.kind in ("classification", "regression") and not splits.spec.target_shape
+    return are_flat and is_one and len(splits.train) * sum(max(1, size) for size in _sizes(splits)) <= MAX_NUMBERS
 
 
 def table_scores(splits: Splits, metric: str, num_folds: int | None = None) -> dict[str, float]:
@@ -79,7 +87,7 @@ def _standardised(splits: Splits) -> tuple[NDArray[Any], NDArray[Any]]:
     """All columns as numbers, a category as a column of 0 and 1 for each value."""
 
     def one_hot(ids: Tensor, of_input: InputSpec) -> Tensor:
-        sizes = _sizes(of_input, ids.shape[1])
+        sizes = _categories(of_input, ids.shape[1])
         return torch.cat([functional.one_hot(c, n).float() for c, n in zip(ids.unbind(1), sizes, strict=True)], dim=1)
 
     train, new = (_columns(splits, split, one_hot) for split in _both(splits))
@@ -98,14 +106,18 @@ def _columns(splits: Splits, split: Split, of_ids: Callable[[Tensor, InputSpec],
 
 
 def _categorical(splits: Splits) -> list[bool]:
-    found: list[bool] = []
+    return [0 < size <= MAX_BINNED for size in _sizes(splits)]
+
+
+def _sizes(splits: Splits) -> list[int]:
+    """How many categories each column has; 0 for numbers."""
+    found: list[int] = []
     for name, part in named_parts(splits.train.inputs).items():
         of_input, num = splits.spec.input_specs[name], part.shape[1] if len(part.shape) > 1 else 1  # type: ignore[union-attr]
-        sizes = (0,) * num if of_input.vocabulary is None else _sizes(of_input, num)
-        found += [0 < size <= MAX_BINNED for size in sizes]
+        found += (0,) * num if of_input.vocabulary is None else _categories(of_input, num)
     return found
 
 
-def _sizes(of_input: InputSpec, num_columns: int) -> tuple[int, ...]:
-    """How many categories each column has."""
+def _categories(of_input: InputSpec, num_columns: int) -> tuple[int, ...]:
+    """How many there are in each column of ids."""
     return of_input.categories or (of_input.vocabulary or 0,) * num_columns

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import codecs
 import logging
+import re
+import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,30 +55,56 @@ def read_rows(path: Path, *, names: Sequence[str] | None = None) -> pd.DataFrame
     import pandas as pd
 
     try:
-        if path.suffix.lower() == ".parquet":
-            frame = pd.read_parquet(path)
-        else:
-            frame = pd.read_csv(
-                path,
-                sep=_delimiter(path),
-                dtype=str,
-                keep_default_na=False,
-                header=0 if names is None else None,
-                names=None if names is None else list(names),
-                encoding=encoding_of(path),
-                quoting=3 if path.suffix.lower() == ".tsv" else 0,  # tabs need no quotes, and texts have some
-            )
+        frame = pd.read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path, names)
     except ImportError as error:
         raise DataError(f"{path} needs the library pyarrow: pip install pyarrow, or save it as a CSV.") from error
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not a text in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8."
         ) from error
+    except pd.errors.EmptyDataError as error:
+        raise DataError(f"{path} is empty; it must have a line with the names of the columns, and rows.") from error
+    except DataError:
+        raise
     except Exception as error:  # a user's file: its reader may raise anything
+        uneven = re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", str(error))
+        if uneven:
+            expected, line, found = uneven.groups()
+            raise DataError(
+                f"{path}: line {line} has {found} fields, and those before it {expected}; is a text with a "
+                f"{_delimiter(path)!r} in it not in quotes?"
+            ) from error
         raise DataError(f"{path} cannot be read ({in_one_line(error)}); it must be {_listed(SUFFIXES)}.") from error
     if not len(frame):
         raise DataError(f"{path} holds no rows; it must have a line with the names of the columns, and rows.")
     return frame.set_axis([str(name) for name in frame.columns], axis=1)
+
+
+def _read_csv(path: Path, names: Sequence[str] | None) -> pd.DataFrame:
+    import pandas as pd
+
+    read = partial(
+        pd.read_csv,
+        path,
+        sep=_delimiter(path),
+        dtype=str,
+        keep_default_na=False,
+        header=0 if names is None else None,
+        names=None if names is None else list(names),
+        encoding=encoding_of(path),
+        quoting=3 if path.suffix.lower() == ".tsv" else 0,  # tabs need no quotes, and texts have some
+    )
+    frame: pd.DataFrame = read()
+    if isinstance(frame.index, pd.RangeIndex):
+        return frame
+    # The rows have more fields than the header has names; pandas takes the first ones for names of the rows.
+    num_more = frame.index.nlevels
+    if num_more > 1 or frame.iloc[:, -1].ne("").any():
+        num = len(frame.columns)
+        raise DataError(f"{path}: rows have {num + num_more} fields, and the first line {num}; name every column.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pd.errors.ParserWarning)  # each row ends with a delimiter
+        return read(index_col=False)
 
 
 def encoding_of(path: Path) -> str:

@@ -209,6 +209,8 @@ def describe_certainty(winner: Winner) -> str:
 def _mean_of(row: dict[str, Any]) -> str:
     if row["num_diverged"]:
         return f"diverged with {row['num_diverged']} of {len(row['repeats'])} new seeds"
+    if row["mean"] is None:
+        return "no result with new seeds"
     spread = "" if row["std"] is None else f", standard deviation {row['std']:.4f}"
     return f"mean {row['mean']:.4f}{spread} over {len(row['values'])} new seeds"
 

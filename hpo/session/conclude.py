@@ -183,6 +183,7 @@ def _test_scores(winner: Winner, test: SealedSplit, prepared: Prepared, opened: 
         spec=spec,
         target_scale=scale,
         own=own_of(trained.model),
+        thresholds=getattr(trained.model, "thresholds", None),
         seed=derive_seed(study.settings.seed, "test interval"),
     )
     if all(map(math.isfinite, ends)):

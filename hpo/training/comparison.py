@@ -85,14 +85,16 @@ def score_interval(
     spec: DataSpec,
     target_scale: Scale,
     own: Own,
+    thresholds: Tensor | None = None,
     seed: int,
 ) -> tuple[float, float]:
     """The 95 % interval of the config's metric over the examples that `answers`, outputs and targets, belong to.
 
-    For accuracy and recall at k, which are shares of the examples, it is Wilson's (1927), which holds near 0 and 1 too;
-    for any other metric that of a percentile bootstrap. Infinite ends mean that no resample has the metric.
+    `thresholds` (num_classes,) are the logits from which on an example has each of several labels. For accuracy and
+    recall at k, which are shares of the examples, it is Wilson's (1927), which holds near 0 and 1 too; for any other
+    metric that of a percentile bootstrap. Infinite ends mean that no resample has the metric.
     """
-    judged = _Judged(*answers, config, spec, target_scale, own, config.metric)
+    judged = _Judged(*answers, config, spec, target_scale, own, config.metric, thresholds)
     if (config.metric == "accuracy" and spec.kind == "classification") or config.metric.startswith("recall_at_"):
         return _wilson(judged.value(), num_examples)
     return _bootstrapped(judged.value, num_examples, seed)
@@ -141,6 +143,8 @@ class _Judged:
     target_scale: Scale
     own: Own
     metric: str
+    thresholds: Tensor | None = None
+    """Of several labels; without them 0, as while a search compares its trials."""
 
     @classmethod
     def by(
@@ -163,7 +167,9 @@ class _Judged:
             rows = self._rows_of_outputs(rows)
             outputs, targets = map_tensors(lambda tensor: tensor[rows.to(tensor.device)], (outputs, targets))
         needs_all = self.metric in self.own.metrics or self.metric.rpartition("/")[2] in NEED_ALL
-        metrics = EpochMetrics(self.spec, self.config.device, own=self.own, is_complete=needs_all)
+        metrics = EpochMetrics(
+            self.spec, self.config.device, own=self.own, is_complete=needs_all, thresholds=self.thresholds
+        )
         loss = torch.zeros((), device=self.config.device)
         if self.metric == "loss":
             loss = loss_function(self.config, self.spec, self.target_scale, self.own)(outputs, targets)
