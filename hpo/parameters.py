@@ -8,6 +8,7 @@ import unicodedata
 from abc import ABC
 from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field, replace
+from decimal import Decimal
 from typing import Any, ClassVar, Self
 
 from hpo.values import Conditions, format_value, is_same
@@ -88,6 +89,12 @@ class Range(ABC):
             raise ValueError(
                 f"high {format_value(self.high)} is not a whole number of steps of {format_value(self.step)} above low "
                 f"{format_value(self.low)}; end at {format_value(last)}"
+            )
+        low, high, step = (Decimal(str(number)) for number in (self.low, self.high, self.step))
+        if (high - low) % step:  # samplers count in decimals, and would never come to the end
+            raise ValueError(
+                f"step {self.step!r} is rounded, so that its steps do not end at {format_value(self.high)}; take "
+                f"{type(self).__name__ if self._type is int else 'Int'}(0, {round(num_steps)}) and divide in the model"
             )
 
     def contains(self, value: Any) -> bool:

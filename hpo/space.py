@@ -110,7 +110,7 @@ class Space:
 
     def identity(self, values: Mapping[str, Value]) -> str:
         """The same text for configurations that train the same."""
-        return ", ".join(f"{name}={format_value(value)}" for name, value in self.active(values).items())
+        return ", ".join(f"{name}={value!r}" for name, value in self.active(values).items())
 
     def describe_rules(self) -> list[str]:
         """What is forbidden, in words, one sentence each."""

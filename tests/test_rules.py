@@ -137,6 +137,7 @@ def test_a_step_gives_the_values_that_are_written() -> None:
             lambda: Float(0.0, 0.55, step=0.1, default=0.0),
             "is not a whole number of steps of 0.1 above low 0; end at 0.5",
         ),
+        (lambda: Float(0.0, 1.0, step=1 / 3, default=0.0), "its steps do not end at 1; take Int(0, 3) and divide"),
         (lambda: Float(0.1, 0.5, step=0.1, log=True, default=0.1), "has step= and log=True; leave one out"),
         (lambda: Float(0.0, 0.5, step=-1, default=0.0), "step -1 is not a number above 0"),
         (lambda: Int(0, 8, step=0.5, default=0), "step 0.5 is not a whole number above 0"),

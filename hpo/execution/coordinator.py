@@ -288,7 +288,9 @@ class Coordinator:
         attempt.run.log_epoch(result.epoch, {**result.metrics, **self._best_so_far(result)})
         self._observer.epoch_done(attempt.suggestion, result)
         if result.diverged:
-            what = self._study.settings.metric if self._task.objective.train else "the loss"
+            losses = (loss for name, loss in result.metrics.items() if name in ("train/loss", "val/loss"))
+            is_of_metric = self._task.objective.train or all(map(math.isfinite, losses))
+            what = self._study.settings.metric if is_of_metric else "the loss"
             return attempt.end("diverged", f"{what} was not finite in epoch {result.epoch}")
         try:
             is_weak = self._report(attempt.number, result)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from hpo.parameters import Choice, Float, Int, Value
 from hpo.records import ELIGIBLE, TrialRecord, ranked
 from hpo.search.encoding import Encoding
-from hpo.values import format_value
 
 if TYPE_CHECKING:
     from hpo.search.study import Study
@@ -143,11 +142,27 @@ def _wider(parameter: Float | Int, end: str) -> str | None:
     low, high = _with_room(parameter, end)
     if (low, high) == (parameter.low, parameter.high):
         return None
-    digits = 12 if parameter.step else 3  # whole steps must stay whole
-    return ":".join(
-        format_value(bound if bound in (parameter.low, parameter.high) else float(f"{bound:.{digits}g}"))
-        for bound in (low, high)
-    )
+    if parameter.step:
+        low, high = (float(f"{bound:.12g}") for bound in (low, high))  # whole steps must stay whole
+    elif end == "upper":
+        high = _rounded(high, above=parameter.high, below=1.0 if _is_share(parameter) else math.inf)
+    else:
+        low = _rounded(low, above=0.0 if parameter.low > 0 else -math.inf, below=parameter.low)
+    return f"{_exactly(parameter, low)}:{_exactly(parameter, high)}"
+
+
+def _rounded(value: float, *, above: float, below: float) -> float:
+    """The number with the fewest digits, three or more, that is between two others, as the value is."""
+    candidates = (float(f"{value:.{digits}g}") for digits in range(3, 17))
+    return next((rounded for rounded in candidates if above < rounded < below), value)
+
+
+def _exactly(parameter: Float | Int, bound: float) -> str:
+    return str(int(bound)) if isinstance(parameter, Int) else f"{bound:.17g}" if bound == int(bound) else repr(bound)
+
+
+def _is_share(parameter: Float | Int) -> bool:
+    return isinstance(parameter, Float) and parameter.low >= 0 and parameter.high < 1 and not parameter.log
 
 
 def _with_room(parameter: Float | Int, end: str) -> tuple[float, float]:
@@ -160,8 +175,7 @@ def _with_room(parameter: Float | Int, end: str) -> tuple[float, float]:
         num_positive = math.ceil(low / parameter.step) - 1 if low > 0 else num_steps
         return low - min(num_steps, num_positive) * parameter.step, high
     if end == "upper":
-        is_share = low >= 0 and high < 1 and not parameter.log
-        high = high * 10 if parameter.log else (high + 1) / 2 if is_share else high + room
+        high = high * 10 if parameter.log else (high + 1) / 2 if _is_share(parameter) else high + room
         return low, math.ceil(high) if isinstance(parameter, Int) else high
     wider = low / 10 if parameter.log else low / 2 if low > 0 else low - room
     if isinstance(parameter, Int):
@@ -185,10 +199,11 @@ def find_divergence(study: Study, name: str = "lr") -> Iterator[Finding]:
     num_accidents = math.comb(len(rates) - len(above), len(diverged) - len(above))
     if len(above) < MIN_DIVERGED or num_accidents > ACCIDENT * math.comb(len(rates), len(diverged)):
         return
-    narrower = f"{format_value(parameter.low)}:{survived:.3g}"
+    highest = _exactly(parameter, _rounded(survived, above=math.nextafter(survived, 0.0), below=min(above)))
+    narrower = f"{_exactly(parameter, parameter.low)}:{highest}"
     yield Finding(
         topic="divergence",
-        text=f"All {len(above)} trials with {name} above {survived:.3g} diverged: -p {name}={narrower} in a new study "
+        text=f"All {len(above)} trials with {name} above {highest} diverged: -p {name}={narrower} in a new study "
         "spares them.",
         data={"parameter": name, "above": survived, "lowest": min(above), "trials": len(above)},
     )

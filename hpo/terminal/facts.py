@@ -25,6 +25,8 @@ from hpo.search.lease import living_sessions
 from hpo.search.storage import read_storage
 from hpo.search.study import Study, list_studies
 from hpo.search.winner import find_winner, front_rows
+from hpo.space import from_stored
+from hpo.values import format_value
 
 
 def task_rows() -> list[dict[str, Any]]:
@@ -171,6 +173,8 @@ def _in_yaml(value: Any) -> str:
 
 
 def _exactly(value: Any) -> str:
+    if isinstance(value, list):  # a tuple, which JSON does not have
+        return format_value(from_stored(value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

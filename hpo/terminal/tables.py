@@ -84,10 +84,9 @@ def print_outcome(console: Console, outcome: SearchOutcome) -> None:
     if not outcome.is_done:
         console.print(_what_is_missing(outcome))
     elif outcome.all_diverged:
-        console.print(
-            f"Every trial diverged, so there is no winner: try smaller learning rates in a new --study; "
-            f"hpo show {outcome.study}{home}"
-        )
+        of_losses = any((trial.reason or "the loss").startswith("the loss") for trial in outcome.trials)
+        advice = "try smaller learning rates in a new --study;" if of_losses else "is the metric defined here?"
+        console.print(f"Every trial diverged, so there is no winner: {advice} hpo show {outcome.study}{home}")
     elif outcome.all_too_costly:
         console.print(
             f"Each model costs more than --constraint allows, so there is no winner: allow more in a new --study, or "
