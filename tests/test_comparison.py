@@ -47,9 +47,16 @@ def test_accuracies_are_compared_by_the_examples_on_which_the_models_differ() ->
 
     found = compare(split, "accuracy", num_classes=2)
 
-    error = math.sqrt((15 + 5) / 100 - 0.1**2) / math.sqrt(100)
+    centre = 10 / 102  # with half an example more of each kind
+    error = math.sqrt((15.5 + 5.5) / 102 - centre**2) / math.sqrt(102)
     assert found.value == pytest.approx(0.1)
-    assert (found.low, found.high) == pytest.approx((0.1 - 1.96 * error, 0.1 + 1.96 * error))
+    assert (found.low, found.high) == pytest.approx((centre - 1.96 * error, centre + 1.96 * error))
+
+
+def test_models_that_differ_on_four_examples_alone_cannot_be_told_apart() -> None:
+    right = [True] * 190 + [False] * 10
+    found = compare(answers(right, [False] * 4 + right[4:]), "accuracy", num_classes=2)
+    assert found.low < 0 < found.value  # by an exact test, p is 0.125
 
 
 def test_other_metrics_are_compared_by_a_bootstrap_over_pairs_of_answers() -> None:
@@ -73,8 +80,10 @@ def test_other_metrics_are_compared_by_a_bootstrap_over_pairs_of_answers() -> No
 def test_models_that_answer_alike_differ_by_nothing() -> None:
     split = answers([True, False] * 20, [True, False] * 20)
 
-    for metric in ("accuracy", "f1"):
-        assert compare(split, metric, num_classes=2) == Difference(0.0, 0.0, 0.0)
+    assert compare(split, "f1", num_classes=2) == Difference(0.0, 0.0, 0.0)
+    found = compare(split, "accuracy", num_classes=2)
+    assert found.value == 0
+    assert found.low == -found.high < 0, "40 examples do not show that there is no difference"
 
 
 def test_folds_are_paired_and_their_interval_is_wide_because_they_share_examples() -> None:

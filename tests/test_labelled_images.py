@@ -126,6 +126,10 @@ def test_a_table_of_photos_may_hold_numbers_or_a_class(tmp_path: Path) -> None:
     assert load_image_folder(tmp_path, label="red").spec.kind == "classification"
     assert load_image_folder(tmp_path, label="red", kind="number").spec.kind == "regression"
     assert [len(numbers.train), len(numbers.test)] == [96, 24]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    written(frame.assign(file=[str(tmp_path / name) for name in frame["file"]]), elsewhere)
+    assert load_image_folder(elsewhere, label="colour").classes == ("blue", "none of it")
     for image, values in zip(numbers.train.inputs[:20], numbers.train.targets[:20].tolist(), strict=True):
         assert (image[0].float().mean() > 60) == (values[0] > 0)  # each photo has its own row
 
@@ -151,6 +155,7 @@ def test_a_table_of_photos_may_hold_numbers_or_a_class(tmp_path: Path) -> None:
             {},
             "fewer than three photos have the label 'blue' \\(0\\); leave it out of label=",
         ),
+        (lambda f: pd.concat([f, f[:2]]), {}, "names .*png' more than once, as it does 2 of its photos; leave one row"),
         (lambda f: f.assign(blue=1), {"label": "blue"}, "has only the value '1', so there is nothing to learn"),
         (lambda f: f, {"kind": "class"}, "kind=class is for one column, but .* has 3: name it with label="),
     ],

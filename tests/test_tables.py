@@ -22,9 +22,11 @@ from hpo import DataSpec, HpoError, hold_out, load_best, load_table, run_search,
 from hpo.checks.table_models import BOOSTED, LINEAR, is_table, table_scores
 from hpo.cli import cli
 from hpo.data.fingerprint import data_fingerprint
+from hpo.data.labels import read_labels
 from hpo.data.parts import named_parts
 from hpo.data.rows import read_rows
 from hpo.data.tables import Column, TablePreprocessing
+from hpo.data.values import category_texts, encode_table
 from hpo.errors import DataError
 
 
@@ -309,6 +311,26 @@ def test_check_says_what_was_found_and_left_out(tmp_path: Path, home: Path) -> N
 def test_rows_that_end_with_a_delimiter_keep_their_columns(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("age,city\n20,Rome,\n30,Oslo,\n")
     assert read_rows(tmp_path / "t.csv").to_dict("list") == {"age": ["20", "30"], "city": ["Rome", "Oslo"]}
+
+
+@pytest.mark.parametrize(("told", "expected"), [(["3", "3.0", "03"], "3"), (["0.50", ".5", "0.5"], "0.5")])
+def test_a_number_is_one_category_however_it_is_written(told: list[str], expected: str) -> None:
+    assert category_texts(pd.Series([*told, float(expected)], dtype=object)).tolist() == [expected] * (len(told) + 1)
+    assert category_texts(pd.Series(["-0.0", "red", None])).tolist() == ["0", "red", pd.NA]
+
+
+def test_a_date_in_another_form_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    column = Column("sold", "date", center=10.0)
+    encoded = encode_table([column], pd.DataFrame({"sold": ["1970-01-21", "21.01.1970"]}))
+    assert encoded["numbers"].tolist() == [[10.0], [0.0]]
+    assert "column 'sold' holds '21.01.1970', which is not a date such as 2026-01-31; 1 such values" in caplog.text
+
+
+def test_numbers_that_seven_digits_cannot_tell_apart_are_refused() -> None:
+    with pytest.raises(DataError, match=r"holds numbers such as 1700000000 .*subtract a number from all of them first"):
+        read_labels(
+            pd.Series([f"{1_700_000_000 + each}" for each in range(100)]), "column 'y'", "number", "label", "drop"
+        )
 
 
 def test_token_ids_are_no_table_to_fit_a_linear_model_to() -> None:

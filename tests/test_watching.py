@@ -207,6 +207,13 @@ def test_a_run_overfits_from_the_epoch_after_the_lowest_validation_loss_and_is_s
     assert watched(train, val) == [{}] * 4 + [{"overfits_from": 3}] * 2
 
 
+def test_losses_below_zero_are_watched_like_others() -> None:
+    falling = [-5.0 - epoch for epoch in range(6)]
+    assert watched(falling, [-5.0, -4.99, -4.98, -4.97, -4.96, -4.95]) == [{}] * 6, "a rise of a hundredth is none"
+    assert watched(falling, [-5.0, *[-4.0] * 5])[-1] == {"overfits_from": 2}
+    assert watched([-5.0] * 12, [-5.0] * 12)[-1] == {"stalls_from": 2}
+
+
 @pytest.mark.parametrize(
     ("train", "val", "why"),
     [

@@ -69,6 +69,11 @@ def read_labels(values: pd.Series, what: str, kind: str, option: str, rare: str)
     if kind == "number" or (kind == "auto" and looks_like_number):
         why = "" if kind == "number" else "; --data-option kind=class overrides this"
         targets = torch.from_numpy(measured.astype(np.float32))
+        if len(np.unique(targets.numpy())) < different / 2:
+            raise DataError(
+                f"{what} holds numbers such as {measured.min():.17g} and {measured.max():.17g}; with seven digits, as "
+                "networks compute, most of them are equal: subtract a number from all of them first."
+            )
         return Labels(targets, (), f"a number{why}", np.ones(len(targets), dtype=bool))
     names = category_texts(values)
     classes = sorted(names.unique(), key=lambda name: (len(name), name) if is_measured else (0, name))

@@ -6,6 +6,7 @@ photos/**/*.jpg|png|...       a fifth is held out as the test split
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +54,11 @@ def read_photo_labels(data_dir: Path, label: str, kind: str, rare: str) -> Label
     if missing := [path for path in paths if not _is_file(path)]:
         raise DataError(
             f"{file} names {missing[0].name[:100]!r}, which is not in {data_dir}; {len(missing)} photos are missing."
+        )
+    if repeated := [path for path, count in Counter(map(Path.resolve, paths)).items() if count > 1]:
+        raise DataError(
+            f"{file} names {repeated[0].name[:100]!r} more than once, as it does {len(repeated)} of its photos; leave "
+            "one row for each, or the test split would hold what was trained on."
         )
     if len(chosen) == 1:
         _require_values(frame, chosen, file)

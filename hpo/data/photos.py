@@ -292,7 +292,7 @@ class _Album:
         return digest.hexdigest()[:16]
 
     def _name(self, path: Path) -> str:
-        return str(path.relative_to(self.data_dir))
+        return os.path.relpath(path, self.data_dir)  # labels.csv may name photos elsewhere
 
 
 def _listed(damaged: dict[str, str]) -> str:

@@ -39,33 +39,45 @@ def numbers(told: pd.Series, *, warn: str = "") -> Numbers:
     found: Numbers = pd.to_numeric(told, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
     found[~np.isfinite(found)] = np.nan
     if warn:
-        strange = told[np.isnan(found)].dropna()
-        if len(strange):
-            _logger.warning(
-                "column '%s' holds '%s', which is not a number; %d such values count as missing.",
-                warn, strange.iloc[0], len(strange),
-            )  # fmt: skip
+        _warn_of(told[np.isnan(found)], warn, "a number")
     return found
 
 
-def days(told: pd.Series, *, strict: bool = True) -> Numbers | None:
-    """Texts that are dates (2026-01-31, with a time or without) in days since 1970; None if `strict` and one is not."""
+def _warn_of(unread: pd.Series, column: str, wanted: str) -> None:
+    strange = unread.dropna()
+    if len(strange):
+        _logger.warning(
+            "column '%s' holds '%s', which is not %s; %d such values count as missing.",
+            column, strange.iloc[0], wanted, len(strange),
+        )  # fmt: skip
+
+
+def days(told: pd.Series, *, strict: bool = True, warn: str = "") -> Numbers | None:
+    """Texts that are dates (2026-01-31, with a time or without) in days since 1970; None if `strict` and one is not.
+
+    With a column's name in `warn`, a warning names what is no date.
+    """
     import pandas as pd
 
     dates = pd.to_datetime(told, format="ISO8601", errors="coerce", utc=True)
     if strict and (dates.isna().any() or not told.str.match(r"\d{4}-\d\d").all()):
         return None
+    if warn:
+        _warn_of(told[dates.isna()], warn, "a date such as 2026-01-31")
     found: Numbers = ((dates - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(days=1)).to_numpy(dtype=np.float64)
     return found
 
 
 def category_texts(values: pd.Series) -> pd.Series:
-    """The values as names of categories: 3, 3.0 and "3" are the same one, and so are true and True."""
+    """The values as names of categories: 3, 3.0 and "3" are the same one, and so are 0.5 and "0.50", true and True."""
     told = texts(values)
     measured = numbers(told)
-    is_whole = np.isfinite(measured) & (np.abs(measured) < 2**53) & (measured == np.round(measured))
-    whole = np.where(is_whole, measured, 0.0).astype(np.int64).astype(str)
-    told = told.mask(is_whole, whole)
+    is_number = np.isfinite(measured) & (np.abs(measured) < 2**53)
+    written = [
+        np.format_float_positional(each + 0.0, trim="-") if found else ""
+        for each, found in zip(measured, is_number, strict=True)
+    ]
+    told = told.mask(is_number, np.array(written, dtype=object))
     lowered = told.str.lower()
     is_truth = lowered.isin(("true", "false")).fillna(False)
     return told.mask(is_truth, lowered)
@@ -98,7 +110,7 @@ def encode_table(columns: Sequence[Any], frame: pd.DataFrame) -> dict[str, NDArr
 
 def _encoded_numbers(column: Any, values: pd.Series) -> list[Numbers]:
     told = texts(values)
-    measured = days(told, strict=False) if column.kind == "date" else numbers(told, warn=column.name)
+    measured = days(told, strict=False, warn=column.name) if column.kind == "date" else numbers(told, warn=column.name)
     assert measured is not None, "only strict reading finds none"
     centred = measured - column.center
     is_missing = ~np.isfinite(centred)

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC
 from functools import cached_property
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, get_args
@@ -363,7 +364,7 @@ class ReadStudy:
             stage=self._stage(trial),
             reason=trial.user_attrs.get(stored.REASON),
             attempts=trial.user_attrs.get(stored.ATTEMPT, 1),
-            duration_s=trial.duration.total_seconds() if trial.duration else None,
+            duration_s=_duration_s(trial),
             trained_s=trial.user_attrs.get(stored.TRAINED, 0.0),
             pruned_after=trial.user_attrs.get(stored.CONTINUED, {}).get("after"),
             costs=self._costs(trial),
@@ -403,6 +404,13 @@ class _Snapshot:
     @cached_property
     def facts(self) -> dict[str, Any]:
         return self._storage.get_study_user_attrs(self._study_id)
+
+
+def _duration_s(trial: FrozenTrial) -> float | None:
+    """Optuna's own is an hour wrong across the end of summer time, because its times are local ones."""
+    if trial.datetime_start is None or trial.datetime_complete is None:
+        return None
+    return (trial.datetime_complete.astimezone(UTC) - trial.datetime_start.astimezone(UTC)).total_seconds()
 
 
 def _state(trial: FrozenTrial) -> TrialState:

@@ -54,20 +54,21 @@ class Symptoms:
         train_loss, val_loss = metrics["train/loss"], metrics["val/loss"]
         if epoch == 1:
             self.first_loss = train_loss
-        if train_loss < (1 - LEAST_PROGRESS) * self.lowest_train_loss:
+        if train_loss < _changed(self.lowest_train_loss, -LEAST_PROGRESS):
             self.lowest_train_loss, self.progress_epoch, self.idle_epochs = train_loss, epoch, 0
         else:
             self.idle_epochs += metrics["lr"] > DECAYED * peak_lr
         if val_loss < self.lowest_val_loss:
             self.lowest_val_loss, self.turning_epoch, self.train_loss_at_turn = val_loss, epoch, train_loss
-        is_above = val_loss > (1 + OVERFIT_RISE) * self.lowest_val_loss and train_loss < self.train_loss_at_turn
+        is_above = val_loss > _changed(self.lowest_val_loss, OVERFIT_RISE) and train_loss < self.train_loss_at_turn
         self.epochs_above = self.epochs_above + 1 if is_above else 0
         return {**self._of_losses(train_loss), **_of_layers(metrics)}
 
     def _of_losses(self, train_loss: float) -> dict[str, float]:
         if self.epochs_above >= OVERFIT_EPOCHS:
             return {"overfits_from": self.turning_epoch + 1}  # whose remedies are others than those of a plateau
-        if self.idle_epochs >= STALL_EPOCHS and train_loss > LEARNED * self.first_loss:
+        has_learned = 0 <= train_loss <= LEARNED * self.first_loss  # what is left of a loss below 0 is not known
+        if self.idle_epochs >= STALL_EPOCHS and not has_learned:
             return {"stalls_from": self.progress_epoch + 1}
         return {}
 
@@ -80,6 +81,11 @@ class Symptoms:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)
+
+
+def _changed(loss: float, share: float) -> float:
+    """A loss that is greater by a share of its size; losses of a task's own may be below 0."""
+    return loss + share * abs(loss) if math.isfinite(loss) else loss
 
 
 def _of_layers(metrics: Mapping[str, float]) -> dict[str, float]:
