@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import click
 
@@ -384,6 +386,8 @@ def best(study: str, as_yaml: bool, as_options: bool, home: Path | None, storage
         click.echo(winner_as_yaml(facts) if as_yaml else winner_as_options(facts))
         return
     _print_json(facts) if as_json else print_best(_console(), facts)
+    if facts["winner"] is None:
+        sys.exit(FAILED)
 
 
 @cli.command()
@@ -653,8 +657,23 @@ def _console(stderr: bool = False) -> Console:
     # Names and messages may contain brackets, which are not markup.
     console = Console(stderr=stderr, highlight=False, markup=False)
     if not console.is_terminal:
-        console.width = PIPED_WIDTH
+        console = Console(
+            file=cast("IO[str]", _Trimmed(console.file)), highlight=False, markup=False, width=PIPED_WIDTH
+        )
     return console
+
+
+class _Trimmed(io.TextIOBase):
+    """A stream without the blanks at the ends of lines, with which rich fills the columns of tables up."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(re.sub(r"[ ]+$", "", text, flags=re.MULTILINE))
+
+    def flush(self) -> None:
+        self._stream.flush()
 
 
 def _print_json(data: Any) -> None:

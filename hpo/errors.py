@@ -18,8 +18,11 @@ TrialTakenError (hpo.search.study) is internal: another session has taken a tria
 """
 
 import errno
+import sysconfig
+import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 OF_THE_DISK = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
@@ -107,4 +110,16 @@ def in_one_line(error: BaseException) -> str:
     """What an error says, with the name of its type where it is not one of ours."""
     if isinstance(error, HpoError):
         return str(error)
-    return f"{type(error).__name__}: {visible(' '.join(str(error).split()))}"
+    return f"{type(error).__name__}: {visible(' '.join(str(error).split()))}{place_of(error)}"
+
+
+def place_of(error: BaseException) -> str:
+    """Where in a user's own code an error was raised, as ` (model.py:28)`; empty if that was in a library."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_of_library(frame.filename)]
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+
+
+def _is_of_library(file: str) -> bool:
+    paths = sysconfig.get_paths()
+    libraries = (str(Path(__file__).parent), paths["stdlib"], paths["purelib"], paths["platlib"])
+    return not Path(file).is_file() or any(Path(file).is_relative_to(library) for library in libraries)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 EndState = Literal["complete", "pruned", "diverged", "infeasible", "failed", "interrupted"]
 TrialState = Literal["complete", "pruned", "diverged", "infeasible", "failed", "interrupted", "running", "queued"]
 
+OUT_OF_BUDGET = "the study's --budget is used up"
+"""The reason of a trial that the budget has cut off."""
+
 FINISHED: tuple[TrialState, ...] = ("complete", "pruned", "diverged", "infeasible")
 """The states that count towards the number of trials that was asked for."""
 

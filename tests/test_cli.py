@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from helpers.studies import SETTINGS
 
 from hpo.cli import main
+from hpo.search.storage import open_storage
+from hpo.search.study import Study
 from hpo.training.metrics import METRICS_OF_KIND
 
 BROKEN_FILES = {
@@ -299,6 +302,8 @@ BAD_INPUT = [
         "search digits --trial-timeout 2s --folds 3",
         "--trial-timeout 2 cannot be combined with --folds 3: the mean of",
     ),
+    ("search digits --study ", "'' cannot name a study: use 1 to 64 letters"),
+    ("search digits --objective val/accuracy --objective params --pruner sah", "no pruner 'sah'; did you mean 'sha'"),
     ("search digits --study ../escape", "'../escape' cannot name a study: use 1 to 64 letters"),
     ("search digits --study ..", "'..' cannot name a study"),
     ("search digits --study a/b", "'a/b' cannot name a study"),
@@ -460,6 +465,7 @@ def test_what_was_found_can_be_looked_at(searched: Answer, hpo: Callable[[str], 
     assert "Validation" in best
     assert 'hpo.load_best("digits")' in best
     assert "Deploy it: hpo export digits writes" in best
+    assert not re.search(r" $", best, re.MULTILINE)
 
 
 def test_json_is_json_and_says_the_same(searched: Answer, hpo: Callable[[str], Answer]) -> None:
@@ -474,6 +480,14 @@ def test_json_is_json_and_says_the_same(searched: Answer, hpo: Callable[[str], A
     outcome = hpo("search digits --json")
     assert json.loads(outcome.out)["winner"] == winner
     assert "resuming study 'digits': 3/3 trials" in outcome.err
+
+
+def test_the_winner_of_a_study_without_results_is_no_success(hpo: Callable[[str], Answer], tmp_path: Path) -> None:
+    Study.open(open_storage(tmp_path / "mlruns"), "empty", SETTINGS)
+    answer = hpo("best empty")
+    assert answer.exit_code == 1
+    assert "Study 'empty' has no trial with a result (no trial yet)" in answer.out
+    assert json.loads(hpo("best empty --json").out)["winner"] is None
 
 
 def test_the_tasks_and_their_spaces_can_be_looked_at(hpo: Callable[[str], Answer]) -> None:
@@ -512,7 +526,9 @@ def test_a_broken_plugin_is_reported_once_and_the_others_work(
     answer = hpo("tasks")
     assert answer.exit_code == 0
     assert "digits" in answer.out
-    assert caplog.messages == ["plugin 'broken' (broken_plugin) is broken: RuntimeError: half installed"]
+    assert caplog.messages == [
+        "plugin 'broken' (broken_plugin) is broken: RuntimeError: half installed (broken_plugin.py:1)"
+    ]
 
 
 def test_a_task_that_cannot_be_used_is_listed_as_broken(

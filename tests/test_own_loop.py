@@ -130,10 +130,11 @@ def test_each_trial_ends_as_its_loop_did_and_a_loop_without_model_and_test_is_no
     assert found == {
         "calm": ("complete", None),
         "diverges": ("diverged", "f1 of cats was not finite in epoch 2"),
-        "raises": ("failed", "RuntimeError: the cat is on the keyboard"),
+        "raises": ("failed", "RuntimeError: the cat is on the keyboard (moody.py:8)"),
         "forgets": (
             "failed",
-            "UsageError: epoch 1 was reported without 'f1 of cats', the metric of task 'moody', but with 'train/loss'.",
+            "UsageError: epoch 1 was reported without 'f1 of cats', the metric of task 'moody', but with 'train/loss'. "
+            "(moody.py:15)",
         ),
     }
     assert outcome.winner is not None

@@ -42,6 +42,7 @@ from hpo.session.options import StudyOptions, checked
 from hpo.session.request import agree, request_for, this_machine
 from hpo.session.search import run_search
 from hpo.terminal.progress import ProgressLines
+from hpo.terminal.tables import print_outcome
 from hpo.tracking.runs import SummaryRun
 from hpo.tracking.store import open_store
 from hpo.training.trainer import EpochResult
@@ -74,6 +75,9 @@ def test_a_search_whose_budget_is_used_up_has_a_winner_and_a_larger_budget_conti
     assert outcome.winner.test is not None
     shown = CliRunner().invoke(cli, ["show", "moody", "--home", str(home)]).output
     assert re.search(r"Training time: \d+ s of 1 s", shown)
+    told = Console(file=StringIO(), width=200)
+    print_outcome(told, outcome)
+    assert "The training time of 1 s is used up after 1 of 1 trials, and cut off trial 0; a la" in told.file.getvalue()  # type: ignore[attr-defined]
 
     outcome = search(**SLOWLY, budget="none")
     (continued,) = outcome.trials

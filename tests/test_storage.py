@@ -31,10 +31,11 @@ from sqlalchemy.exc import OperationalError
 from hpo.config import Direction
 from hpo.database import without_password
 from hpo.errors import StoreError
+from hpo.machine import process_host
 from hpo.parameters import Float, Int
 from hpo.records import TrialState as StateName
 from hpo.search import optuna_tables
-from hpo.search.lease import Session, living_sessions
+from hpo.search.lease import Session, SessionInfo, living_sessions
 from hpo.search.optuna_tables import DirectStorage
 from hpo.search.settings import StudySettings
 from hpo.search.storage import OutageError, StudyStorage, open_storage, read_storage
@@ -477,6 +478,14 @@ def test_sessions_in_containers_with_the_name_of_their_host_do_not_take_each_oth
         assert here.partition(":")[0] == there.partition(":")[0] == socket.gethostname()
         container.answer("end")
         container.finish()
+
+
+def test_a_session_whose_process_has_ended_is_known_to_be_gone_where_it_ran() -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    here, elsewhere = process_host(), "another-host"
+    processes = [f"{here}:{ended.pid}", f"{here}:{os.getpid()}", f"{elsewhere}:{ended.pid}"]
+    assert [SessionInfo("id", process, 0.0).is_gone for process in processes] == [True, False, False]
 
 
 def test_a_killed_session_dies_by_the_databases_clock_and_may_then_be_adopted(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -231,7 +232,7 @@ WRONG: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], dict[str, str], s
         {},
         "column 'zip' has [0-9]+ categories, more than 1000; group them, or leave it out with --data-option ignore=zip",
     ),
-    "no label at all": (lambda f: f.assign(target=""), {}, "no row has value in 'target'; name another column"),
+    "no label at all": (lambda f: f.assign(target=""), {}, "all rows lack a value in 'target'; name another column"),
     "a word among numbers": (
         lambda f: f.assign(target=["much", *f["target"][1:]]),
         {"kind": "number"},
@@ -324,6 +325,16 @@ def test_a_date_in_another_form_is_told_of(caplog: pytest.LogCaptureFixture) -> 
     encoded = encode_table([column], pd.DataFrame({"sold": ["1970-01-21", "21.01.1970"]}))
     assert encoded["numbers"].tolist() == [[10.0], [0.0]]
     assert "column 'sold' holds '21.01.1970', which is not a date such as 2026-01-31; 1 such values" in caplog.text
+
+
+def test_dates_that_are_not_read_as_such_are_named(tmp_path: Path) -> None:
+    rows = [f"{day % 30 + 1:02}.{day % 12 + 1:02}.2024,{day / 4},{day % 7 + 0.5}" for day in range(60)]
+    (tmp_path / "t.csv").write_text("\n".join(["sold,area,price", *rows]))
+    preprocessing = split_dataset(load_table(tmp_path / "t.csv", label="price"), seed=0).spec.preprocessing
+    assert isinstance(preprocessing, TablePreprocessing)
+    ((name, why),) = preprocessing.not_used
+    assert name == "sold"
+    assert re.fullmatch(r"it looks like dates such as \d\d\.\d\d\.2024; write them as 2026-01-31 and .*", why)
 
 
 def test_numbers_that_seven_digits_cannot_tell_apart_are_refused() -> None:

@@ -60,10 +60,11 @@ def _check_batch_sizes(task: Task, splits: Splits) -> None:
                     f"batch_size {size} times accumulate {times} is larger than the {len(splits.train)} training "
                     "examples; allow smaller ones only, or add examples."
                 )
-            narrowed = f"allow smaller ones only, as -p batch_size={','.join(fitting)}, raise --limit"
+            narrowed = f"allow smaller ones only, as -p batch_size={','.join(fitting)}"
             advice = narrowed if fitting else f"take at most {num_examples}, as --set batch_size={num_examples}"
             raise SpaceError(
-                f"batch_size {size} is larger than the {num_examples} training examples; {advice}, or add examples."
+                f"batch_size {size} is larger than the {num_examples} training examples; {advice}, or have "
+                "more examples (is there a --limit?)."
             )
 
 

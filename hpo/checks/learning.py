@@ -13,7 +13,7 @@ import torch
 
 from hpo.checks.baselines import baselines
 from hpo.checks.speed import seconds_a_step
-from hpo.checks.table_models import BOOSTED, is_table, table_scores
+from hpo.checks.table_models import BOOSTED, LINEAR, is_table, table_scores
 from hpo.checks.verdicts import Subject, Verdict
 from hpo.config import OWN, derive_seed
 from hpo.data.batches import build_batches
@@ -132,15 +132,16 @@ def check_baseline(subject: Subject) -> Verdict:
     naive, linear = (
         math.nan if outputs is None else _score(subject, outputs, targets, metric) for outputs in baselines(splits)
     )
+    of_table = table_scores(splits, metric) if is_table(splits) else {}
+    linear = of_table.get(LINEAR, linear)
     trained = f"{metric} {network:.3f} after {epochs} of {len(splits.train)} examples"
     simplest = "the majority class" if subject.spec.classes else "the mean"
     text = f"{trained}; {simplest} has {naive:.3f}"
     text += f", a linear model {linear:.3f}" if math.isfinite(linear) else ""
     data = {"network": network, "naive": naive, "linear": linear, "metric": metric, "epochs": last.epoch}
-    if is_table(splits):
-        boosted = table_scores(splits, metric)[BOOSTED]
-        text += f", {BOOSTED} {boosted:.3f}"
-        data["boosted"] = boosted
+    if of_table:
+        text += f", {BOOSTED} {of_table[BOOSTED]:.3f}"
+        data["boosted"] = of_table[BOOSTED]
     # What scores like chance does not get beyond three standard errors by accident.
     num = len(splits.validation)
     margin = 3 * math.sqrt(max(naive * (1 - naive), 0.0) / num) if subject.spec.classes else 9 / num
@@ -149,6 +150,9 @@ def check_baseline(subject: Subject) -> Verdict:
         advice = (
             f"only {num_steps} steps fit into the time limit, too few to tell; run on a GPU or with a smaller network"
         )
+        return Verdict(state="warning", text=text, advice=advice, data=data)
+    if naive + margin / 3 < network <= naive + margin:
+        advice = f"{num} validation examples cannot tell this from {simplest}; more of them could"
         return Verdict(state="warning", text=text, advice=advice, data=data)
     if not network > naive + margin:
         advice = "nothing was learned that helps with new examples: are the labels right, and lr and the loss?"

@@ -136,7 +136,7 @@ def without_empty(frame: pd.DataFrame, is_empty: Sequence[bool], what: str, sour
 
     empty = np.asarray(is_empty, dtype=bool)
     if empty.all():
-        raise DataError(f"{source}: no row has {what}; name another column.")
+        raise DataError(f"{source}: all rows lack a {what}; name another column.")
     if empty.any():
         _logger.warning("%s: %d of %d rows have no %s and are left out.", source, empty.sum(), len(frame), what)
     return frame[~empty]

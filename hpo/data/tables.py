@@ -205,6 +205,8 @@ def _find_column(name: str, values: pd.Series, is_category: bool) -> Column | st
         return Column(name, "date", float(np.median(dates)), has_missing)
     counts = category_texts(values).dropna().value_counts()
     if not is_category and len(counts) > _FEW and len(counts) > ID_SHARE * len(known):
+        if known.str.match(r"\d{1,2}[./-]\d{1,2}[./-]\d{2,4}\b").all():
+            return f"it looks like dates such as {known.iloc[0]}; write them as 2026-01-31 and they are used"
         return f"{len(counts)} different texts in {len(known)} rows look like an ID or a free text"
     if len(counts) > MAX_CATEGORIES:
         raise DataError(

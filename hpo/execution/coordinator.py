@@ -30,7 +30,7 @@ from hpo.execution.messages import Assignment, Decision, EpochDone, TrialDone, T
 from hpo.execution.observer import Observer, Standing
 from hpo.execution.pool import WorkerDied
 from hpo.execution.retention import BestTrials, without_use_for_checkpoints
-from hpo.records import ELIGIBLE
+from hpo.records import ELIGIBLE, OUT_OF_BUDGET
 from hpo.search.study import TrialTakenError
 from hpo.search.winner import forget_models
 from hpo.tracking.spool import rounded
@@ -311,7 +311,7 @@ class Coordinator:
             return attempt.end("interrupted", "the time was up")
         if self._is_out_of_budget(attempt, result):
             state: EndState = "pruned" if self._study.may_end_early else "interrupted"
-            return attempt.end(state, "the study's --budget is used up")
+            return attempt.end(state, OUT_OF_BUDGET)
         return Decision.CONTINUE
 
     def _is_out_of_budget(self, attempt: _Attempt, result: EpochResult) -> bool:

@@ -27,7 +27,7 @@ from hpo.config import TrainConfig, derive_seed
 from hpo.data.batches import place
 from hpo.data.datasets import Splits, all_examples, folds, load_splits
 from hpo.data.examples import DataSpec
-from hpo.errors import DeviceMemoryError, HpoError, SearchError, UsageError, in_one_line
+from hpo.errors import DeviceMemoryError, HpoError, SearchError, UsageError, in_one_line, place_of
 from hpo.execution.followers import SETTLE_S, Followers, join
 from hpo.execution.messages import (
     Alive,
@@ -111,7 +111,7 @@ def serve(connection: Connection, setup: Setup, followers: Sequence[Connection] 
         ) as error:  # the model and the data are the user's: whatever they raise ends this trial only
             if ranks.size > 1:
                 time.sleep(SETTLE_S)
-            line.say(TrialRaised(f"{type(error).__name__}: {error}", traceback.format_exc()))
+            line.say(TrialRaised(f"{type(error).__name__}: {error}{place_of(error)}", traceback.format_exc()))
             return
         line.say(done)
 

@@ -111,6 +111,20 @@ class SessionInfo:
         """HOST:PID"""
         return re.sub(r"@\d+(?=:\d+$)", "", self.process)
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether its process could be seen from here, and is gone: the lease has yet to expire."""
+        host, _, pid = self.process.rpartition(":")
+        if host != process_host():
+            return False
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:  # another user's
+            return False
+        return False
+
 
 def living_sessions(storage: BaseStorage, study: str) -> list[SessionInfo]:
     """The sessions of a study whose lease has not expired; none where the storage holds no sessions at all."""
@@ -125,6 +139,11 @@ def living_sessions(storage: BaseStorage, study: str) -> list[SessionInfo]:
             return [SessionInfo(*row) for row in connection.execute(columns.where(_of(study), _IS_LIVING))]
 
     return storage.outlast(read)
+
+
+def searchers_of(storage: BaseStorage, study: str) -> list[str]:
+    """HOST:PID of the processes that work on a study."""
+    return [session.name for session in living_sessions(storage, study) if not session.is_gone]
 
 
 class Session:
@@ -182,9 +201,7 @@ class Session:
 
     def forget_gone(self) -> set[str]:
         """Remove the sessions of this machine whose process is gone, without waiting for their lease; their ids."""
-        gone = {
-            session.id for session in living_sessions(self._storage, self._study) if _is_gone_from_here(session.process)
-        }
+        gone = {session.id for session in living_sessions(self._storage, self._study) if session.is_gone}
         self._storage.outlast(lambda: self._execute(delete(_SESSIONS).where(_SESSIONS.c.id.in_(gone))))
         return gone
 
@@ -329,20 +346,6 @@ _RENEWAL = update(_SESSIONS).values(
     unbroken_since=case((_SESSIONS.c.lease_s / 2 < _AGE, _Now()), else_=_SESSIONS.c.unbroken_since),
     num_lapses=_SESSIONS.c.num_lapses + case((_SESSIONS.c.lease_s < _AGE, 1), else_=0),
 )
-
-
-def _is_gone_from_here(process: str) -> bool:
-    """Whether a session's process could be seen from here, and is gone."""
-    host, _, pid = process.rpartition(":")
-    if host != process_host():
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # another user's
-        return False
-    return False
 
 
 def _of(study: str) -> ColumnElement[bool]:

@@ -111,6 +111,12 @@ _VERDICTS = {
 }
 
 
+def check_pruner(name: str) -> None:
+    """Raise UnknownNameError if there is no such pruner."""
+    if name not in PRUNERS:
+        find_factory(extensions.PRUNERS, name, PRUNERS)
+
+
 def check_folds_pruner(name: str, num_folds: int | None) -> None:
     """Raise UsageError if the pruner does not fit folds, or the lack of them."""
     if num_folds and name not in FOLD_PRUNERS:

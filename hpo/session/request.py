@@ -22,7 +22,7 @@ from hpo.search.confirmation import find_plan
 from hpo.search.forecast import can_forecast
 from hpo.search.prior import Observation
 from hpo.search.priority import TRIED_BY_HAND
-from hpo.search.pruners import check_first_rung, check_folds_pruner
+from hpo.search.pruners import check_first_rung, check_folds_pruner, check_pruner
 from hpo.search.settings import StudySettings, read_constraint
 from hpo.search.storage import read_storage
 from hpo.search.study import Kept, Study, check_strategy, read_settings, require_same_settings
@@ -289,7 +289,8 @@ def agree(machine: Machine, task: str | Objective, options: StudyOptions) -> tup
     given, space = kept_by_the_study(options), options.get("space")
     found = load_task(task, space)
     check_options_of_loop(found.objective, options)
-    name = check_study_name(options.get("study") or found.objective.name)
+    given_name = options.get("study")
+    name = check_study_name(found.objective.name if given_name is None else given_name)
     earlier = read_study(machine, name)
     if earlier and earlier.settings.task != found.objective.name:
         raise StudyMismatchError(
@@ -459,6 +460,7 @@ def _suit_several_objectives(chosen: dict[str, Any], given: Mapping[str, Any]) -
     if given.get("pruner") is None:
         chosen["pruner"] = "none"
     if chosen["pruner"] != "none":
+        check_pruner(chosen["pruner"])
         raise UsageError(
             f"--pruner {chosen['pruner']} compares trials by one objective; with several, omit it or use --pruner none."
         )

@@ -21,7 +21,7 @@ from hpo.provenance import sessions
 from hpo.records import Winner, ranked, to_plain
 from hpo.search.findings import findings
 from hpo.search.importances import importances
-from hpo.search.lease import living_sessions
+from hpo.search.lease import searchers_of
 from hpo.search.storage import read_storage
 from hpo.search.study import Study, list_studies
 from hpo.search.winner import find_winner, front_rows
@@ -53,22 +53,19 @@ def _task_row(name: str) -> dict[str, Any]:
 def study_rows(home: Path | None, storage: str | None = None) -> list[dict[str, Any]]:
     """The studies of a home, or of a shared database, the oldest first, and who searches them now."""
     database = read_storage(Home.find(home).path, find_storage(storage))
-    return [
-        _study_row(study, [session.name for session in living_sessions(database, study.name)])
-        for study in list_studies(database)
-    ]
+    return [_study_row(study, searchers_of(database, study.name)) for study in list_studies(database)]
 
 
 def _study_row(study: Study, searchers: list[str]) -> dict[str, Any]:
-    best = study.best()
+    winner = find_winner(study)
     return {
         "study": study.name,
         "task": study.settings.task,
         "trials": f"{study.num_finished}/{study.num_trials}",
         "now": _describe_now(study, searchers),
         "metric": study.settings.metric,
-        "best": best and best.value,
-        "best trial": best and best.number,
+        "best": winner and winner.validation,
+        "best trial": winner and winner.trial,
         "strategy": study.settings.strategy,
         "seed": study.settings.seed,
     }
@@ -77,6 +74,8 @@ def _study_row(study: Study, searchers: list[str]) -> dict[str, Any]:
 def _describe_now(study: Study, searchers: list[str]) -> str:
     if searchers:
         return f"searched by {', '.join(searchers)}"
+    if study.is_done and study.num_finished < study.num_trials:
+        return "done: budget used up" if study.has_spent_budget else "done early"
     if study.is_done:
         return "done"
     return "stopped" if study.has_begun else "queued"
@@ -86,7 +85,7 @@ def study_facts(name: str, home: Path | None, storage: str | None = None, top: i
     """Settings and trials of a study, and what it has learned; the best `top` trials, or all in order."""
     database = read_storage(Home.find(home).path, find_storage(storage))
     study = Study.load(database, name)
-    searchers = [session.name for session in living_sessions(database, name)]
+    searchers = searchers_of(database, name)
     trials = study.trials()
     if top is not None:
         trials = ranked(trials, study.settings.direction)[:top]
@@ -191,6 +190,7 @@ def best_facts(name: str, home: Path | None, storage: str | None = None) -> dict
     facts = {
         "study": name,
         "home": str(Home.find(home).path),
+        "counts": study.counts(),
         "winner": winner and to_plain(asdict(winner)),
         "made_with": describe_provenance(study),
         "is_object": study.task_reference == OBJECT,

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from hpo.home import Home
 from hpo.parameters import Parameter, describe_default
-from hpo.records import Winner
+from hpo.records import OUT_OF_BUDGET, Winner
 from hpo.search.confirmation import PLANS
 from hpo.search.forecast import Forecast
 from hpo.search.importances import describe_share
@@ -69,10 +69,8 @@ def print_outcome(console: Console, outcome: SearchOutcome) -> None:
             f"More trials promise less than {outcome.flat_gain:g}, so no new one is started. --stop-when-flat none "
             "continues."
         )
-    if outcome.spent_budget_s is not None and outcome.num_finished < outcome.num_trials:
-        trials = f"{outcome.num_finished} of {outcome.num_trials} trials"
-        spent = format_duration(outcome.spent_budget_s)
-        console.print(f"The training time of {spent} is used up after {trials}; a larger --budget continues.")
+    if outcome.spent_budget_s is not None:
+        _print_spent_budget(console, outcome, outcome.spent_budget_s)
     if outcome.winner is not None:
         _print_winner(console, outcome.winner)
     if outcome.front:
@@ -99,6 +97,17 @@ def print_outcome(console: Console, outcome: SearchOutcome) -> None:
             console.print(_how_to_confirm(outcome, home), soft_wrap=True)
         console.print(f"Next: hpo ui {outcome.study}{home} shows the curves and plots;", soft_wrap=True)
         console.print(f"      hpo best {outcome.study}{home} says how to use the winner", soft_wrap=True)
+
+
+def _print_spent_budget(console: Console, outcome: SearchOutcome, budget_s: float) -> None:
+    cut_off = [trial.number for trial in outcome.trials if trial.reason == OUT_OF_BUDGET]
+    if not cut_off and outcome.num_finished >= outcome.num_trials:
+        return
+    after = f" after {outcome.num_finished} of {outcome.num_trials} trials"
+    cut = f", and cut off trial {', '.join(map(str, cut_off))}" if cut_off else ""
+    console.print(
+        f"The training time of {format_duration(budget_s)} is used up{after}{cut}; a larger --budget continues."
+    )
 
 
 def _home_option(home: str) -> str:
@@ -408,7 +417,11 @@ def _share(importance: dict[str, Any]) -> str:
 
 def print_best(console: Console, facts: dict[str, Any]) -> None:
     if facts["winner"] is None:
-        console.print(f"Study '{facts['study']}' has no finished trial yet; resume it with `hpo search`.")
+        so_far = describe_counts(facts["counts"])
+        console.print(
+            f"Study '{facts['study']}' has no trial with a result ({so_far}); `hpo show {facts['study']}` has the "
+            "reasons, and `hpo search` resumes it."
+        )
         return
     _print_winner(console, Winner(**facts["winner"]))
     for line in facts["made_with"]:
