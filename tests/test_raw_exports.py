@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,15 +62,16 @@ def test_an_export_encodes_texts_as_training_did(tmp_path: Path) -> None:
         encode(preprocessing.to_dict(), pd.DataFrame({"text": ["good", ""]}))
 
 
-ROWS = """
-import json, sys, mlflow.pyfunc, pandas as pd
-model, rows = mlflow.pyfunc.load_model(sys.argv[1]), pd.read_csv(sys.argv[2])
-print(json.dumps([each["prediction"] for each in model.predict(rows)]))
+THEN = """
+import json, sys
+print(json.dumps([each["prediction"] for each in answers]))
+assert "hpo" not in sys.modules
+"""
+REFUSED = """
 try:
     model.predict(rows.drop(columns="ash"))
 except mlflow.exceptions.MlflowException as error:
     print(error.message)
-assert "hpo" not in sys.modules
 """
 
 
@@ -86,9 +90,17 @@ def test_a_model_for_a_table_takes_rows_in_mlflow_and_in_hpo_predict(tmp_path: P
         each.prediction for batch in predict_files(model, find_files([few], model.spec), batch_size=8) for each in batch
     ]
     assert asked == model.predict(pd.read_csv(few))
-    command = [sys.executable, "-IBc", ROWS, str(done.folder), str(few)]
-    stranger = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False, timeout=200)
-    assert stranger.returncode == 0, stranger.stderr
-    said, refused = stranger.stdout.splitlines()
-    assert json.loads(said) == asked
-    assert "the rows lack the column 'ash'; the model takes alcohol" in refused
+    for folder in (done.folder, export_best("table", format="pt2", home=home).folder):
+        shutil.copy(few, folder / "new.csv")
+        (code,) = re.findall(r"^```python\n(.*?)^```", (folder / "MODEL_CARD.md").read_text(), re.MULTILINE | re.DOTALL)
+        code += THEN + (REFUSED if folder == done.folder else "")
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        command = [sys.executable, "-Bc", code]
+        shown = subprocess.run(
+            command, capture_output=True, text=True, cwd=folder, env=environment, check=False, timeout=200
+        )
+        assert shown.returncode == 0, shown.stderr
+        said, *refused = shown.stdout.splitlines()
+        assert json.loads(said) == asked
+        if folder == done.folder:
+            assert "the rows lack the column 'ash'; the model takes alcohol" in refused[0]

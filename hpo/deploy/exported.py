@@ -1,6 +1,7 @@
 """Runs a model that `hpo export` wrote, without hpo: this file needs torch or onnxruntime, and numpy.
 
-A copy of it is in each export for MLflow, as the code that MLflow loads the model with. The folder of an export holds
+A copy of it is in each export for MLflow, as the code that MLflow loads the model with, and in those of models for
+tables and texts, because it encodes them. The folder of an export holds
 the model and `signature.json`, which names its inputs, its outputs and its classes.
 """
 
@@ -22,6 +23,9 @@ Array = NDArray[Any]
 Run = Callable[[Mapping[str, Array]], list[Array]]
 
 SIGNATURE = "signature.json"
+LOADER = "hpo_exported"
+"""Name of the copies. Not below `hpo`, which those who load it do not have."""
+
 VALUES = "hpo_values"
 """Module beside this one that encodes tables, in an export of a model for them."""
 

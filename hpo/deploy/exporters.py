@@ -50,6 +50,10 @@ class Exporter:
     """Whether it holds weights and no network: `load(folder)` then returns the bytes of each weight by its name, as
     uint8 arrays."""
 
+    takes_rows: bool = False
+    """Whether models for tables and texts take a data frame of them; for others the code that encodes one comes along.
+    """
+
     compressions: tuple[str, ...] = ()
     """What `--compress` may be."""
 
@@ -184,7 +188,14 @@ BUILT_IN = {
             compressions=COMPRESSIONS,
             runtime="onnx",
         ),
-        Exporter(name="mlflow", write=write_mlflow, load=_LOAD_MLFLOW, preload=("mlflow.pyfunc",), runtime="pt2"),
+        Exporter(
+            name="mlflow",
+            write=write_mlflow,
+            load=_LOAD_MLFLOW,
+            preload=("mlflow.pyfunc",),
+            takes_rows=True,
+            runtime="pt2",
+        ),
         Exporter(
             name="safetensors",
             write=write_safetensors,

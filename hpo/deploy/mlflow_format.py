@@ -13,18 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from hpo.data import values
-from hpo.deploy import exported
+from hpo.deploy.code import copy_code
 from hpo.deploy.exportable import quietly
-from hpo.deploy.exported import BY_CLASS, SIGNATURE, VALUES
+from hpo.deploy.exported import BY_CLASS, LOADER, SIGNATURE
 from hpo.files import temporary_folder
 from hpo.tracking.store import prepare_mlflow
 
 if TYPE_CHECKING:
     from hpo.deploy.exportable import Exportable
-
-LOADER = "hpo_exported"
-"""Module of the code in the folder. Not below `hpo`, which those who load it do not have."""
 
 NUM_IN_EXAMPLE = 2
 EXAMPLE = "serving_input_example.json"
@@ -47,12 +43,11 @@ def save_mlflow_model(exportable: Exportable, folder: Path, signature: Mapping[s
     is_text = (signature.get("preprocessing") or {}).get("kind") == "text"
     packages = ["mlflow", "torch", "numpy", *(["tokenizers"] if is_text else [])]
     with temporary_folder() as workshop:
-        data, code = Path(workshop) / "data", [Path(workshop) / f"{name}.py" for name in (LOADER, VALUES)]
+        data = Path(workshop) / "data"
         data.mkdir()
+        code = copy_code(Path(workshop))
         torch.export.save(exportable.export(), data / "model.pt2")
         (data / SIGNATURE).write_text(json.dumps(dict(signature), indent=2), encoding="utf-8")
-        for source, copy in zip((exported.__file__, values.__file__), code, strict=True):
-            shutil.copyfile(source, copy)
         mlflow.pyfunc.save_model(
             folder,
             loader_module=LOADER,

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +17,9 @@ from uuid import uuid4
 from torch import Tensor
 
 from hpo import __version__
+from hpo.deploy.code import copy_code
 from hpo.deploy.exportable import make_exportable
-from hpo.deploy.exported import SIGNATURE, described
+from hpo.deploy.exported import LOADER, SIGNATURE, described
 from hpo.deploy.exporters import find_exporter, write_weights
 from hpo.deploy.load import choose_trial, download_trial, load_from_folder, saved_model
 from hpo.deploy.results import Export
@@ -170,11 +171,15 @@ def _raw_examples(dataset: Dataset, preprocessing: Preprocessing | None) -> pd.D
 def write(exporter: Exporter, exportable: Exportable, folder: Path, facts: Mapping[str, Any], card: str) -> None:
     """The model, its signature and its card in an empty folder."""
     exporter.write(exportable, folder, facts)
+    if exportable.raw is not None and not exporter.takes_rows and not exporter.is_of_weights:
+        copy_code(folder)
     _write_texts(folder, facts, card if exporter.is_of_weights else card + _how_to_run(exporter, exportable))
 
 
 def _how_to_run(exporter: Exporter, exportable: Exportable) -> str:
     """The code with which an export is checked, for whoever has nothing but the folder."""
+    if exportable.raw is not None and (exporter.takes_rows or exporter.runtime):
+        return _how_to_run_with_rows(exporter, list(exportable.raw.columns))
     takes = ", ".join(f"`{each.name}` ({each.dtype} {described(each.shape)})" for each in exportable.inputs)
     returns = ", ".join(f"`{each.name}` ({each.dtype} {described(each.shape)})" for each in exportable.outputs)
     names = ", ".join(f'"{each.name}": {each.name}' for each in exportable.inputs)
@@ -182,6 +187,21 @@ def _how_to_run(exporter: Exporter, exportable: Exportable) -> str:
         f"\n## How to run it\n\nIt takes NumPy arrays, {takes}, and returns {returns}; `signature.json` says the same, "
         "and names the classes if there are any. The export was checked with this code:\n\n"
         f'```python\n{exporter.load.strip()}\n\n\noutputs = load(".")({{{names}}})\n```\n'
+    )
+
+
+def _how_to_run_with_rows(exporter: Exporter, columns: Sequence[str]) -> str:
+    example = f'rows = pd.read_csv("new.csv", dtype=str)  # with the columns {", ".join(columns)}'
+    if exporter.takes_rows:
+        code = f'import mlflow.pyfunc\nimport pandas as pd\n\nmodel = mlflow.pyfunc.load_model(".")\n{example}\n'
+        code += "answers = model.predict(rows)"
+    else:
+        code = f"import pandas as pd\nfrom {LOADER} import ExportedModel, encode  # in this folder\n\n"
+        code += f'model = ExportedModel(".")\n{example}\n'
+        code += 'answers = model.answers(encode(model.signature["preprocessing"], rows))'
+    return (
+        "\n## How to run it\n\nIt takes rows as they are written in a file, and each answer has a `prediction`, "
+        f"classifiers also `probabilities` by class:\n\n```python\n{code}\n```\n"
     )
 
 
