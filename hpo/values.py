@@ -98,6 +98,11 @@ def format_value(value: Any) -> str:
 def describe_conditions(conditions: Conditions) -> str:
     """Conditions in words: `optimizer is sgd or rmsprop and depth is >=2`."""
     return " and ".join(
-        f"{name} is {' or '.join(format_value(value) for value in as_tuple(wanted))}"
-        for name, wanted in conditions.items()
+        f"{name} is {' or '.join(map(_in_words, as_tuple(wanted)))}" for name, wanted in conditions.items()
     )
+
+
+def _in_words(wanted: Any) -> str:
+    interval = Interval.parse(wanted)
+    is_one = interval is not None and interval.low == interval.high
+    return format_value(interval.low) if interval and is_one else format_value(wanted)

@@ -106,6 +106,42 @@ def test_a_report_is_whole_fetches_nothing_and_its_figures_know_their_trials(tmp
     assert 'http-equiv="refresh"' not in page
 
 
+def test_a_report_of_several_objectives_has_their_front_costs_constraints_and_rules(tmp_path: Path) -> None:
+    group = Group("g", width=Int(4, 64, default=8), depth=Int(1, 4, default=1))
+    space = Space(group, forbid=[{"width": 64, "depth": 4}])
+    settings = replace(SETTINGS, space=space, objectives=("val/accuracy", "params"), constraints=("params<=500",))
+    study = Study.open(open_storage(tmp_path), "s", settings)
+    for value, params in ((0.8, 100.0), (0.9, 300.0), (0.85, 400.0)):
+        number = study.ask().number
+        study.report(number, 1, value)
+        study.tell(number, "complete", value=value, best_epoch=1, costs={"params": params})
+
+    page = write_report("s", tmp_path / "s.html", home=tmp_path).read_text()
+
+    figures, _ = read(page)
+    front = next(trace for trace in figures["front"]["data"] if trace["name"] == "Pareto front")
+    assert (front["x"], front["y"]) == ([100.0, 300.0], [0.8, 0.9])
+    assert "objectives val/accuracy and params, constraints params&lt;=500" in page
+    assert "never: width is 64 and depth is 4." in page
+    assert "<th>params</th>" in page
+
+
+def test_trials_outside_of_the_shown_range_are_counted(tmp_path: Path) -> None:
+    study = Study.open(open_storage(tmp_path), "s", SETTINGS)
+    for number in range(24):
+        value = 0.1 if number % 6 == 5 else 0.9 + number / 1000
+        study.report(study.ask().number, 1, value)
+        study.tell(number, "complete", value=value, best_epoch=1)
+
+    page = write_report("s", tmp_path / "s.html", home=tmp_path).read_text()
+
+    figures, _ = read(page)
+    low, high = figures["history"]["layout"]["yaxis"]["range"]
+    hidden = sum(not low <= trial.value <= high for trial in study.trials() if trial.value)
+    assert hidden >= 4
+    assert f"{hidden} trials lie outside of the range that is shown; double-click to see all." in page
+
+
 def test_a_study_without_a_result_has_a_report_too(tmp_path: Path) -> None:
     study = Study.open(open_storage(tmp_path), "s", SETTINGS)
     study.remember_session(num_trials=4, task_reference="digits", tracking_uri=None)

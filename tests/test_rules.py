@@ -187,7 +187,7 @@ def test_rules_outlive_overrides_and_storage() -> None:
     assert not narrowed.allows(narrowed.defaults() | {"depth": 3, "width": 16, "bottleneck": 32})
     with pytest.raises(SpaceError, match=r"the default configuration is forbidden: optimizer is adamw and lr is >0.01"):
         space.narrow(["optimizer=adamw", "lr=0.1:1"])
-    with pytest.raises(SpaceError, match=r"--try depth=4,width=128 is forbidden in this space: depth is 4:4 and width"):
+    with pytest.raises(SpaceError, match=r"--try depth=4,width=128 is forbidden in this space: depth is 4 and width"):
         space.configure("depth=4,width=128")
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.search.findings import findings
 from hpo.search.importances import importances
-from hpo.search.winner import find_mistakes, find_winner
+from hpo.search.winner import find_mistakes, find_winner, front_rows
 
 if TYPE_CHECKING:
     from hpo.records import Mistake, TrialRecord, TrialState, Winner
@@ -34,6 +34,8 @@ class Content:
     winner: Winner | None
     mistakes: list[Mistake]
     """The test examples that the winner is most sure of and wrong about."""
+    front: list[dict[str, Any]]
+    """The Pareto front, as plain data; empty with one objective."""
     race: dict[str, Any] | None
     """How the confirmation stands, as plain data."""
     importances: Importances
@@ -56,6 +58,7 @@ class Content:
             is_done=study.is_done,
             winner=winner,
             mistakes=find_mistakes(study, winner) if winner else [],
+            front=front_rows(study),
             race=race.to_dict() if race.contenders and study.has_searched else None,
             importances=importances(study),
             findings=findings(study),
@@ -75,5 +78,5 @@ class Content:
 
     @property
     def seconds(self) -> float:
-        """Of training, over all trials; of a trial that was started again its last attempt alone."""
-        return sum(trial.duration_s or 0.0 for trial in (*self.trials, *self.repeats))
+        """Of training, over all trials and repeats."""
+        return sum(trial.trained_s for trial in (*self.trials, *self.repeats))

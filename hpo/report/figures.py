@@ -37,7 +37,7 @@ _LOOKS: dict[TrialState, tuple[str, str]] = {
 MAX_CURVES = 60
 """Learning curves of that many of the best trials; more could not be told from each other."""
 
-_FEWEST_TO_ZOOM = 8  # trials
+_FEWEST_TO_ZOOM = 20  # trials
 
 
 def plot_history(content: Content) -> go.Figure:
@@ -59,6 +59,33 @@ def plot_history(content: Content) -> go.Figure:
         )
     figure.update_yaxes(range=_zoomed(content.trials, content.settings.direction))
     return figure
+
+
+def plot_front(content: Content) -> go.Figure:
+    """The metric of each complete trial against the first cost, and the Pareto front as a line."""
+    cost = content.settings.costs[0]
+    figure = blank(cost, content.settings.metric)
+    for trace in _by_state([trial for trial in content.trials if cost in trial.costs], lambda trial: trial.costs[cost]):
+        figure.add_trace(trace)
+    line = sorted((row[cost], row[content.settings.metric]) for row in content.front)
+    figure.add_trace(
+        go.Scatter(
+            x=[x for x, _ in line],
+            y=[y for _, y in line],
+            mode="lines",
+            line={"shape": "hv", "color": GREEN, "width": 2},
+            name="Pareto front",
+            hoverinfo="skip",
+        )
+    )
+    return figure
+
+
+def num_hidden(content: Content) -> int:
+    """Trials whose value is outside of the range that the value axes show at first."""
+    shown = _zoomed(content.trials, content.settings.direction)
+    values = [_value(trial) for trial in content.trials if _has_value(trial)]
+    return sum(not shown[0] <= value <= shown[1] for value in values) if shown else 0
 
 
 def plot_curves(content: Content) -> go.Figure:

@@ -71,6 +71,9 @@ def _sections(content: Content, drawn: dict[str, Figure]) -> Iterator[str]:
     yield _head(content)
     if content.winner:
         yield section("Best configuration", _winner(content, content.winner))
+    if content.front:
+        drawn["front"] = figures.plot_front(content)
+        yield section("Pareto front", place("front"), _front(content))
     if figure := figures.plot_confirmation(content):
         drawn["confirmation"] = figure
         yield section("Spread over new seeds", _confirmation(content), place("confirmation"))
@@ -78,7 +81,7 @@ def _sections(content: Content, drawn: dict[str, Figure]) -> Iterator[str]:
     if any(trial.value is not None for trial in content.trials):
         drawn["history"] = figures.plot_history(content)
         zoom = '<p class="dim hint">Drag to zoom, double-click to see all, select with the box tool.</p>'
-        yield section("History", zoom, place("history"))
+        yield section("History", zoom, _hidden(content), place("history"))
         drawn["curves"] = figures.plot_curves(content)
         shown = f"The best {figures.MAX_CURVES} trials at most; the best one is thick, dotted ones were pruned."
         title = "Values by fold" if settings.folds else "Learning curves"
@@ -130,6 +133,8 @@ def _head(content: Content) -> str:
     )
     what = f"{settings.task}: {settings.metric} ({settings.direction}), strategy {settings.strategy}, "
     what += f"pruner {settings.pruner}, {settings.max_epochs} epochs, seed {settings.seed}"
+    what += f", objectives {' and '.join(settings.objectives)}" if settings.objectives else ""
+    what += f", constraints {' and '.join(settings.constraints)}" if settings.constraints else ""
     return f'<h1>{escape(content.study)}</h1><p class="dim">{escape(what)}</p><div class="cards">{drawn}</div>'
 
 
@@ -195,7 +200,8 @@ def _space(content: Content) -> str:
         for priority, group in enumerate(content.settings.space.groups, start=1)
         for position, (name, parameter) in enumerate(group.parameters.items())
     ]
-    return f'<div class="scroll">{table(("group", "parameter", "range", "default", "active when"), rows)}</div>'
+    rules = "".join(f"<p>{escape(rule)}.</p>" for rule in content.settings.space.describe_rules())
+    return f'<div class="scroll">{table(("group", "parameter", "range", "default", "active when"), rows)}</div>{rules}'
 
 
 def _slices(content: Content, drawn: dict[str, Figure]) -> str:
@@ -204,7 +210,29 @@ def _slices(content: Content, drawn: dict[str, Figure]) -> str:
         drawn[f"slice-{number}"] = figure
         places.append(f"<div><h3>{escape(name)}</h3>{place(f'slice-{number}')}</div>")
     hint = '<p class="dim hint">Drag a box to select trials; all figures and the table follow.</p>'
-    return f'{hint}<div class="slices">{"".join(places)}</div>'
+    return f'{hint}{_hidden(content)}<div class="slices">{"".join(places)}</div>'
+
+
+def _hidden(content: Content) -> str:
+    """How many trials are outside of the range that figures show at first."""
+    number = figures.num_hidden(content)
+    if not number:
+        return ""
+    lie = "trial lies" if number == 1 else "trials lie"
+    return f'<p class="dim">{number} {lie} outside of the range that is shown; double-click to see all.</p>'
+
+
+def _front(content: Content) -> str:
+    names = [name for name in content.front[0] if name not in ("trial", "configuration")]
+    rows = [
+        (
+            str(row["trial"]),
+            *(f"{row[name]:{'.4f' if name == content.settings.metric else '.6g'}}" for name in names),
+            escape(", ".join(f"{name}={short(value)}" for name, value in row["configuration"].items())),
+        )
+        for row in content.front
+    ]
+    return f'<div class="scroll">{table(("trial", *map(escape, names), "configuration"), rows)}</div>'
 
 
 def _importances(content: Content, drawn: dict[str, Figure]) -> str:
@@ -223,14 +251,14 @@ def _importances(content: Content, drawn: dict[str, Figure]) -> str:
 
 
 def _trials(content: Content) -> str:
-    names = list(content.settings.space.parameters)
+    names, costs = list(content.settings.space.parameters), list(content.settings.costs)
     best = ranked(content.trials, content.settings.direction)
     numbers = {trial.number for trial in best}
     others = [trial for trial in content.trials if trial.number not in numbers]
     shown = [*best, *others][:MAX_ROWS]
-    head = ("trial", "state", content.settings.metric, "best epoch", "stage", *names)
+    head = ("trial", "state", content.settings.metric, *costs, "best epoch", "stage", *names)
     rows = "".join(
-        f'<tr data-trial="{trial.number}">{"".join(f"<td>{cell}</td>" for cell in _cells(trial, names))}</tr>'
+        f'<tr data-trial="{trial.number}">{"".join(f"<td>{cell}</td>" for cell in _cells(trial, names, costs))}</tr>'
         for trial in shown
     )
     more = len(content.trials) - len(shown)
@@ -238,9 +266,15 @@ def _trials(content: Content) -> str:
     return f'<div class="scroll"><table>{_head_row(head)}{rows}</table></div>{note}'
 
 
-def _cells(trial: TrialRecord, names: Sequence[str]) -> list[str]:
+def _cells(trial: TrialRecord, names: Sequence[str], costs: Sequence[str]) -> list[str]:
     value = "-" if trial.value is None else f"{trial.value:.4f}"
-    cells = [str(trial.number), trial.state, value, str(trial.best_epoch or ""), escape(trial.stage)]
+    cells = [
+        str(trial.number),
+        trial.state,
+        value,
+        *(f"{trial.costs[name]:.6g}" if name in trial.costs else "-" for name in costs),
+    ]
+    cells += [str(trial.best_epoch or ""), escape(trial.stage)]
     active = {name: value for name, value in trial.values.items() if name not in trial.inactive}
     return [*cells, *(escape(short(active[name])) if name in active else "" for name in names)]
 
