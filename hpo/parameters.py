@@ -118,6 +118,8 @@ class Range(ABC):
     def narrow(self, text: str) -> Self | Choice:
         """What an override leaves: `LOW:HIGH`, `A,B,C` or one value, all within the range."""
         if ":" in text:
+            if self._is_wider(text):
+                raise ValueError(f"{text} is wider than {self._bounds}; add --extend to search all of it")
             low, high = (self.parse(part) for part in text.split(":", 1))
             if low > high:
                 raise ValueError(f"low {format_value(low)} is above high {format_value(high)}")
@@ -128,6 +130,12 @@ class Range(ABC):
             return replace(self, low=values[0], high=values[0], default=values[0])
         default = self._default if self._default in values else values[0]
         return Choice(*values, default=default, when=self.when, confidence=self._confidence_in(default))
+
+    def _is_wider(self, text: str) -> bool:
+        try:
+            return self.extend(text) != self
+        except ValueError:
+            return False
 
     def extend(self, text: str) -> Self:
         """The range `LOW:HIGH`, which holds this one. Raises ValueError for anything else."""

@@ -157,7 +157,11 @@ def test_a_group_without_parameters_is_dropped() -> None:
         (["lr=fast"], "lr (in 'step size'): 'fast' is not a number; allowed is 0.0001:1 (-p lr=fast)"),
         (["lr=0.1:0.01"], "lr (in 'step size'): low 0.1 is above high 0.01 (-p lr=0.1:0.01)"),
         (["depth=2.5"], "depth (in 'architecture and optimizer'): '2.5' is not a whole number; allowed is 2:20"),
-        (["depth=1:30"], "depth (in 'architecture and optimizer'): 1 is outside 2:20 (-p depth=1:30)"),
+        (
+            ["depth=1:30"],
+            "depth (in 'architecture and optimizer'): 1:30 is wider than 2:20; add --extend to search all",
+        ),
+        (["depth=1:10"], "depth (in 'architecture and optimizer'): 1 is outside 2:20 (-p depth=1:10)"),
         (["batch_size=100"], "batch_size (in 'step size'): '100' is not one of 64, 128, 256 (-p batch_size=100)"),
         (["optimizer=sgd,lion"], "'lion' is not one of sgd, adam, rmsprop (-p optimizer=sgd,lion)"),
         (["lr=1", "lr=0.5"], "lr is given twice: -p lr=1 and -p lr=0.5."),

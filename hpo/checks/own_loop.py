@@ -77,7 +77,7 @@ def _describe_report(attempt: _Attempt, task: Task) -> Verdict:
     result, metric = attempt.results[-1], task.objective.metric
     others = "".join(f", {name}" for name in result.metrics if name not in (f"val/{metric}", metric, "time/epoch_s"))
     data = {"epoch_s": result.metrics["time/epoch_s"]}
-    text = f"{metric} {result.value:.4g} ({task.objective.better}){others}; {data['epoch_s']:.2g} s for an epoch"
+    text = f"{metric} {result.value:.4g} ({task.objective.better}){others}; {data['epoch_s']:.2g} s to the first report"
     if result.diverged:
         return Verdict(
             check="report", state="wrong", text=text, advice=f"its {metric} must be finite with the defaults", data=data
