@@ -325,6 +325,6 @@ def test_an_error_in_one_process_alone_is_reported_as_the_trials(pair: Pair, wor
     pair.let("raise", rank=rank, epoch=2)
     _, end = pair.run(workers, "raises")
     assert isinstance(end, TrialRaised)
-    assert end.reason == "RuntimeError: the cat is on the keyboard"
+    assert end.reason == "RuntimeError: the cat is on the keyboard (fragile.py:42)"
     assert "meet_fate" in end.traceback
     wait_until_gone(pair.pid(rank=each, epoch=2) for each in (0, 1))
