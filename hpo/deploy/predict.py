@@ -73,7 +73,7 @@ def find_files(given: Sequence[Path], spec: DataSpec) -> list[Path]:
 def _readable(spec: DataSpec) -> tuple[str, ...]:
     """Endings of the files that hold examples of a model."""
     if spec.preprocessing is not None:
-        return *TABLES, ".jsonl", ".txt"
+        return (*TABLES, ".jsonl") if spec.preprocessing.kind == "table" else (*TABLES, ".jsonl", ".txt")
     if not isinstance(spec.inputs, InputSpec):
         return ".npz", ".jsonl"
     if spec.inputs.is_ragged:

@@ -267,6 +267,10 @@ _INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default,
 class _Mode(TorchDispatchMode):
     """Sees what begins on the CPU and ends on the device: factories and copies."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and keeping Dynamo off costs time in every operation
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _dispatch(func, args, kwargs or {})
 
@@ -286,7 +290,16 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         on_gpu.append(tensor)
         return tensor._cpu
 
-    plain_args, plain_kwargs = _mapped(seen_as_plain, (args, kwargs))
+    # Most arguments are tensors, numbers or flags.
+    plain_args = [
+        each
+        if type(each) in _PLAIN
+        else seen_as_plain(each)
+        if type(each) is GpuTensor
+        else _mapped(seen_as_plain, each)
+        for each in args
+    ]
+    plain_kwargs = _mapped(seen_as_plain, kwargs) if kwargs else {}
     wants_gpu = "device" in kwargs and _is_cuda(kwargs["device"])
     if not on_gpu and not wants_gpu:
         if not kwargs.get("pin_memory"):
@@ -314,13 +327,15 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _captured.append((func, plain_args, plain_kwargs, result))
     if is_pinned:
         result._is_pinned = True
-    if torch.Tag.inplace_view in func.tags:
+    if _changes_the_view(func):
         with torch._C._DisableTorchDispatch():  # such as transpose_: the outer tensor's shape changes as well
             func(*args, **kwargs)
     if not stays_on_gpu:
         return result
     if _seen.is_listening:
         _seen.operations[-1].append((func.name(), _plain((args, kwargs)), place_in_hpo()))
+    if type(result) is torch.Tensor:
+        return own[id(result)] if id(result) in own else GpuTensor.of(result)
     return _mapped(lambda t: own[id(t)] if id(t) in own else GpuTensor.of(t), result)
 
 
@@ -329,15 +344,27 @@ def _is_composite(func: Any) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
 
 
+@functools.cache
+def _facts(func: Any) -> tuple[str, bool]:
+    """The name of an operation without its overload, and whether it takes numbers on the CPU beside tensors."""
+    name = func.name().partition(".")[0]
+    return name, torch.Tag.pointwise in func.tags or func in _INDEXING or name.startswith("aten::_foreach")
+
+
+@functools.cache
+def _changes_the_view(func: Any) -> bool:
+    return torch.Tag.inplace_view in func.tags
+
+
 def _check(func: Any, args: Any, kwargs: dict[str, Any], tensors: Any, on_gpu: Any, wants_gpu: bool) -> bool:
     """Raise what a GPU would; note what makes the host wait. Gives whether the result is on the device."""
-    name = func.name().partition(".")[0]
     if func in _MOVES:
         return _check_move(func, args, kwargs, wants_gpu)
+    name, takes_scalars = _facts(func)
     generator = kwargs.get("generator")
     if isinstance(generator, torch.Generator) and generator.device.type != "cuda":
         raise RuntimeError(f"Expected a 'cuda' device type for generator but found 'cpu' ({func}, {place_in_hpo()})")
-    on_cpu = [each for each in tensors if not isinstance(each, GpuTensor)]
+    on_cpu = [] if len(tensors) == len(on_gpu) else [each for each in tensors if not isinstance(each, GpuTensor)]
     if func in _INDEXING and isinstance(args[0], GpuTensor):
         indices = [each for each in args[1] if each is not None]
         if any(each.dtype in (torch.bool, torch.uint8) for each in indices):
@@ -345,9 +372,7 @@ def _check(func: Any, args: Any, kwargs: dict[str, Any], tensors: Any, on_gpu: A
         if any(not isinstance(each, GpuTensor) for each in indices):
             _seen.wait("index on the CPU")
         on_cpu = [each for each in on_cpu if all(each is not index for index in indices)]
-    takes_scalars = torch.Tag.pointwise in func.tags or func in _INDEXING or name.startswith("aten::_foreach")
-    wrong = [each for each in on_cpu if each.dim() > 0 or not takes_scalars]
-    if wrong and on_gpu:
+    if on_gpu and any(each.dim() > 0 or not takes_scalars for each in on_cpu):
         raise RuntimeError(
             "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
             f"({func}, {place_in_hpo()})"
