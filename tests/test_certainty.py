@@ -180,6 +180,9 @@ def test_mistakes_of_texts_are_texts_and_large_photos_become_small() -> None:
     assert sure.probability == pytest.approx(1 / (1 + math.exp(-3)))
     assert (other.example, other.truth, other.answer) == (0, "a", "b")
     assert picture_of(small).size == (32, 64)
+    strips = photos[:, :, :2].repeat(1, 1, 1, 20)
+    narrow, _ = worst_mistakes(logits, targets, inputs=strips, test=test, classes=("a", "b"))
+    assert picture_of(narrow).size == (64, 1)
 
 
 def test_photos_that_stay_in_a_file_become_pictures_too(tmp_path: Path) -> None:

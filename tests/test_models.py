@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -480,6 +481,42 @@ def test_a_model_takes_raw_examples_in_any_float_type(inputs: Tensor) -> None:
 
 
 # --- Building and loading
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda: MLP(DIGITS, dropout=0.5, dropout_type="dropconnect"),
+        lambda: ConvNet(DIGITS, width=8, dropout=0.5, dropout_type="dropblock"),
+    ],
+    ids=["dropconnect", "dropblock"],
+)
+def test_monte_carlo_dropout_is_that_of_every_kind_of_dropout(network: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = PreprocessedModel(network(), DIGITS)
+    images = torch.randint(16, (6, 1, 8, 8), dtype=torch.uint8)
+    passes = torch.stack([model.probabilities(images, dropout_samples=1) for _ in range(5)])
+    assert passes.std(0).max() > 0
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_numbers_are_brought_into_their_units_in_full_precision(precision: torch.dtype) -> None:
+    spec = DataSpec((3,), (), "regression")
+    model = PreprocessedModel(nn.Sequential(nn.Linear(3, 1), Halved(precision)), spec)
+    model.get_buffer("target_mean").fill_(70_000.0)
+    model.get_buffer("target_std").fill_(500.0)
+    outputs = model(torch.randn(64, 3, generator=torch.Generator().manual_seed(0)))
+    assert outputs.dtype == torch.float32
+    assert len(outputs.unique()) > 32, "70 000 has three digits in bf16, and none in fp16"
+
+
+class Halved(nn.Module):
+    def __init__(self, precision: torch.dtype) -> None:
+        super().__init__()
+        self.precision = precision
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        return outputs.to(self.precision)
 
 
 def test_monte_carlo_dropout_is_the_mean_of_passes_with_dropout_and_nothing_else_of_a_training() -> None:

@@ -293,6 +293,13 @@ def test_smote_makes_classes_equal_by_examples_between_neighbours() -> None:
     assert not torch.equal(other_seed.inputs, more.inputs)  # type: ignore[arg-type]
 
 
+def test_neighbours_are_the_nearest_ones_however_far_the_features_are_from_zero() -> None:
+    split = unbalanced()
+    assert isinstance(split.inputs, Tensor)
+    made, moved = (oversample(Split(split.inputs.double() + far, split.targets), seed=3).inputs for far in (0.0, 1e6))
+    torch.testing.assert_close(moved - 1e6, made, rtol=0, atol=1e-6)  # type: ignore[operator]
+
+
 # --- trainings --------------------------------------------------------------------------------------------------------
 
 

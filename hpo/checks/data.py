@@ -152,7 +152,7 @@ def _check_balance(subject: Subject) -> Verdict:
     found = class_counts(subject.splits.train, subject.spec)
     classes, counts = list(found), list(found.values())
     rarest, commonest = min(counts), max(counts)
-    ratio = commonest / rarest
+    ratio = commonest / max(1, rarest)  # of a torch Dataset only the first examples are read
     text = f"{len(classes)} classes with {rarest} to {commonest} training examples"
     data = {"ratio": ratio, "counts": counts, "classes": classes}
     config = subject.config

@@ -108,7 +108,8 @@ def _learn_by_heart(subject: Subject, rate: float) -> tuple[list[float], float]:
             done = step(inputs, targets)
         losses.append(done.loss.item())
         if number % 10 == 0:
-            score = _score(subject, done.outputs, targets, name) if name else 1 - losses[-1] / (losses[0] or 1.0)
+            fallen = (losses[0] - losses[-1]) / (abs(losses[0]) or 1.0)  # a likelihood may be below 0
+            score = _score(subject, done.outputs, targets, name) if name else fallen
             if score >= enough or not math.isfinite(losses[-1]):
                 break
     return losses, score
@@ -145,6 +146,7 @@ def check_baseline(subject: Subject) -> Verdict:
     # What scores like chance does not get beyond three standard errors by accident.
     num = len(splits.validation)
     margin = 3 * math.sqrt(max(naive * (1 - naive), 0.0) / num) if subject.spec.classes else 9 / num
+    margin = min(margin, (1 - naive) / 2) if subject.spec.classes else margin  # what is perfect is better
     num_steps = last.epoch * (len(splits.train) // (config.batch_size * config.accumulate))
     if not network > naive + margin and last.epoch < subject.config.max_epochs and num_steps < ENOUGH_STEPS:
         advice = (

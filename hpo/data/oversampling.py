@@ -26,7 +26,7 @@ def oversample(split: Split, seed: int) -> Split:
         raise UsageError("sampling='smote' is for classes; this task has other targets: use 'uniform'.")
     features, labels, generator = inputs.cpu(), targets.cpu(), torch.Generator().manual_seed(seed)
     deviation = features.std(0, correction=0)
-    scaled = features / torch.where(deviation > 0, deviation, 1.0)
+    scaled = (features - features.mean(0)) / torch.where(deviation > 0, deviation, 1.0)
     counts = torch.bincount(labels)
     new_inputs, new_labels = [inputs], [targets]
     for label, count in enumerate(counts.tolist()):
@@ -51,7 +51,7 @@ def _neighbours(features: Tensor) -> Tensor:
         return torch.zeros(1, 1, dtype=torch.int64)
     found = []
     for rows in torch.split(torch.arange(len(features)), ROWS_AT_ONCE):
-        distances = torch.cdist(features[rows], features)
+        distances = torch.cdist(features[rows], features, compute_mode="donot_use_mm_for_euclid_dist")
         distances[torch.arange(len(rows)), rows] = torch.inf
         found.append(distances.topk(num, largest=False).indices)
     return torch.cat(found)

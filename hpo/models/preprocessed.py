@@ -112,6 +112,8 @@ class PreprocessedModel(nn.Module):
         if target.kind not in _KINDS_OF_NUMBERS:
             return outputs
         outputs = outputs if target.target_shape else outputs.squeeze(-1)
+        if outputs.dtype in (torch.bfloat16, torch.float16):  # which have two or three digits of 2000, and end at 65504
+            outputs = outputs.float()
         return outputs * getattr(self, _buffer("target_std", name)) + getattr(self, _buffer("target_mean", name))
 
     def _restored(self, outputs: Any) -> Any:
@@ -256,7 +258,7 @@ class PreprocessedModel(nn.Module):
         if not dropout_samples:
             return self._shares(batch)
         for module in self.modules():
-            module.training = isinstance(module, _DropoutNd)
+            module.training = isinstance(module, _DROPOUTS) or type(module).__name__ in _DROPOUTS_BY_NAME
         mean = torch.stack([self._shares(batch) for _ in range(dropout_samples)]).mean(0)
         self.eval()
         return mean
@@ -320,6 +322,12 @@ class PreprocessedModel(nn.Module):
             return logits.sigmoid()
         return logits.softmax(1 if self.spec.kind in ("classification", "soft_labels", "segmentation") else -1)
 
+
+_DROPOUTS = (_DropoutNd, nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""Layers that drop something in training; an encoder's layer passes over its dropouts if it is not in training."""
+
+_DROPOUTS_BY_NAME = ("DropBlock", "DropConnectLinear", "StochasticDepth")
+"""Those of hpo's networks and of torchvision, which is not imported for them."""
 
 _KINDS_OF_NUMBERS = ("regression", "box")
 _KINDS_OF_SEVERAL_OUTPUTS = ("own", "reconstruction", SEVERAL)

@@ -63,7 +63,8 @@ def _pictures(inputs: Examples, rows: Tensor) -> list[str] | None:
         return None
     share = _SIDE / max(images.shape[2:])
     if share < 1:
-        small = interpolate(images.float(), scale_factor=share, mode="bilinear", antialias=True)
+        size = [max(1, round(side * share)) for side in images.shape[2:]]
+        small = interpolate(images.float(), size=size, mode="bilinear", antialias=True)
         images = small.round().clamp(0, 255).to(torch.uint8)
     return [_as_png(image) for image in images]
 
