@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 FAILED, INTERRUPTED = 1, 130
 _RESUMABLE = {"search", "worker", "confirm", "refit"}
+DATA_STREAM = "hpo.data_stream"
 PIPED_WIDTH = 200  # columns of a table in a file or a pipe, which have no width
 
 
@@ -61,7 +62,18 @@ _OF_A_TRAINING = [
 
 _OF_ONE_EXPORT = ("format", "out", "compress", "force")
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the data as JSON.")
+
+def _keep_stdout_for_data(context: click.Context, _option: click.Parameter, is_wanted: bool) -> bool:
+    """Send what a task's own code prints to stderr, so that stdout has the data alone."""
+    if is_wanted and DATA_STREAM not in context.meta:
+        context.meta[DATA_STREAM] = sys.stdout
+        context.with_resource(redirect_stdout(sys.stderr))
+    return is_wanted
+
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, callback=_keep_stdout_for_data, help="Print the data as JSON."
+)
 home_option = take(StoreOptions, only=["home"])
 storage_option = take(StoreOptions, only=["storage"])
 tracking_option = take(StoreOptions, only=["tracking_uri"])
@@ -463,7 +475,13 @@ def register(as_json: bool, **request: Any) -> None:
 @cli.command()
 @click.argument("study")
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--csv", "as_csv", is_flag=True, help="Print CSV, a column for the probability of each class.")
+@click.option(
+    "--csv",
+    "as_csv",
+    is_flag=True,
+    callback=_keep_stdout_for_data,
+    help="Print CSV, a column for the probability of each class.",
+)
 @click.option("--trial", type=click.IntRange(min=0), metavar="N", help="Use another trial. [default: the winner]")
 @click.option("--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Examples per batch.")
 @click.option("--device", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda or cuda:N.")
@@ -488,7 +506,7 @@ def predict(as_csv: bool, as_json: bool, **request: Any) -> None:
     with counting(_console(stderr=True), "examples") as tell:
         found = predict_all(tell=tell, **request)
     if as_csv:
-        click.echo(written_as_csv(found), nl=False)
+        click.echo(written_as_csv(found), nl=False, file=click.get_current_context().meta[DATA_STREAM])
     elif as_json:
         _print_json([each.to_dict() for each in found])
     else:
@@ -677,4 +695,4 @@ class _Trimmed(io.TextIOBase):
 
 
 def _print_json(data: Any) -> None:
-    click.echo(json.dumps(data, indent=2))
+    click.echo(json.dumps(data, indent=2), file=click.get_current_context().meta[DATA_STREAM])

@@ -482,6 +482,18 @@ def test_json_is_json_and_says_the_same(searched: Answer, hpo: Callable[[str], A
     assert "resuming study 'digits': 3/3 trials" in outcome.err
 
 
+def test_what_a_task_prints_does_not_mix_with_json(hpo: Callable[[str], Answer], tmp_path: Path) -> None:
+    (tmp_path / "noisy.py").write_text(
+        "print('at import')\nfrom hpo.objectives.digits import objective as digits\n"
+        "import dataclasses\ndef load(data_dir):\n    print('in load')\n    return digits.load(data_dir)\n"
+        "objective = dataclasses.replace(digits, name='noisy', load=load)\n"
+    )
+    answer = hpo("train noisy.py --space digits --epochs 1 --limit 600 --json")
+    assert json.loads(answer.out)["task"]
+    assert "at import" in answer.err
+    assert "in load" in answer.err
+
+
 def test_the_winner_of_a_study_without_results_is_no_success(hpo: Callable[[str], Answer], tmp_path: Path) -> None:
     Study.open(open_storage(tmp_path / "mlruns"), "empty", SETTINGS)
     answer = hpo("best empty")

@@ -198,7 +198,13 @@ def test_a_folder_is_replaced_only_by_force_and_only_if_it_is_an_export(searched
     with pytest.raises(UsageError, match="--force"):
         export_best("digits", format="safetensors", home=searched, out=out)
     assert (out / "model.safetensors").stat().st_ino == before
-    export_best("digits", format="safetensors", home=searched, out=out, force=True)
+    (link := tmp_path / "link").symlink_to(out)
+    export_best("digits", format="safetensors", home=searched, out=link, force=True)
+    assert link.is_symlink()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    link.unlink()
+    with pytest.raises(UsageError, match=r"^/ cannot be replaced; choose another folder"):
+        export_best("digits", format="safetensors", home=searched, out=Path("/"))
     assert (out / "model.safetensors").stat().st_ino != before
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "to_mother.txt").write_text("Dear mother")

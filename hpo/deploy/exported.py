@@ -187,6 +187,8 @@ def encode(preprocessing: Mapping[str, Any], frame: Any) -> dict[str, Array]:
     name = preprocessing["column"]
     if name not in frame:
         raise ValueError(f"the rows lack the column '{name}', which holds the texts.")
+    if not all(isinstance(text, str) for text in frame[name]):
+        raise ValueError(f"a row has no text in '{name}'; leave it out.")
     tokenizer = Tokenizer.from_str(json.dumps(preprocessing["tokenizer"]))
     texts = [each.ids[: preprocessing["max_length"]] for each in tokenizer.encode_batch(frame[name].tolist())]
     lengths = np.array([len(each) for each in texts], dtype=np.int64)

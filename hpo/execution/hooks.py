@@ -185,7 +185,8 @@ class CommandRunner(BestObserver):
 
     def _run(self, variables: Mapping[str, str]) -> None:
         # It prints to where our messages go, descriptor 2: with --json, standard output is for the data.
-        code = subprocess.call(self._command, shell=True, env={**os.environ, **variables}, stdout=2)
+        environment = {**os.environ, **variables}
+        code = subprocess.call(self._command, shell=True, env=environment, stdin=subprocess.DEVNULL, stdout=2)
         if code:
             _logger.warning("the command of --on-best ended with code %d for trial %s", code, variables["HPO_TRIAL"])
 

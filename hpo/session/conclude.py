@@ -134,7 +134,7 @@ def tested_winner(prepared: Prepared, opened: Opened) -> Winner | None:
     study, store, task = opened.study, opened.store, prepared.request.task
     device = prepared.request.machine.device
     winner = find_winner(study)
-    if winner is not None and winner.comparison is None:
+    if winner is not None and not _knows_the_default(study, winner):
         compared = compare_with_default(study, store, prepared.splits, winner, device, task.objective)
         if compared:
             _record(study, COMPARISONS, str(winner.trial), asdict(compared))
@@ -316,6 +316,12 @@ def _epochs_found(winner: Winner, study: Study) -> int:
     confirmed = study.race.winner
     epochs = [repeat.best_epoch for repeat in confirmed.repeats if repeat.best_epoch] if confirmed else []
     return round(fmean(epochs)) if epochs else winner.best_epoch
+
+
+def _knows_the_default(study: Study, winner: Winner) -> bool:
+    """Whether the winner was compared with the default configuration as it is now, and not as it was interrupted."""
+    default = study.default_trial
+    return winner.comparison is not None and (default is None or winner.comparison["state"] == default.state)
 
 
 def _record(study: Study, key: str, of: str, fact: Any) -> None:

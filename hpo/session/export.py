@@ -191,7 +191,8 @@ def _how_to_run(exporter: Exporter, exportable: Exportable) -> str:
 
 
 def _how_to_run_with_rows(exporter: Exporter, columns: Sequence[str]) -> str:
-    example = f'rows = pd.read_csv("new.csv", dtype=str)  # with the columns {", ".join(columns)}'
+    example = f'# with the columns {", ".join(columns)}; sep=";" if that separates them\n'
+    example += 'rows = pd.read_csv("new.csv", dtype=str, keep_default_na=False)'
     if exporter.takes_rows:
         code = f'import mlflow.pyfunc\nimport pandas as pd\n\nmodel = mlflow.pyfunc.load_model(".")\n{example}\n'
         code += "answers = model.predict(rows)"
@@ -236,6 +237,8 @@ _LIBRARIES = {"torch", "torchvision", "numpy", "transformers", "lightning"}
 
 def require_free(folder: Path, *, force: bool) -> None:
     """Raise UsageError if something is in the way that may not be replaced."""
+    if not folder.resolve().name:
+        raise UsageError(f"{folder} cannot be replaced; choose another folder with --out.")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / SIGNATURE).exists() or not folder.is_dir():
@@ -247,6 +250,7 @@ def require_free(folder: Path, *, force: bool) -> None:
 @contextmanager
 def whole_or_not_at_all(folder: Path) -> Iterator[Path]:
     """A folder aside, which takes its place when all is well; what was there before then stays as it is until then."""
+    folder = folder.resolve()  # of a link, what it leads to
     aside = folder.with_name(f".{folder.name}.{uuid4().hex}.tmp")
     try:
         aside.mkdir(parents=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from hpo.config import derive_seed
@@ -110,9 +111,12 @@ def rerun_trial(
         if value is not None and not settings.folds:
             run.log_metrics({f"best/{settings.metric}": value})
             log_model(run, assignment.folder, has_weights=done.has_weights)
+        # Of a pruned trial with folds the study has an estimate for all of them.
+        is_part = settings.folds and record.state == "pruned"
+        earlier_value = _mean_of_finite(record.curve.values()) if is_part else record.value
         first = _first_difference(record.curve, curve)
         interval = None
-        if first is not None and value is not None and record.value is not None:
+        if first is not None and value is not None and earlier_value is not None:
             interval = _interval(record, curve, splits, opened, store, assignment.folder, machine)
     return Rerun(
         study=study,
@@ -121,9 +125,9 @@ def rerun_trial(
         seed=settings.seed if seed is None else seed,
         is_same_seed=seed in (None, settings.seed),
         value=value,
-        earlier_value=record.value,
+        earlier_value=earlier_value,
         first_difference=first,
-        difference=None if value is None or record.value is None else value - record.value,
+        difference=None if value is None or earlier_value is None else value - earlier_value,
         low=interval.low if interval else None,
         high=interval.high if interval else None,
         changes=changes,
@@ -162,6 +166,11 @@ def _changes(now: Provenance, study: Study, number: int) -> list[str]:
     ]
     machine = [] if then.machine == now.machine else [f"the machine ({then.machine} -> {now.machine})"]
     return [*now.changes_since(then), *versions, *machine]
+
+
+def _mean_of_finite(values: Iterable[float]) -> float | None:
+    finite = [value for value in values if math.isfinite(value)]
+    return fmean(finite) if finite else None
 
 
 def _first_difference(before: Mapping[int, float], now: Mapping[int, float]) -> int | None:
