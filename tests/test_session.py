@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -89,6 +91,14 @@ def test_a_search_whose_budget_is_used_up_has_a_winner_and_a_larger_budget_conti
     assert continued.trained_s > trial.trained_s
 
 
+class CtrlC(hpo.Observer):
+    """Interrupts this process in the third epoch of a trial."""
+
+    def epoch_done(self, suggestion: Any, result: EpochResult) -> None:
+        if result.epoch == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 @pytest.mark.parametrize(
     ("limit", "state"),
     [({"stop_at": "accuracy=0.05"}, "complete"), ({"budget": 0.1}, "pruned")],
@@ -98,7 +108,7 @@ def test_an_interrupted_trial_runs_on_although_a_limit_lets_no_new_one_begin(
     limit: dict[str, Any], state: str, search: Callable[..., SearchOutcome]
 ) -> None:
     options = SLOWLY | {"trials": 3}
-    first, *_ = search(**options, tries=("lr=0.05",), timeout=1.5).trials
+    first, *_ = search(**options, tries=("lr=0.05",), observer=CtrlC()).trials
     assert first.state == "interrupted"
     assert first.curve
     outcome = search(**options, **limit)
