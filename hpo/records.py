@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 if TYPE_CHECKING:
@@ -96,6 +97,12 @@ def ranked(records: Iterable[TrialRecord], direction: Direction) -> list[TrialRe
     """The trials that can be the winner, the best first, the earlier of equals first."""
     candidates = [record for record in records if record.state in ELIGIBLE and record.value is not None]
     return sorted(candidates, key=lambda record: (direction.loss(record.value or 0.0), record.number))
+
+
+def mean_of_finite(values: Iterable[float]) -> float | None:
+    """The mean over the folds that a trial has finished; None if there are none."""
+    finite = [value for value in values if math.isfinite(value)]
+    return fmean(finite) if finite else None
 
 
 def losses(record: TrialRecord, direction: Direction) -> tuple[float, ...]:

@@ -104,5 +104,4 @@ def describe_conditions(conditions: Conditions) -> str:
 
 def _in_words(wanted: Any) -> str:
     interval = Interval.parse(wanted)
-    is_one = interval is not None and interval.low == interval.high
-    return format_value(interval.low) if interval and is_one else format_value(wanted)
+    return format_value(interval.low if interval and interval.low == interval.high else wanted)

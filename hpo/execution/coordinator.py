@@ -186,8 +186,8 @@ class Coordinator:
         if lost:
             self._study.requeue(lost)
             return self._ask()
-        if num_remaining == num_running == 0:
-            forget_models(self._study, [finalist.number for finalist in self._study.finalists()])
+        if num_remaining == num_running == 0 and (finalists := self._study.finalists()):
+            forget_models(self._study, [finalist.number for finalist in finalists])
             self._study.continue_finalists()
             with self._study.seen_once():
                 num_remaining, interrupted = self._num_remaining(), self._study.to_resume(is_budget_spent=False)

@@ -7,7 +7,7 @@ the number of their trial, by which page.js links the figures: what is selected 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -47,16 +47,8 @@ def plot_history(content: Content) -> go.Figure:
         figure.add_trace(trace)
     candidates = sorted(ranked(content.trials, content.settings.direction), key=lambda trial: trial.number)
     if candidates:
-        figure.add_trace(
-            go.Scatter(
-                x=[trial.number for trial in candidates],
-                y=list(accumulate(map(_value, candidates), content.settings.direction.best)),
-                mode="lines",
-                line={"shape": "hv", "color": GREEN, "width": 2},
-                name="best so far",
-                hoverinfo="skip",
-            )
-        )
+        best = accumulate(map(_value, candidates), content.settings.direction.best)
+        figure.add_trace(_staircase([trial.number for trial in candidates], best, name="best so far"))
     figure.update_yaxes(range=_zoomed(content.trials, content.settings.direction))
     return figure
 
@@ -68,17 +60,13 @@ def plot_front(content: Content) -> go.Figure:
     for trace in _by_state([trial for trial in content.trials if cost in trial.costs], lambda trial: trial.costs[cost]):
         figure.add_trace(trace)
     line = sorted((row[cost], row[content.settings.metric]) for row in content.front)
-    figure.add_trace(
-        go.Scatter(
-            x=[x for x, _ in line],
-            y=[y for _, y in line],
-            mode="lines",
-            line={"shape": "hv", "color": GREEN, "width": 2},
-            name="Pareto front",
-            hoverinfo="skip",
-        )
-    )
+    figure.add_trace(_staircase([x for x, _ in line], [y for _, y in line], name="Pareto front"))
     return figure
+
+
+def _staircase(x: Sequence[float], y: Iterable[float], *, name: str) -> go.Scatter:
+    line = {"shape": "hv", "color": GREEN, "width": 2}
+    return go.Scatter(x=x, y=list(y), mode="lines", line=line, name=name, hoverinfo="skip")
 
 
 def num_hidden(content: Content) -> int:

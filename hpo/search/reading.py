@@ -16,7 +16,7 @@ from optuna.trial import TrialState as OptunaState
 
 from hpo.config import derive_seed
 from hpo.errors import UsageError
-from hpo.records import TrialRecord, TrialState, count_finished, losses, pareto_front, ranked
+from hpo.records import TrialRecord, TrialState, count_finished, losses, mean_of_finite, pareto_front, ranked
 from hpo.search import stored
 from hpo.search.confirmation import REPEATS, Race, find_plan
 from hpo.search.encoding import OptunaSpace
@@ -348,8 +348,7 @@ class ReadStudy:
         curve = dict(sorted(trial.intermediate_values.items()))
         best_epoch: int | None = trial.user_attrs.get(stored.BEST_EPOCH)
         if self.settings.folds:
-            finite = [value for value in curve.values() if math.isfinite(value)]
-            best_value = fmean(finite) if finite else None
+            best_value = mean_of_finite(curve.values())
         else:
             best_epoch = best_epoch or self._best_epoch(curve)
             best_value = None if best_epoch is None else curve.get(best_epoch)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from hpo.config import derive_seed
@@ -16,7 +15,7 @@ from hpo.execution.task_code import task_code
 from hpo.files import temporary_folder
 from hpo.machine import num_cores
 from hpo.provenance import Provenance, sessions
-from hpo.records import ELIGIBLE, Rerun
+from hpo.records import ELIGIBLE, Rerun, mean_of_finite
 from hpo.session.alone import ended, log_model, run_alone
 from hpo.session.options import checked
 from hpo.session.preparation import SILENCE_S, read_data, split
@@ -113,7 +112,7 @@ def rerun_trial(
             log_model(run, assignment.folder, has_weights=done.has_weights)
         # Of a pruned trial with folds the study has an estimate for all of them.
         is_part = settings.folds and record.state == "pruned"
-        earlier_value = _mean_of_finite(record.curve.values()) if is_part else record.value
+        earlier_value = mean_of_finite(record.curve.values()) if is_part else record.value
         first = _first_difference(record.curve, curve)
         interval = None
         if first is not None and value is not None and earlier_value is not None:
@@ -166,11 +165,6 @@ def _changes(now: Provenance, study: Study, number: int) -> list[str]:
     ]
     machine = [] if then.machine == now.machine else [f"the machine ({then.machine} -> {now.machine})"]
     return [*now.changes_since(then), *versions, *machine]
-
-
-def _mean_of_finite(values: Iterable[float]) -> float | None:
-    finite = [value for value in values if math.isfinite(value)]
-    return fmean(finite) if finite else None
 
 
 def _first_difference(before: Mapping[int, float], now: Mapping[int, float]) -> int | None:
