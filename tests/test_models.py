@@ -442,6 +442,33 @@ def test_features_are_normalised_one_by_one_however_far_from_zero() -> None:
     assert outputs.std(0, correction=0).tolist() == pytest.approx([1] * 6, rel=1e-2)
 
 
+@pytest.mark.parametrize("layout", ["length and features", "channels and length"])
+def test_sequences_of_one_length_are_normalised_by_feature_on_either_side(layout: str) -> None:
+    sequences = torch.randn(200, 20, 3) * torch.tensor([1e-2, 1, 100]) + torch.tensor([0.0, 5, -300])
+    sequences[:, -2:] = 0.0  # the same at the end of each, as padding is
+    trend = torch.linspace(0, 1, 20)[:, None] * torch.tensor([1e-2, 1, 100])
+    sequences += trend
+    turned = sequences if layout == "length and features" else sequences.transpose(1, 2)
+    spec = DataSpec(tuple(turned.shape[1:]), CLASSES)
+    outputs = fitted(Echo(), spec, Split(turned, torch.zeros(200, dtype=torch.long)))(turned)
+    of_features = outputs if layout == "length and features" else outputs.transpose(1, 2)
+    assert of_features.mean((0, 1)).tolist() == pytest.approx([0] * 3, abs=1e-5)
+    assert of_features.std((0, 1), correction=0).tolist() == pytest.approx([1] * 3, rel=1e-4)
+    later, early = of_features[:, 12:18].mean((0, 1)), of_features[:, :6].mean((0, 1))
+    assert (later > early + 0.2).all(), "what changes along the sequence is seen by the network"
+
+
+def test_recordings_are_normalised_by_channel_and_not_by_sample() -> None:
+    sounds = torch.randn(10, 2, 500) * torch.tensor([1.0, 1.2])[:, None]
+    model = fitted(Echo(), DataSpec((2, 500), CLASSES), Split(sounds, torch.zeros(10, dtype=torch.long)))
+    assert model.input_std[:, 0].tolist() == pytest.approx(sounds.std((0, 2), correction=0).tolist())  # type: ignore[index, operator]
+    assert (model.input_std == model.input_std[:, :1]).all()  # type: ignore[index, operator]
+    of_an_earlier_version = {name: each[..., :1] if each.ndim else each for name, each in model.state_dict().items()}
+    restored = PreprocessedModel(Echo(), model.spec)
+    restored.load_state_dict(of_an_earlier_version)
+    assert torch.equal(restored(sounds), model(sounds))
+
+
 @pytest.mark.parametrize("inputs", [torch.full((9, 1, 4, 4), 7, dtype=torch.uint8), torch.full((9, 3), 0.1)])
 def test_what_does_not_vary_is_only_centred(inputs: Tensor) -> None:
     model = fitted(Echo(), DataSpec(tuple(inputs.shape[1:]), CLASSES), Split(inputs, torch.zeros(9, dtype=torch.long)))

@@ -126,6 +126,7 @@ def test_floats_and_images_are_normalised_and_integers_are_not() -> None:
         "sound": Ragged.of([[1.0, 2.0], [3.0], [4.0, 5.0, 6.0]]),
         "image": torch.randint(256, (3, 3, 4, 4), dtype=torch.uint8),
         "raw": torch.tensor([10.0, 20.0, 30.0]),
+        "frames": Ragged.of([torch.rand(length, 3, 4, 5) for length in (2, 1, 4)]),
     }
     data = Dataset(Split(inputs, torch.tensor([0, 1, 0])), test=None, classes=("a", "b"), normalise={"raw": False})  # type: ignore[arg-type]
     assert data.spec.inputs["ids"].vocabulary == 8  # type: ignore[call-overload, index]
@@ -140,6 +141,8 @@ def test_floats_and_images_are_normalised_and_integers_are_not() -> None:
     assert sound.values[sound.mask].mean().item() == pytest.approx(0, abs=1e-6)
     assert sound.values[sound.mask].std(correction=0).item() == pytest.approx(1)
     assert not sound.values[~sound.mask].any()
+    frames = seen["frames"]
+    assert torch.allclose(frames.values[frames.mask].mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
     image = seen["image"]
     assert torch.allclose(image.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
     restored = PreprocessedModel(Echo(), DataSpec.from_dict(data.spec.to_dict()))

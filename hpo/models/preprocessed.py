@@ -44,6 +44,9 @@ SAMPLE_SIZE = 4096
 DATASET_SAMPLE_SIZE = 1024
 """Examples that the statistics of a torch Dataset are taken from."""
 
+CLEARLY = 0.5
+"""By how much the logarithm of the deviations is lower if the features are the last side of (N, A, B), and not A."""
+
 
 class PreprocessedModel(nn.Module):
     """Raw examples in, predictions in the data's own terms out.
@@ -81,6 +84,7 @@ class PreprocessedModel(nn.Module):
             self.register_buffer(_buffer("target_std", name), torch.ones(shape))
         if spec.kind == "multilabel":
             self.register_buffer("thresholds", torch.zeros(len(spec.classes)))
+        self.register_load_state_dict_pre_hook(_fill_sides)  # type: ignore[no-untyped-call]
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -177,7 +181,7 @@ class PreprocessedModel(nn.Module):
         if isinstance(part, Tensor):
             return _known_statistics.of(part)
         if isinstance(part, Ragged):
-            return _statistics(part.values if part.values.ndim > 1 else part.values[:, None])
+            return _input_statistics(part.values if part.values.ndim > 1 else part.values[:, None])
         return _input_statistics(part[:SAMPLE_SIZE])
 
     def as_batch(self, inputs: Any) -> Batch:
@@ -367,10 +371,24 @@ def _buffer(statistic: str, input_name: str) -> str:
 
 
 def _statistics_shape(of_input: InputSpec) -> tuple[int, ...]:
-    """(C, 1, 1) for images (C, H, W), (F,) for features and for the elements of sequences, () for single numbers."""
-    if of_input.is_ragged or not of_input.shape:
+    """(C, 1, 1) for images (C, H, W), (F,) for features, () for single numbers; of sequences, for their elements.
+
+    The whole shape for arrays (A, B), of which either side may be the features.
+    """
+    if not of_input.shape or _has_two_sides(of_input.shape):
         return of_input.shape
     return of_input.shape[0], *[1] * (len(of_input.shape) - 1)
+
+
+def _fill_sides(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Statistics as they are now, of those that 0.1.0 kept of arrays (A, B): (A, 1)."""
+    for name in ("input_mean", "input_std"):
+        if isinstance(saved := state_dict.get(prefix + name), Tensor) and saved.ndim == 2:
+            state_dict[prefix + name] = saved.expand_as(cast(Tensor, getattr(model, name)))
+
+
+def _has_two_sides(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and min(shape) > 1
 
 
 def _as_batch(inputs: Any, spec: InputSpec, device: torch.device) -> Tensor | Padded:
@@ -512,7 +530,18 @@ _known_statistics = _KnownStatistics()
 
 def _input_statistics(inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation by channel or feature."""
-    return _uint8_statistics(inputs) if inputs.dtype == torch.uint8 else _statistics(inputs)
+    of_second = _uint8_statistics if inputs.dtype == torch.uint8 else _statistics
+    if not _has_two_sides(shape := tuple(inputs.shape[1:])):
+        return of_second(inputs)
+    first, last = of_second(inputs), of_second(inputs.transpose(1, 2))
+    if _mean_log(last[1]) < _mean_log(first[1]) - CLEARLY:
+        return last[0].expand(shape), last[1].expand(shape)
+    return first[0][:, None].expand(shape), first[1][:, None].expand(shape)
+
+
+def _mean_log(std: Tensor) -> Tensor:
+    """How far values are from the means of their channels, of those that vary: the others have 1 (`_safe`)."""
+    return std[std != 1].log().mean()
 
 
 def _uint8_statistics(inputs: Tensor) -> tuple[Tensor, Tensor]:
