@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,19 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from torch import Tensor, nn
+from torch.nn import functional
 
 from hpo.checks.checklist import quick_part
+from hpo.checks.compatibility import check_task
 from hpo.checks.data import check_duplicates, check_inputs, check_leak, check_normalised, check_targets
 from hpo.checks.learning import check_baseline, check_learning_rate, check_one_batch
 from hpo.checks.network import check_first_loss, check_forward, check_gradients
 from hpo.checks.speed import check_speed
 from hpo.checks.verdicts import Subject, in_few_lines
 from hpo.cli import main
-from hpo.data.datasets import Splits
+from hpo.data.datasets import Splits, hold_out, split_dataset
 from hpo.data.examples import Dataset, DataSpec, SealedSplit, Split
+from hpo.errors import UsageError
 from hpo.execution.observer import Observer
 from hpo.models.layers import initialize_output
 from hpo.models.mlp import MLP
@@ -401,6 +405,54 @@ def test_a_loss_that_falls_at_no_rate_or_is_not_finite_is_reported() -> None:
     assert "no learning rate lowers the loss" in check_learning_rate(subject(train=nothing_to_see)).advice
     broken = check_learning_rate(subject(with_outputs(lambda outputs: outputs / 0)))
     assert (broken.state, broken.text) == ("wrong", "the loss is not finite")
+
+
+def judged_otherwise(given: Subject, **of_objective: Any) -> Subject:
+    task = replace(given.task, objective=replace(given.task.objective, **of_objective))
+    return Subject.of(task, given.splits, "cpu")
+
+
+def test_the_range_test_knows_a_loss_that_is_below_zero() -> None:
+    def likelihood(outputs: Tensor, targets: Tensor) -> Tensor:
+        return functional.cross_entropy(outputs, targets) - 5
+
+    above, below = (check_learning_rate(each) for each in (subject(), judged_otherwise(subject(), loss=likelihood)))
+    assert below.state == above.state == "ok"
+    assert len(below.data["rates"]) > 50
+    assert below.data["high"] == pytest.approx(above.data["high"], rel=0.5)
+
+
+def of_kind(kind: str, split: Split, model: Callable[[DataSpec], nn.Module], **settings: Any) -> Subject:
+    data = hold_out(split.inputs, split.targets, CLASSES[:2] if kind == "tagging" else (), kind=kind)
+    settings = {"max_epochs": 20, "optimizer": "adam", "lr": 0.1, "batch_size": 20, **settings}
+    loss, metric = ("triplet", "recall_at_1") if kind == "embedding" else ("cross_entropy", "accuracy")
+    judged: dict[str, Any] = {"loss": loss, "metric": metric, "settings": settings}
+    objective = Objective(name=kind, description="", load=lambda data_dir: data, model=model, **judged)
+    return Subject.of(Task(reference=kind, objective=objective, space=Space()), split_dataset(data, seed=0), "cpu")
+
+
+def test_an_embedding_of_many_small_groups_is_learned_by_heart_in_pairs() -> None:
+    pairs = Split(torch.randn(800, 8), torch.arange(800) // 2)
+    small, large = (of_kind("embedding", pairs, mlp, batch_size=size) for size in (20, 200))
+    assert check_one_batch(small).state == "ok"
+    assert check_targets(small).state == "warning"
+    assert "pairs of them in a batch of 20" in check_targets(small).text
+    assert check_targets(large).state == "ok"
+
+
+def test_a_baseline_of_tags_counts_the_labels_and_not_the_sequences() -> None:
+    inputs = torch.randn(60, 100, 2)
+    often_right = torch.where(torch.rand(60, 100) < 0.4, inputs[..., 0] > 0, torch.rand(60, 100) < 0.5).long()
+    verdict = check_baseline(of_kind("tagging", Split(inputs, often_right), lambda spec: nn.Linear(2, 2)))
+    assert verdict.state == "ok", verdict.text
+    assert 0.6 < verdict.data["network"] < 0.75
+
+
+def test_a_validation_split_of_one_class_is_refused_for_auroc() -> None:
+    one_class = Split(points(30).inputs, torch.zeros(30, dtype=torch.long))
+    given = subject(validation=one_class, metric="auroc")
+    with pytest.raises(UsageError, match="all 30 validation examples are of the class 'a', so there is no auroc"):
+        check_task(given.task, given.splits)
 
 
 # --- speed ------------------------------------------------------------------------------------------------------------

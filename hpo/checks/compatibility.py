@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hpo.config import OWN, SEVERAL
 from hpo.data.batches import build_batches
-from hpo.data.datasets import Splits
+from hpo.data.datasets import Splits, class_counts
 from hpo.data.kinds import labels_of
 from hpo.data.pacing import build_growth
 from hpo.data.parts import Padded, map_tensors, tensors_of
@@ -35,6 +35,7 @@ def check_task(task: Task, splits: Splits) -> None:
     own = task.objective.own(task.space.defaults())
     _check_losses(task, splits, own, "loss")
     check_metric(task.objective.metric, splits.spec, own)
+    _check_judged(task.objective.metric, splits)
     _check_batch_sizes(task, splits)
     _check_model(task, splits)
     _check_choices(task, splits)
@@ -46,6 +47,17 @@ def _possible_values(task: Task, name: str) -> tuple[Value, ...]:
     """What a trial may have for a setting: the values or ends of its parameter, or the task's own value."""
     parameter = task.space.parameters.get(name)
     return parameter.extremes() if parameter else (getattr(task.train_config({}), name),)
+
+
+def _check_judged(metric: str, splits: Splits) -> None:
+    """A validation split of one class has no AUROC, and no trial a value."""
+    counts = class_counts(splits.validation, splits.spec)
+    if metric == "auroc" and splits.spec.kind == "classification" and max(counts.values()) == len(splits.validation):
+        only = max(counts, key=counts.__getitem__)
+        raise UsageError(
+            f"all {len(splits.validation)} validation examples are of the class '{only}', so there is no auroc; take "
+            "more examples (is there a --limit?), or --metric accuracy."
+        )
 
 
 def _check_batch_sizes(task: Task, splits: Splits) -> None:

@@ -121,15 +121,26 @@ def check_targets(subject: Subject) -> Verdict:
             return _check_labels(subject, targets.argmax(1))
         case "embedding":
             assert isinstance(targets, Tensor), "they are numbers"
-            counts = Counter(targets.tolist()).values()
-            text = f"{len(counts)} groups of {min(counts)} to {max(counts)} training examples that are alike"
-            return Verdict(state="ok", text=text)
+            return _check_groups(targets, subject.config.batch_size)
         case "several":
             return Verdict(state="ok", text=", ".join(f"{n} ({t.kind})" for n, t in subject.spec.targets.items()))
         case "instances" | "reconstruction":
             return Verdict(state="ok", text="none: the inputs alone")
         case _:
             return Verdict(state="ok", text="none" if targets is None else "known to the task's own loss alone")
+
+
+def _check_groups(targets: Tensor, batch_size: int) -> Verdict:
+    """Whether a batch holds examples that are alike, without which nothing is learned from it."""
+    counts = Counter(targets.tolist()).values()
+    text = f"{len(counts)} groups of {min(counts)} to {max(counts)} training examples that are alike"
+    num, num_alike = len(targets), sum(count * (count - 1) for count in counts)
+    num_pairs = batch_size * (batch_size - 1) / 2 * num_alike / (num * (num - 1))
+    if num_pairs >= 1:
+        return Verdict(state="ok", text=text)
+    text += f"; {num_pairs:.2g} pairs of them in a batch of {batch_size}"
+    advice = "most steps learn nothing: a larger batch_size, or fewer groups with more examples"
+    return Verdict(state="warning", text=text, advice=advice)
 
 
 def _check_labels(subject: Subject, labels: Tensor) -> Verdict:

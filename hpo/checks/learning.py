@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from hpo.checks.baselines import baselines
 from hpo.checks.speed import seconds_a_step
@@ -17,6 +19,7 @@ from hpo.checks.table_models import BOOSTED, LINEAR, is_table, table_scores
 from hpo.checks.verdicts import Subject, Verdict
 from hpo.config import OWN, derive_seed
 from hpo.data.batches import build_batches
+from hpo.data.kinds import IGNORED, labels_of
 from hpo.data.parts import tensors_of
 from hpo.parameters import Choice
 from hpo.training.losses import training_loss
@@ -44,8 +47,8 @@ ENOUGH_STEPS = 100
 
 RANGE_TEST_S = 10.0
 NUM_RATES, MIN_RATES, LOWEST_RATE, HIGHEST_RATE = 100, 20, 1e-5, 10.0
-TOO_LARGE = 4.0
-"""The loss, as a multiple of the first ones, at which the rate need not grow any further."""
+TOO_LARGE = 3.0
+"""By how many times the first losses a loss has grown at which the rate need not grow any further."""
 
 SMOOTHING = 0.85
 """What a smoothed loss keeps of the one before."""
@@ -97,7 +100,7 @@ def _by_heart(subject: Subject) -> tuple[str, float]:
 def _learn_by_heart(subject: Subject, rate: float) -> tuple[list[float], float]:
     """The losses, and the metric; without a metric the share by which the loss has fallen."""
     name, enough = _by_heart(subject)
-    inputs, targets = subject.batch(BATCH)
+    inputs, targets = _few_examples(subject)
     model = subject.network()
     optimizer = build_optimizer(model, replace(subject.config, optimizer="adam", lr=rate, weight_decay=0.0))
     step = TrainingStep(model, subject.loss_of(model), optimizer)
@@ -113,6 +116,26 @@ def _learn_by_heart(subject: Subject, rate: float) -> tuple[list[float], float]:
             if score >= enough or not math.isfinite(losses[-1]):
                 break
     return losses, score
+
+
+def _few_examples(subject: Subject) -> tuple[Batch, Batch]:
+    """The first examples; of an embedding, those that another one is alike to."""
+    groups = subject.splits.train.targets
+    if subject.spec.kind != "embedding" or not isinstance(groups, Tensor):
+        return subject.batch(BATCH)
+    rows = torch.tensor([*islice(_in_pairs(groups.tolist()), BATCH)])
+    return subject.splits.train.select(rows).first(BATCH, subject.config.device)
+
+
+def _in_pairs(groups: list[int]) -> Iterator[int]:
+    """Rows, two that are alike at a time, from one group after the other."""
+    members: dict[int, list[int]] = {}
+    for row, group in enumerate(groups):
+        members.setdefault(group, []).append(row)
+    for first in range(0, max(map(len, members.values())) - 1, 2):
+        for rows in members.values():
+            if len(rows) >= first + 2:
+                yield from rows[first : first + 2]
 
 
 def check_baseline(subject: Subject) -> Verdict:
@@ -144,7 +167,7 @@ def check_baseline(subject: Subject) -> Verdict:
         text += f", {BOOSTED} {of_table[BOOSTED]:.3f}"
         data["boosted"] = of_table[BOOSTED]
     # What scores like chance does not get beyond three standard errors by accident.
-    num = len(splits.validation)
+    num, judged = _num_judged(targets, splits)
     margin = 3 * math.sqrt(max(naive * (1 - naive), 0.0) / num) if subject.spec.classes else 9 / num
     margin = min(margin, (1 - naive) / 2) if subject.spec.classes else margin  # what is perfect is better
     num_steps = last.epoch * (len(splits.train) // (config.batch_size * config.accumulate))
@@ -154,7 +177,7 @@ def check_baseline(subject: Subject) -> Verdict:
         )
         return Verdict(state="warning", text=text, advice=advice, data=data)
     if naive + margin / 3 < network <= naive + margin:
-        advice = f"{num} validation examples cannot tell this from {simplest}; more of them could"
+        advice = f"{num} validation {judged} cannot tell this from {simplest}; more of them could"
         return Verdict(state="warning", text=text, advice=advice, data=data)
     if not network > naive + margin:
         advice = "nothing was learned that helps with new examples: are the labels right, and lr and the loss?"
@@ -198,6 +221,13 @@ def _comparable_metric(subject: Subject) -> str | None:
     return subject.config.metric if subject.config.metric in comparable else comparable[0]
 
 
+def _num_judged(targets: Batch, splits: Splits) -> tuple[int, str]:
+    """How many labels the validation split has where elements have one, else how many examples, and what they are."""
+    if splits.spec.kind not in ("segmentation", "tagging"):
+        return len(splits.validation), "examples"
+    return int((labels_of(targets) != IGNORED).sum()), "labels"
+
+
 def _score(subject: Subject, outputs: Any, targets: Batch, metric: str) -> float:
     metrics = EpochMetrics(subject.spec, tensors_of(targets)[0].device)
     metrics.update(outputs, targets, torch.zeros((), device=tensors_of(targets)[0].device))
@@ -218,7 +248,7 @@ def check_learning_rate(subject: Subject) -> Verdict:
     fall = first - smoothed[lowest]
     data: dict[str, Any] = {"rates": rates, "losses": losses, "smoothed": smoothed}
     steps = f"{len(rates)} steps"
-    if not fall > 0.05 * first:
+    if not fall > 0.05 * _size(losses):
         advice = (
             "no learning rate lowers the loss: look at the loss, the labels, and whether gradients reach the layers"
         )
@@ -261,10 +291,15 @@ def _range_test(subject: Subject) -> tuple[list[float], list[float]]:
             for group, share in zip(optimizer.param_groups, shares, strict=True):
                 group["lr"] = share * rates[-1]
             losses.append(step(inputs, targets).loss.item())
-            if not mean(losses[-3:]) < TOO_LARGE * median(losses[:10]):
+            if not mean(losses[-3:]) - median(losses[:10]) < TOO_LARGE * _size(losses):
                 break
     num_finite = sum(map(math.isfinite, losses))
     return rates[:num_finite], losses[:num_finite]
+
+
+def _size(losses: list[float]) -> float:
+    """Of the first losses; a likelihood's may be below 0."""
+    return median(map(abs, losses[:10]))
 
 
 def _endless(subject: Subject) -> Iterator[tuple[Batch, Batch]]:
