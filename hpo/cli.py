@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -44,7 +42,6 @@ if TYPE_CHECKING:
 FAILED, INTERRUPTED = 1, 130
 _RESUMABLE = {"search", "worker", "confirm", "refit"}
 DATA_STREAM = "hpo.data_stream"
-PIPED_WIDTH = 200  # columns of a table in a file or a pipe, which have no width
 
 
 class InOrder(click.Group):
@@ -670,28 +667,9 @@ def _fail(message: str, exit_code: int) -> None:
 
 
 def _console(stderr: bool = False) -> Console:
-    from rich.console import Console
+    from hpo.terminal.console import new_console
 
-    # Names and messages may contain brackets, which are not markup.
-    console = Console(stderr=stderr, highlight=False, markup=False)
-    if not console.is_terminal:
-        console = Console(
-            file=cast("IO[str]", _Trimmed(console.file)), highlight=False, markup=False, width=PIPED_WIDTH
-        )
-    return console
-
-
-class _Trimmed(io.TextIOBase):
-    """A stream without the blanks at the ends of lines, with which rich fills the columns of tables up."""
-
-    def __init__(self, stream: IO[str]) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        return self._stream.write(re.sub(r"[ ]+$", "", text, flags=re.MULTILINE))
-
-    def flush(self) -> None:
-        self._stream.flush()
+    return new_console(stderr=stderr)
 
 
 def _print_json(data: Any) -> None:

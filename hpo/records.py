@@ -87,6 +87,17 @@ class TrialRecord:
     repeats: int | None = None
     """Trial whose configuration this one trains again with another seed; None for a trial of the search."""
 
+    @property
+    def has_value(self) -> bool:
+        """Whether it has one that is finite."""
+        return self.value is not None and math.isfinite(self.value)
+
+    @property
+    def known_value(self) -> float:
+        """The value, of a trial that is known to have one."""
+        assert self.value is not None, "only asked of trials that have a value"
+        return self.value
+
 
 def describe_pruning(num_steps: int, of: int, *, folds: bool) -> str:
     """`pruned after 3 of 20 epochs`."""

@@ -10,15 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from hpo.plots.style import (
-    BLUE,
-    DPI,
-    GREEN,
-    GREY,
-    SKY,
-    say_nothing_to_show,
-    style_axes,
-)
+from hpo.plots.colours import BLUE, GREEN, GREY, SKY
+from hpo.plots.style import DPI, say_nothing_to_show, style_axes
 
 
 def plot_checklist(task: str, data: Mapping[str, Mapping[str, Any]]) -> Figure:

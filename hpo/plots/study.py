@@ -16,22 +16,8 @@ from numpy.typing import NDArray
 
 from hpo.config import Direction
 from hpo.parameters import Choice, Parameter
-from hpo.plots.style import (
-    BLACK,
-    BLUE,
-    DPI,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    RED,
-    SKY,
-    YELLOW,
-    log_ticks,
-    new_figure,
-    say_nothing_to_show,
-    style_axes,
-)
+from hpo.plots.colours import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, YELLOW
+from hpo.plots.style import DPI, log_ticks, new_figure, say_nothing_to_show, style_axes
 from hpo.records import TrialRecord, TrialState, ranked
 from hpo.space import Space
 from hpo.values import format_value
@@ -64,25 +50,25 @@ def plot_history(records: Sequence[TrialRecord], *, metric: str, direction: Dire
     below the plot.
     """
     figure, axes = new_figure("Objective value by trial", width=9, height=5)
-    valued = [record for record in records if _has_value(record)]
-    limits = _shown_range([_value(record) for record in valued], direction)
+    valued = [record for record in records if record.has_value]
+    limits = _shown_range([record.known_value for record in valued], direction)
     _scatter(axes, [(record.number, record) for record in valued])
     for record in records:
-        if not _has_value(record):
+        if not record.has_value:
             colour, marker = _LOOKS[record.state]
             at_the_foot = axes.get_xaxis_transform()
             axes.plot(record.number, 0.0, marker, color=colour, markersize=7, clip_on=False, transform=at_the_foot)
     candidates = sorted(ranked(valued, direction), key=lambda record: record.number)
-    best_so_far = list(accumulate(map(_value, candidates), direction.best))
+    best_so_far = list(accumulate((record.known_value for record in candidates), direction.best))
     axes.step([r.number for r in candidates], best_so_far, where="post", color=GREEN, linewidth=2, zorder=1)
     _mark_default(axes, valued)
     winner = next(iter(ranked(valued, direction)), None)
     if winner:
-        axes.plot(winner.number, _value(winner), "*", color=GREEN, markersize=15, markeredgecolor="white", zorder=4)
+        axes.plot(winner.number, winner.known_value, "*", color=GREEN, markersize=15, markeredgecolor="white", zorder=4)
     axes.set_xlabel("trial")
     axes.set_xlim(-0.5, max([1, *(record.number for record in records)]) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    values = [_value(record) for record in valued]
+    values = [record.known_value for record in valued]
     _finish_value_axis(axes, metric, direction, limits, [[value] for value in values])
     _stretch_near_the_best(axes, values, limits, direction)
     _legend(
@@ -145,12 +131,12 @@ def plot_slices(records: Sequence[TrialRecord], space: Space, *, metric: str, di
     together can be distinguished.
     """
     searched = {name: parameter for name, parameter in space.parameters.items() if not parameter.is_fixed}
-    valued = [record for record in records if _has_value(record)]
+    valued = [record for record in records if record.has_value]
     if not (searched and valued):
         figure, axes = new_figure("Objective value by parameter", width=9, height=3)
         say_nothing_to_show(axes, _NO_VALUES if searched else "every parameter is fixed")
         return figure
-    limits = _shown_range([_value(record) for record in valued], direction)
+    limits = _shown_range([record.known_value for record in valued], direction)
     columns = min(_SLICE_COLUMNS, len(searched))
     rows = math.ceil(len(searched) / columns)
     figure = Figure(figsize=(max(7.0, 3.2 * columns), 1.2 + 2.7 * rows), dpi=DPI, layout="constrained")
@@ -164,7 +150,7 @@ def plot_slices(records: Sequence[TrialRecord], space: Space, *, metric: str, di
         _scatter(axes, points, size=26)
         for x, record in points:
             if record is best:
-                axes.plot(x, _value(record), "*", color=GREEN, markersize=15, markeredgecolor="white")
+                axes.plot(x, record.known_value, "*", color=GREEN, markersize=15, markeredgecolor="white")
         axes.set_xlabel(name)
         _scale_parameter_axis(axes, parameter)
         style_axes(axes)
@@ -232,16 +218,16 @@ def plot_front(
     With one cost steps join them; with two a trial may be on the front for the sake of the other one. A star marks the
     winner.
     """
-    measured = [record for record in records if record.costs and _has_value(record)]
+    measured = [record for record in records if record.costs and record.has_value]
     winner = next(iter(ranked([record for record in measured if record.number in front], direction)), None)
-    limits = _shown_range([_value(record) for record in measured], direction)
+    limits = _shown_range([record.known_value for record in measured], direction)
     figure = Figure(figsize=(max(7.0, 5.0 * len(costs)), 4.5), dpi=DPI, layout="constrained")
     figure.suptitle("Pareto front", fontweight="bold")
     for axes, cost in zip(figure.subplots(1, len(costs), squeeze=False)[0], costs, strict=True):
         style_axes(axes)
         _scatter(axes, [(record.costs[cost], record) for record in measured if record.number not in front])
         chosen = sorted((r for r in measured if r.number in front), key=lambda record: record.costs[cost])
-        points = [(record.costs[cost], _value(record)) for record in chosen]
+        points = [(record.costs[cost], record.known_value) for record in chosen]
         axes.plot(*zip(*points, strict=True), "o", color=GREEN, markersize=8, markeredgecolor="white")
         if len(costs) == 1:  # between two trials of the front there is nothing better than the cheaper one
             axes.step(*zip(*points, strict=True), where="post", color=GREEN, zorder=1)
@@ -255,7 +241,7 @@ def plot_front(
         axes.xaxis.set_major_formatter(lambda value, _: format_value(value))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(f"{cost} ({_COST_UNITS[cost]}, lower is better)")
-        _finish_value_axis(axes, metric, direction, limits, [[_value(record)] for record in measured])
+        _finish_value_axis(axes, metric, direction, limits, [[record.known_value] for record in measured])
     looks = [("o", 8, "front"), ("*", 13, "winner")]
     handles = [Line2D([], [], color=GREEN, marker=m, markersize=s, linestyle="", label=text) for m, s, text in looks]
     if others := len(measured) - len(front):
@@ -286,15 +272,6 @@ def plot_confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> F
                 colour = "white" if shares[row][column] > 0.5 else BLACK
                 axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=9)
     return figure
-
-
-def _has_value(record: TrialRecord) -> bool:
-    return record.value is not None and math.isfinite(record.value)
-
-
-def _value(record: TrialRecord) -> float:
-    assert record.value is not None, "only asked of records that have a value"
-    return record.value
 
 
 Limits = tuple[float, float]
@@ -343,7 +320,7 @@ def _scatter(axes: Axes, points: Sequence[tuple[float, TrialRecord]], size: floa
         chosen = [(x, record) for x, record in points if record.state == state]
         axes.scatter(
             [x for x, _ in chosen],
-            [_value(record) for _, record in chosen],
+            [record.known_value for _, record in chosen],
             s=size,
             c=colour,
             marker=marker,
@@ -356,7 +333,7 @@ def _scatter(axes: Axes, points: Sequence[tuple[float, TrialRecord]], size: floa
 def _mark_default(axes: Axes, valued: Sequence[TrialRecord]) -> None:
     for record in valued:
         if record.number == 0:
-            axes.scatter([0], [_value(record)], s=150, facecolors="none", edgecolors=BLACK, zorder=3)
+            axes.scatter([0], [record.known_value], s=150, facecolors="none", edgecolors=BLACK, zorder=3)
 
 
 def _stretch_near_the_best(axes: Axes, values: Sequence[float], limits: Limits, direction: Direction) -> None:

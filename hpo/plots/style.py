@@ -1,7 +1,4 @@
-"""How every figure looks: its colours, its axes, and what stands where there is nothing to show.
-
-Colours are those of Okabe and Ito (2008), which stay apart for colour-blind readers; states differ in shape as well.
-"""
+"""How every figure looks: its axes, and what stands where there is nothing to show."""
 
 from __future__ import annotations
 
@@ -9,9 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import Locator, LogLocator, MaxNLocator
 
-BLACK, GREY = "#000000", "#7f7f7f"
-ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
-BLUE, RED, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+from hpo.plots.colours import GREY
+
 DPI = 110
 
 

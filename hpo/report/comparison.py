@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from plotly import graph_objects as go
 
+from hpo.plots.colours import BLUE, GREEN, ORANGE, PURPLE, RED
 from hpo.records import ranked
 from hpo.report import figures
 from hpo.report.page import as_page, place, section, short, table
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
     from hpo.report.content import Content
 
 _LINES = (
-    (figures.BLUE, "solid"),
-    (figures.ORANGE, "dash"),
-    (figures.GREEN, "dot"),
-    (figures.RED, "dashdot"),
-    (figures.PURPLE, "longdash"),
+    (BLUE, "solid"),
+    (ORANGE, "dash"),
+    (GREEN, "dot"),
+    (RED, "dashdot"),
+    (PURPLE, "longdash"),
 )
 
 

@@ -15,15 +15,13 @@ from plotly import graph_objects as go
 
 from hpo.config import Direction
 from hpo.parameters import Choice, Parameter
+from hpo.plots.colours import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED
 from hpo.records import ELIGIBLE, TrialRecord, TrialState, ranked
 from hpo.values import format_value
 
 if TYPE_CHECKING:
     from hpo.report.content import Content
     from hpo.space import Space
-
-BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#808080"
-BLACK = "#000000"
 
 _LOOKS: dict[TrialState, tuple[str, str]] = {
     "complete": (BLUE, "circle"),
@@ -47,7 +45,7 @@ def plot_history(content: Content) -> go.Figure:
         figure.add_trace(trace)
     candidates = sorted(ranked(content.trials, content.settings.direction), key=lambda trial: trial.number)
     if candidates:
-        best = accumulate(map(_value, candidates), content.settings.direction.best)
+        best = accumulate((record.known_value for record in candidates), content.settings.direction.best)
         figure.add_trace(_staircase([trial.number for trial in candidates], best, name="best so far"))
     figure.update_yaxes(range=_zoomed(content.trials, content.settings.direction))
     return figure
@@ -72,7 +70,7 @@ def _staircase(x: Sequence[float], y: Iterable[float], *, name: str) -> go.Scatt
 def num_hidden(content: Content) -> int:
     """Trials whose value is outside of the range that the value axes show at first."""
     shown = _zoomed(content.trials, content.settings.direction)
-    values = [_value(trial) for trial in content.trials if _has_value(trial)]
+    values = [trial.known_value for trial in content.trials if trial.has_value]
     return sum(not shown[0] <= value <= shown[1] for value in values) if shown else 0
 
 
@@ -112,7 +110,7 @@ def plot_coordinates(content: Content) -> go.Figure | None:
     searched = _searched(content.settings.space)
     if len(trials) < 2 or not searched:
         return None
-    values = [_value(trial) for trial in trials]
+    values = [trial.known_value for trial in trials]
     low, high = _zoomed(trials, direction) or (min(values), max(values))
     dimensions = [_dimension(name, parameter, trials) for name, parameter in searched.items()]
     ticks = _ticks(min(values), max(values), log=False)
@@ -310,13 +308,13 @@ def _by_state(trials: Sequence[TrialRecord], place: Callable[[TrialRecord], Any]
     """A trace of points for each state of the trials that have a value."""
     traces = []
     for state, (colour, symbol) in _LOOKS.items():
-        own = [trial for trial in trials if trial.state == state and _has_value(trial)]
+        own = [trial for trial in trials if trial.state == state and trial.has_value]
         if not own:
             continue
         traces.append(
             go.Scatter(
                 x=[place(trial) for trial in own],
-                y=[_value(trial) for trial in own],
+                y=[trial.known_value for trial in own],
                 mode="markers",
                 marker={"color": colour, "symbol": symbol, "size": size, "line": {"width": 0}},
                 unselected={"marker": {"opacity": 0.12}},
@@ -332,22 +330,13 @@ def _by_state(trials: Sequence[TrialRecord], place: Callable[[TrialRecord], Any]
 def _describe(trial: TrialRecord) -> str:
     """The trial and its configuration, for whoever points at it."""
     active = (f"{name} {format_value(value)}" for name, value in trial.values.items() if name not in trial.inactive)
-    return "<br>".join([f"<b>trial {trial.number}</b>, {trial.state}: {_value(trial):.4f}", *active])
-
-
-def _has_value(trial: TrialRecord) -> bool:
-    return trial.value is not None and math.isfinite(trial.value)
-
-
-def _value(trial: TrialRecord) -> float:
-    assert trial.value is not None, "only trials with a value are drawn"
-    return trial.value
+    return "<br>".join([f"<b>trial {trial.number}</b>, {trial.state}: {trial.known_value:.4f}", *active])
 
 
 def _zoomed(trials: Sequence[TrialRecord], direction: Direction) -> list[float] | None:
     """The range of the value axis at first: the better three quarters of the trials. None shows all of few trials."""
     losses = sorted(
-        direction.loss(_value(trial)) for trial in trials if trial.state in ELIGIBLE and trial.value is not None
+        direction.loss(trial.known_value) for trial in trials if trial.state in ELIGIBLE and trial.value is not None
     )
     if len(losses) < _FEWEST_TO_ZOOM:
         return None

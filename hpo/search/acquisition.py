@@ -12,7 +12,7 @@ from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 from hpo.parameters import Value
 from hpo.search.encoding import Encoding
-from hpo.search.gaussian_process import Array
+from hpo.search.kernels import Array
 from hpo.search.optimum import OptimumPrior
 
 NUM_INCUMBENTS = 10

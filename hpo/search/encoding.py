@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from hpo.parameters import Choice, Float, Int, Parameter, Value
-from hpo.search.gaussian_process import Array
+from hpo.search.kernels import Array
 from hpo.space import Group, Space
 from hpo.values import Conditions, Interval, as_tuple, format_value, is_same
 

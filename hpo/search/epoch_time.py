@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hpo.search.gaussian_process import Array, GaussianProcess
+from hpo.search.gaussian_process import GaussianProcess
+from hpo.search.kernels import Array
 
 _LEAST_TRIALS = 3
 

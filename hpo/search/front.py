@@ -18,7 +18,8 @@ from hpo.config import Direction
 from hpo.parameters import Value
 from hpo.search.acquisition import log_expected_improvement, maximize, on_one_thread
 from hpo.search.encoding import Encoding
-from hpo.search.gaussian_process import Array, GaussianProcess, standardized
+from hpo.search.gaussian_process import GaussianProcess, standardized
+from hpo.search.kernels import Array
 from hpo.space import Space
 
 if TYPE_CHECKING:

@@ -15,9 +15,8 @@ from scipy.linalg import cho_solve, cholesky, lapack, solve_triangular
 from scipy.optimize import minimize
 from scipy.special import ndtr
 
-Array = NDArray[np.float64]
+from hpo.search.kernels import Array, distances_between, matern
 
-_SQRT5 = np.sqrt(5.0)
 _JITTER = 1e-6
 
 # Log-normal priors. That of the length scales grows with the square root of the number of inputs, as distances do
@@ -70,14 +69,14 @@ class GaussianProcess:
     @classmethod
     def given(cls, inputs: Array, targets: Array, lengths: Array, noise: float) -> GaussianProcess:
         """The process with these length scales and this noise."""
-        covariance = _matern(_squared_distances(inputs / lengths, inputs / lengths))
+        covariance = matern(distances_between(inputs / lengths, inputs / lengths))[0]
         covariance[np.diag_indices_from(covariance)] += noise + _JITTER
         factor: Array = cholesky(covariance, lower=True, check_finite=False)
         return cls(inputs, lengths, noise, targets, factor, cho_solve((factor, True), targets, check_finite=False))
 
     def predict(self, inputs: Array) -> tuple[Array, Array]:
         """Mean and standard deviation of the noiseless function at inputs (m, d): two arrays (m,)."""
-        across = _matern(_squared_distances(self.inputs / self.lengths, inputs / self.lengths))
+        across = matern(distances_between(self.inputs / self.lengths, inputs / self.lengths))[0]
         explained = solve_triangular(self._factor, across, lower=True, check_finite=False)
         variance = 1.0 - np.einsum("nm,nm->m", explained, explained)
         return across.T @ self._weights, np.sqrt(np.maximum(variance, 1e-12))
@@ -131,18 +130,6 @@ def standardized(losses: Array) -> Array:
     return result
 
 
-def _squared_distances(a: Array, b: Array) -> Array:
-    squared = np.sum(a * a, axis=1)[:, None] + np.sum(b * b, axis=1)[None, :] - 2.0 * (a @ b.T)
-    distances: Array = np.maximum(squared, 0.0)
-    return distances
-
-
-def _matern(squared: Array) -> Array:
-    scaled = _SQRT5 * np.sqrt(squared)
-    result: Array = (1.0 + scaled + scaled * scaled / 3.0) * np.exp(-scaled)
-    return result
-
-
 def _most_probable(inputs: Array, targets: Array, owners: NDArray[np.int64]) -> Array:
     """Logarithms of the length scale of each parameter, and of the noise."""
     num_parameters = int(owners.max()) + 1
@@ -179,16 +166,14 @@ def negative_log_posterior(
     def value_and_gradient(logs: Array) -> tuple[float, Array]:
         precisions = np.exp(-2.0 * logs[:-1])
         noise = np.exp(logs[-1])
-        scaled = _SQRT5 * np.sqrt(precisions @ squared).reshape(by_parameter.shape[1:])
-        decay = np.exp(-scaled)
-        covariance = (1.0 + scaled + scaled * scaled / 3.0) * decay
+        covariance, slopes = matern(np.sqrt(precisions @ squared).reshape(by_parameter.shape[1:]))
         covariance[diagonal] += noise + _JITTER
         factor = cholesky(covariance, lower=True, check_finite=False)
         weights = cho_solve((factor, True), targets, check_finite=False)
         triangle, _ = lapack.dpotri(factor, lower=1)
         inverse = np.tril(triangle) + np.tril(triangle, -1).T
         slope = 0.5 * (np.outer(weights, weights) - inverse)  # of the likelihood, for each entry of the covariance
-        of_lengths = (squared @ (slope * (1.0 + scaled) * decay).ravel()) * precisions * (5.0 / 3.0)
+        of_lengths = (squared @ (slope * slopes).ravel()) * precisions * (5.0 / 3.0)
         of_noise = noise * np.trace(slope)
         likelihood = -0.5 * targets @ weights - np.log(np.diag(factor)).sum()
         deviation = (logs - location) / scale

@@ -33,7 +33,7 @@ from hpo.search.priority import tunable_groups
 from hpo.values import as_tuple, describe_conditions
 
 if TYPE_CHECKING:
-    from hpo.search.gaussian_process import Array
+    from hpo.search.kernels import Array
     from hpo.search.study import Study
     from hpo.space import Space
 

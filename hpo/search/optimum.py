@@ -12,7 +12,7 @@ from scipy.special import ndtr, ndtri
 
 from hpo.parameters import Choice
 from hpo.search.encoding import Encoding
-from hpo.search.gaussian_process import Array
+from hpo.search.kernels import Array
 
 _DEVIATIONS = {"low": 0.5, "medium": 0.25, "high": 0.125}
 """Standard deviation of the optimum around the default of a number, as a share of its range."""

@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, cho_solve, cholesky, lapack
 from scipy.optimize import minimize
 
-from hpo.search.gaussian_process import Array
+from hpo.search.kernels import Array, distances_between, matern
 
-_SQRT5 = math.sqrt(5.0)
 _JITTER = 1e-6
 _TREND_VARIANCE = 25.0
 """Of each coefficient of the trend, for losses of variance 1: the mean over the space may be far from that of the
@@ -124,7 +123,7 @@ class EndPosterior:
         simulated = ends + observed.gaps[:, None] * lags + trends + noise
         factor = cholesky(self._covariance(scales).total, lower=True, check_finite=False)
         correction = cho_solve((factor, True), observed.losses[:, None] - simulated, check_finite=False)
-        across = end_variance * _matern(_distances(inputs / end_lengths, observed.inputs / end_lengths))[0]
+        across = end_variance * matern(distances_between(inputs / end_lengths, observed.inputs / end_lengths))[0]
         result: Array = prior + across @ correction
         return result
 
@@ -176,7 +175,7 @@ class EndPosterior:
         p, size = self._num_parameters, len(self._observed.losses)
         end_variance, lag_variance, trial_noise, epoch_noise = np.exp(scales[2 * p :])
         end, lag = (
-            _matern(np.sqrt(np.exp(-2.0 * logs) @ self._squared).reshape(size, size))
+            matern(np.sqrt(np.exp(-2.0 * logs) @ self._squared).reshape(size, size))
             for logs in (scales[:p], scales[p : 2 * p])
         )
         gaps = np.outer(self._observed.gaps, self._observed.gaps)
@@ -211,16 +210,3 @@ def _draw_prior(
     weights = rng.normal(size=(2 * _NUM_FEATURES, number)) * math.sqrt(variance / _NUM_FEATURES)
     phases = [each @ frequencies for each in inputs]
     return [np.concatenate([np.cos(phase), np.sin(phase)], axis=1) @ weights for phase in phases]
-
-
-def _matern(distances: Array) -> tuple[Array, Array]:
-    """The correlation at these distances, and the factor of its slope by the logarithm of a length scale."""
-    scaled = _SQRT5 * distances
-    decay = np.exp(-scaled)
-    return (1.0 + scaled + scaled * scaled / 3.0) * decay, (1.0 + scaled) * decay
-
-
-def _distances(a: Array, b: Array) -> Array:
-    squared = np.sum(a * a, axis=1)[:, None] + np.sum(b * b, axis=1)[None, :] - 2.0 * (a @ b.T)
-    distances: Array = np.sqrt(np.maximum(squared, 0.0))
-    return distances

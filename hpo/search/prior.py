@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from hpo.search.encoding import Encoding
-from hpo.search.gaussian_process import Array, GaussianProcess, standardized
+from hpo.search.gaussian_process import GaussianProcess, standardized
+from hpo.search.kernels import Array
 
 _MIN_OBSERVATIONS = 5
 """A model of fewer trials than this says nothing."""

@@ -22,8 +22,9 @@ from hpo.search import stored
 from hpo.search.acquisition import NUM_INCUMBENTS, log_expected_improvement, maximize, on_one_thread
 from hpo.search.encoding import Encoding
 from hpo.search.epoch_time import EpochTime
-from hpo.search.gaussian_process import Array, GaussianProcess, standardized
+from hpo.search.gaussian_process import GaussianProcess, standardized
 from hpo.search.internals import trial_id
+from hpo.search.kernels import Array
 from hpo.search.optimum import OptimumPrior
 from hpo.search.prior import Prior
 from hpo.space import Space

@@ -236,7 +236,7 @@ def compare_with_default(
         if study.settings.folds:
             difference = _difference_in_folds(study.trial(winner.trial), default)
         elif splits is None:
-            difference = Difference(winner.validation - _value(default), math.nan, math.nan)
+            difference = Difference(winner.validation - default.known_value, math.nan, math.nan)
         else:
             num_examples = len(splits.validation)
             difference = _difference_on(splits, study, store, (winner.trial, default.number), device, task)
@@ -255,11 +255,6 @@ def compare_with_default(
         high=max(gains, default=None),
         num_examples=num_examples,
     )
-
-
-def _value(trial: TrialRecord) -> float:
-    assert trial.value is not None, "the trial is eligible"
-    return trial.value
 
 
 def _difference_in_folds(winner: TrialRecord, default: TrialRecord) -> Difference | None:
