@@ -127,10 +127,15 @@ TUPLED = Space(
 WIDER = ("lr=1e-4:100", "width=8:4000", "optimizer=lamb")
 
 
-@pytest.mark.parametrize("strategy", ["priority", "tpe", "cmaes", "qmc"])
+@pytest.mark.parametrize(
+    ("strategy", "database"),
+    [("priority", "sqlite"), ("tpe", "sqlite"), ("cmaes", "sqlite"), ("qmc", "sqlite"), ("priority", "postgresql")],
+)
 def test_a_wider_space_keeps_every_trial_and_is_searched_jointly(
-    storage: BaseStorage, study_name: str, strategy: str
+    study_name: str, strategy: str, database: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    url = request.getfixturevalue("postgres").new_database() if database == "postgresql" else None
+    storage = open_storage(tmp_path, url)
     narrow = replace(SETTINGS, space=TUPLED, strategy=strategy)
     study = Study.open(storage, study_name, narrow)
     for suggestion in islice(iter(study.ask, None), 14):
