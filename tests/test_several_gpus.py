@@ -21,7 +21,7 @@ from hpo.data.datasets import save_splits, split_dataset
 from hpo.errors import UsageError
 from hpo.execution import local
 from hpo.execution.local import LocalWorkers
-from hpo.execution.messages import Assignment, Decision, EpochDone, Setup, TrialDone, TrialRaised
+from hpo.execution.messages import Assignment, Decision, EpochDone, Setup, TrialDone, TrialInfeasible, TrialRaised
 from hpo.execution.pool import WorkerDied
 from hpo.objective import Objective
 from hpo.plugins import load_task
@@ -230,10 +230,13 @@ class Pair:
         """Let it happen to a rank in the third step of an epoch, while the other one waits for its gradients."""
         (self.folder / f"{fate}-{rank}-{epoch}").touch()
 
-    def run(self, workers: LocalWorkers, name: str) -> tuple[list[EpochDone], object]:
+    def run(
+        self, workers: LocalWorkers, name: str, limits: dict[str, float] | None = None
+    ) -> tuple[list[EpochDone], object]:
         """What the trial in the folder of that name reports, and how it ends."""
         config = load_task(str(self.task)).train_config({}, seed=0, device="cpu")
-        workers.run(Assignment(number=0, model_parameters={}, config=config, folder=self.folder / name))
+        folder, limits = self.folder / name, limits or {}
+        workers.run(Assignment(number=0, model_parameters={}, config=config, folder=folder, limits=limits))
         results: list[EpochDone] = []
         while True:
             for _, event in workers.events(0.1):
@@ -305,6 +308,16 @@ def test_a_search_trains_each_trial_in_two_processes_and_survives_a_kill(
     tags = [store.tags(store.find_trial_run("fragile", number, study_id(home))) for number in (0, 1)]
     assert [each["hpo.processes"] for each in tags] == ["2", "2"]
     assert hpo.load_best("fragile", home=home).classes
+
+
+def test_a_model_that_costs_too_much_is_not_trained_in_two_processes_and_the_next_trial_is(
+    pair: Pair, workers: LocalWorkers
+) -> None:
+    results, end = pair.run(workers, "large", limits={"params": 100.0})
+    assert results == []
+    assert end == TrialInfeasible("params is 1514, above 100")
+    _, end = pair.run(workers, "small", limits={"params": 2000.0})
+    assert end == TrialDone()
 
 
 def study_id(home: Path) -> str:

@@ -102,8 +102,6 @@ def serve(connection: Connection, setup: Setup, followers: Sequence[Connection] 
             done = _run(assignment, objective, data, report, ranks)
         except InfeasibleError as error:
             line.say(TrialInfeasible(str(error)))
-            if ranks.size > 1:  # the others wait for the training
-                return
             continue
         except (
             Exception,
@@ -294,7 +292,8 @@ def run_trial(
 
     A trial that was begun before continues from its checkpoint. Unless it is left to be continued, its folder then has
     the weights of the best epoch (`best.pt`) and all that is needed to rebuild the model (`trial.json`); but not with
-    folds, where each had a model of its own. With several `ranks` the first one alone writes and measures.
+    folds, where each had a model of its own. With several `ranks` the first one alone writes, and only what it
+    measures counts.
     """
     config = assignment.config
     if ranks.size > 1:
@@ -302,8 +301,8 @@ def run_trial(
     if assignment.num_examples:
         splits = replace(splits, train=splits.train.select(slice(0, assignment.num_examples)))
     build = partial(_build, objective, assignment.model_parameters)
-    if assignment.limits and ranks.leads:
-        _check_costs(assignment, build, splits)
+    if assignment.limits:
+        _check_costs(assignment, build, splits, ranks)
     if assignment.folds:
         each_fold = folds(splits, assignment.folds)
         results = fit_folds(
@@ -335,15 +334,18 @@ def run_trial(
 
 
 def _check_costs(
-    assignment: Assignment, build: Callable[[Splits, TrainConfig], PreprocessedModel], splits: Splits
+    assignment: Assignment, build: Callable[[Splits, TrainConfig], PreprocessedModel], splits: Splits, ranks: Ranks
 ) -> None:
-    """Raise InfeasibleError if an untrained model costs more than is allowed. One that is resumed was looked at."""
+    """Raise InfeasibleError, in all ranks or in none, if an untrained model costs more than is allowed.
+
+    One that is resumed was looked at.
+    """
     if any(assignment.folder.glob("**/epoch-*.pt")):
         return
     config = assignment.config
     model = build(splits, config).eval()
     example = splits.train.first(1, config.device)[0]
-    costs = measure_costs(model, example, assignment.limits)
+    costs = ranks.agreed(measure_costs(model, example, assignment.limits))
     limits = assignment.limits.items()
     broken = [f"{name} is {costs[name]:.6g}, above {most:.6g}" for name, most in limits if costs[name] > most]
     if broken:
