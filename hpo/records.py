@@ -153,13 +153,16 @@ def to_plain(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What the winner gains over the default configuration, on the examples that chose the winner."""
+    """What the winner gains over the default configuration, on the examples that chose the winner.
+
+    A winner that is confirmed is compared by the means over seeds, any other by its model.
+    """
 
     trial: int
     """The trial of the default configuration."""
     state: TrialState
     value: float | None
-    """Its metric on the validation split, or over the folds; None where it diverged or failed."""
+    """Its metric on the validation split, or the mean over folds or seeds; None where it diverged or failed."""
     pruned: str | None
     """`pruned after 3 of 20 epochs` for a default that did not run to its end."""
     gain: float | None
@@ -168,7 +171,9 @@ class Comparison:
     """Lower end of the 95 % interval of the gain; None for a training loop of the task's own, which has the data."""
     high: float | None
     num_examples: int
-    """Validation examples that both models judged; 0 where folds were compared."""
+    """Validation examples that both models judged; 0 where folds, or seeds, were compared."""
+    num_seeds: tuple[int, int] | None = None
+    """Trainings of the winning configuration and of the default whose means are compared."""
 
     @property
     def is_distinct(self) -> bool:

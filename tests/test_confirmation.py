@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import pytest
 import torch
 from helpers.data import of_classes
 from rich.console import Console
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t, ttest_ind
 from torch import nn
 
 import hpo
@@ -106,6 +108,27 @@ def test_a_configuration_that_diverges_with_a_new_seed_loses_to_one_that_does_no
     all_failed = [record(number, None, repeats=0, state="failed") for number in (20, 21, 22)]
     assert race(*all_failed).next.trial.number == 1, "a failure is not repeated for ever"
     assert Race.of(Plan(1, 3), [record(0, 0.7)], all_failed, Direction.MAXIMIZE).winner is None
+
+
+def test_a_confirmed_winner_is_compared_with_the_default_by_means_over_new_seeds() -> None:
+    searched, best, default = [record(0, 0.7), record(2, 0.8)], (0.84, 0.79, 0.83), (0.75, 0.8, 0.79)
+    for direction, of_winner, other in ((Direction.MAXIMIZE, best, default), (Direction.MINIMIZE, default, best)):
+        over = Race.of(Plan(2, 3), searched, [*repeated(2, *of_winner), *repeated(0, *other)], direction)
+        found = over.compared(searched[0])
+        interval = ttest_ind(best, default).confidence_interval(0.95)
+        assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+        assert found.gain == pytest.approx(0.04)
+        assert (found.num_seeds, found.is_distinct) == ((3, 3), False)
+    assert over.compared(searched[1]) is None, "the winner itself"
+
+    alone = Race.of(Plan(1, 3), searched, repeated(2, *best), Direction.MAXIMIZE)
+    once = alone.compared(searched[0])
+    assert once.gain == pytest.approx(0.12)
+    assert (once.value, once.num_seeds) == (0.7, (3, 1))
+    assert once.high - once.gain == pytest.approx(t.ppf(0.975, 2) * stdev(best) * math.sqrt(1 / 3 + 1))
+    assert alone.compared(record(0, 0.3, state="pruned")) is None, "it was not trained to its end"
+    one_seed = Race.of(Plan(1, 1), searched, repeated(2, 0.8), Direction.MAXIMIZE)
+    assert one_seed.compared(searched[0]) is None, "nothing tells the variance"
 
 
 @pytest.mark.parametrize("written", ["fast", "3", "0x3", "3x0", "3 x 3", "-1x3", "1000x3", ""])
@@ -314,6 +337,7 @@ def test_the_lucky_trial_wins_the_search_and_the_steady_one_the_confirmation_whi
     assert observer.begun == {2: 3, 1: 3}, "two seeds each, one of them interrupted and one killed"
     assert (winner.num_test_readings, winner.test_interval[0] <= winner.test["mae"]) == (2, True)
     assert winner.comparison["gain"] > 0
+    assert winner.comparison["num_seeds"] == (2, 1)
     store = open_store(home)
     tags = store.client.get_run(store.find_trial_run("noisy", winner.trial)).data.tags
     assert (tags["hpo.repeats"], tags["hpo.stage"]) == ("1", "confirms trial 1")

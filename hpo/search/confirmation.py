@@ -17,7 +17,7 @@ from typing import Any
 
 from hpo.config import Direction
 from hpo.errors import UsageError
-from hpo.records import TrialRecord, TrialState, ranked
+from hpo.records import Comparison, TrialRecord, TrialState, ranked
 
 REPEATS = "repeats"
 """User attribute of an Optuna trial: the number of the trial whose configuration it trains again."""
@@ -108,11 +108,10 @@ class Race:
         """The race between the best configurations among `trials`; each counts once."""
         found: dict[str, Contender] = {}
         for trial in ranked(trials, direction):
-            active = {name: value for name, value in trial.values.items() if name not in trial.inactive}
             if len(found) == plan.configurations:
                 break
             own = tuple(repeat for repeat in repeats if repeat.repeats == trial.number)
-            found.setdefault(repr(active), Contender(trial, own))
+            found.setdefault(_configuration(trial), Contender(trial, own))
         return cls(plan, direction, tuple(found.values()))
 
     @cached_property
@@ -137,17 +136,46 @@ class Race:
             return True
         if min(len(contender.values), len(self.leader.values)) < 2:
             return False
-        return self._loss(contender) - self._loss(self.leader) > self._least_difference(contender, self.leader)
+        return self._loss(contender) - self._loss(self.leader) > self._least_difference(
+            len(contender.values), len(self.leader.values)
+        )
 
-    def _least_difference(self, one: Contender, other: Contender) -> float:
-        """The least difference of two means that is significant."""
+    def _least_difference(self, num_one: int, num_other: int) -> float:
+        """The least difference of the means of so many trainings that is significant."""
         from scipy.stats import t  # a second, which a search without confirmation can do without
 
         groups = [each.values for each in self.contenders if len(each.values) > 1]
         freedom = sum(len(values) - 1 for values in groups)
         variance = sum((len(values) - 1) * stdev(values) ** 2 for values in groups) / freedom
-        error = math.sqrt(variance * (1 / len(one.values) + 1 / len(other.values)))
+        error = math.sqrt(variance * (1 / num_one + 1 / num_other))
         return float(t.ppf(_CONFIDENCE, freedom)) * error
+
+    def compared(self, default: TrialRecord) -> Comparison | None:
+        """What the winner's mean gains over the default configuration's, with the interval of Student's t.
+
+        The default was not chosen for its value, so its own training counts where it has no new ones. None for a
+        default that was not trained to its end or is the winner itself, and where no two seeds tell the variance.
+        """
+        winner, same = self.winner, _configuration(default)
+        if winner is None or winner.mean is None or default.state != "complete" or _configuration(winner.trial) == same:
+            return None
+        if not any(len(each.values) > 1 for each in self.contenders):
+            return None
+        repeated = next((each.values for each in self.contenders if _configuration(each.trial) == same), [])
+        values = repeated or [default.known_value]
+        mean, num_seeds = fmean(values), (len(winner.values), len(values))
+        gain, margin = self.direction.gain(winner.mean, over=mean), self._least_difference(*num_seeds)
+        return Comparison(
+            trial=default.number,
+            state=default.state,
+            value=mean,
+            pruned=None,
+            gain=gain,
+            low=gain - margin,
+            high=gain + margin,
+            num_examples=0,
+            num_seeds=num_seeds,
+        )
 
     @property
     def running(self) -> tuple[Contender, ...]:
@@ -188,6 +216,11 @@ class Race:
                 for contender in self.contenders
             ],
         }
+
+
+def _configuration(trial: TrialRecord) -> str:
+    """The values that matter, which tell configurations apart."""
+    return repr({name: value for name, value in trial.values.items() if name not in trial.inactive})
 
 
 def best_repeat(contender: Contender, direction: Direction) -> TrialRecord:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from hpo.config import METRICS
@@ -40,6 +41,7 @@ def find_winner(study: Study) -> Winner | None:
     readings: dict[str, dict[str, float]] = study.recorded(TEST_READINGS) or {}
     comparisons: dict[str, dict[str, Any]] = study.recorded(COMPARISONS) or {}
     confusions: dict[str, dict[str, Any]] = study.recorded(TEST_CONFUSIONS) or {}
+    by_seeds = race.compared(study.default_trial) if confirmed and study.default_trial else None
     is_refit = str(best.number) in (study.recorded(REFITS) or {})
     reading = reading_of(best.number, is_refit=is_refit)
     return Winner(
@@ -56,7 +58,7 @@ def find_winner(study: Study) -> Winner | None:
         certainty=(study.recorded(CERTAINTIES) or {}).get(reading),
         is_refit=is_refit,
         confirmation=race.to_dict() if race.contenders and study.has_searched else None,
-        comparison=comparisons.get(str(best.number)),
+        comparison=asdict(by_seeds) if by_seeds else comparisons.get(str(best.number)),
         confusion=confusions.get(reading),
         num_test_readings=len(readings),
         has_test=study.has_test,
@@ -121,14 +123,24 @@ def describe_comparison(winner: Winner) -> str:
         return f"The default configuration (trial {found.trial}) {found.state}"
     stopped = f", {found.pruned}" if found.pruned else ""
     default = f"The default configuration (trial {found.trial}{stopped}) has {winner.metric} {found.value:.4f}"
+    if found.num_seeds and found.num_seeds[1] > 1:
+        default += f", the mean of {found.num_seeds[1]} trainings"
     if found.gain is None:
         return f"{default}; its weights were not kept, so the difference has no interval"
     if found.low is None or found.high is None:
         return f"{default}; the winner gains {found.gain:.4f}, without an interval: only its training loop has the data"
-    over = f"{found.num_examples} validation examples" if found.num_examples else f"{winner.folds} folds"
-    gain = f"the winner gains {found.gain:.4f}, 95 % interval {found.low:.4f} to {found.high:.4f}"
+    over = _describe_evidence(found, winner)
+    whose = "the mean of the winner" if found.num_seeds else "the winner"
+    gain = f"{whose} gains {found.gain:.4f}, 95 % interval {found.low:.4f} to {found.high:.4f}"
     verdict = f"over {over}" if found.is_distinct else f"cannot be distinguished from the default with {over}"
     return f"{default}; {gain}{' ' if found.is_distinct else ': '}{verdict}"
+
+
+def _describe_evidence(found: Comparison, winner: Winner) -> str:
+    """What the interval of a comparison is about."""
+    if found.num_seeds:
+        return "{} trainings of the winner and {} of the default".format(*found.num_seeds)
+    return f"{found.num_examples} validation examples" if found.num_examples else f"{winner.folds} folds"
 
 
 def describe_baselines(winner: Winner) -> str:
