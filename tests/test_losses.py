@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hpo.data.examples import Split
+from hpo.objective import NOTHING_OWN
 from hpo.training.class_metrics import ConfusionMetrics
+from hpo.training.comparison import metric_of
+from hpo.training.evaluation import evaluate
 from hpo.training.losses import loss_function, target_scale, training_loss
 from hpo.training.optimizers import build_optimizer
 from hpo.training.step import TrainingStep
@@ -148,6 +151,26 @@ def test_class_weights_are_for_the_training_loss_alone() -> None:
     outputs, targets = logits_and_targets(0)
     config = quick_config(class_weights="balanced")
     assert loss_function(config, of_classes(3), 1.0)(outputs, targets) == functional.cross_entropy(outputs, targets)
+
+
+REGULARIZED = [{"label_smoothing": 0.2}, {"loss": "focal", "focal_gamma": 3.0, "label_smoothing": 0.1}]
+
+
+@pytest.mark.parametrize("changes", REGULARIZED, ids=str)
+def test_a_measured_loss_has_neither_label_smoothing_nor_focal_gamma_in_it(changes: dict[str, Any]) -> None:
+    outputs, targets = logits_and_targets(0)
+    config, plain = quick_config(metric="loss", **changes), functional.cross_entropy(outputs, targets).item()
+    measured = evaluate(nn.Identity(), Split(outputs, targets), config, of_classes(3))
+    assert measured["loss"] == pytest.approx(plain)
+    assert metric_of(outputs, targets, config, of_classes(3), 1.0, NOTHING_OWN) == pytest.approx(plain)
+
+
+@pytest.mark.parametrize("changes", REGULARIZED, ids=str)
+def test_the_validation_loss_of_a_training_is_plain_cross_entropy(changes: dict[str, Any]) -> None:
+    model, splits = ImageNet(), image_splits()
+    (result,) = fit(model, splits, quick_config(max_epochs=1, compile="off", precision="fp32", **changes))
+    plain = functional.cross_entropy(model(splits.validation.inputs), splits.validation.targets)  # type: ignore[arg-type]
+    assert result.metrics["val/loss"] == pytest.approx(plain.item())
 
 
 @pytest.mark.parametrize("loss", ["focal", "binary_cross_entropy"])

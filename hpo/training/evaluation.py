@@ -17,7 +17,7 @@ from hpo.models.preprocessed import own_of
 from hpo.training.class_metrics import best_thresholds
 from hpo.training.device import in_fitting_batches
 from hpo.training.distributed import ALONE, Ranks
-from hpo.training.losses import loss_function, one_by_one
+from hpo.training.losses import evaluation_loss, one_by_one
 from hpo.training.metrics import EpochMetrics
 from hpo.training.precision import autocast, has_convolutions
 
@@ -61,7 +61,7 @@ def choose_thresholds(model: nn.Module, split: Split, config: TrainConfig) -> No
 
 def _measured(model: nn.Module, split: Split, config: TrainConfig, spec: DataSpec, target_scale: Scale) -> EpochMetrics:
     model, own = model.to(config.device), own_of(model)
-    loss = loss_function(config, spec, target_scale, own)
+    loss = evaluation_loss(config, spec, target_scale, own)
     return measure(model, split, config, loss, spec, own, precision="fp32")
 
 

@@ -72,6 +72,16 @@ def training_loss(config: TrainConfig, train: Split, spec: DataSpec, own: Own = 
     return loss_function(config, spec, scale, own, class_weights=weights)
 
 
+def evaluation_loss(
+    config: TrainConfig, spec: DataSpec, target_scale: Scale = 1.0, own: Own = NOTHING_OWN
+) -> LossFunction:
+    """The loss that an evaluation measures: `loss_function` without label smoothing, and cross-entropy for `focal`.
+
+    So trials that differ in them are compared by what they answer.
+    """
+    return loss_function(replace(config, label_smoothing=0.0, focal_gamma=0.0), spec, target_scale, own)
+
+
 def loss_function(
     config: TrainConfig,
     spec: DataSpec,
@@ -80,7 +90,7 @@ def loss_function(
     *,
     class_weights: Tensor | None = None,
 ) -> LossFunction:
-    """The loss that `config` names, for the kind of target in `spec`. It is what an evaluation measures.
+    """The loss that `config` names, for the kind of target in `spec`.
 
     Those of numbers divide outputs and targets by `target_scale`, so that step sizes do not depend on the targets'
     units: predicting the mean gives an `mse` of 1. Raises UsageError for a loss that does not fit the data.
