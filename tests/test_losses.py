@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpo.data.examples import Split
+from hpo.config import TrainConfig
+from hpo.data.examples import DataSpec, Split
 from hpo.objective import NOTHING_OWN
 from hpo.training.class_metrics import ConfusionMetrics
 from hpo.training.comparison import metric_of
@@ -186,6 +187,23 @@ def test_a_weighted_batch_in_two_parts_has_the_gradient_of_the_whole(loss: str) 
         step.num_parts = num_parts
         step(splits.train.inputs[:31].float() / 255, splits.train.targets[:31])
         weights.append(model[1].weight.detach())
+    torch.testing.assert_close(*weights)
+
+
+def test_a_batch_of_masks_in_two_parts_has_the_gradient_of_the_whole() -> None:
+    torch.manual_seed(0)
+    images, labels = torch.randn(7, 1, 4, 4), torch.randint(3, (7, 4, 4))
+    labels[torch.rand(7, 4, 4) < torch.linspace(0, 1, 7)[:, None, None]] = -100  # which do not count
+    spec = DataSpec((1, 4, 4), tuple("abc"), "segmentation")
+    weights, losses = [], []
+    for num_parts in (1, 2):
+        model = nn.Conv2d(1, 3, 1)
+        model.load_state_dict({"weight": torch.zeros(3, 1, 1, 1), "bias": torch.tensor([0.0, 0.1, 0.2])})
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        step = TrainingStep(model, loss_function(TrainConfig(), spec), optimizer, num_parts=num_parts)
+        losses.append(step(images, labels).loss)
+        weights.append(model.weight.detach())
+    torch.testing.assert_close(*losses)
     torch.testing.assert_close(*weights)
 
 
