@@ -148,6 +148,15 @@ def test_balanced_weights_give_each_class_the_same_part_of_the_loss() -> None:
     torch.testing.assert_close(each[[0, 6, 9]], sklearn_weights * torch.tensor(3.0).log())
 
 
+@pytest.mark.parametrize("sampling", ["balanced", "smote"])
+def test_classes_that_are_drawn_equally_often_have_no_weights_besides(sampling: str) -> None:
+    outputs = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([0] * 6 + [1] * 3 + [2])
+    config = quick_config(class_weights="balanced", sampling=sampling)
+    loss = training_loss(config, Split(outputs, targets), of_classes(3))
+    assert loss(outputs, targets) == functional.cross_entropy(outputs, targets)
+
+
 def test_class_weights_are_for_the_training_loss_alone() -> None:
     outputs, targets = logits_and_targets(0)
     config = quick_config(class_weights="balanced")

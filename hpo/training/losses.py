@@ -58,7 +58,8 @@ LOSSES_OF_KIND = {
 def training_loss(config: TrainConfig, train: Split, spec: DataSpec, own: Own = NOTHING_OWN) -> LossFunction:
     """The loss that is minimised: `loss_function` with the class weights that `config` asks for.
 
-    Raises UsageError for a loss, or weights, that do not fit the data.
+    A sampling that balances the classes leaves them at 1. Raises UsageError for a loss, or weights, that do not fit the
+    data.
     """
     scale = target_scale(train, spec)
     if config.class_weights == "none":
@@ -68,6 +69,8 @@ def training_loss(config: TrainConfig, train: Split, spec: DataSpec, own: Own = 
             "class_weights='balanced' is for classification with one of hpo's losses; this task has a "
             f"{spec.kind if config.loss != OWN else 'loss of its own'}: use 'none'."
         )
+    if config.sampling != "uniform":
+        return loss_function(config, spec, scale, own)
     weights = _balanced_weights(train, len(spec.classes)).to(config.device)
     return loss_function(config, spec, scale, own, class_weights=weights)
 
