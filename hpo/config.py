@@ -244,7 +244,8 @@ class TrainConfig:
     """What vae multiplies the divergence of the latent distribution by, at least 0."""
 
     class_weights: str = "none"
-    """One of CLASS_WEIGHTS: "balanced" makes every class count alike in the training loss, however rare it is."""
+    """One of CLASS_WEIGHTS: "balanced" makes every class count alike in the training loss, however rare it is. It
+    changes nothing if `sampling` is not "uniform", which balances the classes already."""
 
     sampling: str = "uniform"
     """One of SAMPLINGS: "balanced" draws every class equally often, with replacement; "uniform" each example once;

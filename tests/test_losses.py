@@ -13,8 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpo.data.examples import Split
+from hpo.config import TrainConfig
+from hpo.data.examples import DataSpec, Split
+from hpo.objective import NOTHING_OWN
 from hpo.training.class_metrics import ConfusionMetrics
+from hpo.training.comparison import metric_of
+from hpo.training.evaluation import evaluate
 from hpo.training.losses import loss_function, target_scale, training_loss
 from hpo.training.optimizers import build_optimizer
 from hpo.training.step import TrainingStep
@@ -144,10 +148,39 @@ def test_balanced_weights_give_each_class_the_same_part_of_the_loss() -> None:
     torch.testing.assert_close(each[[0, 6, 9]], sklearn_weights * torch.tensor(3.0).log())
 
 
+@pytest.mark.parametrize("sampling", ["balanced", "smote"])
+def test_classes_that_are_drawn_equally_often_have_no_weights_besides(sampling: str) -> None:
+    outputs = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([0] * 6 + [1] * 3 + [2])
+    config = quick_config(class_weights="balanced", sampling=sampling)
+    loss = training_loss(config, Split(outputs, targets), of_classes(3))
+    assert loss(outputs, targets) == functional.cross_entropy(outputs, targets)
+
+
 def test_class_weights_are_for_the_training_loss_alone() -> None:
     outputs, targets = logits_and_targets(0)
     config = quick_config(class_weights="balanced")
     assert loss_function(config, of_classes(3), 1.0)(outputs, targets) == functional.cross_entropy(outputs, targets)
+
+
+REGULARIZED = [{"label_smoothing": 0.2}, {"loss": "focal", "focal_gamma": 3.0, "label_smoothing": 0.1}]
+
+
+@pytest.mark.parametrize("changes", REGULARIZED, ids=str)
+def test_a_measured_loss_has_neither_label_smoothing_nor_focal_gamma_in_it(changes: dict[str, Any]) -> None:
+    outputs, targets = logits_and_targets(0)
+    config, plain = quick_config(metric="loss", **changes), functional.cross_entropy(outputs, targets).item()
+    measured = evaluate(nn.Identity(), Split(outputs, targets), config, of_classes(3))
+    assert measured["loss"] == pytest.approx(plain)
+    assert metric_of(outputs, targets, config, of_classes(3), 1.0, NOTHING_OWN) == pytest.approx(plain)
+
+
+@pytest.mark.parametrize("changes", REGULARIZED, ids=str)
+def test_the_validation_loss_of_a_training_is_plain_cross_entropy(changes: dict[str, Any]) -> None:
+    model, splits = ImageNet(), image_splits()
+    (result,) = fit(model, splits, quick_config(max_epochs=1, compile="off", precision="fp32", **changes))
+    plain = functional.cross_entropy(model(splits.validation.inputs), splits.validation.targets)  # type: ignore[arg-type]
+    assert result.metrics["val/loss"] == pytest.approx(plain.item())
 
 
 @pytest.mark.parametrize("loss", ["focal", "binary_cross_entropy"])
@@ -163,6 +196,23 @@ def test_a_weighted_batch_in_two_parts_has_the_gradient_of_the_whole(loss: str) 
         step.num_parts = num_parts
         step(splits.train.inputs[:31].float() / 255, splits.train.targets[:31])
         weights.append(model[1].weight.detach())
+    torch.testing.assert_close(*weights)
+
+
+def test_a_batch_of_masks_in_two_parts_has_the_gradient_of_the_whole() -> None:
+    torch.manual_seed(0)
+    images, labels = torch.randn(7, 1, 4, 4), torch.randint(3, (7, 4, 4))
+    labels[torch.rand(7, 4, 4) < torch.linspace(0, 1, 7)[:, None, None]] = -100  # which do not count
+    spec = DataSpec((1, 4, 4), tuple("abc"), "segmentation")
+    weights, losses = [], []
+    for num_parts in (1, 2):
+        model = nn.Conv2d(1, 3, 1)
+        model.load_state_dict({"weight": torch.zeros(3, 1, 1, 1), "bias": torch.tensor([0.0, 0.1, 0.2])})
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        step = TrainingStep(model, loss_function(TrainConfig(), spec), optimizer, num_parts=num_parts)
+        losses.append(step(images, labels).loss)
+        weights.append(model.weight.detach())
+    torch.testing.assert_close(*losses)
     torch.testing.assert_close(*weights)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,12 +11,14 @@ from helpers.data import of_classes
 from helpers.training import NUM_CLASSES, ImageNet, image_splits, quick_config
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from hpo import DataSpec, Padded
+from hpo import DataSpec, Padded, Ragged
+from hpo.config import TrainConfig
+from hpo.data.examples import Split
 from hpo.training.class_metrics import ConfusionMetrics, auroc
-from hpo.training.evaluation import evaluate_classes
+from hpo.training.evaluation import evaluate, evaluate_classes
 from hpo.training.metrics import EpochMetrics
 from hpo.training.value_metrics import RegressionMetrics
 
@@ -193,6 +196,33 @@ def test_metrics_of_elements_equal_torchmetrics() -> None:
     assert float(ours["perplexity"]) == pytest.approx(Perplexity(ignore_index=-100)(outputs, ignored).item())
     accuracy = (outputs.argmax(-1) == labels)[padded.mask].double().mean()
     assert float(ours["accuracy"]) == pytest.approx(accuracy.item())
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "dice"])
+def test_the_loss_of_masks_does_not_depend_on_the_batch_size(loss: str) -> None:
+    """Some pixels have no label, and the examples not equally many; one has none at all."""
+    torch.manual_seed(0)
+    outputs, labels = torch.randn(6, 3, 40, 40), torch.randint(3, (6, 40, 40))
+    labels[torch.rand(6, 40, 40) < torch.linspace(0, 1, 6)[:, None, None]] = -100
+    spec = DataSpec((3, 40, 40), tuple("abc"), "segmentation")
+    whole, *parts = (
+        evaluate(nn.Identity(), Split(outputs, labels), TrainConfig(loss=loss, batch_size=size), spec)["loss"]
+        for size in (6, 4, 1)
+    )
+    assert parts == pytest.approx([whole, whole])
+    if loss == "cross_entropy":
+        assert whole == pytest.approx(functional.cross_entropy(outputs, labels).item())
+
+
+def test_the_loss_of_elements_does_not_depend_on_the_batch_size() -> None:
+    torch.manual_seed(0)
+    lengths = (8, 1, 5)
+    split = Split(
+        Ragged.of([torch.randn(num, 9) for num in lengths]), Ragged.of([torch.arange(num) for num in lengths])
+    )
+    spec = DataSpec((9,), tuple("abcdefghi"), "tagging")
+    measured = [evaluate(nn.Identity(), split, TrainConfig(batch_size=size), spec) for size in (3, 2, 1)]
+    assert [each["loss"] for each in measured] == pytest.approx([math.log(measured[0]["perplexity"])] * 3)
 
 
 def test_transcriptions_are_read_greedily_and_measured_by_edits() -> None:

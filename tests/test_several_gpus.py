@@ -42,8 +42,8 @@ CASES: dict[str, dict[str, Any]] = {
     "clipping, an average and norms renewed": {"batch_size": 31, "clip_norm": 0.1, "ema_decay": 0.9},
     "mixing and augmentation": {"batch_size": 33, "mixup": 0.3, "cutmix": 1.0, "augment": "crop+flip"},
     "accumulated": {"batch_size": 15, "accumulate": 3, "mixup": 0.5, "augment": "crop"},
-    "hard examples last": {"batch_size": 30, "curriculum": "loss"},
-    "rare classes": {"batch_size": 30, "sampling": "balanced", "class_weights": "balanced"},
+    "hard examples last": {"batch_size": 30, "curriculum": "loss", "class_weights": "balanced"},
+    "rare classes": {"batch_size": 30, "sampling": "balanced"},
 }
 
 

@@ -14,7 +14,7 @@ from hpo.data.parts import map_tensors
 from hpo.models.preprocessed import own_of
 from hpo.training.embeddings import RetrievalMetrics
 from hpo.training.evaluation import outputs_and_targets
-from hpo.training.losses import loss_function
+from hpo.training.losses import evaluation_loss
 from hpo.training.metrics import NEED_ALL, EpochMetrics
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class _Judged:
         )
         loss = torch.zeros((), device=self.config.device)
         if self.metric == "loss":
-            loss = loss_function(self.config, self.spec, self.target_scale, self.own)(outputs, targets)
+            loss = evaluation_loss(self.config, self.spec, self.target_scale, self.own)(outputs, targets)
         metrics.update(outputs, targets, loss)
         return float(metrics.compute()[self.metric])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from hpo.config import OWN, PRECISIONS, SEVERAL
+from hpo.config import PRECISIONS, SEVERAL
 from hpo.data.batches import own_part
-from hpo.data.kinds import IGNORED, labels_of
 from hpo.data.parts import map_tensors, tensors_of
+from hpo.training.losses import is_mean_over_labels, num_averaged
 from hpo.training.precision import autocast
 from hpo.training.probe import backward_in_evaluation_mode
 
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
 
 _OF_WHOLE_BATCHES = ("embedding", "instances")
 """Kinds of targets whose losses compare the examples of a batch."""
-
-_MEANS_OVER_POSITIONS = ("segmentation", "tagging")
-"""Kinds of targets whose cross-entropy is a mean over labels, of which examples have different numbers."""
 
 
 class Ranks:
@@ -69,8 +67,9 @@ class Ranks:
         if _compares_examples(spec, config):
             loss = self._of_all_outputs(loss, config.batch_size)
             step.share = 1.0
-        elif spec.kind in _MEANS_OVER_POSITIONS and config.loss != OWN:
-            loss = _of_all_positions(loss, config.batch_size / (end - begin))
+        elif is_mean_over_labels(loss):
+            step.num_averaged = partial(_num_of_all, loss)
+            loss = _of_all_labels(loss, config.batch_size / (end - begin))
         step.precision = PRECISIONS[int(self._from_first([PRECISIONS.index(step.precision)])[0])]
         # A rank that takes its part in halves, because its memory is full, would leave the others waiting.
         step.may_halve = False
@@ -190,17 +189,22 @@ def _leaves_some_out(step: TrainingStep, inputs: Batch, targets: Batch) -> bool:
     return any(gradient is None for gradient in gradients)
 
 
-def _of_all_positions(loss_function: LossFunction, num_parts: float) -> Callable[[Any, Any], Tensor]:
+def _num_of_all(loss_function: LossFunction, targets: Batch) -> Tensor:
+    """How many labels a mean over labels is taken over, in the parts of all ranks."""
+    total = torch.as_tensor(num_averaged(loss_function, targets))
+    dist.all_reduce(total)
+    return total
+
+
+def _of_all_labels(loss_function: LossFunction, num_parts: float) -> Callable[[Any, Any], Tensor]:
     """A mean over the labels of a rank's part, weighted so that the mean over examples is one over all labels.
 
     `num_parts` is how many of such parts a batch has.
     """
 
     def loss(outputs: Any, targets: Any) -> Tensor:
-        num_counted = (labels_of(targets) != IGNORED).sum().double()
-        of_all = num_counted.clone()
-        dist.all_reduce(of_all)
-        return loss_function(outputs, targets) * (num_parts * num_counted / of_all.clamp(min=1)).float()
+        share = num_averaged(loss_function, targets) / _num_of_all(loss_function, targets).clamp(min=1)
+        return loss_function(outputs, targets) * (num_parts * share)
 
     return loss
 

@@ -17,7 +17,7 @@ from hpo.models.preprocessed import own_of
 from hpo.training.class_metrics import best_thresholds
 from hpo.training.device import in_fitting_batches
 from hpo.training.distributed import ALONE, Ranks
-from hpo.training.losses import loss_function, one_by_one
+from hpo.training.losses import evaluation_loss, num_averaged, one_by_one
 from hpo.training.metrics import EpochMetrics
 from hpo.training.precision import autocast, has_convolutions
 
@@ -61,7 +61,7 @@ def choose_thresholds(model: nn.Module, split: Split, config: TrainConfig) -> No
 
 def _measured(model: nn.Module, split: Split, config: TrainConfig, spec: DataSpec, target_scale: Scale) -> EpochMetrics:
     model, own = model.to(config.device), own_of(model)
-    loss = loss_function(config, spec, target_scale, own)
+    loss = evaluation_loss(config, spec, target_scale, own)
     return measure(model, split, config, loss, spec, own, precision="fp32")
 
 
@@ -93,7 +93,7 @@ def measure(
             with autocast(precision, torch.device(config.device)):
                 outputs = ranks.outputs(model, inputs)
                 loss = loss_function(outputs, targets)
-            metrics.update(outputs, targets, loss)
+            metrics.update(outputs, targets, loss, num_averaged(loss_function, targets))
         return metrics
 
     return in_fitting_batches(attempt, batch_size) if ranks.size == 1 else attempt(batch_size)

@@ -66,7 +66,7 @@ def check_metric(name: str, spec: DataSpec, own: Own = NOTHING_OWN) -> None:
 
 
 class EpochMetrics:
-    """Mean loss over the examples of an epoch and the metrics of the task.
+    """Mean loss of an epoch and the metrics of the task.
 
     What needs all outputs at once, or is the task's own, comes with `is_complete` alone: of a training epoch, whose
     weights change from step to step, it would say little. Small batches are held and taken in together, unless
@@ -87,18 +87,18 @@ class EpochMetrics:
         self._metrics = _build_metrics(spec, device, thresholds, is_complete=is_complete)
         self._own = {name: _on_device(make(), device) for name, make in own.metrics.items()} if is_complete else {}
         self._holds_batches = holds_batches
-        self._held: list[tuple[Any, Any, Tensor]] = []
+        self._held: list[tuple[Any, Any, Tensor, int | Tensor]] = []
         self._held_size = 0  # examples in each of them
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        self._num_examples = 0
+        self._num_averaged: int | Tensor = 0
 
-    def update(self, outputs: Any, targets: Any, loss: Tensor) -> None:
-        """Take in a batch; `loss` is its mean."""
+    def update(self, outputs: Any, targets: Any, loss: Tensor, num_averaged: int | Tensor | None = None) -> None:
+        """Take in a batch; `loss` is its mean over this number, by default that of its examples."""
         size = len(tensors_of(targets)[0])
         if size != self._held_size:
             self._take_in()
             self._held_size = size
-        self._held.append((outputs, targets, loss))
+        self._held.append((outputs, targets, loss, size if num_averaged is None else num_averaged))
         is_small = isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor) and outputs.ndim <= 2
         if not (self._holds_batches and is_small) or len(self._held) * size >= HELD_EXAMPLES:
             self._take_in()
@@ -108,15 +108,14 @@ class EpochMetrics:
         """Add up the batches that are held, which have the same size."""
         if not self._held:
             return
-        outputs, targets, losses = zip(*self._held, strict=True)
+        outputs, targets, losses, nums_averaged = zip(*self._held, strict=True)
         self._held = []
-        num_examples = len(losses) * self._held_size
         together = (torch.cat(outputs), torch.cat(targets)) if len(losses) > 1 else (outputs[0], targets[0])
         for metric in (*self._metrics, *self._own.values()):
             metric.update(*together)
         # Batches may differ in size, so the mean of their means is not the mean.
-        self._loss_sum += torch.stack(losses).double().sum() * self._held_size
-        self._num_examples += num_examples
+        self._loss_sum += torch.stack(losses).double().sum() * nums_averaged[0]
+        self._num_averaged = self._num_averaged + len(losses) * nums_averaged[0]
 
     def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
         """Take in what other processes have counted: `total` returns the sum of a tensor over all of them.
@@ -128,12 +127,12 @@ class EpochMetrics:
             assert isinstance(metric, _Sums), "metrics that need all outputs are not counted in parts"
             metric.add_up(total)
         self._loss_sum = total(self._loss_sum)
-        self._num_examples = int(total(torch.tensor(self._num_examples)))
+        self._num_averaged = int(total(torch.as_tensor(self._num_averaged)))
 
     def compute(self) -> dict[str, Tensor]:
         """Scalars on the device, by name. A loss that was not finite in any batch leaves `loss` not finite."""
         self._take_in()
-        metrics = {"loss": self._loss_sum / self._num_examples}
+        metrics = {"loss": self._loss_sum / self._num_averaged}
         for metric in self._metrics:
             metrics |= metric.compute()
         for name, own in self._own.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_no
 from hpo.data.parts import joined, map_tensors, tensors_of
 from hpo.errors import DeviceMemoryError
 from hpo.training.device import is_out_of_memory
+from hpo.training.losses import num_averaged
 from hpo.training.optimizers import FusedStep
 from hpo.training.precision import autocast
 
@@ -39,7 +41,8 @@ class TrainingStep:
     """Forward, backward, clip, optimizer.
 
     If the device's memory does not hold a batch, batches are processed in two halves from then on, whose gradients are
-    added; only batch norm sees the difference. Raises DeviceMemoryError if a half is too much as well.
+    added; only batch norm and losses that compare the examples of a batch see the difference. Raises DeviceMemoryError
+    if a half is too much as well.
     """
 
     mode = "off"
@@ -60,7 +63,8 @@ class TrainingStep:
     ) -> None:
         """Numbers of 0 leave gradients and weights as they are; TrainConfig says what others do.
 
-        A batch is taken in `num_parts` parts, whose gradients are added up by their share of the examples.
+        A batch is taken in `num_parts` parts, whose gradients are added up by their share of the examples, or of the
+        labels if the loss is the mean over these.
         """
         self.model = model
         self.loss_function = loss_function
@@ -77,6 +81,8 @@ class TrainingStep:
         """Whether it may be taken in twice as many."""
         self.share = 1.0
         """What the gradients of a batch count."""
+        self.num_averaged: Callable[[Batch], int | Tensor] = partial(num_averaged, loss_function)
+        """From targets the number of examples, or of labels, that the loss is the mean over."""
         self.forward: Callable[[Batch, Batch], tuple[Any, Tensor]] | None = None
         """What is called instead of model and loss, for outputs and loss."""
         self.scaler = _scaler(model, precision)
@@ -182,24 +188,24 @@ class TrainingStep:
     def _backward_in_parts(self, inputs: Batch, targets: Batch) -> tuple[Any, Tensor]:
         batch, size = (inputs, targets), _size(targets)
         bounds = [size * part // self.num_parts for part in range(self.num_parts + 1)]
-        parts = [
-            self._backward(
-                *map_tensors(lambda tensor, begin=begin, end=end: tensor[begin:end], batch), share=(end - begin) / size
-            )
-            for begin, end in pairwise(bounds)
-        ]
-        outputs, losses = zip(*parts, strict=True)
+        whole = self.num_averaged(targets)
+        whole = whole if isinstance(whole, int) else whole.clamp(min=1)  # a batch may have no label
+        results = []
+        for begin, end in pairwise(bounds):
+            part = map_tensors(lambda tensor, begin=begin, end=end: tensor[begin:end], batch)
+            results.append(self._backward(*part, share=self.num_averaged(part[1]) / whole))
+        outputs, losses = zip(*results, strict=True)
         return joined(outputs), torch.stack(losses).sum()
 
-    def _backward(self, inputs: Batch, targets: Batch, *, share: float = 1.0) -> tuple[Any, Tensor]:
-        """Outputs and loss of a part of the batch, which counts with its share of the examples."""
+    def _backward(self, inputs: Batch, targets: Batch, *, share: float | Tensor | None = None) -> tuple[Any, Tensor]:
+        """Outputs and loss of the batch, or of a part of it, which counts with its share."""
         with autocast(self.precision, self._parameters[0].device):
             if self.forward:
                 outputs, loss = self.forward(inputs, targets)
             else:
                 outputs = self.model(inputs)
                 loss = self.loss_function(outputs, targets)
-        loss = loss if share == 1 else loss * share
+        loss = loss if share is None else loss * share
         counted = loss if self.share == 1 else loss * self.share
         self._backpropagate(self.scaler.scale(counted) if self.scaler.is_enabled() else counted)
         return outputs.detach() if type(outputs) is torch.Tensor else map_tensors(_detached, outputs), loss.detach()

@@ -24,7 +24,7 @@ from hpo.training.compiled import CompiledStep, check_compile_mode, has_formula,
 from hpo.training.device import is_out_of_memory, prepare_deterministic_products
 from hpo.training.distributed import ALONE, Ranks
 from hpo.training.evaluation import losses_of_examples, measure, read_all
-from hpo.training.losses import loss_function, target_scale, training_loss
+from hpo.training.losses import evaluation_loss, target_scale, training_loss
 from hpo.training.metrics import EpochMetrics, check_metric
 from hpo.training.optimizers import build_optimizer, load_optimizer_state
 from hpo.training.precision import has_convolutions, settle_precision
@@ -57,8 +57,9 @@ class EpochResult:
     """`train/loss`, `val/loss` and every other metric of the task for both (`auroc` for the validation alone), `lr` at
     the epoch's end, `grad_norm` (before clipping; the mean over the steps, or over every eighth one if nothing is
     clipped or compiled) and `time/epoch_s`. The train values are means over the epoch as the weights change, with
-    dropout and augmentation. `watch/gap` is the validation loss without the training loss,
-    `watch/epochs_without_progress` of the training loss; the others of `watch/` are in `hpo.training.probe`."""
+    dropout and augmentation; `train/loss` is what was minimised, `val/loss` is `losses.evaluation_loss`. `watch/gap` is
+    the validation loss without the training loss, `watch/epochs_without_progress` of the training loss; the others of
+    `watch/` are in `hpo.training.probe`."""
 
     value: float
     """The metric that decides, on the validation split; NaN where the epoch diverged."""
@@ -152,7 +153,7 @@ class _Run:
         self.config = config
         scale = target_scale(splits.train, splits.spec)
         self.model = model.to(config.device)
-        self.loss_function = loss_function(config, self.spec, scale, self.own)
+        self.loss_function = evaluation_loss(config, self.spec, scale, self.own)
         self.splits = splits
         self.order, self.augmentation = torch.Generator(), torch.Generator()
         self.batches = build_batches(

@@ -108,6 +108,10 @@ CASES = {
         hold_out(Ragged.of(WORDS), Ragged.of([each % 3 for each in WORDS]), NAMES),
         convnet1d, "cross_entropy", "perplexity", WIDTH,
     ),
+    "classes of elements, accumulated": Case(
+        hold_out(Ragged.of(WORDS), Ragged.of([each % 3 for each in WORDS]), NAMES),
+        convnet1d, "cross_entropy", "perplexity", WIDTH, settings={"accumulate": 2},
+    ),
     "transcriptions": Case(
         hold_out(Ragged.of(WORDS), Ragged.of([each[:2] % 3 for each in WORDS]), NAMES, kind="transcription"),
         recurrent, "ctc", "character_error_rate", WIDTH,
