@@ -217,6 +217,22 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"targets": BOXES[:, [2, 3, 0, 1]], "classes": [], "given": {"kind": "box"}},
         "x1 < x2 and y1 < y2; that of example 0 is 4 4 1 1",
     ),
+    "more tags than elements": (
+        {"inputs": lambda: Ragged.of(WORDS), "targets": lambda: Ragged.of([*LETTERS[:2], [1, 1, 1], *LETTERS[3:]])},
+        "example 2 has a sequence of length 2, but tags of length 3; give a tag for each element, and -100 where none",
+    ),
+    "tags of one shape for sequences of several lengths": (
+        {"inputs": lambda: Ragged.of([[1], *WORDS[1:]]), "targets": torch.tensor(LETTERS)},
+        "example 0 has a sequence of length 1, but tags of length 2",
+    ),
+    "tags of one of several targets": (
+        {
+            "inputs": lambda: Ragged.of(WORDS),
+            "targets": lambda: {"word": Ragged.of([[0], *LETTERS[1:]]), "whole": CLASSES},
+            "classes": {"word": NAMES, "whole": NAMES},
+        },
+        "example 0 has a sequence of length 2, but tags of length 1",
+    ),
     "an empty transcription": (
         {"targets": lambda: Ragged.of([[], *LETTERS[1:]]), "given": {"kind": "transcription"}},
         "the transcription of example .* is empty",

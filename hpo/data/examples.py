@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hpo.config import SEVERAL
 from hpo.data.conversion import TargetConversion, convert_inputs, same_parts
-from hpo.data.kinds import infer_kind, num_outputs, require_sound_targets
+from hpo.data.kinds import infer_kind, num_outputs, require_a_tag_for_each_element, require_sound_targets
 from hpo.data.loaded import Loaded
 from hpo.data.mapped import MappedImages
 from hpo.data.parts import (
@@ -132,6 +132,10 @@ class Split:
         for name, part in named_parts(sample.inputs).items():
             _require_sound_input(f"the data's inputs{f' ({name})' if name else ''}", part)
         spec.require_sound_targets(self.targets)
+        kinds = {name: target.kind for name, target in spec.targets.items()} or {"": spec.kind}
+        for name, tags in named_parts({} if sample.targets is None else sample.targets).items():
+            if kinds.get(name) == "tagging":
+                require_a_tag_for_each_element(sample.inputs, tags)
         if spec.kind == "reconstruction" and not (
             isinstance(self.inputs, Tensor) and is_image_or_number(self.inputs.dtype)
         ):
