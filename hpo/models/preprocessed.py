@@ -16,6 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
 from hpo.config import SEVERAL
+from hpo.data.dtypes import of_usual_type
 from hpo.data.examples import DataSpec, InputSpec, Split
 from hpo.data.kinds import OF_CLASSES, read_greedily
 from hpo.data.loaded import Loaded
@@ -378,13 +379,16 @@ def _as_batch(inputs: Any, spec: InputSpec, device: torch.device) -> Tensor | Pa
         if not isinstance(inputs, Padded):
             sequences = inputs if isinstance(inputs, Ragged) else Ragged.of(list(inputs))
             inputs = sequences.padded(slice(None), slice(None))
+        inputs = replace(inputs, values=_of_type(spec, inputs.values))
         batch, shape = inputs.values, tuple(inputs.values.shape[2:])
         moved: Tensor | Padded = to_device(inputs, device)
     else:
-        moved = batch = torch.as_tensor(inputs).to(device)
+        moved = batch = _of_type(spec, torch.as_tensor(inputs)).to(device)
         shape = tuple(batch.shape[1:])
     if shape != spec.shape:
         raise UsageError(f"the model takes a batch of shape {spec.describe()}, not {tuple(batch.shape)}.")
+    if spec.vocabulary is not None and batch.is_floating_point():
+        raise UsageError(f"the model takes integers ({spec.dtype}), not {str(batch.dtype).removeprefix('torch.')}.")
     if (
         spec.vocabulary is not None
         and batch.numel()
@@ -394,6 +398,11 @@ def _as_batch(inputs: Any, spec: InputSpec, device: torch.device) -> Tensor | Pa
             f"the model takes integers from 0 to {spec.vocabulary - 1}, not {int(batch.min())} to {int(batch.max())}."
         )
     return moved
+
+
+def _of_type(spec: InputSpec, values: Tensor) -> Tensor:
+    """Truth values as the numbers or ids of training, and others of a type that torch supports well."""
+    return values.to(getattr(torch, spec.dtype)) if values.dtype == torch.bool else of_usual_type(values)
 
 
 def _without_padding(outputs: Any, batch: Batch) -> list[list[int]]:

@@ -55,12 +55,12 @@ class Tabular(nn.Module):
         features: list[Tensor] = []
         embeddings = iter(self.embeddings)
         for part in tensors_of(inputs):
+            columns = part.flatten(1) if part.ndim > 1 else part.unsqueeze(1)
             if part.is_floating_point():
-                features.append(part.flatten(1))
+                features.append(columns)
                 continue
-            ids = part if part.ndim > 1 else part.unsqueeze(1)
-            columns = zip(cast(nn.ModuleList, next(embeddings)), ids.unbind(1), strict=True)
-            features += [layer(column) for layer, column in columns]
+            layers = cast(nn.ModuleList, next(embeddings))
+            features += [layer(ids) for layer, ids in zip(layers, columns.long().unbind(1), strict=True)]
         return cast(Tensor, self.output(self.layers(torch.cat(features, dim=1))))
 
 
