@@ -67,6 +67,7 @@ def test_what_a_search_kept_is_one_model_that_is_no_worse_on_the_validation_spli
     total = sum(together.trials.values())
     mean = sum(times * singles[n] for n, times in together.trials.items()) / total
     assert torch.allclose(together.probabilities(images), mean, atol=1e-5)
+    assert together.predict([]) == []
     assert together.predict(images[:5]) == [together.classes[index] for index in mean[:5].argmax(1).tolist()]
     assert set(together.trials) <= {0, 1, 2}
     assert -0.2 < together.gain < 0.2

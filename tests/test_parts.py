@@ -190,6 +190,25 @@ def test_a_model_takes_numbers_of_any_type_and_ids_of_any_integer_type(dtype: to
     assert seen["numbers"].tolist() == [[1.0]]
 
 
+@pytest.mark.parametrize("name", ["sequences", "features", "several"])
+def test_an_empty_list_has_no_predictions(name: str) -> None:
+    datasets = {
+        "sequences": lambda: hold_out(Ragged.of(SEQUENCES), torch.zeros(5)),
+        "features": lambda: hold_out(torch.rand(5, 2), torch.zeros(5)),
+        "several": mixed_data,
+    }
+    model = PreprocessedModel(Echo(), datasets[name]().spec)
+    assert model.predict([]) == []
+    assert model.predict(Ragged.of([])) == []
+
+
+def test_an_empty_sequence_among_others_is_refused_when_a_model_predicts() -> None:
+    model = PreprocessedModel(Echo(), hold_out(Ragged.of(SEQUENCES), torch.zeros(5)).spec)
+    for inputs in ([[1, 2], [], [3]], Ragged.of([[1, 2], [], [3]]), Padded(torch.ones(2, 1), torch.tensor([1, 0]))):
+        with pytest.raises(UsageError, match="example 1 is an empty sequence; leave it out"):
+            model.predict(inputs)
+
+
 def test_splits_of_several_parts_move_to_a_device_as_a_whole() -> None:
     splits = split_dataset(mixed_data(), seed=0)
     moved = Splits(splits.train, splits.validation, splits.spec).to("meta")

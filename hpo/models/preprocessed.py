@@ -214,6 +214,8 @@ class PreprocessedModel(nn.Module):
         """
         if self.spec.kind == "own":
             raise UsageError("only the task's own loss knows what its outputs mean; call the model itself.")
+        if has_no_examples(inputs):
+            return []
         self.eval()
         batch = self.as_batch(inputs)
         outputs = self(batch)
@@ -374,12 +376,19 @@ def _statistics_shape(of_input: InputSpec) -> tuple[int, ...]:
     return of_input.shape[0], *[1] * (len(of_input.shape) - 1)
 
 
+def has_no_examples(inputs: Any) -> bool:
+    """Whether these are an empty list: nothing says what it would hold."""
+    return isinstance(inputs, list | Ragged) and len(inputs) == 0
+
+
 def _as_batch(inputs: Any, spec: InputSpec, device: torch.device) -> Tensor | Padded:
     if spec.is_ragged:
         if not isinstance(inputs, Padded):
             sequences = inputs if isinstance(inputs, Ragged) else Ragged.of(list(inputs))
             inputs = sequences.padded(slice(None), slice(None))
         inputs = replace(inputs, values=_of_type(spec, inputs.values))
+        if len(inputs) and int(inputs.lengths.min()) == 0:
+            raise UsageError(f"example {int(inputs.lengths.argmin())} is an empty sequence; leave it out.")
         batch, shape = inputs.values, tuple(inputs.values.shape[2:])
         moved: Tensor | Padded = to_device(inputs, device)
     else:
