@@ -187,3 +187,14 @@ def test_networks_of_features_take_one_number_for_each_example(network: Callable
 def test_ids_may_be_integers_of_any_size(network: Callable[[DataSpec], nn.Module], dtype: torch.dtype) -> None:
     spec = DataSpec(InputSpec((3,), str(dtype).removeprefix("torch."), vocabulary=2), ("a", "b"))
     assert network(spec)(torch.ones(5, 3, dtype=dtype)).shape == (5, 2)
+
+
+def test_a_category_that_only_later_data_have_is_a_vector_of_zeros() -> None:
+    spec = DataSpec(InputSpec((2,), "int64", vocabulary=9, categories=(3, 9)), ("a", "b"))
+    network: Any = tabular(spec).eval()
+    later, known = torch.tensor([[3, 8], [7, 8]]), torch.tensor([[0, 8]])
+    assert not torch.equal(network(known), network(later[:1]))
+    with torch.no_grad():
+        network.embeddings[0][0].weight[0] = 0.0
+    torch.testing.assert_close(network(later), network(known).expand(2, -1))
+    assert torch.equal(network(known), network.train()(known))
