@@ -254,7 +254,7 @@ def studies(home: Path | None, storage: str | None, as_json: bool) -> None:
 def train(as_json: bool, **request: Any) -> None:
     """Train TASK once, with the default configuration or with yours.
 
-    It is logged as a run of its own; there is no study, and the test split is not read.
+    It is logged as a run of its own; there is no study, and the test split is not used.
 
     \b
     hpo train digits -p lr=0.01 -p depth=2
@@ -308,7 +308,7 @@ def confirm(as_json: bool, **request: Any) -> None:
     """Train the best configurations of STUDY again with new seeds.
 
     The configuration with the best mean becomes the winner. One that is clearly behind gets no further seeds. If the
-    winner changes, the test split is read once more, and every report says how often it was read.
+    winner changes, the test split is used once more, and every report says how often it was used.
 
     \b
     hpo confirm digits

@@ -446,7 +446,7 @@ def test_a_search_prints_a_line_for_each_trial_and_then_the_winner(searched: Ans
         "Configuration",
         "optimizer=adamw",
         "Validation",
-        "was read once",
+        "was used once",
         "hpo ui digits",
         "hpo best digits",
     ):

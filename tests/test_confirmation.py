@@ -352,7 +352,7 @@ def test_the_lucky_trial_wins_the_search_and_the_steady_one_the_confirmation_whi
     said = text_of(outcome, home)
     assert "a repeat of trial 1, epoch 3" in said
     assert "over 2 new seeds; trial 2, the best of the search with" in said
-    assert "the test split was read 2 times, once for each winner so far; validation minus test" in said
+    assert "the test split was used 2 times, once for each winner so far; validation minus test" in said
 
 
 def text_of(outcome: SearchOutcome, home: Path) -> str:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from hpo.data.datasets import hold_out, split_dataset
 from hpo.data.examples import Dataset, SealedSplit, Split
+from hpo.data.fingerprint import data_fingerprint
+from hpo.data.parts import Ragged
 from hpo.errors import DataError
 
 LABELS = torch.arange(60) % 3
@@ -79,6 +81,18 @@ def test_features_are_floats_of_32_bits(inputs: Any) -> None:
     assert data.spec.only_input.dtype == "float32"
     found = torch.cat([data.train.inputs, data.test.open().inputs])  # type: ignore[list-item]
     assert torch.equal(found, FEATURES)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.bfloat16])
+def test_inputs_of_a_type_that_torch_hardly_supports_become_those_of_a_usual_one(dtype: torch.dtype) -> None:
+    whole = (10 * FEATURES).abs().round()
+    data = data_of(LABELS, inputs=whole.to(dtype))
+    found = torch.cat([data.train.inputs, data.test.open().inputs])  # type: ignore[list-item]
+    assert found.dtype in (torch.int32, torch.int64, torch.float32)
+    assert torch.equal(found.float(), whole)
+    assert data_fingerprint(data)
+    sequences = Ragged(whole.flatten().to(dtype), torch.full((len(whole),), whole.shape[1]))
+    assert hold_out(sequences, LABELS, tuple(NAMES)).train.inputs.dtype == found.dtype  # type: ignore[union-attr]
 
 
 def test_numbers_are_floats_where_a_kind_says_so_and_nothing_is_guessed_else() -> None:

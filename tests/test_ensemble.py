@@ -67,12 +67,13 @@ def test_what_a_search_kept_is_one_model_that_is_no_worse_on_the_validation_spli
     total = sum(together.trials.values())
     mean = sum(times * singles[n] for n, times in together.trials.items()) / total
     assert torch.allclose(together.probabilities(images), mean, atol=1e-5)
+    assert together.predict([]) == []
     assert together.predict(images[:5]) == [together.classes[index] for index in mean[:5].argmax(1).tolist()]
     assert set(together.trials) <= {0, 1, 2}
     assert -0.2 < together.gain < 0.2
     again = hpo.load_ensemble("digits", home=home)
     assert (again.trials, again.gain) == (together.trials, together.gain)
-    assert run_search("digits", home=home).winner == outcome.winner, "the test split was not read again"
+    assert run_search("digits", home=home).winner == outcome.winner, "the test split was not used again"
 
 
 def test_what_has_no_ensemble_says_why(home: Path) -> None:

@@ -469,7 +469,10 @@ def test_recordings_are_normalised_by_channel_and_not_by_sample() -> None:
     assert torch.equal(restored(sounds), model(sounds))
 
 
-@pytest.mark.parametrize("inputs", [torch.full((9, 1, 4, 4), 7, dtype=torch.uint8), torch.full((9, 3), 0.1)])
+@pytest.mark.parametrize(
+    "inputs",
+    [torch.full((9, 1, 4, 4), 7, dtype=torch.uint8), torch.full((9,), 7, dtype=torch.uint8), torch.full((9, 3), 0.1)],
+)
 def test_what_does_not_vary_is_only_centred(inputs: Tensor) -> None:
     model = fitted(Echo(), DataSpec(tuple(inputs.shape[1:]), CLASSES), Split(inputs, torch.zeros(9, dtype=torch.long)))
     assert model(inputs).abs().max() < 1e-6

@@ -270,6 +270,17 @@ def test_the_views_of_an_example_follow_each_other_and_differ_and_those_of_an_ev
     assert torch.equal(once[1], splits.validation.targets.repeat_interleave(2))
 
 
+def test_an_alternating_flip_shows_an_example_and_its_mirror_image_as_its_two_views() -> None:
+    task, data = task_of("info_nce of views")
+    splits, config = split_dataset(data, seed=0), task.train_config({}, augment="alternating_flip")
+    draw = torch.Generator().manual_seed(0)
+    in_training = next(iter(build_batches(splits.train, config, splits.spec, order=draw, augmentation=draw)))
+    in_evaluation = next(evaluation_views(splits.validation, config, 32))
+    for inputs, _ in (in_training, in_evaluation):
+        assert torch.equal(inputs[::2], inputs[1::2].flip(-1))
+        assert not torch.equal(inputs[::2], inputs[1::2])
+
+
 def test_a_reconstruction_is_in_the_units_of_its_inputs_and_learned_as_well_in_any() -> None:
     task, _ = task_of("mse of inputs")
     small, large = (trained(task, on_a_plane(scale)) for scale in (1.0, 1000.0))

@@ -175,6 +175,15 @@ def test_recordings_of_different_lengths_stay_silent_behind_their_end_and_faster
     assert (lengths[:10] > sound.lengths[:10]).any(), "a slower one is longer where there is room"
 
 
+@pytest.mark.parametrize("augmentation", [Noise(0.5), Mask(0.9, of_time=True), Mask(0.9, of_time=False)])
+def test_a_short_recording_is_changed_in_the_same_way_beside_a_long_one(augmentation: Noise | Mask) -> None:
+    short, long = torch.rand(20, 8) + 5, torch.rand(400, 8)
+    alone, beside = (Ragged.of(sounds).padded(slice(None), slice(None)) for sounds in ([short], [short, long]))
+    changed = augmentation.apply(alone, seeds(1)).values[0]
+    assert not torch.equal(changed, short)
+    assert torch.allclose(augmentation.apply(beside, seeds(1).expand(2, 1)).values[0, :20], changed)
+
+
 @pytest.mark.parametrize("of_time", [True, False])
 def test_a_stretch_of_times_or_frequencies_is_covered_with_the_mean(of_time: bool) -> None:
     spectrograms = torch.rand(100, 1, 20, 50, generator=torch.Generator().manual_seed(0))

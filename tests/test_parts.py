@@ -176,8 +176,40 @@ def test_what_a_model_takes_is_checked_when_it_predicts() -> None:
         model.predict({"words": words})
     with pytest.raises(UsageError, match="takes integers from 0 to 39, not 1 to 40"):
         model.predict({"words": [[1], [40]], "numbers": [[1.0], [2.0]]})
+    with pytest.raises(UsageError, match=r"takes integers \(int64\), not float32"):
+        model.predict({"words": [[1.0], [2.0]], "numbers": [[1.0], [2.0]]})
     with pytest.raises(UsageError, match=r"takes a batch of shape \(B, 1\), not \(3,\)"):
         model.predict({"words": words, "numbers": [1.0, 2.0, 3.0]})
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.bfloat16, torch.float64])
+def test_a_model_takes_numbers_of_any_type_and_ids_of_any_integer_type(dtype: torch.dtype) -> None:
+    model = PreprocessedModel(Echo(), mixed_data().spec).eval()
+    ids = torch.int64 if dtype.is_floating_point else dtype
+    batch = model.as_batch({"words": [torch.tensor([1, 0], dtype=ids)], "numbers": torch.ones(1, 1, dtype=dtype)})
+    model(batch)
+    seen: Any = model.network.seen
+    assert seen["words"].values.tolist() == [[1, 0]]
+    assert seen["numbers"].tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize("name", ["sequences", "features", "several"])
+def test_an_empty_list_has_no_predictions(name: str) -> None:
+    datasets = {
+        "sequences": lambda: hold_out(Ragged.of(SEQUENCES), torch.zeros(5)),
+        "features": lambda: hold_out(torch.rand(5, 2), torch.zeros(5)),
+        "several": mixed_data,
+    }
+    model = PreprocessedModel(Echo(), datasets[name]().spec)
+    assert model.predict([]) == []
+    assert model.predict(Ragged.of([])) == []
+
+
+def test_an_empty_sequence_among_others_is_refused_when_a_model_predicts() -> None:
+    model = PreprocessedModel(Echo(), hold_out(Ragged.of(SEQUENCES), torch.zeros(5)).spec)
+    for inputs in ([[1, 2], [], [3]], Ragged.of([[1, 2], [], [3]]), Padded(torch.ones(2, 1), torch.tensor([1, 0]))):
+        with pytest.raises(UsageError, match="example 1 is an empty sequence; leave it out"):
+            model.predict(inputs)
 
 
 def test_splits_of_several_parts_move_to_a_device_as_a_whole() -> None:

@@ -100,7 +100,7 @@ def test_a_report_is_whole_fetches_nothing_and_its_figures_know_their_trials(tmp
     axes = {axis["label"]: axis for axis in figures["coordinates"]["data"][0]["dimensions"]}
     assert list(axes) == [*SPACE.parameters, "<b>accuracy</b>"]
     assert axes["optimizer"]["ticktext"] == ["sgd", NASTY]
-    for text in ("read once, when the search is complete", "a repeat of trial 0", "mean 0.8500", "Seed 0", "4 of 4"):
+    for text in ("used once, when the search is complete", "a repeat of trial 0", "mean 0.8500", "Seed 0", "4 of 4"):
         assert text in page
     assert page.count(NASTY) == 0, "what a stranger named stays text"
     assert 'http-equiv="refresh"' not in page

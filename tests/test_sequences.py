@@ -20,6 +20,7 @@ from hpo import (
     UsageError,
     convnet1d,
     hold_out,
+    mlp,
     recurrent,
     split_dataset,
     tabular,
@@ -147,6 +148,10 @@ def test_weights_begin_as_their_layer_needs_it() -> None:
         (lambda: transformer(DataSpec(IDS, ("a", "b")), width=30), "width=30 .* must be a multiple of heads=4"),
         (lambda: convnet1d(DataSpec(IDS, ("a", "b")), dropout=1.5), "dropout=1.5"),
         (lambda: recurrent(DataSpec((3, 8, 8), ("a", "b"))), r"elements have the shape \(8, 8\)"),
+        (
+            lambda: recurrent(DataSpec(InputSpec(()), ("a", "b"))),
+            "the inputs are one value each",
+        ),
         (lambda: tabular(DataSpec(IDS, ("a", "b"))), "takes no sequences; use hpo.recurrent"),
     ],
 )
@@ -170,3 +175,26 @@ def test_each_category_has_an_embedding_no_larger_than_half_of_its_values() -> N
     network: Any = tabular(spec, embedding=8)
     sizes = [(layer.num_embeddings, layer.embedding_dim) for layer in network.embeddings[0]]
     assert sizes == [(3, 2), (100, 8)]
+
+
+@pytest.mark.parametrize("network", [mlp, tabular])
+def test_networks_of_features_take_one_number_for_each_example(network: Callable[[DataSpec], nn.Module]) -> None:
+    assert network(DataSpec(InputSpec(()), ("a", "b")))(torch.randn(5)).shape == (5, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize("network", [tabular, recurrent])
+def test_ids_may_be_integers_of_any_size(network: Callable[[DataSpec], nn.Module], dtype: torch.dtype) -> None:
+    spec = DataSpec(InputSpec((3,), str(dtype).removeprefix("torch."), vocabulary=2), ("a", "b"))
+    assert network(spec)(torch.ones(5, 3, dtype=dtype)).shape == (5, 2)
+
+
+def test_a_category_that_only_later_data_have_is_a_vector_of_zeros() -> None:
+    spec = DataSpec(InputSpec((2,), "int64", vocabulary=9, categories=(3, 9)), ("a", "b"))
+    network: Any = tabular(spec).eval()
+    later, known = torch.tensor([[3, 8], [7, 8]]), torch.tensor([[0, 8]])
+    assert not torch.equal(network(known), network(later[:1]))
+    with torch.no_grad():
+        network.embeddings[0][0].weight[0] = 0.0
+    torch.testing.assert_close(network(later), network(known).expand(2, -1))
+    assert torch.equal(network(known), network.train()(known))

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset
 
 from hpo import HpoError, Padded, Split, from_torch, load_best, run_search, split_dataset
+from hpo.checks.compatibility import check_test_split
 from hpo.config import TrainConfig
 from hpo.data.batches import TrainingBatches, build_batches, evaluation_batches
 from hpo.data.datasets import all_examples, load_splits, save_splits
@@ -286,3 +287,8 @@ def test_a_dataset_that_cannot_be_used_is_told_in_one_line(case: str) -> None:
     with pytest.raises(HpoError, match=message) as told:
         split_dataset(dataset(**changes), seed=0)
     assert "\n" not in str(told.value)
+
+
+def test_a_test_dataset_with_nan_is_refused_before_the_first_trial() -> None:
+    with pytest.raises(HpoError, match="in the test split, the data's inputs hold NaN"):
+        check_test_split(dataset(test=Noisy(float("nan"))).test, dataset().spec)

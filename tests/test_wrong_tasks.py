@@ -13,7 +13,21 @@ from helpers.data import LR_SPACE
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hpo import Dataset, Float, Group, HpoError, Objective, Ragged, Space, Split, hold_out, mlp, split_dataset
+from hpo import (
+    Dataset,
+    Float,
+    Group,
+    HpoError,
+    Objective,
+    Ragged,
+    SealedSplit,
+    Space,
+    Split,
+    hold_out,
+    mlp,
+    run_search,
+    split_dataset,
+)
 from hpo.checks.compatibility import check_task
 from hpo.task import Task, check_parameters, check_ranges, load_dataset
 
@@ -203,6 +217,22 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"targets": BOXES[:, [2, 3, 0, 1]], "classes": [], "given": {"kind": "box"}},
         "x1 < x2 and y1 < y2; that of example 0 is 4 4 1 1",
     ),
+    "more tags than elements": (
+        {"inputs": lambda: Ragged.of(WORDS), "targets": lambda: Ragged.of([*LETTERS[:2], [1, 1, 1], *LETTERS[3:]])},
+        "example 2 has a sequence of length 2, but tags of length 3; give a tag for each element, and -100 where none",
+    ),
+    "tags of one shape for sequences of several lengths": (
+        {"inputs": lambda: Ragged.of([[1], *WORDS[1:]]), "targets": torch.tensor(LETTERS)},
+        "example 0 has a sequence of length 1, but tags of length 2",
+    ),
+    "tags of one of several targets": (
+        {
+            "inputs": lambda: Ragged.of(WORDS),
+            "targets": lambda: {"word": Ragged.of([[0], *LETTERS[1:]]), "whole": CLASSES},
+            "classes": {"word": NAMES, "whole": NAMES},
+        },
+        "example 0 has a sequence of length 2, but tags of length 1",
+    ),
     "an empty transcription": (
         {"targets": lambda: Ragged.of([[], *LETTERS[1:]]), "given": {"kind": "transcription"}},
         "the transcription of example .* is empty",
@@ -344,7 +374,9 @@ def test_what_a_task_gives_wrong_is_reported_in_one_line_before_the_first_trial(
         ),
         (FEATURES.byte(), CLASSES, r"test split are uint8 \(B, 4\), but those of the training split float32"),
         ({"one": FEATURES}, CLASSES, "the test split has the inputs one, not "),
-        (FEATURES, CLASSES + 1, "the targets are from 1 to 3; 3 classes have the indices from 0"),
+        (FEATURES, CLASSES + 1, "in the test split, the targets are from 1 to 3; 3 classes have the indices from 0"),
+        (FEATURES / 0, CLASSES, "in the test split, the data's inputs hold NaN or infinite values"),
+        (FEATURES, CLASSES[1:], "in the test split, the data have .* inputs for .* targets"),
     ],
 )
 def test_a_test_split_of_another_kind_is_reported_when_it_is_opened(inputs: Any, targets: Tensor, message: str) -> None:
@@ -359,6 +391,33 @@ def test_a_test_split_may_hold_no_id_that_the_model_has_no_room_for() -> None:
     Split(FEATURES.double(), CLASSES).require_like(hold_out(FEATURES, CLASSES, NAMES).spec)
     with pytest.raises(HpoError, match="hold the integer 9, which no other example has; give the Dataset a larger"):
         Split(Ragged.of([[9]]), CLASSES[:1]).require_like(words.spec)
+    with pytest.raises(HpoError, match=r"in the test split, .* have an empty sequence \(example 1\)"):
+        Split(Ragged.of([[1], []]), CLASSES[:2]).require_like(words.spec)
+
+
+def unreadable() -> Split:
+    raise OSError("the disk is gone")
+
+
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [
+        (lambda: Split(FEATURES / 0, CLASSES), "in the test split, the data's inputs hold NaN"),
+        (unreadable, "the test split cannot be read: OSError: the disk is gone"),
+    ],
+)
+def test_a_test_split_that_could_not_be_used_is_refused_before_the_first_trial(
+    read: Callable[[], Split], message: str, home: Path
+) -> None:
+    data = Dataset(Split(FEATURES, CLASSES), SealedSplit(read, NUM), tuple(NAMES))
+    objective = Objective(
+        name="mine", description="", load=lambda folder: data, model=mlp, loss="cross_entropy", metric="accuracy",
+        space=LR_SPACE, settings={"batch_size": 8},
+    )  # fmt: skip
+    with pytest.raises(HpoError, match=message):
+        run_search(objective, home=home, trials=1)
+    assert not (home / "optuna.db").exists()
+    assert data.test.times_opened == 0
 
 
 def test_a_right_task_gets_no_complaint() -> None:

@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hpo.checks.compatibility import check_task
+from hpo.checks.compatibility import check_task, check_test_split
 from hpo.checks.data import (
     check_duplicates,
     check_inputs,
@@ -122,8 +122,10 @@ def run_check(
         dataset = load_dataset(found, find_data_dir(data_dir))
         splits = split_dataset(dataset, validation_fraction=VALIDATION_FRACTION, seed=0, limit=limit)
         check_task(found, splits)
+        test = dataset.test_for(splits.spec)
+        check_test_split(test, splits.spec)
         subject = Subject.of(found, splits, chosen_device)
-        checks = chain(whole_list(subject, dataset.test_for(splits.spec)), checks_of_files(subject, dataset))
+        checks = chain(whole_list(subject, test), checks_of_files(subject, dataset))
     store = open_store(Home.find(home).path, tracking_uri)
     run = begin_run(store, name, "check", found.objective.description)
     state: Literal["complete", "failed", "interrupted"] = "interrupted"

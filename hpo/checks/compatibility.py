@@ -15,7 +15,7 @@ from hpo.data.datasets import Splits, class_counts
 from hpo.data.kinds import labels_of
 from hpo.data.pacing import build_growth
 from hpo.data.parts import Padded, map_tensors, tensors_of
-from hpo.errors import DataError, SpaceError, UsageError, in_one_line
+from hpo.errors import DataError, HpoError, SpaceError, UsageError, in_one_line
 from hpo.models.preprocessed import MAIN_OUTPUTS, PreprocessedModel, build_model
 from hpo.parameters import Choice, Value
 from hpo.task import Task
@@ -26,7 +26,7 @@ from hpo.training.trainer import check_fine_tuning
 from hpo.values import format_value, is_same
 
 if TYPE_CHECKING:
-    from hpo.data.examples import DataSpec
+    from hpo.data.examples import DataSpec, SealedSplit
     from hpo.objective import Own
 
 
@@ -41,6 +41,16 @@ def check_task(task: Task, splits: Splits) -> None:
     _check_choices(task, splits)
     _check_losses(task, splits, own, "class_weights")
     _check_batches(task, splits)
+
+
+def check_test_split(test: SealedSplit, spec: DataSpec) -> None:
+    """Raise DataError if the winner could not be tested, before there is one. The test split stays sealed."""
+    try:
+        test.require_like(spec)
+    except HpoError:
+        raise
+    except Exception as error:  # reading is user code and may raise anything
+        raise DataError(f"the test split cannot be read: {in_one_line(error)}.") from error
 
 
 def _possible_values(task: Task, name: str) -> tuple[Value, ...]:

@@ -42,7 +42,7 @@ class Noise(_OfSound):
         length = values[0].numel()
         angle, radius = uniform(seeds, length, 1), (1 - uniform(seeds, length, 2)).log().mul(-2).sqrt()
         normal = (radius * (2 * math.pi * angle).cos()).view_as(values)  # Box and Muller 1958
-        deviation = _per_example(values.flatten(1).std(1, correction=0), values)
+        deviation = _per_example(_mean_and_deviation(sound)[1], values)
         amount = _per_example(uniform(seeds, 1)[:, 0], values) * self.level
         return _with_values(sound, values + (amount * deviation * normal).to(values.dtype))
 
@@ -126,7 +126,7 @@ class Mask(_OfSound):
         positions = torch.arange(size, device=values.device)
         is_covered = (positions >= begin.round()) & (positions < (begin + width).round())
         is_covered = is_covered.view(len(values), *[size if at == axis else 1 for at in range(1, values.ndim)])
-        mean = _per_example(values.flatten(1).mean(1), values)
+        mean = _per_example(_mean_and_deviation(sound)[0], values)
         return _with_values(sound, torch.where(is_covered, mean, values))
 
 
@@ -137,8 +137,23 @@ def _values(sound: Tensor | Padded) -> Tensor:
 def _with_values(sound: Sound, values: Tensor) -> Sound:
     if not isinstance(sound, Padded):
         return values
-    mask = sound.mask.view(*sound.mask.shape, *[1] * (values.ndim - 2))
-    return replace(sound, values=torch.where(mask, values, sound.values))
+    return replace(sound, values=torch.where(_is_own(sound), values, sound.values))
+
+
+def _is_own(sound: Padded) -> Tensor:
+    """(B, L, 1 ...) bool: False for what fills a recording up."""
+    return sound.mask.view(*sound.mask.shape, *[1] * (sound.values.ndim - 2))
+
+
+def _mean_and_deviation(sound: Tensor | Padded) -> tuple[Tensor, Tensor]:
+    """Those of each recording's own values, (B,) each; what fills it up does not count."""
+    if not isinstance(sound, Padded):
+        values = sound.flatten(1)
+        return values.mean(1), values.std(1, correction=0)
+    own = sound.values.float().masked_fill(~_is_own(sound), math.nan).flatten(1)
+    mean = own.nanmean(1)
+    deviation = (own - mean[:, None]).square().nanmean(1).sqrt()
+    return mean.to(sound.values.dtype), deviation.to(sound.values.dtype)
 
 
 def _per_example(numbers: Tensor, values: Tensor) -> Tensor:

@@ -213,10 +213,11 @@ class TrainingBatches:
     def _draw_epoch(self) -> tuple[list[tuple[Tensor, Tensor]], *tuple[tuple[Tensor, ...], ...]]:
         """For each batch its rows, on the CPU and where the split is, and the draws of augmentations and mixing."""
         order = self._draw_order()[: len(self) * self._batch_size]
-        augmentations = self._augmentations * self._num_views
-        changes: list[Augmentation | Mixing] = [*augmentations, *([self._mixing] if self._mixing else [])]
+        changes: list[tuple[Augmentation | Mixing, int]] = []
+        changes += _of_views(self._augmentations, self._num_views, self.epoch)
+        changes += [(self._mixing, self.epoch)] if self._mixing else []
         size = _image_size(self._split) if changes else ()
-        draws = [change.draw(order, size, self.epoch, self._augmentation).to(self._device) for change in changes]
+        draws = [change.draw(order, size, epoch, self._augmentation).to(self._device) for change, epoch in changes]
         there = order.to(self._split.device)
         rows, rows_there, *in_batches = (self._in_batches(drawn) for drawn in (order, there, *draws))
         return list(zip(rows, rows_there, strict=True)), *in_batches
@@ -309,6 +310,16 @@ def build_batches(
 def num_views(spec: DataSpec) -> int:
     """How many times each example is in a batch: twice where one is to be found again by the other."""
     return 2 if spec.kind == "instances" else 1
+
+
+def _of_views(augmentations: Sequence[Augmentation], num_views: int, epoch: int) -> Iterator[tuple[Augmentation, int]]:
+    """The augmentations of each view in turn, with the epoch that they draw for.
+
+    A second view has the draws of the next epoch: what alternates from epoch to epoch would make both alike.
+    """
+    for view in range(num_views):
+        for augmentation in augmentations:
+            yield augmentation, epoch + view
 
 
 def _augmented(augmentations: Sequence[Augmentation], inputs: Batch, draws: Sequence[Tensor]) -> Batch:
@@ -419,7 +430,7 @@ def evaluation_views(split: Split, config: TrainConfig, batch_size: int) -> Iter
     )
     rows, generator = torch.arange(len(split)), torch.Generator().manual_seed(0)
     size = _image_size(split)
-    draws = [each.draw(rows, size, 1, generator).to(device) for _ in range(2) for each in augmentations]
+    draws = [each.draw(rows, size, epoch, generator).to(device) for each, epoch in _of_views(augmentations, 2, epoch=1)]
     in_batches = (torch.split(drawn, batch_size) for drawn in draws)
     for (inputs, targets), *drawn in zip(evaluation_batches(split, batch_size, device), *in_batches, strict=True):
         yield _in_views(augmentations, inputs, targets, drawn)

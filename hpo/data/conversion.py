@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hpo.data.dtypes import of_usual_type
 from hpo.data.parts import Ragged, map_parts
 from hpo.errors import DataError
 
@@ -19,8 +20,8 @@ _OF_NUMBERS = ("regression", "box", "soft_labels")
 
 
 def convert_inputs(inputs: Any) -> Any:
-    """Inputs with arrays as tensors, and floats of 64 bits as those of 32."""
-    return map_parts(lambda part: _single(_tensor(part)), _unwrapped(inputs))
+    """Inputs with arrays as tensors, of types that torch supports well."""
+    return map_parts(lambda part: _supported(_tensor(part)), _unwrapped(inputs))
 
 
 def same_parts(one: Any, other: Any) -> bool:
@@ -97,7 +98,7 @@ class TargetConversion:
             return values.long() - 1 if self.first else values.long()
         if (kind in _OF_INTEGERS or self.classes) and _is_integral(values) and values.dtype not in _SMALL:
             return values.long()
-        return _single(values)
+        return _supported(values)
 
 
 def _for(given: Any, name: str, default: Any = None) -> Any:
@@ -120,10 +121,11 @@ def _tensor(part: Any) -> Any:
     return torch.from_numpy(np.ascontiguousarray(own))
 
 
-def _single(part: Any) -> Any:
+def _supported(part: Any) -> Any:
     if isinstance(part, Ragged):
-        return _with(part, torch.Tensor.float) if part.dtype == torch.float64 else part
-    return part.float() if isinstance(part, Tensor) and part.dtype == torch.float64 else part
+        values = of_usual_type(part.values)
+        return part if values is part.values else _with(part, lambda _: values)
+    return of_usual_type(part) if isinstance(part, Tensor) else part
 
 
 def _with(part: Ragged, convert: Callable[[Tensor], Tensor]) -> Ragged:

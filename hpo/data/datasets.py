@@ -18,12 +18,12 @@ from torch import Tensor
 
 from hpo.config import derive_seed
 from hpo.data.conversion import TargetConversion
-from hpo.data.examples import SAMPLE_SIZE, Dataset, DataSpec, SealedSplit, Split, Vocabulary, converted
+from hpo.data.examples import Dataset, DataSpec, SealedSplit, Split, Vocabulary, converted
 from hpo.data.kinds import strata
 from hpo.data.loaded import Loaded
 from hpo.data.mapped import MappedImages
-from hpo.data.parts import Ragged, is_image_or_number, map_parts, named_parts
-from hpo.errors import DataError, UsageError
+from hpo.data.parts import Ragged, map_parts
+from hpo.errors import UsageError
 from hpo.machine import memory_bytes
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def split_dataset(
             f"limit={limit} is not allowed: it must be from 1 to the {len(dataset.train)} examples there are."
         )
     spec = dataset.spec
-    _require_sound(dataset.train, spec)
+    dataset.train.require_sound(spec)
     kept = _stratified_order(dataset.train, spec.kind, len(spec.classes), derive_seed(seed, "split"))[:limit]
     num_validation = math.ceil(len(kept) * validation_fraction)
     train, validation = _select(dataset.train, kept[num_validation:]), _select(dataset.train, kept[:num_validation])
@@ -203,7 +203,7 @@ def hold_out(
         "raw": raw,
     }
     spec = Dataset(whole, SealedSplit(lambda: whole, 0), **given).spec
-    _require_sound(whole, spec)
+    whole.require_sound(spec)
     order = _stratified_order(whole, spec.kind, len(spec.classes), seed)
     num_test = math.ceil(len(whole) * test_fraction)
     test = _select(whole, order[:num_test])
@@ -237,35 +237,6 @@ def _stratified_order(split: Split, kind: str, num_classes: int, seed: int) -> I
     for members in (np.flatnonzero(labels == label) for label in range(num_classes + 1)):
         quantiles[members] = (np.arange(len(members)) + 0.5) / max(1, len(members))
     return order[np.argsort(quantiles, kind="stable")]
-
-
-def _require_sound(split: Split, spec: DataSpec) -> None:
-    """Raise DataError for what would end every trial, and on a GPU without a word about the cause."""
-    sample = split.select(slice(0, SAMPLE_SIZE)).in_memory() if isinstance(split.inputs, Loaded) else split
-    for name, part in named_parts(sample.inputs).items():
-        _require_sound_input(f"the data's inputs{f' ({name})' if name else ''}", part)
-    spec.require_sound_targets(split.targets)
-    if spec.kind == "reconstruction" and not (
-        isinstance(split.inputs, Tensor) and is_image_or_number(split.inputs.dtype)
-    ):
-        raise DataError("a reconstruction is of one tensor of images or floats; other inputs need a loss of their own.")
-
-
-def _require_sound_input(name: str, part: Part) -> None:
-    values = part.values if isinstance(part, Ragged) else part
-    if not isinstance(values, Tensor):
-        return
-    if values.is_complex():
-        raise DataError(f"{name} are complex numbers; give torch.view_as_real of them.")
-    if values.is_floating_point() and not values.isfinite().all():
-        raise DataError(f"{name} hold NaN or infinite values; fill them in or leave those examples out.")
-    if not values.is_floating_point() and values.dtype != torch.uint8 and values.numel() and values.min() < 0:
-        raise DataError(
-            f"{name} hold the integer {int(values.min())}; integers are ids (tokens, categories) and count from 0. "
-            "Numbers become floats with .float()."
-        )
-    if isinstance(part, Ragged) and len(part) and int(part.lengths.min()) == 0:
-        raise DataError(f"{name} have an empty sequence (example {int(part.lengths.argmin())}); leave it out.")
 
 
 def _require_examples(train: Split, validation: Split, spec: DataSpec) -> None:

@@ -15,10 +15,21 @@ from torch import Tensor
 
 from hpo.config import SEVERAL
 from hpo.data.conversion import TargetConversion, convert_inputs, same_parts
-from hpo.data.kinds import infer_kind, num_outputs, require_sound_targets
+from hpo.data.kinds import infer_kind, num_outputs, require_a_tag_for_each_element, require_sound_targets
 from hpo.data.loaded import Loaded
 from hpo.data.mapped import MappedImages
-from hpo.data.parts import Examples, Padded, Ragged, map_parts, named_parts, parts, select, taken, to_device
+from hpo.data.parts import (
+    Examples,
+    Padded,
+    Ragged,
+    is_image_or_number,
+    map_parts,
+    named_parts,
+    parts,
+    select,
+    taken,
+    to_device,
+)
 from hpo.data.preprocessing import Preprocessing, preprocessing_from_dict
 from hpo.errors import DataError, UsageError
 
@@ -115,12 +126,32 @@ class Split:
         """The first examples as a batch, on a device."""
         return to_device(self.batch(slice(0, num_examples)), device)
 
+    def require_sound(self, spec: DataSpec) -> None:
+        """Raise DataError for what would end every trial, and on a GPU without a word about the cause."""
+        sample = self._looked_at()
+        for name, part in named_parts(sample.inputs).items():
+            _require_sound_input(f"the data's inputs{f' ({name})' if name else ''}", part)
+        spec.require_sound_targets(self.targets)
+        kinds = {name: target.kind for name, target in spec.targets.items()} or {"": spec.kind}
+        for name, tags in named_parts({} if sample.targets is None else sample.targets).items():
+            if kinds.get(name) == "tagging":
+                require_a_tag_for_each_element(sample.inputs, tags)
+        if spec.kind == "reconstruction" and not (
+            isinstance(self.inputs, Tensor) and is_image_or_number(self.inputs.dtype)
+        ):
+            raise DataError(
+                "a reconstruction is of one tensor of images or floats; other inputs need a loss of their own."
+            )
+
+    def _looked_at(self) -> Split:
+        """The examples whose inputs are looked at before a search: of a torch Dataset the first ones alone."""
+        return self.select(slice(0, SAMPLE_SIZE)).in_memory() if isinstance(self.inputs, Loaded) else self
+
     def require_like(self, spec: DataSpec) -> None:
-        """Raise DataError if the examples of a test split are not of the kind that a model was made for."""
-        if isinstance(self.inputs, Loaded):
-            self.select(slice(0, SAMPLE_SIZE)).in_memory().require_like(spec)
-            return
-        given, wanted = named_parts(self.inputs), spec.input_specs
+        """Raise DataError if the examples of a test split are not of the kind that a model was made for, or not
+        sound."""
+        sample = self._looked_at()
+        given, wanted = named_parts(sample.inputs), spec.input_specs
         if given.keys() != wanted.keys():
             raise DataError(f"the test split has the inputs {', '.join(given)}, not {', '.join(wanted)}.")
         for name, part in given.items():
@@ -136,7 +167,11 @@ class Split:
                     f"the examples{of_name} of the test split hold the integer {found.vocabulary - 1}, which no other "
                     "example has; give the Dataset a larger vocabulary."
                 )
-        spec.require_sound_targets(self.targets)
+        try:
+            _require_rows(sample)
+            self.require_sound(spec)
+        except DataError as error:
+            raise DataError(f"in the test split, {error}") from error
 
     def fingerprints(self) -> list[bytes]:
         """A hash of the inputs of each example: equal inputs have equal hashes."""
@@ -148,6 +183,23 @@ class Split:
             for digest, content in zip(digests, _bytes_of_examples(part), strict=True):
                 digest.update(content)
         return [digest.digest() for digest in digests]
+
+
+def _require_sound_input(name: str, part: Part) -> None:
+    values = part.values if isinstance(part, Ragged) else part
+    if not isinstance(values, Tensor):
+        return
+    if values.is_complex():
+        raise DataError(f"{name} are complex numbers; give torch.view_as_real of them.")
+    if values.is_floating_point() and not values.isfinite().all():
+        raise DataError(f"{name} hold NaN or infinite values; fill them in or leave those examples out.")
+    if not values.is_floating_point() and values.dtype != torch.uint8 and values.numel() and values.min() < 0:
+        raise DataError(
+            f"{name} hold the integer {int(values.min())}; integers are ids (tokens, categories) and count from 0. "
+            "Numbers become floats with .float()."
+        )
+    if isinstance(part, Ragged) and len(part) and int(part.lengths.min()) == 0:
+        raise DataError(f"{name} have an empty sequence (example {int(part.lengths.argmin())}); leave it out.")
 
 
 def _stored(part: Any) -> Any:
@@ -178,7 +230,7 @@ def converted(split: Split, convert: TargetConversion) -> Split:
 class SealedSplit:
     """The test split: opened once, for the winner of a study.
 
-    Before that only its size is visible; `times_opened` lets a test check this.
+    Before that only its size is visible, and whether a winner can be tested; `times_opened` lets a test check this.
     """
 
     def __init__(
@@ -204,6 +256,10 @@ class SealedSplit:
     def converted(self, convert: TargetConversion) -> SealedSplit:
         """The same split, still sealed, with targets converted as those of the training split were."""
         return SealedSplit(lambda: converted(self._read(), convert), self._size, self._texts)
+
+    def require_like(self, spec: DataSpec) -> None:
+        """Raise DataError for examples that a model for this spec cannot be tested with. The split stays sealed."""
+        self._read().require_like(spec)
 
     def count_known(self, fingerprints: Collection[bytes]) -> int:
         """Number of examples whose fingerprint is among these. The split stays sealed."""

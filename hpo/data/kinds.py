@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hpo.data.parts import Examples, Ragged
+from hpo.data.parts import Examples, Ragged, parts
 from hpo.errors import DataError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -97,6 +97,21 @@ def require_sound_targets(kind: str, targets: Examples | None, classes: Sequence
     if not isinstance(targets, Tensor | Ragged):
         raise DataError(f"targets of the kind {kind} must be a tensor, not {_described(targets)}.")
     _CHECKS[kind](targets, classes)
+
+
+def require_a_tag_for_each_element(inputs: Examples, tags: Examples | None) -> None:
+    """Raise DataError if a sequence has more or fewer tags than elements; with several sequences nothing is known."""
+    sequences = [part for part in parts(inputs) if isinstance(part, Ragged)]
+    if len(sequences) != 1 or not isinstance(tags, Tensor | Ragged):
+        return
+    lengths = sequences[0].lengths
+    num_tags = tags.lengths if isinstance(tags, Ragged) else torch.full_like(lengths, tags.shape[1])
+    if not torch.equal(num_tags, lengths):
+        row = int((num_tags != lengths).nonzero()[0])
+        raise DataError(
+            f"example {row} has a sequence of length {lengths[row]}, but tags of length {num_tags[row]}; give a tag "
+            f"for each element, and {IGNORED} where none is counted."
+        )
 
 
 def strata(kind: str, targets: Examples | None, num_classes: int) -> NDArray[Any] | None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from hpo.config import derive_seed
+from hpo.data.dtypes import of_usual_type
 from hpo.errors import DataError, HpoError, in_one_line
 
 Rows = Tensor | slice
@@ -125,9 +126,9 @@ class _Collator:
 
 
 def _as_tensors(part: Any) -> Any:
-    """Lists as tuples, and float64, which Python's and numpy's numbers become, as float32."""
+    """Lists as tuples, and tensors of a usual type: Python's and numpy's numbers become float64."""
     if isinstance(part, Tensor):
-        return part.float() if part.dtype == torch.float64 else part
+        return of_usual_type(part)
     if isinstance(part, dict):
         return {name: _as_tensors(each) for name, each in part.items()}
     return tuple(map(_as_tensors, part)) if isinstance(part, list | tuple) else part

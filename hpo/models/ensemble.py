@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hpo.errors import UsageError
-from hpo.models.preprocessed import PreprocessedModel
+from hpo.models.preprocessed import PreprocessedModel, has_no_examples
 
 if TYPE_CHECKING:
     from hpo.data.examples import DataSpec
@@ -48,6 +48,8 @@ class Ensemble(nn.Module):
     @torch.no_grad()
     def predict(self, inputs: Any) -> list[Any]:
         """The class name, or the number or numbers, of each of a batch of raw examples, in evaluation mode."""
+        if has_no_examples(inputs):
+            return []
         outputs = self(self._as_batch(inputs))
         if self.spec.kind == "classification":
             return [self.classes[index] for index in outputs.argmax(1).tolist()]

@@ -28,9 +28,10 @@ DROPOUT_TYPES = ("dropout", "dropconnect")
 class MLP(nn.Module):
     """`depth` hidden layers of `width` units, each linear, norm, activation, dropout; then one linear output layer.
 
-    Images are flattened. There is no shortcut: a deep one (20 layers of 100 SiLU units, say) needs a norm, or care.
-    `norm_first` says whether the norm comes before the activation. SwiGLU's layers have a gate for each unit, and so
-    twice the weights. With a `dropout_type` of "dropconnect" it is the weights of hidden layers that are dropped.
+    Images are flattened, and a single number is one feature. There is no shortcut: a deep one (20 layers of 100 SiLU
+    units, say) needs a norm, or care. `norm_first` says whether the norm comes before the activation. SwiGLU's layers
+    have a gate for each unit, and so twice the weights. With a `dropout_type` of "dropconnect" it is the weights of
+    hidden layers that are dropped.
     """
 
     def __init__(
@@ -62,7 +63,8 @@ class MLP(nn.Module):
         initialize_output(self.output)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return cast(Tensor, self.output(self.hidden(inputs.flatten(1))))
+        features = inputs.flatten(1) if inputs.ndim > 1 else inputs.unsqueeze(1)
+        return cast(Tensor, self.output(self.hidden(features)))
 
     def initialize_from_data(self, inputs: Tensor) -> None:
         """The second half of `init="lsuv"`."""

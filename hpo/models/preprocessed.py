@@ -16,6 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
 from hpo.config import SEVERAL
+from hpo.data.dtypes import of_usual_type
 from hpo.data.examples import DataSpec, InputSpec, Split
 from hpo.data.kinds import OF_CLASSES, read_greedily
 from hpo.data.loaded import Loaded
@@ -181,7 +182,7 @@ class PreprocessedModel(nn.Module):
         if isinstance(part, Tensor):
             return _known_statistics.of(part)
         if isinstance(part, Ragged):
-            return _input_statistics(part.values if part.values.ndim > 1 else part.values[:, None])
+            return _input_statistics(part.values)
         return _input_statistics(part[:SAMPLE_SIZE])
 
     def as_batch(self, inputs: Any) -> Batch:
@@ -217,6 +218,8 @@ class PreprocessedModel(nn.Module):
         """
         if self.spec.kind == "own":
             raise UsageError("only the task's own loss knows what its outputs mean; call the model itself.")
+        if has_no_examples(inputs):
+            return []
         self.eval()
         batch = self.as_batch(inputs)
         outputs = self(batch)
@@ -391,18 +394,28 @@ def _has_two_sides(shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and min(shape) > 1
 
 
+def has_no_examples(inputs: Any) -> bool:
+    """Whether these are an empty list: nothing says what it would hold."""
+    return isinstance(inputs, list | Ragged) and len(inputs) == 0
+
+
 def _as_batch(inputs: Any, spec: InputSpec, device: torch.device) -> Tensor | Padded:
     if spec.is_ragged:
         if not isinstance(inputs, Padded):
             sequences = inputs if isinstance(inputs, Ragged) else Ragged.of(list(inputs))
             inputs = sequences.padded(slice(None), slice(None))
+        inputs = replace(inputs, values=_of_type(spec, inputs.values))
+        if len(inputs) and int(inputs.lengths.min()) == 0:
+            raise UsageError(f"example {int(inputs.lengths.argmin())} is an empty sequence; leave it out.")
         batch, shape = inputs.values, tuple(inputs.values.shape[2:])
         moved: Tensor | Padded = to_device(inputs, device)
     else:
-        moved = batch = torch.as_tensor(inputs).to(device)
+        moved = batch = _of_type(spec, torch.as_tensor(inputs)).to(device)
         shape = tuple(batch.shape[1:])
     if shape != spec.shape:
         raise UsageError(f"the model takes a batch of shape {spec.describe()}, not {tuple(batch.shape)}.")
+    if spec.vocabulary is not None and batch.is_floating_point():
+        raise UsageError(f"the model takes integers ({spec.dtype}), not {str(batch.dtype).removeprefix('torch.')}.")
     if (
         spec.vocabulary is not None
         and batch.numel()
@@ -412,6 +425,11 @@ def _as_batch(inputs: Any, spec: InputSpec, device: torch.device) -> Tensor | Pa
             f"the model takes integers from 0 to {spec.vocabulary - 1}, not {int(batch.min())} to {int(batch.max())}."
         )
     return moved
+
+
+def _of_type(spec: InputSpec, values: Tensor) -> Tensor:
+    """Truth values as the numbers or ids of training, and others of a type that torch supports well."""
+    return values.to(getattr(torch, spec.dtype)) if values.dtype == torch.bool else of_usual_type(values)
 
 
 def _without_padding(outputs: Any, batch: Batch) -> list[list[int]]:
@@ -529,7 +547,8 @@ _known_statistics = _KnownStatistics()
 
 
 def _input_statistics(inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation by channel or feature."""
+    """Mean and standard deviation by channel or feature; of single numbers (N,) one of each."""
+    inputs = inputs if inputs.ndim > 1 else inputs[:, None]
     of_second = _uint8_statistics if inputs.dtype == torch.uint8 else _statistics
     if not _has_two_sides(shape := tuple(inputs.shape[1:])):
         return of_second(inputs)

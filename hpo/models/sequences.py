@@ -178,6 +178,8 @@ class Elements(nn.Module):
     def __init__(self, spec: DataSpec, width: int) -> None:
         super().__init__()
         given = spec.only_input
+        if not given.is_ragged and not given.shape:
+            raise UsageError("networks of sequences take (B, length, features); the inputs are one value each.")
         element = given.shape if given.is_ragged else given.shape[1:]
         self.embedding: nn.Module
         if given.vocabulary is not None:
@@ -198,7 +200,9 @@ class Elements(nn.Module):
     def forward(self, inputs: Tensor | Padded) -> tuple[Tensor, Tensor, Tensor]:
         if not isinstance(inputs, Padded):
             inputs = Padded(inputs, torch.full((len(inputs),), inputs.shape[1], device=inputs.device))
-        values = inputs.values if self.is_of_ids or self.has_features else inputs.values.unsqueeze(-1)
+        values = inputs.values.long() if self.is_of_ids else inputs.values
+        if not self.is_of_ids and not self.has_features:
+            values = values.unsqueeze(-1)
         mask = inputs.mask
         return self.embedding(values) * (self.scale * mask.unsqueeze(-1)), inputs.lengths, mask
 

@@ -18,7 +18,7 @@ class Tabular(nn.Module):
     """An MLP, or with `residual` the ResNet for tables of Gorishniy et al. 2021, arXiv:2106.11959, section 3.2.
 
     Inputs are a table of numbers (B, F), one of categories (B, K) int64, or several of them. A category of n values has
-    n vectors of `embedding` features, or of half of n where that is less.
+    n vectors of `embedding` features, or of half of n where that is less; one that only later data have is all zeros.
     """
 
     def __init__(
@@ -55,13 +55,21 @@ class Tabular(nn.Module):
         features: list[Tensor] = []
         embeddings = iter(self.embeddings)
         for part in tensors_of(inputs):
+            columns = part.flatten(1) if part.ndim > 1 else part.unsqueeze(1)
             if part.is_floating_point():
-                features.append(part.flatten(1))
+                features.append(columns)
                 continue
-            ids = part if part.ndim > 1 else part.unsqueeze(1)
-            columns = zip(cast(nn.ModuleList, next(embeddings)), ids.unbind(1), strict=True)
-            features += [layer(column) for layer, column in columns]
+            layers = cast(nn.ModuleList, next(embeddings))
+            features += [self._embedded(layer, ids) for layer, ids in zip(layers, columns.unbind(1), strict=True)]
         return cast(Tensor, self.output(self.layers(torch.cat(features, dim=1))))
+
+    def _embedded(self, layer: nn.Module, ids: Tensor) -> Tensor:
+        """The vectors (B, features) of a column's categories (B,)."""
+        ids = ids.long()
+        if self.training:  # of these examples each column has its number of categories
+            return cast(Tensor, layer(ids))
+        is_known = ids < cast(nn.Embedding, layer).num_embeddings
+        return cast(Tensor, layer(ids.where(is_known, 0))) * is_known.unsqueeze(1)
 
 
 def _categories(name: str, of_input: InputSpec) -> tuple[int, ...] | None:

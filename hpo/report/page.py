@@ -150,11 +150,11 @@ def _winner_cards(content: Content) -> Iterator[tuple[str, str, str]]:
         interval = "" if low is None else f"95 % interval {low:.4f} to {high:.4f}; "
         yield f"{winner.metric}, test split", f"{winner.test[winner.metric]:.4f}", f"{interval}{_readings(winner)}"
     elif winner.test is None and winner.has_test:
-        yield f"{winner.metric}, test split", "not read yet", "it is read once, when the search is complete"
+        yield f"{winner.metric}, test split", "not used yet", "it is used once, when the search is complete"
 
 
 def _readings(winner: Winner) -> str:
-    return "read once" if winner.num_test_readings == 1 else f"read {winner.num_test_readings} times, once per winner"
+    return "used once" if winner.num_test_readings == 1 else f"used {winner.num_test_readings} times, once per winner"
 
 
 def _winner(content: Content, winner: Winner) -> str:

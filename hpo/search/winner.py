@@ -78,7 +78,7 @@ def reading_of(trial: int, *, is_refit: bool) -> str:
 
 
 def forget_models(study: Study, trials: Collection[int]) -> None:
-    """Forget what is known of the models of trials that train on. How often the test split was read stays known.
+    """Forget what is known of the models of trials that train on. How often the test split was used stays known.
 
     The caller holds the study's lock.
     """

@@ -59,7 +59,7 @@ def _scores(study: Study, trial: int, winner: Winner | None) -> Iterator[str]:
         return
     if winner.test:
         scores = ", ".join(f"{name} {score:.4f}" for name, score in winner.test.items())
-        yield f"- Test split: {scores}. The study has read it {winner.num_test_readings} time(s)."
+        yield f"- Test split: {scores}. The study has used it {winner.num_test_readings} time(s)."
     else:
         yield "- Not tested."
     if winner.test_interval:

@@ -53,7 +53,7 @@ def load_ensemble(
     They are the best trials (`--keep`) and, after a confirmation, the best repeat of each configuration. Which of them
     count, and how often, is chosen on the validation split, for which the task's data are read (Caruana et al., 2004).
     `.gain` estimates what that gains over the winner alone, and `len(.models)` says what it costs: that many times
-    the time and memory of one model. The test split is not read.
+    the time and memory of one model. The test split is not used.
 
     Raises UsageError for a study without a result, a cross-validation, and tasks whose targets are neither one class
     nor numbers; StoreError if fewer than two models were kept.

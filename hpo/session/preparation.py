@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from hpo.checks.checklist import quick_part
-from hpo.checks.compatibility import check_task
+from hpo.checks.compatibility import check_task, check_test_split
 from hpo.checks.rehearsal import LIMIT_S, REHEARSAL, check_rehearsal
 from hpo.checks.verdicts import Subject, in_few_lines
 from hpo.data.datasets import VALIDATION_FRACTION, all_examples, check_folds, split_dataset
@@ -68,7 +68,8 @@ def prepare(request: Request, observer: Observer) -> Prepared:
     if study:
         require_unchanged(study, provenance, accept_changes=machine.accepts_changes)
     splits = split(dataset, request) if dataset else None
-    verdicts = _checked(splits, request, observer, is_new=study is None) if splits else []
+    test = dataset.test_for(splits.spec) if dataset and splits else None
+    verdicts = _checked(splits, test, request, observer, is_new=study is None) if splits and test else []
     machine.home.require_space(splits.num_bytes if splits else 0)
     session_id = uuid4().hex
     setup = Setup(
@@ -82,7 +83,7 @@ def prepare(request: Request, observer: Observer) -> Prepared:
         request=request,
         session_id=session_id,
         splits=splits,
-        test=dataset.test_for(splits.spec) if dataset and splits else None,
+        test=test,
         provenance=provenance,
         verdicts=verdicts,
         workers=start_workers(machine.executor, setup, machine.resources),
@@ -111,10 +112,14 @@ def split(dataset: Dataset, request: Request) -> Splits:
     return splits
 
 
-def _checked(splits: Splits, request: Request, observer: Observer, *, is_new: bool) -> Sequence[Verdict]:
+def _checked(
+    splits: Splits, test: SealedSplit, request: Request, observer: Observer, *, is_new: bool
+) -> Sequence[Verdict]:
     """What the checks before the first trial find. Raises UsageError if the task does not fit its data, or the
     default configuration does not train."""
     check_task(request.task, splits)
+    if is_new:
+        check_test_split(test, splits.spec)
     subject = Subject.of(request.task, splits, "cpu")
     verdicts = quick_part(subject)
     if request.is_rehearsed(is_new=is_new):

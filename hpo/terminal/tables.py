@@ -480,14 +480,14 @@ def _describe_test(winner: Winner) -> str:
     if winner.test is None and not winner.has_test:
         return "none: the task's Objective has no test="
     if winner.test is None:
-        return "not evaluated yet: the test split is read once, when the search is complete"
+        return "not evaluated yet: the test split is used once, when the search is complete"
     scores = ", ".join(_describe_score(winner, name, value) for name, value in winner.test.items())
     times = (
         "once" if winner.num_test_readings == 1 else f"{winner.num_test_readings} times, once for each winner so far"
     )
     optimism = winner.validation - winner.test.get(winner.metric, math.nan)
     difference = f"; validation minus test: {optimism:.4f}" if math.isfinite(optimism) else ""
-    return f"{scores} (the test split was read {times}{difference})"
+    return f"{scores} (the test split was used {times}{difference})"
 
 
 def _describe_score(winner: Winner, name: str, value: float) -> str:
