@@ -34,7 +34,7 @@ from hpo.deploy.recurrences import as_loops
 from hpo.deploy.results import Export
 from hpo.deploy.verify import check_outputs
 from hpo.errors import ExportError, UnknownNameError, UsageError
-from hpo.models.networks import convnet, mlp, recurrent, tabular, transformer
+from hpo.models.networks import convnet, convnet1d, mlp, recurrent, tabular, transformer
 from hpo.models.preprocessed import PreprocessedModel
 from hpo.plugins import load_objective
 from hpo.session import formats
@@ -351,6 +351,7 @@ CASES = {
     "a GRU of elements": kind(
         TOKENS, Ragged.of([[0] * n for n in LENGTHS]), partial(recurrent, cell="gru", depth=2), classes=LETTERS
     ),
+    "sequences of one length": kind(torch.randn(8, 6, 3), ONE_OF_THREE, convnet1d, classes=LETTERS),
     "transcriptions": kind(TOKENS, Ragged.of([[0]] * 8), Reads, classes=LETTERS, kind="transcription"),
     "several inputs": kind(
         {"picture": pictures(2), "numbers": torch.randn(8, 3)}, ONE_OF_THREE, OfTwo, classes=LETTERS

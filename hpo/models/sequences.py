@@ -199,7 +199,7 @@ class Elements(nn.Module):
 
     def forward(self, inputs: Tensor | Padded) -> tuple[Tensor, Tensor, Tensor]:
         if not isinstance(inputs, Padded):
-            inputs = Padded(inputs, torch.full((len(inputs),), inputs.shape[1], device=inputs.device))
+            inputs = Padded(inputs, torch.full(inputs.shape[:1], inputs.shape[1], device=inputs.device))
         values = inputs.values.long() if self.is_of_ids else inputs.values
         if not self.is_of_ids and not self.has_features:
             values = values.unsqueeze(-1)
