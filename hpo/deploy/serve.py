@@ -38,7 +38,7 @@ def scoring_app(folder: Path) -> FastAPI:
     takes_arrays = not signature.get("preprocessing")
     kinds = _KINDS[:1] if takes_arrays else _KINDS
 
-    @app.middleware("http")
+    @app.middleware("http")  # type: ignore[untyped-decorator]
     async def answer(request: Request, call_next: Callable[[Request], Any]) -> Any:
         if request.url.path != "/invocations" or request.method != "POST":
             return await call_next(request)
