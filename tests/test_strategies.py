@@ -166,11 +166,11 @@ def test_every_trial_of_any_space_has_every_parameter_within_its_range(space: Sp
 @pytest.mark.parametrize("name", sorted(registered(SEARCH_SPACES)))
 def test_every_draw_from_a_shipped_space_has_every_parameter_and_suits_the_trainer(name: str) -> None:
     task = load_task(name)
-    sampler = build_sampler("priority", task.space, seed=0, num_trials=100)
+    sampler = build_sampler("priority", task.space, seed=0, num_trials=40)
     study = optuna.create_study(sampler=sampler, direction="maximize")
     distributions = {parameter: distribution(declared) for parameter, declared in task.space.parameters.items()}
     drawn: dict[str, set[object]] = {parameter: set() for parameter in distributions}
-    for number in range(100):
+    for number in range(40):
         trial = study.ask(distributions)
         assert list(trial.params) == list(task.space.parameters)
         task.train_config(task.space.active(trial.params))
