@@ -118,7 +118,7 @@ def run_tables(trials: int, plan: str, seeds: int) -> None:
 
 def _row(name: str, outcomes: Sequence[Outcome]) -> str:
     signs = [int(np.sign(outcome.lucky - outcome.confirmed)) for outcome in outcomes]
-    shares = " / ".join(f"{100 * signs.count(sign) / len(signs):.0f} %" for sign in (1, 0, -1))
+    shares = " / ".join(f"{100 * signs.count(sign) / len(signs):.0f}%" for sign in (1, 0, -1))
     means = " | ".join(
         f"{np.mean([getattr(o, kind) for o in outcomes]):.4f}" for kind in ("lucky", "confirmed", "longer")
     )
@@ -126,7 +126,7 @@ def _row(name: str, outcomes: Sequence[Outcome]) -> str:
 
 
 def _interval(groups: Sequence[Sequence[float]]) -> tuple[float, float, float]:
-    """The mean over groups with its 95 % interval, of a bootstrap over the seeds of each group."""
+    """The mean over groups with its 95% interval, of a bootstrap over the seeds of each group."""
     values, rng = np.array(groups), np.random.default_rng(0)
     drawn = rng.integers(values.shape[1], size=(BOOTSTRAP_SAMPLES, *values.shape))
     means = np.take_along_axis(values[None], drawn, axis=2).mean(axis=(1, 2))

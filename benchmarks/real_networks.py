@@ -5,7 +5,7 @@
 
 Trains the tasks' own networks with hpo's trainer, one after another in one process on one thread. Every search may
 spend the epochs of 30 full trials, or --seconds of CPU time in training; one that stops trials early gets more of them.
-Searches are paired by seed, which also divides the data; the intervals are 95 % of a bootstrap over seeds.
+Searches are paired by seed, which also divides the data; the intervals are 95% of a bootstrap over seeds.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def gain_at(mark: int, own: list[Course], others: list[Course]) -> str:
 
 
 def interval(values: Values) -> str:
-    """The mean of the values with its 95 % interval."""
+    """The mean of the values with its 95% interval."""
     drawn = np.random.default_rng(0).integers(len(values), size=(BOOTSTRAP_SAMPLES, len(values)))
     low, high = np.quantile(values[drawn].mean(axis=1), [0.025, 0.975])
     digits = 1 if values.mean() > 1 else 4

@@ -12,7 +12,7 @@ tables of HPOLib and HPOBench, and SMAC3 as a peer from outside. The peer `prior
 
 Regret is 0 at the best known loss and 1 at that of a typical random configuration; it is that of the best epoch so far,
 of any trial. A full run is as many epochs as a trial has at the most: a strategy that stops trials early gets more of
-them for the same epochs. Strategies are paired by task and seed; the intervals are 95 % of a bootstrap over tasks.
+them for the same epochs. Strategies are paired by task and seed; the intervals are 95% of a bootstrap over tasks.
 """
 
 from __future__ import annotations
@@ -488,7 +488,7 @@ def compare(outcomes: Outcomes, read: Callable[[Outcome], float]) -> Regrets:
 
 
 def ratio_of_means(ours: Curve, theirs: Curve) -> tuple[float, float, float]:
-    """Ratio of the mean regrets, with the bounds of its 95 % interval from a bootstrap over tasks."""
+    """Ratio of the mean regrets, with the bounds of its 95% interval from a bootstrap over tasks."""
     ours, theirs = ours.mean(axis=1), theirs.mean(axis=1)
     drawn = np.random.default_rng(0).integers(len(ours), size=(BOOTSTRAP_SAMPLES, len(ours)))
     ratios = ours[drawn].mean(axis=1) / theirs[drawn].mean(axis=1)

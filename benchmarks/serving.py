@@ -178,9 +178,7 @@ def main() -> None:
                         load = measure(server, port, bodies, clients, given.seconds)
                         found.setdefault((name, size, clients), []).append(load)
     console = Console(width=120)
-    table = Table(
-        "server", "batch", "clients", "requests/s", "examples/s", "median ms", "99 % ms", "requests", "errors"
-    )
+    table = Table("server", "batch", "clients", "requests/s", "examples/s", "median ms", "99% ms", "requests", "errors")
     for (name, size, clients), loads in found.items():
         rate = statistics.median(load.requests_a_second for load in loads)
         latencies = 1000 * np.array([each for load in loads for each in load.latencies_s])

@@ -5,7 +5,7 @@
 A trial has the validation error of an MLP, and its seconds per epoch; both are minimised. search_quality.py says what
 DIR is. Each search begins with the default configuration. What is compared is how much of the hypervolume is missing:
 that of the front of all searches of a task has 0, and no front at all 1. The reference point is the median of random
-search in each objective. The intervals are 95 % of a bootstrap over tasks.
+search in each objective. The intervals are 95% of a bootstrap over tasks.
 """
 
 from __future__ import annotations

@@ -279,7 +279,7 @@ def rerun(as_json: bool, **request: Any) -> None:
     """Run a trial of STUDY again and compare the results.
 
     With the same seed, versions and machine they should be equal in every bit. Otherwise the difference is shown with
-    its 95 % interval. The study does not change.
+    its 95% interval. The study does not change.
 
     \b
     hpo rerun digits --trial 0 --seed 1

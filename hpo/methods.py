@@ -108,7 +108,7 @@ SCHEDULES = {
     ),
     "one_cycle": Method(
         "hpo.training.schedules:one_cycle",
-        "up to `lr` over 30 % of the steps, then down to nearly 0; "
+        "up to `lr` over 30% of the steps, then down to nearly 0; "
         "momentum (or `beta1`) moves in the opposite direction",
         "short trainings with a high rate",
     ),

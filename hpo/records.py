@@ -168,7 +168,7 @@ class Comparison:
     gain: float | None
     """How much better the winner's metric is; None for the default itself, and where either has no model to compare."""
     low: float | None
-    """Lower end of the 95 % interval of the gain; None for a training loop of the task's own, which has the data."""
+    """Lower end of the 95% interval of the gain; None for a training loop of the task's own, which has the data."""
     high: float | None
     num_examples: int
     """Validation examples that both models judged; 0 where folds, or seeds, were compared."""
@@ -268,7 +268,7 @@ class Winner:
     num_test_readings: int
     """How often this study has read the test split: once for each winner that it had at an end."""
     test_interval: tuple[float, float] | None = None
-    """Bounds of the 95 % interval of the metric on the test split, over its examples; None until it is tested, and
+    """Bounds of the 95% interval of the metric on the test split, over its examples; None until it is tested, and
     where only the task's own `test` has the examples."""
     certainty: dict[str, Any] | None = None
     """A `Certainty` as plain data; None until it is tested, for a model trained on all examples, and for targets that
@@ -454,7 +454,7 @@ class Rerun:
     difference: float | None
     """This value less the earlier one."""
     low: float | None
-    """Lower end of the 95 % interval of the difference, over the validation examples or the folds; None where the
+    """Lower end of the 95% interval of the difference, over the validation examples or the folds; None where the
     earlier model was not kept, and for a training loop of the task's own."""
     high: float | None
     changes: list[str]

@@ -114,7 +114,7 @@ def winner(**about: Any) -> Winner:
     [
         (
             {"gain": 0.0208, "low": 0.0035, "high": 0.0382},
-            "has accuracy 0.9514; the winner gains 0.0208, 95 % interval 0.0035 to 0.0382 over 288 validation examples",
+            "has accuracy 0.9514; the winner gains 0.0208, 95% interval 0.0035 to 0.0382 over 288 validation examples",
         ),
         (
             {"gain": 0.0035, "low": -0.0104, "high": 0.0173},
@@ -125,7 +125,7 @@ def winner(**about: Any) -> Winner:
         ({"trial": 6}, "The winner is the default configuration"),
         (
             {"gain": 0.03, "low": 0.005, "high": 0.055, "num_examples": 0, "num_seeds": (3, 3)},
-            "has accuracy 0.9514, the mean of 3 trainings; the mean of the winner gains 0.0300, 95 % interval 0.0050 "
+            "has accuracy 0.9514, the mean of 3 trainings; the mean of the winner gains 0.0300, 95% interval 0.0050 "
             "to 0.0550 over 3 trainings of the winner and 3 of the default",
         ),
     ],

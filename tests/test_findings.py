@@ -398,7 +398,7 @@ def test_the_parameter_that_decides_has_nearly_all_of_the_variance() -> None:
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_other_values_of_inactive_parameters_change_nothing_at_all(seed: int) -> None:
-    """Momentum once had 62 %, with values of trials without momentum."""
+    """Momentum once had 62%, with values of trials without momentum."""
     study = a_study(30, rising_with(lambda values: -abs(log_lr(values) + 2) - float(values["dropout"])))
     draw = random.Random(seed)
     redrawn = [

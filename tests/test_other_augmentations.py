@@ -37,7 +37,7 @@ def test_the_numbers_of_positions_are_uniform_and_those_of_examples_and_purposes
     assert 0 <= float(numbers.min()) <= float(numbers.max()) < 1
     counts = torch.histc(numbers, bins=20, min=0, max=1)
     expected = numbers.numel() / 20
-    assert float(((counts - expected) ** 2 / expected).sum()) < 50, "chi squared of 19 degrees has 43.8 at 0.1 %"
+    assert float(((counts - expected) ** 2 / expected).sum()) < 50, "chi squared of 19 degrees has 43.8 at 0.1%"
     others = uniform(seeds(), 200, 1), uniform(seeds() + 1, 200), numbers.roll(1, 1)
     for other in others:
         assert abs(float(torch.corrcoef(torch.stack((numbers.flatten(), other.flatten())))[0, 1])) < 0.02

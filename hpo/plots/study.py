@@ -197,7 +197,7 @@ def plot_importances(
     axes.invert_yaxis()
     axes.set_xlim(0, min(1.1, 1.12 * max(high for shares in importances.values() for _, _, high in shares.values())))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_xlabel("share of the variance explained alone (main effect), with 90 % interval")
+    axes.set_xlabel("share of the variance explained alone (main effect), with 90% interval")
     figure.legend(handles=handles, loc="outside right upper", frameon=False, title="group", alignment="left")
     if note:
         figure.supxlabel(fill(note, 120), x=0.01, ha="left", color=GREY, fontsize=9)

@@ -73,7 +73,7 @@ def _scores(contents: Sequence[Content]) -> str:
         "epochs",
         f"validation {metric}",
         f"test {metric}",
-        "95 % interval",
+        "95% interval",
     )
     rows = []
     for content in contents:

@@ -200,7 +200,7 @@ def _as_number(name: str) -> Callable[[TrialRecord], Any]:
 
 
 def plot_importances(content: Content) -> go.Figure | None:
-    """The share of each parameter with its 90 % interval, the largest on top; None if none is known."""
+    """The share of each parameter with its 90% interval, the largest on top; None if none is known."""
     known = [
         (f"{name}, if {each.condition}" if each.condition else name, each.share, each.low, each.high)
         for group in content.importances.groups.values()
@@ -225,7 +225,7 @@ def plot_importances(content: Content) -> go.Figure | None:
         },
         hovertemplate="%{y}: %{x:.0%}<extra></extra>",
     )
-    figure = blank("share of the variance, with a 90 % interval", "", height=max(220, 60 + 30 * len(known)))
+    figure = blank("share of the variance, with a 90% interval", "", height=max(220, 60 + 30 * len(known)))
     figure.add_trace(bars)
     figure.update_xaxes(tickformat=".0%", range=[0, 1])
     figure.update_yaxes(automargin=True)

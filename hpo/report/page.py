@@ -147,7 +147,7 @@ def _winner_cards(content: Content) -> Iterator[tuple[str, str, str]]:
     yield f"{winner.metric}, {of}", f"{winner.validation:.4f}", describe_training(winner)
     if winner.test is not None and winner.metric in winner.test:
         low, high = winner.test_interval or (None, None)
-        interval = "" if low is None else f"95 % interval {low:.4f} to {high:.4f}; "
+        interval = "" if low is None else f"95% interval {low:.4f} to {high:.4f}; "
         yield f"{winner.metric}, test split", f"{winner.test[winner.metric]:.4f}", f"{interval}{_readings(winner)}"
     elif winner.test is None and winner.has_test:
         yield f"{winner.metric}, test split", "not used yet", "it is used once, when the search is complete"
@@ -246,7 +246,7 @@ def _importances(content: Content, drawn: dict[str, Figure]) -> str:
         for name, each in {"": importance, **importance.parameters}.items()
     ]
     note = f'<p class="dim">{escape(rated.note)}</p>' if rated.note else ""
-    shares = table(("group", "parameter", "share (90 % interval)"), rows) if rows else ""
+    shares = table(("group", "parameter", "share (90% interval)"), rows) if rows else ""
     return (place("importances") if figure else "") + note + shares
 
 

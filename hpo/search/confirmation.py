@@ -23,7 +23,7 @@ REPEATS = "repeats"
 """User attribute of an Optuna trial: the number of the trial whose configuration it trains again."""
 
 _CONFIDENCE = 0.975
-"""Quantile of Student's t that a configuration must be behind by before it is dropped: two-sided 5 %."""
+"""Quantile of Student's t that a configuration must be behind by before it is dropped: two-sided 5%."""
 
 _ENDED: tuple[TrialState, ...] = ("complete", "diverged", "failed")
 

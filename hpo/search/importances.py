@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from hpo.space import Space
 
 MIN_TRIALS = 30
-"""With 20 trials, one in four of the intervals that were narrow enough to report missed a share of 5 % or more."""
+"""With 20 trials, one in four of the intervals that were narrow enough to report missed a share of 5% or more."""
 
 MIN_ACTIVE_TRIALS = 10
 """The fewest trials that a conditional parameter must have been active in."""
@@ -48,7 +48,7 @@ WIDEST = 0.5
 
 _TAIL = 0.01
 """Probability of the posterior that an interval leaves out on either side. The posterior is surer than it should be, so
-what is reported as a 90 % interval is one of 98 %; benchmarks/importances.py has the coverage."""
+what is reported as a 90% interval is one of 98%; benchmarks/importances.py has the coverage."""
 
 _SHRINKING = 0.4
 """An interval is as wide as the number of trials to the power of minus this, by benchmarks/importances.py."""
@@ -64,7 +64,7 @@ _POINTS_OF_A_CURVE = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Importance:
-    """A share of the variance of the metric, from 0 to 1, with a 90 % interval; all None where trials are missing."""
+    """A share of the variance of the metric, from 0 to 1, with a 90% interval; all None where trials are missing."""
 
     share: float | None
     low: float | None

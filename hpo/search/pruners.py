@@ -41,8 +41,8 @@ _WITH_RUNGS = ("model", "sha")
 FOLD_LEVEL = 0.3
 """The smallest p-value of n folds is 2**-n, so this level lets two folds that are both worse stop a trial.
 
-Replayed on five folds of 40 trials of diabetes and of 30 of digits, it saves 48 % and 32 % of the folds; 0.2, which
-takes three folds, 27 % and 18 %; Optuna's 0.1, which takes four, 4 % and 8 %. In none of 300 random orders of either
+Replayed on five folds of 40 trials of diabetes and of 30 of digits, it saves 48% and 32% of the folds; 0.2, which
+takes three folds, 27% and 18%; Optuna's 0.1, which takes four, 4% and 8%. In none of 300 random orders of either
 did any of them stop the best trial.
 """
 

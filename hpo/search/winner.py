@@ -114,7 +114,7 @@ def how_far(trial: TrialRecord, settings: StudySettings) -> str | None:
 
 
 def describe_comparison(winner: Winner) -> str:
-    """`default 0.9514 (trial 0); gain 0.0208, 95 % interval 0.0035 to 0.0382`, and whether that tells them apart."""
+    """`default 0.9514 (trial 0); gain 0.0208, 95% interval 0.0035 to 0.0382`, and whether that tells them apart."""
     assert winner.comparison is not None, "the winner was compared"
     found = Comparison(**winner.comparison)
     if found.trial == winner.searched:
@@ -131,7 +131,7 @@ def describe_comparison(winner: Winner) -> str:
         return f"{default}; the winner gains {found.gain:.4f}, without an interval: only its training loop has the data"
     over = _describe_evidence(found, winner)
     whose = "the mean of the winner" if found.num_seeds else "the winner"
-    gain = f"{whose} gains {found.gain:.4f}, 95 % interval {found.low:.4f} to {found.high:.4f}"
+    gain = f"{whose} gains {found.gain:.4f}, 95% interval {found.low:.4f} to {found.high:.4f}"
     verdict = f"over {over}" if found.is_distinct else f"cannot be distinguished from the default with {over}"
     return f"{default}; {gain}{' ' if found.is_distinct else ': '}{verdict}"
 
@@ -205,16 +205,16 @@ def describe_confirmation(winner: Winner) -> str:
 
 
 def describe_certainty(winner: Winner) -> str:
-    """`calibration error 0.0210 on the test split, 0.0090 with temperature 1.31; sets of 90 % contain 91.2 %, ...`."""
+    """`calibration error 0.0210 on the test split, 0.0090 with temperature 1.31; sets of 90% contain 91.2%, ...`."""
     assert winner.certainty is not None, "it was measured"
     known = Certainty.from_dict(winner.certainty)
     covered, size = known.found[0.9]
     if known.temperature is None or known.calibration_error is None:
-        return f"intervals of 90 % contain {covered:.1%} of the test examples; they are {size:.4g} wide"
+        return f"intervals of 90% contain {covered:.1%} of the test examples; they are {size:.4g} wide"
     before, after = known.calibration_error
     return (
         f"calibration error {before:.4f} on the test split, {after:.4f} with temperature {known.temperature:.3g}; sets "
-        f"of 90 % contain the class of {covered:.1%} of the test examples, {size:.2f} classes on average"
+        f"of 90% contain the class of {covered:.1%} of the test examples, {size:.2f} classes on average"
     )
 
 

@@ -64,7 +64,7 @@ def _scores(study: Study, trial: int, winner: Winner | None) -> Iterator[str]:
         yield "- Not tested."
     if winner.test_interval:
         low, high = winner.test_interval
-        yield f"- 95 % interval of the test {winner.metric} over the examples: {low:.4f} to {high:.4f}."
+        yield f"- 95% interval of the test {winner.metric} over the examples: {low:.4f} to {high:.4f}."
     if winner.confirmation:
         yield f"- Confirmed: {describe_confirmation(winner)}."
         yield from _spread(winner.confirmation)

@@ -411,7 +411,7 @@ def _what_was_learned(found: Sequence[Finding], rated: Importances) -> str:
         for group, importance in rated.groups.items()
         for name, each in {"": importance, **importance.parameters}.items()
     )
-    table = f"\n| group | parameter | importance (90 % interval) |\n| --- | --- | --- |\n{rows}" if rows else ""
+    table = f"\n| group | parameter | importance (90% interval) |\n| --- | --- | --- |\n{rows}" if rows else ""
     note = f"\n{rated.note}\n" if rated.note else ""
     return (sentences + table + note).lstrip() or "There is nothing to learn from yet.\n"
 

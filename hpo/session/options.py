@@ -104,7 +104,7 @@ class TrialOptions(TypedDict, total=False):
         str | None,
         Option(
             "--stop-when-flat",
-            "Start no new trial once there is an 80 % chance that 30 more gain less than this: accuracy=0.002; none "
+            "Start no new trial once there is an 80% chance that 30 more gain less than this: accuracy=0.002; none "
             "never stops. [default: none]",
             metavar="METRIC=GAIN",
         ),

@@ -188,7 +188,7 @@ def _interval(
     folder: Path,
     machine: Machine,
 ) -> Difference | None:
-    """The difference with its 95 % interval; None where there is nothing to take it from."""
+    """The difference with its 95% interval; None where there is nothing to take it from."""
     if study.settings.folds:
         common = sorted(record.curve.keys() & curve.keys())
         if len(common) < 2:

@@ -157,7 +157,7 @@ def _ended_summary(opened: Opened, observer: Observer) -> Iterator[None]:
 
 
 class _Renewal:
-    """Writes the summary while the search runs: every `RENEWAL_S` seconds, and in 2 % of the time at most."""
+    """Writes the summary while the search runs: every `RENEWAL_S` seconds, and in 2% of the time at most."""
 
     def __init__(self, study: Study, summary: SummaryRun) -> None:
         self._study, self._summary = study, summary

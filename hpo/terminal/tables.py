@@ -330,7 +330,7 @@ def _describe_comparison(found: Rerun) -> str:
     if found.is_within_spread is None:
         return f"{differs}; the difference is {found.difference:.4f}, without an interval: no model of before was kept."
     verdict = "within the spread" if found.is_within_spread else "more than chance explains"
-    interval = f"95 % interval {found.low:.4f} to {found.high:.4f}"
+    interval = f"95% interval {found.low:.4f} to {found.high:.4f}"
     return f"{differs}; the difference is {found.difference:.4f}, {interval}: {verdict}."
 
 
@@ -401,7 +401,7 @@ def print_formats(console: Console, formats: Formats) -> None:
 
 def _print_importances(console: Console, importances: dict[str, dict[str, Any]], note: str | None) -> None:
     if importances:
-        table = _table("group", "importance", "by parameter (90 % interval)")
+        table = _table("group", "importance", "by parameter (90% interval)")
         for group, importance in importances.items():
             known = [(name, each) for name, each in importance["parameters"].items() if each["share"] is not None]
             ranked = sorted(known, key=lambda item: -item[1]["share"])
@@ -493,7 +493,7 @@ def _describe_test(winner: Winner) -> str:
 def _describe_score(winner: Winner, name: str, value: float) -> str:
     interval = ""
     if name == winner.metric and winner.test_interval:
-        interval = " (95 % interval {} to {})".format(*map(format_score, winner.test_interval))
+        interval = " (95% interval {} to {})".format(*map(format_score, winner.test_interval))
     return f"{name} {format_score(value)}{interval}"
 
 

@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from hpo.training.losses import Scale
 
 NUM_RESAMPLES = 1000
-"""Of the bootstrap: enough for the ends of a 95 % interval (Efron and Tibshirani, 1993, section 14)."""
+"""Of the bootstrap: enough for the ends of a 95% interval (Efron and Tibshirani, 1993, section 14)."""
 
 _Z = 1.96
-"""97.5 % quantile of the normal distribution."""
+"""97.5% quantile of the normal distribution."""
 
 _ENDS = torch.tensor([0.025, 0.975], dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric of one model less that of another, with its 95 % interval."""
+    """A metric of one model less that of another, with its 95% interval."""
 
     value: float
     low: float
@@ -88,7 +88,7 @@ def score_interval(
     thresholds: Tensor | None = None,
     seed: int,
 ) -> tuple[float, float]:
-    """The 95 % interval of the config's metric over the examples that `answers`, outputs and targets, belong to.
+    """The 95% interval of the config's metric over the examples that `answers`, outputs and targets, belong to.
 
     `thresholds` (num_classes,) are the logits from which on an example has each of several labels. For accuracy and
     recall at k, which are shares of the examples, it is Wilson's (1927), which holds near 0 and 1 too; for any other
@@ -118,7 +118,7 @@ def _bootstrapped(value: Callable[[Tensor], float], count: int, seed: int) -> tu
 
 
 def compare_folds(one: Sequence[float], other: Sequence[float]) -> Difference:
-    """The mean of `one` less that of `other` over the same folds, at least two, with a 95 % interval.
+    """The mean of `one` less that of `other` over the same folds, at least two, with a 95% interval.
 
     Student's, with the variance enlarged because the folds share most of their training examples (Nadeau and Bengio,
     2003, https://doi.org/10.1023/A:1024068626366).

@@ -35,7 +35,7 @@ def settle_precision(wanted: str, model: nn.Module, loss_function: LossFunction,
     bound by everything else: they stay in fp32. bf16 is not always faster, even where the processor has instructions
     for it. So a few passes over what `batch` returns, examples (B, ...) with targets (B,), are timed, and the result is
     kept for the next model of the same architecture and batch. The model, its gradients and the random state are left
-    as they were. fp32 wins where bf16 gains less than 5 %, and if the model does not run in bf16, which is logged.
+    as they were. fp32 wins where bf16 gains less than 5%, and if the model does not run in bf16, which is logged.
 
     Raises UsageError for fp16 with complex parameters, whose gradients torch cannot scale.
     """

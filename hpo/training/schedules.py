@@ -223,7 +223,7 @@ def _progress_in_cycle(step: int, num_steps: int, num_cycles: int) -> float:
 
 
 def one_cycle(optimizer: Optimizer, config: TrainConfig, num_steps: int) -> Schedule:
-    """Up to the peak rate over 30 % of the steps and down to nearly 0, momentum the other way round (arXiv:1708.07120).
+    """Up to the peak rate over 30% of the steps and down to nearly 0, momentum the other way round (arXiv:1708.07120).
 
     The points are those of torch's OneCycleLR with `num_steps + 1` of them, so that the last step leads to the end. The
     momentum that the user chose is the highest; torch's ratio of lowest to highest, 0.85 to 0.95, is kept. If there is
