@@ -21,6 +21,7 @@ from hpo.machine import (
     escape_what_streams_lack,
     has_cpu_quota,
     num_cores,
+    open_closed_streams,
     require_readable_allocator_settings,
     require_supported_system,
 )
@@ -637,6 +638,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: everything that is open is closed
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hpo").setLevel(logging.INFO)
+    open_closed_streams()
     escape_what_streams_lack()
     os.environ["MPLBACKEND"] = "agg"  # figures are files here, and matplotlib cannot be imported with an unknown name
     try:

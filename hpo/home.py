@@ -246,6 +246,17 @@ class StudyFiles:
             with self.locked():
                 pass
 
+    @contextmanager
+    def registering(self) -> Iterator[None]:
+        """Hold the registration of the study's models for this process, and wait for another one that does."""
+        lock = FileLock(self.home.path / "locks" / f"{self.name}.register.lock")
+        with _readable(self._lock_file):
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
     @property
     def _lock_file(self) -> Path:
         return self.home.path / "locks" / f"{self.name}.lock"

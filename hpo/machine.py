@@ -44,6 +44,15 @@ def require_readable_allocator_settings() -> None:
             )
 
 
+def open_closed_streams() -> None:
+    """Give a command that was started with `>&-` somewhere to write: its next file would become its stdout."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free
+
+
 def escape_what_streams_lack() -> None:
     """Let a terminal or a pipe that is not UTF-8 show \\u2248 for a sign that it does not have."""
     for stream in (sys.stdout, sys.stderr):

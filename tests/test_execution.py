@@ -6,11 +6,14 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 from click.testing import CliRunner
 from helpers.searches import Footprint, Searches, wait_until, wait_until_gone
 
@@ -49,6 +52,32 @@ def gaps(footprints: list[Footprint]) -> list[float]:
 
 
 # --- what is promised when nothing goes wrong -------------------------------------------------------------------------
+
+
+def test_two_threads_search_in_one_home_at_once(searches: Searches) -> None:
+    both = [searches.begin(study=name, trials=1) for name in ("one", "two")]
+    assert [search.result().counts["complete"] for search in both] == [1, 1]
+
+
+def test_a_command_whose_streams_are_closed_gives_its_processes_open_ones(tmp_path: Path) -> None:
+    child = (
+        "import os, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(str([os.fstat(i).st_rdev for i in range(3)]))"
+    )
+    code = (
+        "import subprocess, sys; from hpo.machine import open_closed_streams; open_closed_streams()\n"
+        "subprocess.run([sys.executable, '-c', *sys.argv[1:]], check=True, close_fds=True)"
+    )
+    command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code, child, str(tmp_path / "found")]
+    assert subprocess.run(command, check=False, timeout=200).returncode == 0
+    assert (tmp_path / "found").read_text() == str([os.stat(os.devnull).st_rdev] * 3)
+
+
+def test_a_daemon_process_is_told_that_it_can_start_no_workers(
+    searches: Searches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
+    with pytest.raises(hpo.UsageError, match="cannot be started by a daemon process, such as one of multiprocessing"):
+        searches.run()
 
 
 def test_each_worker_is_a_process_with_its_share_of_the_cores(searches: Searches) -> None:

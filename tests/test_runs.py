@@ -213,6 +213,8 @@ def test_the_summary_is_one_run_that_is_found_again(runs: StudyRuns) -> None:
     summary.set_note("The winner is **trial 3**.")
     summary.finish("complete")
     again = runs.summary_run()
+    again.log_metrics({"best/accuracy": 0.9, "test/accuracy": 0.8})
+    assert len(runs.store.client.get_metric_history(summary.run_id, "best/accuracy")) == 1
     assert again.run_id == summary.run_id
     assert runs.store.client.get_run(summary.run_id).info.status == "RUNNING"
     again.finish("interrupted")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import http.client
 import io
@@ -24,6 +25,7 @@ from helpers.homes import copy_database
 from helpers.searches import wait_until
 from hpo.objectives.digits import load as load_digits
 from PIL import Image
+from rich.console import Console
 
 from hpo.cli import cli
 from hpo.config import Direction
@@ -31,11 +33,13 @@ from hpo.data.examples import DataSpec, InputSpec
 from hpo.deploy.load import load_best
 from hpo.deploy.predict import predict_files
 from hpo.deploy.registry import Score, add_version, enter
+from hpo.deploy.results import Registration
 from hpo.errors import DataError, UsageError
 from hpo.models.networks import mlp, transformer
 from hpo.models.preprocessed import PreprocessedModel
 from hpo.session.register import register_best
 from hpo.session.search import run_search
+from hpo.terminal.tables import print_registration
 from hpo.tracking.store import TrackingStore, open_store
 
 pytestmark = pytest.mark.xdist_group("serving")  # one search and one server for all
@@ -171,6 +175,17 @@ def test_a_model_that_is_a_version_already_gets_no_second_one(searched: Path) ->
 def test_what_register_cannot_do_is_told_first(searched: Path) -> None:
     with pytest.raises(UsageError, match="--promote sometimes is not allowed: use one of always, if-better, never"):
         register_best("digits", promote="sometimes", home=searched)
+    with pytest.raises(UsageError, match="--name 'mine/2' is not allowed: a registered model has a name without"):
+        register_best("digits", name="mine/2", home=searched)
+
+
+def test_the_lines_to_load_a_registered_model_are_python_whatever_its_home_is_called(tmp_path: Path) -> None:
+    uri = f'sqlite:///{tmp_path}/it\'s "mine"/mlflow.db'
+    registered = Registration(name="m", version=1, model_id="m-1", tracking_uri=uri, is_champion=True, reason="why")
+    print_registration(Console(file=(said := io.StringIO()), width=200), registered)
+    _, _, first, second = said.getvalue().splitlines()
+    for line, given in ((first, uri), (second, "models:/m@champion")):
+        assert ast.literal_eval(line[line.index("(") :]) == given
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

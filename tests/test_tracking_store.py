@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,13 @@ def test_a_home_may_have_an_odd_name(home: Path, tmp_path: Path, name: str) -> N
         runs.trial_run(0, params={}).finish("complete", value=0.5)
     assert find_trial(runs.store, 0).info.status == "FINISHED"
     assert sorted(tmp_path.iterdir()) == sorted([home, odd])
+
+
+def test_threads_make_stores_at_once(tmp_path: Path) -> None:
+    with ThreadPoolExecutor() as threads:
+        made = list(threads.map(open_store, [tmp_path / "one", tmp_path / "other"]))
+    assert [store.client.search_experiments()[0].name for store in made] == ["Default", "Default"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "other"]
 
 
 def test_making_a_store_prints_nothing(tmp_path: Path) -> None:
@@ -154,9 +162,10 @@ def test_a_tracking_uri_that_is_none_is_refused_before_anything_is_written(tmp_p
     assert not (tmp_path / "home").exists()
 
 
-def test_a_home_with_a_question_mark_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"contains '\?'.*--home"):
-        open_store(tmp_path / "what?")
+@pytest.mark.parametrize(("name", "odd"), [("what?", r"\?"), ("feature%2Fx", "%2F")])
+def test_a_home_whose_name_a_database_url_cannot_hold_is_refused(tmp_path: Path, name: str, odd: str) -> None:
+    with pytest.raises(StoreError, match=f"contains '{odd}'.*--home"):
+        open_store(tmp_path / name)
 
 
 def test_a_server_that_does_not_answer_is_named(tmp_path: Path, free_port: int) -> None:

@@ -45,6 +45,14 @@ def check_promotion(given: str) -> Promotion:
     raise UsageError(f"--promote {given} is not allowed: use one of {', '.join(get_args(Promotion))}.")
 
 
+def check_name(name: str) -> None:
+    """Raise UsageError for a name that MLflow takes for no model, or cannot look for."""
+    if not name.strip() or set(name) & set("/:'\""):
+        raise UsageError(
+            f"--name '{name}' is not allowed: a registered model has a name without slashes, colons and quotes."
+        )
+
+
 def log_model(store: TrackingStore, run_id: str, folder: Path, *, tags: Mapping[str, str]) -> str:
     """Log the folder of an MLflow model as a model of a run; its id."""
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus

@@ -6,12 +6,13 @@ import faulthandler
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from io import TextIOWrapper
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import current_process, forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hpo.errors import SearchError
+from hpo.errors import SearchError, UsageError
 from hpo.execution.followers import FOLLOWER_LOST
 from hpo.execution.messages import Setup
 from hpo.execution.pool import MAX_FAILED_STARTS, Worker, WorkerEnd, WorkerPool
@@ -49,6 +50,9 @@ MAX_LOG_BYTES = 10_000_000
 
 _SERVER_GONE = 255  # what multiprocessing reports as the exit code of a process whose server was killed
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_starting = threading.RLock()
+"""Held while a process starts: it finds variables, a main module and signals as other threads would not want them."""
+
 _IGNORED = "ignore:resource_tracker:UserWarning"
 """What multiprocessing says of semaphores that a worker had when it ended, which are removed all the same. A compiler
 that shows its progress makes one."""
@@ -65,7 +69,7 @@ def warm_up() -> None:
     if isinstance(context, SpawnContext):
         return
     context.set_forkserver_preload(_PRELOADED)
-    with _current_folder_ignored(), temporary_folder_for_sockets():
+    with _starting, _current_folder_ignored(), temporary_folder_for_sockets():
         with _environment("PYTHONWARNINGS", _IGNORED):
             resource_tracker.ensure_running()  # a part of what follows, and it would let the signals through again
         with _signals_held_back():
@@ -77,8 +81,13 @@ def local_workers(
 ) -> LocalWorkers:
     """Workers on this machine: as many as its GPUs have room for, or one for each core it may use, unless given.
 
-    Raises UsageError if there are too few GPUs.
+    Raises UsageError if there are too few GPUs, and in a process that may not have any of its own.
     """
+    if current_process().daemon:
+        raise UsageError(
+            "workers cannot be started by a daemon process, such as one of multiprocessing.Pool; use "
+            "concurrent.futures.ProcessPoolExecutor."
+        )
     gpus = visible_gpus(device)
     check_gpus_per_trial(gpus_per_trial, gpus=gpus, num_workers=num_workers)
     num_ranks = ranks_of_trial(gpus_per_trial)
@@ -229,7 +238,7 @@ def _fork(connection: Connection, setup: Setup, followers: Sequence[Connection],
         process = process_context().Process(target=_work, args=(connection, setup, followers), name=name, daemon=True)
         try:
             # The last two for a spawned process; a forked one has them from its server.
-            with _main_module_hidden(), _signals_held_back(), _current_folder_ignored():
+            with _starting, _main_module_hidden(), _signals_held_back(), _current_folder_ignored():
                 process.start()
         except (EOFError, OSError) as error:
             refusal = error
@@ -250,11 +259,11 @@ def _work(connection: Connection, setup: Setup, followers: Sequence[Connection])
         os.environ["CUDA_VISIBLE_DEVICES"] = setup.visible_gpu
     if setup.log is not None:
         with setup.log.open("ab", buffering=0) as log:
-            for stream in (sys.stdout, sys.stderr):
+            for descriptor, stream in enumerate((sys.stdout, sys.stderr), start=1):
                 assert isinstance(stream, TextIOWrapper), "a process of Python's own making"
                 # A worker is killed in the end, and its last words count; no letter that is missing may end a trial.
                 stream.reconfigure(line_buffering=True, errors="backslashreplace")
-                os.dup2(log.fileno(), stream.fileno())
+                os.dup2(log.fileno(), descriptor)
     faulthandler.enable()
     serve(connection, setup, followers)
 

@@ -104,11 +104,11 @@ def export_best(
     require_free(folder, force=force)
     tell("reading the data")
     if chosen.objective.train:
-        return _export_weights(chosen, exporter, folder)
+        return _export_weights(chosen, exporter, folder, force=force)
     _, splits, exportable = load_with_data(chosen)
     facts = describe(chosen, exportable, exporter.runtime, compress)
     tell(f"writing {format}")
-    with whole_or_not_at_all(folder) as aside:
+    with whole_or_not_at_all(folder, force=force) as aside:
         write(exporter, exportable, aside, facts, model_card(chosen.study, chosen.objective, chosen.trial))
         tell("checking it without hpo")
         difference = check_export(exporter, aside, exportable, chosen.objective, compress)
@@ -227,7 +227,7 @@ def forbidden_modules(objective: Objective) -> set[str]:
     """What a user of the export does not have: hpo, and the packages of the task."""
     modules = {"hpo", "objectives", "search_spaces"}
     functions = (objective.load, objective.model, objective.train)
-    of_task = {getattr(function, "__module__", "").partition(".")[0] for function in functions if function}
+    of_task = {str(getattr(function, "__module__", "")).partition(".")[0] for function in functions if function}
     return modules | of_task - sys.stdlib_module_names - _LIBRARIES - {"", "__main__"}
 
 
@@ -248,8 +248,11 @@ def require_free(folder: Path, *, force: bool) -> None:
 
 
 @contextmanager
-def whole_or_not_at_all(folder: Path) -> Iterator[Path]:
-    """A folder aside, which takes its place when all is well; what was there before then stays as it is until then."""
+def whole_or_not_at_all(folder: Path, *, force: bool) -> Iterator[Path]:
+    """A folder aside, which takes its place when all is well; what was there before then stays as it is until then.
+
+    Raises UsageError if another process has put something there meanwhile that may not be replaced.
+    """
     folder = folder.resolve()  # of a link, what it leads to
     aside = folder.with_name(f".{folder.name}.{uuid4().hex}.tmp")
     try:
@@ -259,6 +262,7 @@ def whole_or_not_at_all(folder: Path) -> Iterator[Path]:
     try:
         yield aside
         _fsync_all(aside)
+        require_free(folder, force=force)
         old = folder.with_name(f"{aside.name}.old")
         if folder.exists():
             folder.rename(old)
@@ -273,7 +277,7 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _export_weights(chosen: Chosen, exporter: Exporter, folder: Path) -> Export:
+def _export_weights(chosen: Chosen, exporter: Exporter, folder: Path, *, force: bool) -> Export:
     """The state dict that a training loop of the task's own has saved."""
     name = chosen.objective.name
     if not exporter.is_of_weights:
@@ -289,7 +293,7 @@ def _export_weights(chosen: Chosen, exporter: Exporter, folder: Path) -> Export:
             "safetensors hold tensors alone."
         )
     facts = _origin(chosen) | {"runtime": "", "compression": None}
-    with whole_or_not_at_all(folder) as aside:
+    with whole_or_not_at_all(folder, force=force) as aside:
         write_weights(weights, aside, facts)
         _write_texts(aside, facts, model_card(chosen.study, chosen.objective, chosen.trial))
         check_weights(exporter, aside, weights, forbidden_modules(chosen.objective))

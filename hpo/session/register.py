@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.deploy.exporters import find_exporter
-from hpo.deploy.registry import Score, add_version, check_promotion, enter, find_version, log_model
+from hpo.deploy.registry import Score, add_version, check_name, check_promotion, enter, find_version, log_model
 from hpo.errors import ExportError
 from hpo.files import temporary_folder
 from hpo.provenance import sessions
@@ -44,6 +44,8 @@ def register_best(
     MLflow refuses.
     """
     how, exporter = check_promotion(promote), find_exporter("mlflow")
+    if name is not None:
+        check_name(name)
     chosen = choose(study, trial=trial, task=task, **machine_options)
     if chosen.objective.train:
         raise ExportError(
@@ -59,13 +61,14 @@ def register_best(
         "hpo.refit": str(chosen.is_refit).lower(),
         "hpo.weights": str(TrialDescription.read(chosen.folder).weights_sha256),  # a trial may train on
     }
-    version = find_version(chosen.store, registered_as, run_id, tags)
-    if version is None:
-        card = model_card(chosen.study, chosen.objective, chosen.trial)
-        model_id = _log(chosen, exporter, run_id, card=card, tags=tags, tell=tell)
-        version = add_version(chosen.store, registered_as, model_id, run_id, card=card, tags=tags)
-    else:
-        tell(f"version {version.version} is this model")
+    with chosen.request.machine.home.study(study).registering():
+        version = find_version(chosen.store, registered_as, run_id, tags)
+        if version is None:
+            card = model_card(chosen.study, chosen.objective, chosen.trial)
+            model_id = _log(chosen, exporter, run_id, card=card, tags=tags, tell=tell)
+            version = add_version(chosen.store, registered_as, model_id, run_id, card=card, tags=tags)
+        else:
+            tell(f"version {version.version} is this model")
     direction = chosen.study.settings.direction
     return enter(chosen.store, version, score=_score(chosen), direction=direction, promote=how)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import time
@@ -380,8 +381,9 @@ def print_registration(console: Console, registered: Registration) -> None:
     state = "It is the champion" if registered.is_champion else "It is not the champion"
     console.print(f"{state}: {registered.reason}.", soft_wrap=True)
     if registered.is_champion:
-        console.print(f'Load it: mlflow.set_tracking_uri("{registered.tracking_uri}")', soft_wrap=True)
-        console.print(f'         mlflow.pyfunc.load_model("models:/{registered.name}@champion")', soft_wrap=True)
+        champion = f"models:/{registered.name}@champion"
+        console.print(f"Load it: mlflow.set_tracking_uri({json.dumps(registered.tracking_uri)})", soft_wrap=True)
+        console.print(f"         mlflow.pyfunc.load_model({json.dumps(champion)})", soft_wrap=True)
 
 
 def print_formats(console: Console, formats: Formats) -> None:

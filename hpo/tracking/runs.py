@@ -338,10 +338,12 @@ class SummaryRun:
             self._client.log_batch(self.run_id, metrics=rows)
 
     def log_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Single values, such as `best/accuracy` and `test/accuracy`."""
+        """Single values, such as `best/accuracy` and `test/accuracy`; those that the run has already are left out."""
         with explained(self._store.uri):
+            known = self._client.get_run(self.run_id).data.metrics
             for key, value in metrics.items():
-                self._client.log_metric(self.run_id, key, value)
+                if known.get(key) != value:
+                    self._client.log_metric(self.run_id, key, value)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self._store.set_tags(self.run_id, tags)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import socket
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -32,6 +34,8 @@ _logger = logging.getLogger(__name__)
 _SCHEMES = ("http", "https", "databricks", "sqlite", "postgresql", "mysql", "mssql")
 _LOCK_TIMEOUT_S = 120.0  # creating the schema takes 3 s on a quiet machine
 _CONNECT_TIMEOUT_S = 5.0
+_creating = threading.Lock()
+"""Held while a schema is made: alembic, which MLflow makes it by, knows one database a process."""
 
 STUDY_ID_TAG = "hpo.study_id"
 TRIAL_TAG = "hpo.trial"
@@ -60,8 +64,10 @@ def open_store(home: Path, tracking_uri: str | None = None) -> TrackingStore:
     home cannot be written, the database is damaged or from another MLflow, or the server does not answer.
     """
     home = home.absolute()
-    if "?" in str(home):
-        raise StoreError(f"the path {home} contains '?', which a database URL cannot; choose another with --home.")
+    if odd := re.search(r"\?|%[0-9A-Fa-f]{2}", str(home)):  # SQLAlchemy takes %20 for a blank, and MLflow as it is
+        raise StoreError(
+            f"the path {home} contains '{odd[0]}', which a database URL cannot; choose another with --home."
+        )
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or home_store_uri(home)
     _require_known_scheme(uri)
     prepare_mlflow()
@@ -370,7 +376,8 @@ def _open_sqlite(path: Path, uri: str, *, is_in_home: bool) -> MlflowClient:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock", timeout=_LOCK_TIMEOUT_S):
             if not path.exists() or path.stat().st_size == 0:
-                _create(path)
+                with _creating:
+                    _create(path)
             # The write-ahead log makes logging 3 times cheaper.
             prepare_sqlite(path, holding="the curves so far")
             if is_in_home:
