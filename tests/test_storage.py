@@ -453,6 +453,18 @@ def test_a_session_is_shown_with_its_process_and_gone_at_its_end(storage: StudyS
     assert living_sessions(storage, "study") == []
 
 
+def test_a_session_that_concludes_is_alive_but_nobody_waits_for_it(storage: StudyStorage) -> None:
+    with Session(storage, "study", lease_s=1) as concluding, Session(storage, "study") as session:
+        assert not living_sessions(storage, "study")[0].is_concluding
+        concluding.conclude()
+        assert ([other.id for other in concluding.others()], session.others()) == ([session.id], [])
+        assert session.living() == {session.id, concluding.id}
+        session.forget_others()
+        wait_until(lambda: concluding.id in session.living())  # it comes back as what it was
+        assert session.others() == []
+    assert living_sessions(storage, "study") == []
+
+
 CONTAINER = """
 import ctypes, os
 CLONE_NEWUSER, CLONE_NEWPID = 0x10000000, 0x20000000  # linux/sched.h

@@ -5,6 +5,9 @@ lease is taken for dead, and its trials are adopted by others. Nobody adopts rig
 everyone has one lease's time to renew. The sums work out for three renewals a lease: whoever is gone for a whole lease
 by an outage of the database saw it away for at least two thirds of one, so every other session missed renewals too, and
 a gap of half a lease sets the waiting going.
+
+A session that has trained all it will, and refits and tests the winner, keeps its row: the study is still worked on,
+and the session's files are not those of the dead. Nobody waits for it, though; see `Session.conclude`.
 """
 
 from __future__ import annotations
@@ -61,6 +64,10 @@ _UNLOCK = text("SELECT pg_advisory_unlock(:key), set_config('idle_session_timeou
 _FORGOTTEN_AFTER_S = 24 * 3600
 """Age at which the row of a dead session is removed, by the next one that begins."""
 
+_CONCLUDING = "/concluding"
+"""Follows the study's name in the row of a session that concludes. No name of a study holds a slash, and an older hpo
+does not see such a row, which a further column would be in the way of."""
+
 _SESSIONS = Table(
     "hpo_session",
     MetaData(),
@@ -106,6 +113,9 @@ class SessionInfo:
     seconds_since_renewal: float
     """By the database's clock."""
 
+    is_concluding: bool = False
+    """Whether it has trained all it will, and MLflow has the weights of its trials."""
+
     @property
     def name(self) -> str:
         """HOST:PID"""
@@ -135,7 +145,7 @@ def living_sessions(storage: BaseStorage, study: str) -> list[SessionInfo]:
         with storage.engine.begin() as connection:
             if not inspect(connection).has_table(_SESSIONS.name):
                 return []
-            columns = select(_SESSIONS.c.id, _SESSIONS.c.name, _AGE)
+            columns = select(_SESSIONS.c.id, _SESSIONS.c.name, _AGE, _SESSIONS.c.study != study)
             return [SessionInfo(*row) for row in connection.execute(columns.where(_of(study), _IS_LIVING))]
 
     return storage.outlast(read)
@@ -157,6 +167,7 @@ class Session:
         self.id = session_id or uuid4().hex
         self._storage = storage
         self._study = study
+        self._written_study = study
         self._lease_s = lease_s
         self._renewing = threading.Lock()
         self._renewed_at = 0.0  # by this machine's clock, before the database was asked
@@ -206,8 +217,17 @@ class Session:
         return gone
 
     def others(self) -> list[SessionInfo]:
-        """The study's other living sessions."""
-        return [other for other in living_sessions(self._storage, self._study) if other.id != self.id]
+        """The study's other living sessions, without those that conclude it."""
+        found = living_sessions(self._storage, self._study)
+        return [other for other in found if other.id != self.id and not other.is_concluding]
+
+    def conclude(self) -> None:
+        """Say that this session trains no more trials, and that MLflow has the weights of those that it trained.
+
+        It is among the `living` until its end, but no longer among the `others`, who would wait for each other.
+        """
+        self._written_study = self._study + _CONCLUDING
+        self._storage.outlast(self._renew)
 
     def has_lapsed(self) -> bool:
         """Whether the lease ran out since this was last asked: the caller must see which trials are still its own.
@@ -322,11 +342,11 @@ class Session:
         """Renew the row, or recreate it if it is gone; return how often the lease has expired so far."""
         is_own = _SESSIONS.c.id == self.id
         with self._storage.engine.begin() as connection:
-            if connection.execute(_RENEWAL.where(is_own)).rowcount:
+            if connection.execute(_RENEWAL.where(is_own).values(study=self._written_study)).rowcount:
                 return int(connection.execute(select(_SESSIONS.c.num_lapses).where(is_own)).scalar_one())
             row = {
                 "id": self.id,
-                "study": self._study,
+                "study": self._written_study,
                 "name": f"{process_host()}:{os.getpid()}",
                 "lease_s": self._lease_s,
                 "renewed_at": _Now(),
@@ -349,7 +369,7 @@ _RENEWAL = update(_SESSIONS).values(
 
 
 def _of(study: str) -> ColumnElement[bool]:
-    return _SESSIONS.c.study == study
+    return _SESSIONS.c.study.in_((study, study + _CONCLUDING))
 
 
 def _monotonic() -> float:

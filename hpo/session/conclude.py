@@ -84,7 +84,7 @@ def conclude(prepared: Prepared, opened: Opened, observer: Observer) -> Winner |
     observer.note("drawing the plots" + (f" and {ending}" if coordinator.is_done else ""))
     has_arrived = _flush_patiently(opened.runs) if coordinator.is_done else opened.runs.flush()
     coordinator.remove_old_checkpoints()
-    opened.leave()
+    session.conclude()
     if coordinator.is_done:
         if not has_arrived:
             _require_winner_arrived(study, opened.runs)
