@@ -48,7 +48,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
 from hpo.machine import process_host
-from hpo.search.storage import SCHEMA_LOCK, StudyStorage
+from hpo.search.storage import SCHEMA_LOCK, OutageError, StudyStorage
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -58,8 +58,12 @@ _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 # Who holds a study's lock and asks the database nothing for long loses it: a process that was stopped, say.
-_LOCK = text("SELECT set_config('idle_session_timeout', :idle, false), pg_advisory_lock(:key)")
+_TRY_LOCK = text("SELECT pg_try_advisory_lock(:key), set_config('idle_session_timeout', :idle, false)")
+_LOCK = text("SELECT pg_advisory_lock(:key)")
 _UNLOCK = text("SELECT pg_advisory_unlock(:key), set_config('idle_session_timeout', '0', false)")
+
+_SAID_AFTER_S = 5.0
+"""Seconds of waiting for a study's lock after which the user is told for whom."""
 
 _FORGOTTEN_AFTER_S = 24 * 3600
 """Age at which the row of a dead session is removed, by the next one that begins."""
@@ -285,13 +289,42 @@ class Session:
     def _lock(self, idle: str) -> Connection:
         connection = self._storage.engine.connect()
         try:
-            connection.execute(_LOCK, {"key": self._lock_key, "idle": idle})
+            is_free = connection.execute(_TRY_LOCK, {"key": self._lock_key, "idle": idle}).scalar_one()
+            if not is_free:
+                with self._waiting_told():
+                    connection.execute(_LOCK, {"key": self._lock_key})
             connection.commit()
         except BaseException:
             connection.invalidate()
             connection.close()
             raise
         return connection
+
+    @contextmanager
+    def _waiting_told(self) -> Iterator[None]:
+        """Tell the user for whom we wait, once that takes long."""
+        telling = threading.Timer(_SAID_AFTER_S, self._tell_who_is_waited_for)
+        telling.daemon = True
+        telling.start()
+        try:
+            yield
+        finally:
+            telling.cancel()
+
+    def _tell_who_is_waited_for(self) -> None:
+        try:
+            found = living_sessions(self._storage, self._study)
+        except OutageError:  # which was told
+            return
+        names = [each.name for each in found if each.is_concluding and each.id != self.id]
+        if names:
+            _log.warning(
+                "waiting for %s to finish: study '%s' is complete, and its winner is refit or tested there",
+                " and ".join(names),
+                self._study,
+            )
+        else:
+            _log.warning("waiting for another session of study '%s', which may take up to 5 minutes", self._study)
 
     def _unlock(self, connection: Connection) -> None:
         if connection.invalidated:  # the lock went with the connection
