@@ -419,6 +419,30 @@ def test_who_waits_long_for_the_lock_is_told_for_whom(
     assert other == f"waiting for {name} to finish: study 'study' is complete, and its winner is refit or tested there"
 
 
+HOLD_LONG = """
+import time
+from hpo.search import lease
+lease._IDLE_S, lease._SIGN_OF_LIFE_S = 1, 0.2
+def compute():
+    storage.get_all_studies()
+    print("held", flush=True)
+    time.sleep(600)
+with Session(storage, "study") as session:
+    session.exclusively(compute, takes_long=True)
+"""
+
+
+def test_who_computes_for_long_keeps_the_lock_and_who_is_stopped_loses_it(
+    start: Callable[..., Process], shared: StudyStorage
+) -> None:
+    holder = start(HOLD_LONG)
+    assert holder.answer() == "held"
+    time.sleep(2.5)
+    assert num_locks(shared, granted=True) == 1
+    holder.signal(signal.SIGSTOP)
+    wait_until(lambda: num_locks(shared, granted=True) == 0)
+
+
 def test_the_server_notices_by_itself_that_a_machine_was_cut_off(shared: StudyStorage) -> None:
     """Else a connection that is silent keeps its lock for the two hours of the operating system."""
     with shared.engine.connect() as connection:

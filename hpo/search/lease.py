@@ -20,9 +20,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from uuid import uuid4
@@ -61,6 +60,12 @@ _log = logging.getLogger(__name__)
 _TRY_LOCK = text("SELECT pg_try_advisory_lock(:key), set_config('idle_session_timeout', :idle, false)")
 _LOCK = text("SELECT pg_advisory_lock(:key)")
 _UNLOCK = text("SELECT pg_advisory_unlock(:key), set_config('idle_session_timeout', '0', false)")
+
+_IDLE_S = 300
+"""Seconds of silence after which the database takes the lock away."""
+
+_SIGN_OF_LIFE_S = 60.0
+"""Seconds between signs of life during an action that takes long."""
 
 _SAID_AFTER_S = 5.0
 """Seconds of waiting for a study's lock after which the user is told for whom."""
@@ -255,22 +260,23 @@ class Session:
 
         return self._storage.outlast(read)
 
-    def exclusively(self, action: Callable[[], _T], *, idle: str = "300s") -> _T:
+    def exclusively(self, action: Callable[[], _T], *, takes_long: bool = False) -> _T:
         """What `action` returns when it is run under the study's lock; nobody else's action runs meanwhile.
 
         An outage of the database breaks the lock. The action is then run again from its beginning, so it must look at
         the study again, and put back trials that have no owner, for its own last attempt may have left one. An action
-        that asks the database nothing for the time `idle` loses the lock; "0" waits forever.
+        that asks the database nothing for 5 minutes loses the lock; one that `takes_long` only if its process is
+        stopped for that time.
         """
 
         def attempt() -> _T:
-            with self.exclusive(idle):
+            with self.exclusive(takes_long=takes_long):
                 return action()
 
         return self._storage.outlast(attempt)
 
     @contextmanager
-    def exclusive(self, idle: str = "300s") -> Iterator[None]:
+    def exclusive(self, *, takes_long: bool = False) -> Iterator[None]:
         """Hold the study's lock in the database. With sqlite nothing is done: the home's file lock holds.
 
         The lock belongs to one connection, which this thread asks the storage through: it is held for exactly as long
@@ -279,17 +285,17 @@ class Session:
         if not self._storage.is_shared or self._storage.is_bound:  # this thread has it already
             yield
             return
-        with self._storage.outlast(partial(self._lock, idle)) as connection:
+        with self._storage.outlast(self._lock) as connection:
             try:
-                with self._storage.bound_to(connection):
+                with self._storage.bound_to(connection), _kept_alive(connection) if takes_long else nullcontext():
                     yield
             finally:
                 self._unlock(connection)
 
-    def _lock(self, idle: str) -> Connection:
+    def _lock(self) -> Connection:
         connection = self._storage.engine.connect()
         try:
-            is_free = connection.execute(_TRY_LOCK, {"key": self._lock_key, "idle": idle}).scalar_one()
+            is_free = connection.execute(_TRY_LOCK, {"key": self._lock_key, "idle": f"{_IDLE_S}s"}).scalar_one()
             if not is_free:
                 with self._waiting_told():
                     connection.execute(_LOCK, {"key": self._lock_key})
@@ -399,6 +405,32 @@ _RENEWAL = update(_SESSIONS).values(
     unbroken_since=case((_SESSIONS.c.lease_s / 2 < _AGE, _Now()), else_=_SESSIONS.c.unbroken_since),
     num_lapses=_SESSIONS.c.num_lapses + case((_SESSIONS.c.lease_s < _AGE, 1), else_=0),
 )
+
+
+@contextmanager
+def _kept_alive(connection: Connection) -> Iterator[None]:
+    """Send an empty query now and then, so that the database does not take a process that computes for a stopped one.
+
+    It goes past SQLAlchemy and psycopg, whose transactions belong to another thread: it begins none, and ends none.
+    """
+    driver: Any = connection.connection.driver_connection
+    ended = threading.Event()
+
+    def give_signs_of_life() -> None:
+        while not ended.wait(_SIGN_OF_LIFE_S):
+            try:
+                with driver.lock:
+                    driver.pgconn.exec_(b"")
+            except driver.Error:  # the connection is gone; the action's next statement says so
+                return
+
+    giving = threading.Thread(target=give_signs_of_life, name="signs of life", daemon=True)
+    giving.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        giving.join()
 
 
 def _of(study: str) -> ColumnElement[bool]:

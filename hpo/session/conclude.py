@@ -89,8 +89,8 @@ def conclude(prepared: Prepared, opened: Opened, observer: Observer) -> Winner |
         if not has_arrived:
             _require_winner_arrived(study, opened.runs)
         _await_others(session)
-        # Reading and judging the test split may take its time.
-        winner = session.exclusively(lambda: tested_winner(prepared, opened), idle="0")
+        # Refitting, and judging the test split, may take their time.
+        winner = session.exclusively(lambda: tested_winner(prepared, opened), takes_long=True)
     else:
         winner = find_winner(study)
     if study.settings.costs:
