@@ -69,7 +69,7 @@ def test_a_command_whose_streams_are_closed_gives_its_processes_open_ones(tmp_pa
     )
     command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code, child, str(tmp_path / "found")]
     assert subprocess.run(command, check=False, timeout=200).returncode == 0
-    assert (tmp_path / "found").read_text() == str([os.stat(os.devnull).st_rdev] * 3)
+    assert (tmp_path / "found").read_text() == str([Path(os.devnull).stat().st_rdev] * 3)
 
 
 def test_a_daemon_process_is_told_that_it_can_start_no_workers(

@@ -39,10 +39,12 @@ from hpo.search.storage import open_storage
 from hpo.search.study import Study, Suggestion
 from hpo.session import conclude
 from hpo.session import search as session_search
+from hpo.session.clean import clean_study
 from hpo.session.opening import extensions_alone
 from hpo.session.options import StudyOptions, checked
 from hpo.session.request import agree, request_for, this_machine
 from hpo.session.search import run_search
+from hpo.terminal.facts import study_rows
 from hpo.terminal.progress import ProgressLines
 from hpo.terminal.tables import print_outcome
 from hpo.tracking.runs import SummaryRun
@@ -463,6 +465,27 @@ def test_a_study_is_shown_again_while_it_is_searched(
     assert shown.exit_code == 0, shown.output
     assert shown.output.count("1 complete") == 3
     assert shown.output.count("searched by") == 2
+
+
+def test_a_study_whose_winner_is_tested_is_still_searched_and_keeps_its_data(
+    search: Callable[..., SearchOutcome], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    test = conclude.tested_winner
+
+    def looked_at(prepared: Any, opened: Any) -> Winner | None:
+        (row,) = study_rows(home)
+        seen.append(row["now"].rpartition(":")[2])
+        removed = clean_study("moody", keep=1, dry_run=False, home=home)["removed"]
+        seen.extend(each["what"] for each in removed if "data" in each["what"])
+        seen.append(len(list(home.glob("splits/moody/*.pt"))))
+        return test(prepared, opened)
+
+    monkeypatch.setattr(conclude, "tested_winner", looked_at)
+    assert search(trials=1).winner is not None
+    assert seen == [str(os.getpid()), 1]
+    assert [row["now"] for row in study_rows(home)] == ["done"]
+    assert list(home.glob("splits/moody/*.pt")) == []
 
 
 def test_a_study_that_is_taken_or_has_other_settings_is_reported_before_the_data_is_read(

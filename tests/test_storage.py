@@ -34,7 +34,7 @@ from hpo.errors import StoreError
 from hpo.machine import process_host
 from hpo.parameters import Float, Int
 from hpo.records import TrialState as StateName
-from hpo.search import optuna_tables
+from hpo.search import lease, optuna_tables
 from hpo.search.lease import Session, SessionInfo, living_sessions
 from hpo.search.optuna_tables import DirectStorage
 from hpo.search.settings import StudySettings
@@ -372,6 +372,8 @@ def test_processes_may_open_an_empty_database_at_once_and_the_lock_lets_one_in_a
 
 HOLD = """
 with Session(storage, sys.argv[2]) as session, session.exclusive():
+    if sys.argv[3:] == ["True"]:
+        session.conclude()
     storage.get_all_studies()
     print("held", flush=True)
     sys.stdin.read()
@@ -393,6 +395,62 @@ def test_the_lock_of_a_killed_process_is_free(start: Callable[..., Process], sha
         waiting.join(TIMEOUT_S)
     assert entered == ["entered"]
     assert num_locks(shared, granted=True) == 0
+
+
+def test_who_waits_long_for_the_lock_is_told_for_whom(
+    start: Callable[..., Process],
+    shared: StudyStorage,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(lease, "_SAID_AFTER_S", 0.2)
+    with Session(shared, "study") as session:
+        for concludes in (False, True):
+            holder = start(HOLD, "study", concludes)
+            assert holder.answer() == "held"
+            waiting = Thread(target=lambda: session.exclusively(lambda: None))
+            waiting.start()
+            wait_until(lambda: len(caplog.records) == 1 + concludes)  # noqa: B023
+            holder.signal(signal.SIGKILL)
+            waiting.join(TIMEOUT_S)
+    one, other = (record.message for record in caplog.records)
+    assert one == "waiting for another session of study 'study', which may take up to 5 minutes"
+    name = f"{socket.gethostname()}:{holder.process.pid}"
+    assert other == f"waiting for {name} to finish: study 'study' is complete, and its winner is refit or tested there"
+
+
+HOLD_LONG = """
+import time
+from hpo.search import lease
+lease._IDLE_S, lease._SIGN_OF_LIFE_S = 1, 0.2
+def compute():
+    storage.get_all_studies()
+    print("held", flush=True)
+    time.sleep(600)
+with Session(storage, "study") as session:
+    session.exclusively(compute, takes_long=True)
+"""
+
+
+def test_who_computes_for_long_keeps_the_lock_and_who_is_stopped_loses_it(
+    start: Callable[..., Process], shared: StudyStorage
+) -> None:
+    holder = start(HOLD_LONG)
+    assert holder.answer() == "held"
+    time.sleep(2.5)
+    assert num_locks(shared, granted=True) == 1
+    holder.signal(signal.SIGSTOP)
+    wait_until(lambda: num_locks(shared, granted=True) == 0)
+
+
+def test_the_server_notices_by_itself_that_a_machine_was_cut_off(shared: StudyStorage) -> None:
+    """Else a connection that is silent keeps its lock for the two hours of the operating system."""
+    with shared.engine.connect() as connection:
+        asked = [
+            connection.execute(text(f"SHOW {name}")).scalar_one()
+            for name in ("tcp_keepalives_idle", "tcp_keepalives_interval", "tcp_keepalives_count")
+        ]
+    assert asked == ["10", "5", "3"]
 
 
 def num_locks(storage: StudyStorage, *, granted: bool) -> int:
@@ -450,6 +508,18 @@ def test_a_session_is_shown_with_its_process_and_gone_at_its_end(storage: StudyS
         assert 0 <= shown.seconds_since_renewal < 30
         assert (session.living(), other.living()) == ({session.id}, {other.id})
         assert not session.has_lapsed()
+    assert living_sessions(storage, "study") == []
+
+
+def test_a_session_that_concludes_is_alive_but_nobody_waits_for_it(storage: StudyStorage) -> None:
+    with Session(storage, "study", lease_s=1) as concluding, Session(storage, "study") as session:
+        assert not living_sessions(storage, "study")[0].is_concluding
+        concluding.conclude()
+        assert ([other.id for other in concluding.others()], session.others()) == ([session.id], [])
+        assert session.living() == {session.id, concluding.id}
+        session.forget_others()
+        wait_until(lambda: concluding.id in session.living())  # it comes back as what it was
+        assert session.others() == []
     assert living_sessions(storage, "study") == []
 
 

@@ -5,6 +5,9 @@ lease is taken for dead, and its trials are adopted by others. Nobody adopts rig
 everyone has one lease's time to renew. The sums work out for three renewals a lease: whoever is gone for a whole lease
 by an outage of the database saw it away for at least two thirds of one, so every other session missed renewals too, and
 a gap of half a lease sets the waiting going.
+
+A session that has trained all it will, and refits and tests the winner, keeps its row: the study is still worked on,
+and the session's files are not those of the dead. Nobody waits for it, though; see `Session.conclude`.
 """
 
 from __future__ import annotations
@@ -17,9 +20,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from uuid import uuid4
@@ -45,7 +47,7 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
 from hpo.machine import process_host
-from hpo.search.storage import SCHEMA_LOCK, StudyStorage
+from hpo.search.storage import SCHEMA_LOCK, OutageError, StudyStorage
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -55,11 +57,25 @@ _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 # Who holds a study's lock and asks the database nothing for long loses it: a process that was stopped, say.
-_LOCK = text("SELECT set_config('idle_session_timeout', :idle, false), pg_advisory_lock(:key)")
+_TRY_LOCK = text("SELECT pg_try_advisory_lock(:key), set_config('idle_session_timeout', :idle, false)")
+_LOCK = text("SELECT pg_advisory_lock(:key)")
 _UNLOCK = text("SELECT pg_advisory_unlock(:key), set_config('idle_session_timeout', '0', false)")
+
+_IDLE_S = 300
+"""Seconds of silence after which the database takes the lock away."""
+
+_SIGN_OF_LIFE_S = 60.0
+"""Seconds between signs of life during an action that takes long."""
+
+_SAID_AFTER_S = 5.0
+"""Seconds of waiting for a study's lock after which the user is told for whom."""
 
 _FORGOTTEN_AFTER_S = 24 * 3600
 """Age at which the row of a dead session is removed, by the next one that begins."""
+
+_CONCLUDING = "/concluding"
+"""Follows the study's name in the row of a session that concludes. No name of a study holds a slash, and an older hpo
+does not see such a row, which a further column would be in the way of."""
 
 _SESSIONS = Table(
     "hpo_session",
@@ -106,6 +122,9 @@ class SessionInfo:
     seconds_since_renewal: float
     """By the database's clock."""
 
+    is_concluding: bool = False
+    """Whether it has trained all it will, and MLflow has the weights of its trials."""
+
     @property
     def name(self) -> str:
         """HOST:PID"""
@@ -135,7 +154,7 @@ def living_sessions(storage: BaseStorage, study: str) -> list[SessionInfo]:
         with storage.engine.begin() as connection:
             if not inspect(connection).has_table(_SESSIONS.name):
                 return []
-            columns = select(_SESSIONS.c.id, _SESSIONS.c.name, _AGE)
+            columns = select(_SESSIONS.c.id, _SESSIONS.c.name, _AGE, _SESSIONS.c.study != study)
             return [SessionInfo(*row) for row in connection.execute(columns.where(_of(study), _IS_LIVING))]
 
     return storage.outlast(read)
@@ -157,6 +176,7 @@ class Session:
         self.id = session_id or uuid4().hex
         self._storage = storage
         self._study = study
+        self._written_study = study
         self._lease_s = lease_s
         self._renewing = threading.Lock()
         self._renewed_at = 0.0  # by this machine's clock, before the database was asked
@@ -206,8 +226,17 @@ class Session:
         return gone
 
     def others(self) -> list[SessionInfo]:
-        """The study's other living sessions."""
-        return [other for other in living_sessions(self._storage, self._study) if other.id != self.id]
+        """The study's other living sessions, without those that conclude it."""
+        found = living_sessions(self._storage, self._study)
+        return [other for other in found if other.id != self.id and not other.is_concluding]
+
+    def conclude(self) -> None:
+        """Say that this session trains no more trials, and that MLflow has the weights of those that it trained.
+
+        It is among the `living` until its end, but no longer among the `others`, who would wait for each other.
+        """
+        self._written_study = self._study + _CONCLUDING
+        self._storage.outlast(self._renew)
 
     def has_lapsed(self) -> bool:
         """Whether the lease ran out since this was last asked: the caller must see which trials are still its own.
@@ -231,22 +260,23 @@ class Session:
 
         return self._storage.outlast(read)
 
-    def exclusively(self, action: Callable[[], _T], *, idle: str = "300s") -> _T:
+    def exclusively(self, action: Callable[[], _T], *, takes_long: bool = False) -> _T:
         """What `action` returns when it is run under the study's lock; nobody else's action runs meanwhile.
 
         An outage of the database breaks the lock. The action is then run again from its beginning, so it must look at
         the study again, and put back trials that have no owner, for its own last attempt may have left one. An action
-        that asks the database nothing for the time `idle` loses the lock; "0" waits forever.
+        that asks the database nothing for 5 minutes loses the lock; one that `takes_long` only if its process is
+        stopped for that time.
         """
 
         def attempt() -> _T:
-            with self.exclusive(idle):
+            with self.exclusive(takes_long=takes_long):
                 return action()
 
         return self._storage.outlast(attempt)
 
     @contextmanager
-    def exclusive(self, idle: str = "300s") -> Iterator[None]:
+    def exclusive(self, *, takes_long: bool = False) -> Iterator[None]:
         """Hold the study's lock in the database. With sqlite nothing is done: the home's file lock holds.
 
         The lock belongs to one connection, which this thread asks the storage through: it is held for exactly as long
@@ -255,23 +285,52 @@ class Session:
         if not self._storage.is_shared or self._storage.is_bound:  # this thread has it already
             yield
             return
-        with self._storage.outlast(partial(self._lock, idle)) as connection:
+        with self._storage.outlast(self._lock) as connection:
             try:
-                with self._storage.bound_to(connection):
+                with self._storage.bound_to(connection), _kept_alive(connection) if takes_long else nullcontext():
                     yield
             finally:
                 self._unlock(connection)
 
-    def _lock(self, idle: str) -> Connection:
+    def _lock(self) -> Connection:
         connection = self._storage.engine.connect()
         try:
-            connection.execute(_LOCK, {"key": self._lock_key, "idle": idle})
+            is_free = connection.execute(_TRY_LOCK, {"key": self._lock_key, "idle": f"{_IDLE_S}s"}).scalar_one()
+            if not is_free:
+                with self._waiting_told():
+                    connection.execute(_LOCK, {"key": self._lock_key})
             connection.commit()
         except BaseException:
             connection.invalidate()
             connection.close()
             raise
         return connection
+
+    @contextmanager
+    def _waiting_told(self) -> Iterator[None]:
+        """Tell the user for whom we wait, once that takes long."""
+        telling = threading.Timer(_SAID_AFTER_S, self._tell_who_is_waited_for)
+        telling.daemon = True
+        telling.start()
+        try:
+            yield
+        finally:
+            telling.cancel()
+
+    def _tell_who_is_waited_for(self) -> None:
+        try:
+            found = living_sessions(self._storage, self._study)
+        except OutageError:  # which was told
+            return
+        names = [each.name for each in found if each.is_concluding and each.id != self.id]
+        if names:
+            _log.warning(
+                "waiting for %s to finish: study '%s' is complete, and its winner is refit or tested there",
+                " and ".join(names),
+                self._study,
+            )
+        else:
+            _log.warning("waiting for another session of study '%s', which may take up to 5 minutes", self._study)
 
     def _unlock(self, connection: Connection) -> None:
         if connection.invalidated:  # the lock went with the connection
@@ -322,11 +381,11 @@ class Session:
         """Renew the row, or recreate it if it is gone; return how often the lease has expired so far."""
         is_own = _SESSIONS.c.id == self.id
         with self._storage.engine.begin() as connection:
-            if connection.execute(_RENEWAL.where(is_own)).rowcount:
+            if connection.execute(_RENEWAL.where(is_own).values(study=self._written_study)).rowcount:
                 return int(connection.execute(select(_SESSIONS.c.num_lapses).where(is_own)).scalar_one())
             row = {
                 "id": self.id,
-                "study": self._study,
+                "study": self._written_study,
                 "name": f"{process_host()}:{os.getpid()}",
                 "lease_s": self._lease_s,
                 "renewed_at": _Now(),
@@ -348,8 +407,34 @@ _RENEWAL = update(_SESSIONS).values(
 )
 
 
+@contextmanager
+def _kept_alive(connection: Connection) -> Iterator[None]:
+    """Send an empty query now and then, so that the database does not take a process that computes for a stopped one.
+
+    It goes past SQLAlchemy and psycopg, whose transactions belong to another thread: it begins none, and ends none.
+    """
+    driver: Any = connection.connection.driver_connection
+    ended = threading.Event()
+
+    def give_signs_of_life() -> None:
+        while not ended.wait(_SIGN_OF_LIFE_S):
+            try:
+                with driver.lock:
+                    driver.pgconn.exec_(b"")
+            except driver.Error:  # the connection is gone; the action's next statement says so
+                return
+
+    giving = threading.Thread(target=give_signs_of_life, name="signs of life", daemon=True)
+    giving.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        giving.join()
+
+
 def _of(study: str) -> ColumnElement[bool]:
-    return _SESSIONS.c.study == study
+    return _SESSIONS.c.study.in_((study, study + _CONCLUDING))
 
 
 def _monotonic() -> float:

@@ -324,8 +324,10 @@ def _connect_args(address: URL) -> dict[str, str | int]:
         "keepalives_count": 3,
         "tcp_user_timeout": 20_000,
         "application_name": "hpo",
-        # A process that is stopped in the middle of a transaction must not hold up the others forever.
-        "options": "-c idle_in_transaction_session_timeout=30s",
+        # A process that is stopped in the middle of a transaction must not hold up the others forever. For a machine
+        # that was cut off the server must look by itself, or it keeps that machine's locks for hours.
+        "options": "-c idle_in_transaction_session_timeout=30s "
+        "-c tcp_keepalives_idle=10 -c tcp_keepalives_interval=5 -c tcp_keepalives_count=3",
     }
     return {name: value for name, value in wanted.items() if name not in address.query}
 

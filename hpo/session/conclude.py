@@ -84,13 +84,13 @@ def conclude(prepared: Prepared, opened: Opened, observer: Observer) -> Winner |
     observer.note("drawing the plots" + (f" and {ending}" if coordinator.is_done else ""))
     has_arrived = _flush_patiently(opened.runs) if coordinator.is_done else opened.runs.flush()
     coordinator.remove_old_checkpoints()
-    opened.leave()
+    session.conclude()
     if coordinator.is_done:
         if not has_arrived:
             _require_winner_arrived(study, opened.runs)
         _await_others(session)
-        # Reading and judging the test split may take its time.
-        winner = session.exclusively(lambda: tested_winner(prepared, opened), idle="0")
+        # Refitting, and judging the test split, may take their time.
+        winner = session.exclusively(lambda: tested_winner(prepared, opened), takes_long=True)
     else:
         winner = find_winner(study)
     if study.settings.costs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -43,8 +43,6 @@ class Opened:
     summary: SummaryRun
     """RUNNING until the search ends."""
     coordinator: Coordinator
-    leave: Callable[[], None]
-    """End the session's presence in the study: MLflow has the weights of all its trials."""
 
 
 @contextmanager
@@ -83,7 +81,6 @@ def open_search(prepared: Prepared, observer: Observer) -> Iterator[Opened]:
                     trainer=machine.trainer,
                     observer=observer,
                 ),
-                leave=presence.close,
             )
         store.optimise()
 
