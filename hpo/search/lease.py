@@ -44,6 +44,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
+from hpo.errors import first_line
 from hpo.machine import process_host
 from hpo.search.storage import SCHEMA_LOCK, StudyStorage
 
@@ -179,7 +180,7 @@ class Session:
             with self._storage.engine.begin() as connection:
                 connection.execute(delete(_SESSIONS).where(_SESSIONS.c.id == self.id))
         except SQLAlchemyError as refusal:  # the row expires by itself
-            _log.info("the session's row stays behind: %s", str(refusal).partition("\n")[0])
+            _log.info("the session's row stays behind: %s", first_line(refusal))
 
     @property
     def is_shared(self) -> bool:
@@ -303,7 +304,7 @@ class Session:
             try:
                 self._renew()
             except SQLAlchemyError as error:  # whoever needs the database next tells the user
-                _log.debug("the session was not renewed: %s", str(error).partition("\n")[0])
+                _log.debug("the session was not renewed: %s", first_line(error))
                 wait_s = min(1.0, self._lease_s / 10)
             else:
                 wait_s = self._lease_s / 3
