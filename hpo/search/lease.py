@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Connection, Delete
 
 _T = TypeVar("_T")
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 # Who holds a study's lock and asks the database nothing for long loses it: a process that was stopped, say.
 _LOCK = text("SELECT set_config('idle_session_timeout', :idle, false), pg_advisory_lock(:key)")
@@ -180,7 +180,7 @@ class Session:
             with self._storage.engine.begin() as connection:
                 connection.execute(delete(_SESSIONS).where(_SESSIONS.c.id == self.id))
         except SQLAlchemyError as refusal:  # the row expires by itself
-            _log.info("the session's row stays behind: %s", first_line(refusal))
+            _logger.info("the session's row stays behind: %s", first_line(refusal))
 
     @property
     def is_shared(self) -> bool:
@@ -304,7 +304,7 @@ class Session:
             try:
                 self._renew()
             except SQLAlchemyError as error:  # whoever needs the database next tells the user
-                _log.debug("the session was not renewed: %s", first_line(error))
+                _logger.debug("the session was not renewed: %s", first_line(error))
                 wait_s = min(1.0, self._lease_s / 10)
             else:
                 wait_s = self._lease_s / 3
