@@ -113,6 +113,11 @@ def in_one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {visible(' '.join(str(error).split()))}{place_of(error)}"
 
 
+def first_line(error: object) -> str:
+    """What an error of a library says, without what follows its first line."""
+    return str(error).strip().partition("\n")[0]
+
+
 def place_of(error: BaseException) -> str:
     """Where in a user's own code an error was raised, as ` (model.py:28)`; empty if that was in a library."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_of_library(frame.filename)]

@@ -37,11 +37,6 @@ def find_factory(group: str, name: str, built_in: Sequence[str]) -> Factory:
     return factory  # type: ignore[no-any-return]
 
 
-def is_registered(group: str, name: str) -> bool:
-    """Whether the name is that of an entry point on this machine."""
-    return any(point.name == name for point in entry_points(group=group))
-
-
 def call(factory: Factory, offered: Mapping[str, Any]) -> Any:
     """What a factory makes of those of the offered keywords that it accepts. Raises UsageError if it raises."""
     try:

@@ -18,7 +18,7 @@ import torch
 from hpo.data.examples import Split
 from hpo.files import write_atomically
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 def cached_split(folder: Path, name: str, originals: Iterable[Path], convert: Callable[[], Split]) -> Split:
@@ -43,7 +43,7 @@ def _convert(folder: Path, name: str, fingerprint: str, convert: Callable[[], Sp
     try:
         _save(split, folder, name, fingerprint)
     except OSError as problem:
-        logger.warning("%s cannot be kept in %s (%s); it is converted again each time.", name, folder, problem)
+        _logger.warning("%s cannot be kept in %s (%s); it is converted again each time.", name, folder, problem)
     return split
 
 
@@ -60,12 +60,12 @@ def _load(path: Path) -> Split | None:
     try:
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != path.suffixes[-2][1:]:
-                logger.warning("%s is damaged; the originals are converted again.", path)
+                _logger.warning("%s is damaged; the originals are converted again.", path)
                 return None
             file.seek(0)
             return Split(**torch.load(file, weights_only=True))
     except OSError as problem:
-        logger.warning("%s cannot be read (%s); the originals are converted again.", path, problem)
+        _logger.warning("%s cannot be read (%s); the originals are converted again.", path, problem)
         return None
 
 

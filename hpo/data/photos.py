@@ -42,7 +42,7 @@ from hpo.errors import DataError, UnknownNameError
 from hpo.files import allocate, write_atomically
 from hpo.machine import num_cores
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 SIDE = 256
 """Pixels that most pretrained networks' photos are resized to before they are cropped."""
@@ -155,10 +155,10 @@ def _list_photos(parent: Path, classes: Sequence[str], left_out: Collection[str]
         num_others += len(files.found) - len(found)
         passed_over += files.passed_over
     if num_others:
-        logger.warning("%d files in %s are skipped: photos are %s.", num_others, parent, ", ".join(SUFFIXES))
+        _logger.warning("%d files in %s are skipped: photos are %s.", num_others, parent, ", ".join(SUFFIXES))
     if passed_over:
         listed = ", ".join(f"{count} in '{name}'" for name, count in passed_over.most_common(_NUM_NAMED))
-        logger.warning(
+        _logger.warning(
             "%d files in %s are passed over, because they are hidden, thumbnails or the system's: %s.",
             passed_over.total(), parent, listed,
         )  # fmt: skip
@@ -172,7 +172,7 @@ def _without_rare(
     counts = Counter(label for _, label in photos)
     kept = [label for label in range(len(classes)) if counts[label] >= MIN_ROWS]
     if few := [f"'{name}' ({counts[label]})" for label, name in enumerate(classes) if label not in kept]:
-        logger.warning("classes in %s with one or two photos are left out: %s.", data_dir, ", ".join(few))
+        _logger.warning("classes in %s with one or two photos are left out: %s.", data_dir, ", ".join(few))
     if len(kept) < 2:
         raise DataError(f"{data_dir} has fewer than two classes with {MIN_ROWS} photos; omit rare=drop.")
     return [classes[label] for label in kept], [(path, kept.index(label)) for path, label in photos if label in kept]
@@ -210,7 +210,7 @@ class _Album:
             ) from problem
         damaged: dict[str, str] = json.loads(self._index.read_bytes())["damaged"]
         if damaged:
-            logger.warning(
+            _logger.warning(
                 "%d of %d photos in %s cannot be used and are skipped: %s. The full list is in %s.",
                 len(damaged), len(self.paths), self.data_dir, _listed(damaged), self._index,
             )  # fmt: skip
@@ -222,7 +222,7 @@ class _Album:
         return are_there and self._file.stat().st_size == self._num_bytes
 
     def _make(self) -> None:
-        logger.info("%d photos are read; next time they come from the cache.", len(self.paths))
+        _logger.info("%d photos are read; next time they come from the cache.", len(self.paths))
         for outdated in self._file.parent.glob(f"photos-{self.side}.*"):
             outdated.unlink()
         unfinished = self._file.with_name(f".{self._file.name}.{uuid4().hex}.tmp")
@@ -259,7 +259,7 @@ class _Album:
                 if isinstance(found, str):
                     damaged[self._name(self.paths[row])] = found
                 if (row + 1) % 10_000 == 0:
-                    logger.info("%d of %d photos read.", row + 1, len(self.paths))
+                    _logger.info("%d of %d photos read.", row + 1, len(self.paths))
         return damaged, originals
 
     def _require_few(self, damaged: dict[str, str]) -> None:

@@ -35,7 +35,7 @@ from hpo.data.folders import folders_in, is_hidden
 from hpo.data.photo_files import open_photo
 from hpo.errors import DataError
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_TEST_SIZE = 10_000  # of torchvision's file, known without opening it
@@ -133,7 +133,7 @@ def _are_there(*splits: _Originals) -> bool:
 
 def _download(dataset: type[CIFAR10 | FashionMNIST], data_dir: Path, looked_for: str) -> None:
     """Let torchvision download a data set, one process at a time. Raises DataError if it cannot be reached."""
-    logger.info("%s is not in %s; it is downloaded there.", dataset.__name__, data_dir)
+    _logger.info("%s is not in %s; it is downloaded there.", dataset.__name__, data_dir)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(data_dir / ".download.lock"), _network_timeout(NETWORK_TIMEOUT_SECONDS):
@@ -188,7 +188,7 @@ def read_images(paths: Sequence[Path], classes: Sequence[str], size: tuple[int, 
     for index, path in enumerate(paths):
         inputs[index] = _read_image(path, size)
         if (index + 1) % 10_000 == 0:
-            logger.info("%d of %d images read.", index + 1, len(paths))
+            _logger.info("%d of %d images read.", index + 1, len(paths))
     return Split(inputs, torch.tensor([classes.index(path.parent.name) for path in paths]))
 
 

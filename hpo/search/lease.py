@@ -46,6 +46,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.functions import FunctionElement
 
+from hpo.errors import first_line
 from hpo.machine import process_host
 from hpo.search.storage import SCHEMA_LOCK, OutageError, StudyStorage
 
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Connection, Delete
 
 _T = TypeVar("_T")
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 # Who holds a study's lock and asks the database nothing for long loses it: a process that was stopped, say.
 _TRY_LOCK = text("SELECT pg_try_advisory_lock(:key), set_config('idle_session_timeout', :idle, false)")
@@ -199,7 +200,7 @@ class Session:
             with self._storage.engine.begin() as connection:
                 connection.execute(delete(_SESSIONS).where(_SESSIONS.c.id == self.id))
         except SQLAlchemyError as refusal:  # the row expires by itself
-            _log.info("the session's row stays behind: %s", str(refusal).partition("\n")[0])
+            _logger.info("the session's row stays behind: %s", first_line(refusal))
 
     @property
     def is_shared(self) -> bool:
@@ -362,7 +363,7 @@ class Session:
             try:
                 self._renew()
             except SQLAlchemyError as error:  # whoever needs the database next tells the user
-                _log.debug("the session was not renewed: %s", str(error).partition("\n")[0])
+                _logger.debug("the session was not renewed: %s", first_line(error))
                 wait_s = min(1.0, self._lease_s / 10)
             else:
                 wait_s = self._lease_s / 3

@@ -49,7 +49,7 @@ SCHEMA_LOCK = 0x68706F  # "hpo"
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 Storage = BaseStorage
@@ -155,7 +155,7 @@ class StudyStorage(_CachedStorage):
         """Warn, once an outage."""
         if not self._is_away:
             self._is_away = True
-            _log.warning(
+            _logger.warning(
                 "the study's database does not answer (%s); trying again for up to %.0f s",
                 _reason(error),
                 self.patience_s,
@@ -164,7 +164,7 @@ class StudyStorage(_CachedStorage):
     def _note_answer(self) -> None:
         if self._is_away:
             self._is_away = False
-            _log.warning("the study's database answers again")
+            _logger.warning("the study's database answers again")
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         write = partial(super().set_trial_state_values, trial_id, state, values)

@@ -16,7 +16,7 @@ from optuna.trial import TrialState as OptunaState
 from optuna.trial import create_trial
 
 from hpo.config import Direction
-from hpo.errors import HpoError, StoreError, StudyMismatchError, UnknownNameError
+from hpo.errors import HpoError, StoreError, StudyMismatchError, UnknownNameError, first_line
 from hpo.records import EndState, TrialRecord, TrialState, describe_pruning
 from hpo.search import stored
 from hpo.search.confirmation import REPEATS
@@ -96,7 +96,7 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except StorageInternalError as error:
-        cause = str(error.__cause__ or error).partition("\n")[0]
+        cause = first_line(error.__cause__ or error)
         raise StoreError(
             f"cannot write to the study database ({cause}): free disk space or close whatever locks it."
         ) from error

@@ -18,7 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo.errors import SearchError
+from hpo.errors import SearchError, first_line
 from hpo.tracking.store import STUDY_ID_TAG, TRIAL_TAG, search_runs
 
 if TYPE_CHECKING:
@@ -421,7 +421,7 @@ class Sender:
 
     def _log_failure(self, delivery: Delivery, error: Exception) -> None:
         level = logging.WARNING if self._arrived else logging.DEBUG  # once an outage
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         _logger.log(
             level, "trial %d waits in %s until MLflow accepts it: %s", delivery.number, delivery.spool.path, reason
         )

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock, Timeout
 
 from hpo.database import prepare_sqlite, without_password
-from hpo.errors import StoreError, UnknownNameError
+from hpo.errors import StoreError, UnknownNameError, first_line
 from hpo.home import Home
 from hpo.tracking.view import TRIALS_VIEW, view_address
 
@@ -145,7 +145,7 @@ class TrackingStore:
             path = self._artifacts(run_id).download_artifacts(artifact_path)  # type: ignore[no-untyped-call]
         except (mlflow.exceptions.MlflowException, OSError) as error:
             raise StoreError(
-                f"run {run_id} in {without_password(self.uri)} has no file '{artifact_path}': {_first_line(error)}"
+                f"run {run_id} in {without_password(self.uri)} has no file '{artifact_path}': {first_line(error)}"
             ) from error
         return Path(path)
 
@@ -295,7 +295,7 @@ def explained(uri: str) -> Iterator[None]:
     try:
         yield
     except (mlflow.exceptions.MlflowException, requests.RequestException) as error:  # the latter for artifacts
-        raise StoreError(f"MLflow at {without_password(uri)} refused: {_first_line(error)}") from error
+        raise StoreError(f"MLflow at {without_password(uri)} refused: {first_line(error)}") from error
 
 
 def prepare_mlflow() -> None:
@@ -332,7 +332,7 @@ def _require_readable_variables() -> None:
                 variable.get()
             except ValueError as error:
                 raise StoreError(
-                    f"MLflow cannot read {name}={os.environ[name]}: {_first_line(error)}; unset it, or set it to "
+                    f"MLflow cannot read {name}={os.environ[name]}: {first_line(error)}; unset it, or set it to "
                     "another value."
                 ) from error
 
@@ -454,9 +454,5 @@ def _connect(uri: str) -> MlflowClient:
                 f"the MLflow store at {shown} was made by another MLflow than {version('mlflow')}; make a copy of it, "
                 f"then run `mlflow db upgrade {shown}`."
             ) from error
-        raise StoreError(f"cannot use the MLflow store at {without_password(uri)}: {_first_line(error)}") from error
+        raise StoreError(f"cannot use the MLflow store at {without_password(uri)}: {first_line(error)}") from error
     return client
-
-
-def _first_line(error: object) -> str:
-    return str(error).strip().partition("\n")[0]

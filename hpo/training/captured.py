@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hpo.data.batches import side_stream
+from hpo.errors import first_line
 from hpo.training.compiled import FormulaStep, can_capture
 from hpo.training.device import free_memory
 from hpo.training.step import StepResult, TrainingStep
@@ -121,7 +122,7 @@ class CapturedStep(FormulaStep):
                 return StepResult(*results), targets
             reason = None if self._race.is_captured_faster is None else "it is not faster"
         except RuntimeError as error:  # torch.OutOfMemoryError is one, too: a graph has its memory for itself
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
         # Out here the failed attempt's tensors are gone.
         self._formulas.complete_optimizer()
         if reason:

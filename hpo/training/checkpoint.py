@@ -20,7 +20,7 @@ import torch
 from hpo.errors import CheckpointError
 from hpo.files import write_atomically
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 WRITING_SHARE = 0.05
 """Of the time, what writing checkpoints takes, unless a write takes longer than a tenth of a second: see MAX_REST_S."""
@@ -63,7 +63,9 @@ class CheckpointFolder:
             content = checkpoint.path.read_bytes()
             if _sha256(content) == checkpoint.sha256:
                 return checkpoint.epoch, _from_bytes(content, checkpoint.path)
-            logger.warning("%s is damaged and is not used; an earlier checkpoint is, if there is one.", checkpoint.path)
+            _logger.warning(
+                "%s is damaged and is not used; an earlier checkpoint is, if there is one.", checkpoint.path
+            )
         return None
 
     def _newest_first(self) -> list[_Checkpoint]:

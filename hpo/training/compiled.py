@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
-from hpo.errors import UsageError
+from hpo.errors import UsageError, first_line
 from hpo.training.device import free_memory
 from hpo.training.precision import autocast
 from hpo.training.schedules import Point
@@ -92,7 +92,7 @@ class CompiledStep(FormulaStep):
             self._formulas.count_step()
             return StepResult(*results)
         except (TorchDynamoException, RuntimeError) as error:  # torch.OutOfMemoryError is one
-            reason = str(error).strip().partition("\n")[0]
+            reason = first_line(error)
         # Out here the failed attempt's tensors are gone.
         _logger.warning("the step cannot be compiled and continues without: %s", reason)
         self._formulas.complete_optimizer()

@@ -14,7 +14,7 @@ import torch
 
 from hpo.config import config_fields, derive_seed
 from hpo.data.batches import build_batches, num_views, place
-from hpo.errors import CheckpointError, DeviceMemoryError, UsageError
+from hpo.errors import CheckpointError, DeviceMemoryError, UsageError, first_line
 from hpo.models.preprocessed import own_of
 from hpo.models.pretrained import find_pretrained
 from hpo.training.averaging import AveragedWeights
@@ -513,7 +513,7 @@ def _memory_explained() -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        reason = str(error).partition("\n")[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise DeviceMemoryError(f"out of memory (oom): {reason}. Choose a smaller batch or model.") from error
 
 
