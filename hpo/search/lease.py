@@ -325,13 +325,13 @@ class Session:
             return
         names = [each.name for each in found if each.is_concluding and each.id != self.id]
         if names:
-            _log.warning(
+            _logger.warning(
                 "waiting for %s to finish: study '%s' is complete, and its winner is refit or tested there",
                 " and ".join(names),
                 self._study,
             )
         else:
-            _log.warning("waiting for another session of study '%s', which may take up to 5 minutes", self._study)
+            _logger.warning("waiting for another session of study '%s', which may take up to 5 minutes", self._study)
 
     def _unlock(self, connection: Connection) -> None:
         if connection.invalidated:  # the lock went with the connection
