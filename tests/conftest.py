@@ -32,7 +32,7 @@ from helpers.postgres import Postgres, running_postgres  # noqa: E402
 # Workers import the file of their task, here a test file: what that imports, the server they are forked from has.
 local._PRELOADED += ["hpo.session.search", "hypothesis", "pandas", "pytest", "sklearn.datasets"]
 
-pytest_plugins = ["helpers.studies", "helpers.tracking", "helpers.searches", "helpers.moody"]
+pytest_plugins = ["helpers.studies", "helpers.tracking", "helpers.searches", "helpers.moody", "helpers.databases"]
 
 # How long an example takes says more about what else the machine does than about the code.
 hypothesis.settings.register_profile("untimed", deadline=None)
