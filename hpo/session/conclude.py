@@ -375,8 +375,8 @@ def draw_figures(
         "learning_curves": plot_curves(trials, metric=metric, direction=direction, has_folds=bool(settings.folds)),
         "slices": plot_slices(trials, settings.space, metric=metric, direction=direction),
     }
-    if any((drawn := _drawn(rated)).values()):
-        figures["importances"] = plot_importances(drawn, note=rated.note)
+    if any((known := rated.known()).values()):
+        figures["importances"] = plot_importances(known, note=rated.note)
     if front:
         figures["pareto_front"] = plot_front(
             trials, [row["trial"] for row in front], metric=metric, direction=direction, costs=settings.costs
@@ -408,21 +408,8 @@ def _what_was_learned(found: Sequence[Finding], rated: Importances) -> str:
     sentences = "".join(f"- {finding.text}\n" for finding in found)
     rows = "".join(
         f"| {group} | {name} | {describe_share(each.share, each.low, each.high, each.condition)} |\n"
-        for group, importance in rated.groups.items()
-        for name, each in {"": importance, **importance.parameters}.items()
+        for group, name, each in rated.rows()
     )
     table = f"\n| group | parameter | importance (90 % interval) |\n| --- | --- | --- |\n{rows}" if rows else ""
     note = f"\n{rated.note}\n" if rated.note else ""
     return (sentences + table + note).lstrip() or "There is nothing to learn from yet.\n"
-
-
-def _drawn(rated: Importances) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """The share and the interval of each parameter that has them, by group; a conditional one with its condition."""
-    return {
-        group: {
-            f"{name}, if {each.condition}" if each.condition else name: (each.share, each.low, each.high)
-            for name, each in importance.parameters.items()
-            if each.share is not None and each.low is not None and each.high is not None
-        }
-        for group, importance in rated.groups.items()
-    }
