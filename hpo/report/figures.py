@@ -201,12 +201,7 @@ def _as_number(name: str) -> Callable[[TrialRecord], Any]:
 
 def plot_importances(content: Content) -> go.Figure | None:
     """The share of each parameter with its 90% interval, the largest on top; None if none is known."""
-    known = [
-        (f"{name}, if {each.condition}" if each.condition else name, each.share, each.low, each.high)
-        for group in content.importances.groups.values()
-        for name, each in group.parameters.items()
-        if each.share is not None and each.low is not None and each.high is not None
-    ]
+    known = [(name, *each) for shares in content.importances.known().values() for name, each in shares.items()]
     if not known:
         return None
     known.sort(key=lambda row: row[1])

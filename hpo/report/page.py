@@ -242,8 +242,7 @@ def _importances(content: Content, drawn: dict[str, Figure]) -> str:
         drawn["importances"] = figure
     rows = [
         (escape(group), escape(name), escape(describe_share(each.share, each.low, each.high, each.condition)))
-        for group, importance in rated.groups.items()
-        for name, each in {"": importance, **importance.parameters}.items()
+        for group, name, each in rated.rows()
     ]
     note = f'<p class="dim">{escape(rated.note)}</p>' if rated.note else ""
     shares = table(("group", "parameter", "share (90% interval)"), rows) if rows else ""

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_solve, cholesky, lapack, solve_triangular
+from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.optimize import minimize
 from scipy.special import ndtr
 
-from hpo.search.kernels import Array, distances_between, matern
+from hpo.search.kernels import Array, distances_between, inverse_of, matern, squared_distances
 
 _JITTER = 1e-6
 
@@ -155,10 +155,7 @@ def negative_log_posterior(
     Up to a constant, Rasmussen and Williams, 2006, equations 5.8 and 5.9, with the log-normal priors above.
     """
     num_parameters = int(owners.max()) + 1
-    by_parameter = np.zeros((num_parameters, len(inputs), len(inputs)))
-    for column, owner in enumerate(owners):
-        by_parameter[owner] += (inputs[:, column, None] - inputs[None, :, column]) ** 2
-    squared = by_parameter.reshape(num_parameters, -1)  # (p, n * n)
+    squared = squared_distances(inputs, owners)
     location = np.append(np.full(num_parameters, _LENGTH_LOCATION + 0.5 * np.log(num_parameters)), _NOISE_LOCATION)
     scale = np.append(np.full(num_parameters, _LENGTH_SCALE), _NOISE_SCALE)
     diagonal = np.diag_indices(len(inputs))
@@ -166,13 +163,12 @@ def negative_log_posterior(
     def value_and_gradient(logs: Array) -> tuple[float, Array]:
         precisions = np.exp(-2.0 * logs[:-1])
         noise = np.exp(logs[-1])
-        covariance, slopes = matern(np.sqrt(precisions @ squared).reshape(by_parameter.shape[1:]))
+        covariance, slopes = matern(np.sqrt(precisions @ squared).reshape(len(inputs), -1))
         covariance[diagonal] += noise + _JITTER
         factor = cholesky(covariance, lower=True, check_finite=False)
         weights = cho_solve((factor, True), targets, check_finite=False)
-        triangle, _ = lapack.dpotri(factor, lower=1)
-        inverse = np.tril(triangle) + np.tril(triangle, -1).T
-        slope = 0.5 * (np.outer(weights, weights) - inverse)  # of the likelihood, for each entry of the covariance
+        # Of the likelihood, for each entry of the covariance.
+        slope = 0.5 * (np.outer(weights, weights) - inverse_of(factor))
         of_lengths = (squared @ (slope * slopes).ravel()) * precisions * (5.0 / 3.0)
         of_noise = noise * np.trace(slope)
         likelihood = -0.5 * targets @ weights - np.log(np.diag(factor)).sum()

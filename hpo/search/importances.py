@@ -92,6 +92,25 @@ class Importances:
     note: str | None = None
     """Which importances need more trials, and how many; None where all are known or nothing varies."""
 
+    def rows(self) -> list[tuple[str, str, Importance]]:
+        """Group, parameter and importance; that of the group itself comes first, with "" for the parameter."""
+        return [
+            (group, name, each)
+            for group, importance in self.groups.items()
+            for name, each in {"": importance, **importance.parameters}.items()
+        ]
+
+    def known(self) -> dict[str, dict[str, tuple[float, float, float]]]:
+        """The share and interval of each parameter that has them, by group; a conditional one with its condition."""
+        return {
+            group: {
+                f"{name}, if {each.condition}" if each.condition else name: (each.share, each.low, each.high)
+                for name, each in importance.parameters.items()
+                if each.share is not None and each.low is not None and each.high is not None
+            }
+            for group, importance in self.groups.items()
+        }
+
 
 def importances(study: Study) -> Importances:
     """Importance of each parameter that can vary, by group; see the head of this module for what it means.

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import LinAlgError, cho_solve, cholesky, lapack
+from scipy.linalg import LinAlgError, cho_solve, cholesky
 from scipy.optimize import minimize
 
-from hpo.search.kernels import Array, distances_between, matern
+from hpo.search.kernels import Array, distances_between, inverse_of, matern, squared_distances
 
 _JITTER = 1e-6
 _TREND_VARIANCE = 25.0
@@ -74,10 +74,7 @@ class EndPosterior:
         self._owners = owners
         self._num_parameters = int(owners.max()) + 1
         size = len(observed.losses)
-        squared = np.zeros((self._num_parameters, size, size))
-        for column, owner in enumerate(owners):
-            squared[owner] += (observed.inputs[:, column, None] - observed.inputs[None, :, column]) ** 2
-        self._squared = squared.reshape(self._num_parameters, -1)
+        self._squared = squared_distances(observed.inputs, owners)
         gaps = observed.gaps
         self._trend = math.sqrt(_TREND_VARIANCE) * np.column_stack([np.ones(size), gaps, gaps**2])
         self._same_trial = (observed.trials[:, None] == observed.trials[None, :]).astype(float)
@@ -135,9 +132,8 @@ class EndPosterior:
         except LinAlgError:  # far outside of what the losses allow
             return 1e10, np.zeros_like(scales)
         weights = cho_solve((factor, True), self._observed.losses, check_finite=False)
-        triangle, _ = lapack.dpotri(factor, lower=1)
-        inverse = np.tril(triangle) + np.tril(triangle, -1).T
-        slope = 0.5 * (np.outer(weights, weights) - inverse)  # of the likelihood, for each entry of the covariance
+        # Of the likelihood, for each entry of the covariance.
+        slope = 0.5 * (np.outer(weights, weights) - inverse_of(factor))
         lag_slope = slope * covariance.gaps
         end_variance, lag_variance, trial_noise, epoch_noise = np.exp(scales[2 * p :])
 

@@ -46,7 +46,7 @@ from hpo.search.winner import (
 )
 from hpo.session.report import has_plotly, report_page
 from hpo.training.certainty import has_certainty, measure_certainty
-from hpo.training.comparison import Difference, compare_folds, compare_models, score_interval
+from hpo.training.comparison import Difference, compare_common_folds, compare_models, score_interval
 from hpo.training.evaluation import evaluate, evaluate_classes, outputs_and_targets
 from hpo.training.losses import target_scale
 from hpo.training.mistakes import worst_mistakes
@@ -61,7 +61,6 @@ if TYPE_CHECKING:
     from hpo.data.examples import DataSpec, SealedSplit, Split
     from hpo.execution.observer import Observer
     from hpo.objective import Objective
-    from hpo.records import TrialRecord
     from hpo.search.findings import Finding
     from hpo.search.importances import Importances
     from hpo.search.lease import Session
@@ -234,7 +233,7 @@ def compare_with_default(
     difference, num_examples = None, 0
     if default.state in ELIGIBLE and default.number != winner.searched:
         if study.settings.folds:
-            difference = _difference_in_folds(study.trial(winner.trial), default)
+            difference = compare_common_folds(study.trial(winner.trial).curve, default.curve)
         elif splits is None:
             difference = Difference(winner.validation - default.known_value, math.nan, math.nan)
         else:
@@ -255,13 +254,6 @@ def compare_with_default(
         high=max(gains, default=None),
         num_examples=num_examples,
     )
-
-
-def _difference_in_folds(winner: TrialRecord, default: TrialRecord) -> Difference | None:
-    common = sorted(winner.curve.keys() & default.curve.keys())
-    if len(common) < 2:
-        return None
-    return compare_folds(*([trial.curve[fold] for fold in common] for trial in (winner, default)))
 
 
 def _difference_on(
@@ -375,8 +367,8 @@ def draw_figures(
         "learning_curves": plot_curves(trials, metric=metric, direction=direction, has_folds=bool(settings.folds)),
         "slices": plot_slices(trials, settings.space, metric=metric, direction=direction),
     }
-    if any((drawn := _drawn(rated)).values()):
-        figures["importances"] = plot_importances(drawn, note=rated.note)
+    if any((known := rated.known()).values()):
+        figures["importances"] = plot_importances(known, note=rated.note)
     if front:
         figures["pareto_front"] = plot_front(
             trials, [row["trial"] for row in front], metric=metric, direction=direction, costs=settings.costs
@@ -408,21 +400,8 @@ def _what_was_learned(found: Sequence[Finding], rated: Importances) -> str:
     sentences = "".join(f"- {finding.text}\n" for finding in found)
     rows = "".join(
         f"| {group} | {name} | {describe_share(each.share, each.low, each.high, each.condition)} |\n"
-        for group, importance in rated.groups.items()
-        for name, each in {"": importance, **importance.parameters}.items()
+        for group, name, each in rated.rows()
     )
     table = f"\n| group | parameter | importance (90% interval) |\n| --- | --- | --- |\n{rows}" if rows else ""
     note = f"\n{rated.note}\n" if rated.note else ""
     return (sentences + table + note).lstrip() or "There is nothing to learn from yet.\n"
-
-
-def _drawn(rated: Importances) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """The share and the interval of each parameter that has them, by group; a conditional one with its condition."""
-    return {
-        group: {
-            f"{name}, if {each.condition}" if each.condition else name: (each.share, each.low, each.high)
-            for name, each in importance.parameters.items()
-            if each.share is not None and each.low is not None and each.high is not None
-        }
-        for group, importance in rated.groups.items()
-    }

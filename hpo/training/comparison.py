@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -63,7 +63,7 @@ def compare_models(
     The examples are paired: both models judge the same ones. For accuracy, and for the recall of embeddings, the
     interval is that of the mean difference between paired answers (Agresti and Min, 2005). For any other metric it is
     that of a percentile bootstrap over the examples, which draws the same ones for both. `target_scale` is that of the
-    training split, as in `trainer.evaluate`.
+    training split, as in `hpo.training.evaluation.evaluate`.
     """
     metric = one[1].metric
     first, second = (_Judged.by(model, config, split, spec, target_scale, metric) for model, config in (one, other))
@@ -130,6 +130,12 @@ def compare_folds(one: Sequence[float], other: Sequence[float]) -> Difference:
     error = stdev(differences) * math.sqrt(1 / count + 1 / (count - 1))
     mean, width = fmean(differences), float(t.ppf(0.975, count - 1)) * error
     return Difference(mean, mean - width, mean + width)
+
+
+def compare_common_folds(one: Mapping[int, float], other: Mapping[int, float]) -> Difference | None:
+    """`compare_folds` of two trials, from their values by fold; None if they have fewer than two folds in common."""
+    common = sorted(one.keys() & other.keys())
+    return compare_folds([one[fold] for fold in common], [other[fold] for fold in common]) if len(common) > 1 else None
 
 
 @dataclass(frozen=True)
