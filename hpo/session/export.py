@@ -25,7 +25,7 @@ from hpo.deploy.load import choose_trial, download_trial, load_from_folder, save
 from hpo.deploy.results import Export
 from hpo.deploy.verify import NUM_CHECKED, TOLERANCE, check_outputs, check_weights
 from hpo.errors import ExportError, UsageError
-from hpo.files import write_atomically
+from hpo.files import size_of, write_atomically
 from hpo.provenance import sessions
 from hpo.records import to_plain
 from hpo.search.winner import find_winner
@@ -266,11 +266,6 @@ def whole_or_not_at_all(folder: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of the files in a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _export_weights(chosen: Chosen, exporter: Exporter, folder: Path) -> Export:
