@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from hpo.deploy.exporters import Exporter
     from hpo.deploy.load import LoadedTrial
     from hpo.objective import Objective
+    from hpo.records import Winner
     from hpo.search.study import Study
     from hpo.session.request import Request
     from hpo.tracking.store import TrackingStore
@@ -69,6 +70,12 @@ class Chosen:
     @property
     def objective(self) -> Objective:
         return self.request.task.objective
+
+    @property
+    def winner(self) -> Winner | None:
+        """The study's winner; None where the trial is another one, which has no test scores."""
+        found = find_winner(self.study)
+        return found if found and found.trial == self.trial else None
 
 
 def export_best(
@@ -208,8 +215,7 @@ def _how_to_run_with_rows(exporter: Exporter, columns: Sequence[str]) -> str:
 
 def describe(chosen: Chosen, exportable: Exportable, runtime: str, compression: str | None) -> dict[str, Any]:
     """The signature: what goes in, what comes out, what it means and where it comes from."""
-    spec, winner = exportable.model.spec, find_winner(chosen.study)
-    is_winner = winner is not None and winner.trial == chosen.trial
+    spec, winner = exportable.model.spec, chosen.winner
     return _origin(chosen) | {
         "runtime": runtime,
         "compression": compression,
@@ -219,7 +225,7 @@ def describe(chosen: Chosen, exportable: Exportable, runtime: str, compression: 
         "thresholds": exportable.model.thresholds.tolist() if spec.kind == "multilabel" else None,
         "inputs": [asdict(port) for port in exportable.inputs],
         "outputs": [asdict(port) for port in exportable.outputs],
-        "test": winner.test if is_winner and winner else None,
+        "test": winner.test if winner else None,
     }
 
 
