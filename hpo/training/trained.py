@@ -14,14 +14,13 @@ from hpo.files import write_atomically
 from hpo.parameters import Value
 from hpo.space import from_stored
 
-CHECKPOINT = "checkpoint"  # folder of a run's artifacts that holds the next two
+CHECKPOINT = "checkpoint"
+"""Folder of a run's artifacts that holds the two files below."""
 
-
-REFIT = "refit"  # the same for a winner that was trained on training and validation examples together
+REFIT = "refit"
+"""The same for a winner that was trained on training and validation examples together."""
 
 BEST_WEIGHTS = "best.pt"
-
-
 DESCRIPTION = "trial.json"
 
 _FORMER_SETTINGS = ("direction",)  # of TrainConfig in version 0.1; a trained model does not need them
