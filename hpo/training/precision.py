@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-Batch = tuple[Any, Any]
-
 _fastest: dict[tuple[str, tuple[tuple[int, ...], ...], str], str] = {}
 """What was measured in this process, by architecture, shape of the batch and device."""
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def settle_precision(wanted: str, model: nn.Module, loss_function: LossFunction, batch: Callable[[], Batch]) -> str:
+def settle_precision(
+    wanted: str, model: nn.Module, loss_function: LossFunction, batch: Callable[[], tuple[Any, Any]]
+) -> str:
     """`wanted`, or for "auto" the faster of fp32 and bf16, which is measured for models with convolutions.
 
     Convolutions are bound by arithmetic, and bf16 has fp32's range, so it needs no scaling. Small linear layers are
