@@ -35,7 +35,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, Operationa
 from sqlalchemy.pool import NullPool
 
 from hpo.database import TIMEOUT_S, connect_sqlite, prepare_sqlite
-from hpo.database import without_password as without_password
+from hpo.database import without_password
 from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.search.optuna_tables import DirectStorage, refuse_another
