@@ -183,11 +183,12 @@ def _with_room(parameter: Float | Int, end: str) -> tuple[float, float]:
     return wider, high
 
 
-def find_divergence(study: Study, name: str = "lr") -> Iterator[Finding]:
+def find_divergence(study: Study) -> Iterator[Finding]:
     """The learning rate above which every trial diverged.
 
     Silent where as many of the largest rates would often have diverged if divergence had nothing to do with the rate.
     """
+    name = "lr"
     parameter = study.settings.space.parameters.get(name)
     if parameter is None or isinstance(parameter, Choice):
         return
