@@ -34,8 +34,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, m
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.pool import NullPool
 
-from hpo.database import TIMEOUT_S, connect_sqlite, prepare_sqlite
-from hpo.database import without_password
+from hpo.database import TIMEOUT_S, connect_sqlite, prepare_sqlite, without_password
 from hpo.errors import StoreError
 from hpo.home import Home
 from hpo.search.optuna_tables import DirectStorage, refuse_another
