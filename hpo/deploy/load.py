@@ -22,11 +22,11 @@ from hpo.training.checkpoint import load_weights
 from hpo.training.trained import BEST_WEIGHTS, CHECKPOINT, REFIT, TrialDescription
 from hpo.trial import TrainedTrial, loop_seed
 
-_logger = logging.getLogger(__name__)
-
 if TYPE_CHECKING:
     from hpo.objective import Objective
     from hpo.tracking.store import TrackingStore
+
+_logger = logging.getLogger(__name__)
 
 
 def load_best(
