@@ -292,21 +292,22 @@ def agree(machine: Machine, task: str | Objective, options: StudyOptions) -> tup
     given_name = options.get("study")
     name = check_study_name(found.objective.name if given_name is None else given_name)
     earlier = read_study(machine, name)
-    if earlier and earlier.settings.task != found.objective.name:
+    stored = earlier.settings if earlier else None
+    if stored and stored.task != found.objective.name:
         raise StudyMismatchError(
-            f"study '{name}' is of task '{earlier.settings.task}', not '{found.objective.name}'; choose another name "
+            f"study '{name}' is of task '{stored.task}', not '{found.objective.name}'; choose another name "
             "with --study."
         )
-    if earlier and machine.is_shared:
-        _require_no_code_of_others(earlier.settings, given)
-    if earlier and earlier.settings.space_reference and space is None:
-        found = load_task(task, earlier.settings.space_reference)
+    if stored and machine.is_shared:
+        _require_no_code_of_others(stored, given)
+    if stored and stored.space_reference and space is None:
+        found = load_task(task, stored.space_reference)
     if not found.objective.train:
-        found = _with_data_options(found, name, earlier.settings if earlier else None, given)
+        found = _with_data_options(found, name, stored, given)
         found = found.suited_to_data(machine.data_dir)
     if options.get("extend"):
-        _extend(earlier.settings if earlier else None, given)
-    settings = _complete(found, earlier.settings if earlier else None, given)
+        _extend(stored, given)
+    settings = _complete(found, stored, given)
     if earlier:  # before the data is read, which may take long
         require_same_settings(name, earlier.settings.extend(new_extensions(earlier, settings)), settings)
     return _with_space_of(found, vars(settings)).judged_by(settings.metric), name, settings
