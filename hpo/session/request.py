@@ -351,10 +351,18 @@ def _with_data_options(task: Task, study: str, stored: StudySettings | None, giv
 def request_of_study(machine: Machine, name: str, task: str | Objective | None = None) -> tuple[Request, Study]:
     """What there is to do for a study that exists, as it has it. `task` says where its task is now, if it has moved."""
     opened = Study.load(read_storage(machine.home.path, machine.storage), name)
-    if machine.is_shared and task is None:  # whoever can write to the database must not choose what code runs here
-        require_registered(OBJECTIVES, opened.task_reference)
-    found, _, settings = agree(machine, task or opened.task_reference, {"study": name})
+    found, _, settings = agree(machine, task or task_of(machine, opened), {"study": name})
     return Request(task=found, study=name, settings=settings, trials=None, proposals=(), machine=machine), opened
+
+
+def task_of(machine: Machine, study: Study) -> str:
+    """The task that a study names. Raises UnknownNameError if others share it and the task is not registered here.
+
+    Whoever can write to the database must not choose what code runs here.
+    """
+    if machine.is_shared:
+        require_registered(OBJECTIVES, study.task_reference)
+    return study.task_reference
 
 
 def check_options_of_loop(objective: Objective, options: Mapping[str, object]) -> None:
