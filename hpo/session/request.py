@@ -235,7 +235,7 @@ def this_machine(options: Mapping[str, Any]) -> Machine:
             gpus_per_trial=options["gpus_per_trial"],
         ),
         trainer=trainer,
-        notify=_address(options["notify"] or os.environ.get("HPO_NOTIFY")),
+        notify=check_url(url) if (url := options["notify"] or os.environ.get("HPO_NOTIFY")) else None,
         on_best=options["on_best"],
     )
     if machine.joins and not machine.is_shared:
@@ -256,10 +256,6 @@ def require_started_once() -> None:
                 "it once, without it: --gpus-per-trial 2 trains each trial on two GPUs, --workers runs trials in "
                 "parallel, and `hpo worker` joins from other machines."
             )
-
-
-def _address(notify: str | None) -> str | None:
-    return check_url(notify) if notify else None
 
 
 def _check_executor(executor: str, options: Mapping[str, Any]) -> None:
@@ -369,7 +365,8 @@ def check_options_of_loop(objective: Objective, options: Mapping[str, object]) -
     """Raise UsageError if something is asked of the shared trainer, and the task has a training loop of its own."""
     if not objective.train:
         return
-    if gpus := _several(options.get("gpus_per_trial")):
+    gpus = options.get("gpus_per_trial")
+    if isinstance(gpus, int | float) and gpus > 1:
         raise UsageError(
             f"--gpus-per-trial {gpus:g} is for the shared trainer, and task '{objective.name}' has a training loop of "
             "its own (train=), which has one GPU; omit it."
@@ -382,10 +379,6 @@ def check_options_of_loop(objective: Objective, options: Mapping[str, object]) -
                 f"{declared.option.flag}{'' if value is True else f' {given}'} is for the shared trainer, and task "
                 f"'{objective.name}' has a training loop of its own (train=); omit it."
             )
-
-
-def _several(gpus_per_trial: object) -> float | None:
-    return gpus_per_trial if isinstance(gpus_per_trial, int | float) and gpus_per_trial > 1 else None
 
 
 def _require_no_code_of_others(stored: StudySettings, given: Mapping[str, Any]) -> None:
