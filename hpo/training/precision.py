@@ -13,7 +13,7 @@ from torch import nn
 
 from hpo.data.parts import tensors_of
 from hpo.errors import UsageError, in_one_line
-from hpo.training.device import is_out_of_memory
+from hpo.training.device import is_out_of_memory, wait_for
 
 if TYPE_CHECKING:
     from hpo.training.losses import LossFunction
@@ -83,18 +83,13 @@ def _seconds_a_pass(model: nn.Module, loss_function: LossFunction, inputs: Any, 
     """The time of a forward and a backward pass."""
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = weights[0].device
-    _synchronize(device)
+    wait_for(device)
     started = time.perf_counter()
     with autocast(precision, device):
         loss = loss_function(model(inputs), targets)
     torch.autograd.grad(loss, weights, allow_unused=True)
-    _synchronize(device)
+    wait_for(device)
     return time.perf_counter() - started
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def has_convolutions(model: nn.Module) -> bool:
