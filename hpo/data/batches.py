@@ -369,8 +369,8 @@ def _augmentations(
     strength: float,
     split: Split,
     *,
-    kind: str = "classification",
-    unknown_token: int = 0,
+    kind: str,
+    unknown_token: int,
     device: torch.device,
 ) -> tuple[Augmentation, ...]:
     """Raises UsageError for those that do not fit the inputs, or would make the targets wrong."""
