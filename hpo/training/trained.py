@@ -61,6 +61,11 @@ class TrialDescription:
             raise CheckpointError(f"{folder / DESCRIPTION} is missing or damaged: {error}") from error
 
 
+def files_of_model(*, has_weights: bool) -> tuple[str, ...]:
+    """Names of the files that a trial leaves; a training loop of the task's own may have saved no weights."""
+    return (BEST_WEIGHTS, DESCRIPTION) if has_weights else (DESCRIPTION,)
+
+
 def _require_known(file: Path, unknown: set[str]) -> None:
     """Raise CheckpointError for what only a later version writes: it may change what the weights mean."""
     if unknown:
