@@ -50,7 +50,7 @@ def _task_row(name: str) -> dict[str, Any]:
     }
 
 
-def study_rows(home: Path | None, storage: str | None = None) -> list[dict[str, Any]]:
+def study_rows(home: Path | None, storage: str | None) -> list[dict[str, Any]]:
     """The studies of a home, or of a shared database, the oldest first, and who searches them now."""
     database = find_studies(home, storage)
     return [_study_row(study, searchers_of(database, study.name)) for study in list_studies(database)]

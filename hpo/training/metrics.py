@@ -57,7 +57,7 @@ NEED_ALL = ("auroc", "average_precision", "character_error_rate", "exact_match",
 """Those that come with complete metrics alone; see `EpochMetrics`."""
 
 
-def check_metric(name: str, spec: DataSpec, own: Own = NOTHING_OWN) -> None:
+def check_metric(name: str, spec: DataSpec, own: Own) -> None:
     """Raise UnknownNameError for a metric that the data do not have."""
     of_targets = [f"{target}/{each}" for target, of in spec.targets.items() for each in METRICS_OF_KIND[of.kind]]
     available = ["loss", *METRICS_OF_KIND.get(spec.kind, ()), *of_targets, *own.metrics]
