@@ -227,7 +227,7 @@ def check(as_json: bool, **request: Any) -> None:
     checklist = run_check(tell=lambda verdict: None if as_json else print_verdict(console, verdict), **request)
     _print_json(to_plain(checklist.to_dict())) if as_json else print_checklist(console, checklist)
     if checklist.is_wrong:
-        sys.exit(1)
+        sys.exit(FAILED)
 
 
 @cli.command()

@@ -39,6 +39,11 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     _fsync_folder(path.parent)
 
 
+def size_of(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def temporary_folder() -> TemporaryDirectory[str]:
     """A new folder in the system's temporary one, removed at the end of the block. Raises StoreError without one."""
     require_temporary_folder()

@@ -39,7 +39,7 @@ def find_data_dir(given: Path | None = None) -> Path:
     return Path(given or os.environ.get("HPO_DATA_DIR") or Path.home() / ".cache" / "hpo" / "data").absolute()
 
 
-def find_storage(given: str | None = None) -> str | None:
+def find_storage(given: str | None) -> str | None:
     """URL of the database of the studies: as given, else HPO_STORAGE, else None for the one in the home."""
     return given or os.environ.get("HPO_STORAGE") or None
 

@@ -69,15 +69,15 @@ class Provenance:
     """What `--accept-changes` let differ from the session before: "the data", or a source file's name."""
 
     @classmethod
-    def of_session(cls, objective: Objective, dataset: Dataset | None, *, first_trial: int = 0) -> Self:
-        """What this process is about to search with."""
+    def of_session(cls, objective: Objective, dataset: Dataset | None) -> Self:
+        """What this process is about to search with; `record_session` knows the first trial."""
         from hpo.data.fingerprint import data_fingerprint  # it imports torch, which `hpo show` can do without
 
         folder = source_folder(objective)
         commit, is_dirty = _git_state(folder) if folder else (None, None)
         return cls(
             started=datetime.now(UTC).isoformat(timespec="seconds"),
-            first_trial=first_trial,
+            first_trial=0,
             data=data_fingerprint(dataset) if dataset else "",
             sources=source_checksums(objective),
             versions={"python": platform.python_version(), "hpo": __version__, **_installed(_PACKAGES)},

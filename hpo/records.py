@@ -1,4 +1,4 @@
-"""TrialRecord: what a study remembers of one trial, as plain data for tables, plots and decisions."""
+"""What a study remembers, and what a search, a training and a rerun return, as plain data for tables and decisions."""
 
 from __future__ import annotations
 

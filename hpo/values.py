@@ -67,9 +67,7 @@ def holds(value: Any, wanted: tuple[Any, ...]) -> bool:
 
 
 def _is_within(value: Any, wanted: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    interval = Interval.parse(wanted)
+    interval = Interval.parse(wanted) if is_number(value) else None
     return interval is not None and interval.contains(value)
 
 

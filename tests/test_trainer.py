@@ -38,7 +38,7 @@ from hpo.methods import OPTIMIZERS, SCHEDULES
 from hpo.training.checkpoint import CheckpointFolder
 from hpo.training.evaluation import evaluate
 from hpo.training.losses import target_scale
-from hpo.training.metrics import METRICS_OF_KIND, EpochMetrics
+from hpo.training.metrics import HELD_EXAMPLES, METRICS_OF_KIND, EpochMetrics
 from hpo.training.trainer import fit
 
 # The defects of the tutorial loop.
@@ -156,11 +156,14 @@ def test_the_mean_of_batches_of_different_size_is_the_mean_of_their_examples() -
 
 
 @pytest.mark.parametrize("sizes", [[3, 3, 3, 2], [2000, 30, 30], [1500, 1500]])
-def test_batches_that_are_held_are_counted_like_those_that_are_not(sizes: list[int]) -> None:
+def test_batches_that_are_held_are_counted_like_those_that_are_not(
+    sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     measured = []
-    for holds_batches in (True, False):
+    for most_held in (HELD_EXAMPLES, 1):
+        monkeypatch.setattr("hpo.training.metrics.HELD_EXAMPLES", most_held)
         generator = torch.Generator().manual_seed(0)
-        metrics = EpochMetrics(of_classes(NUM_CLASSES), "cpu", holds_batches=holds_batches, is_complete=True)
+        metrics = EpochMetrics(of_classes(NUM_CLASSES), "cpu", is_complete=True)
         for size in sizes:
             outputs = torch.randn(size, NUM_CLASSES, generator=generator)
             targets = torch.randint(NUM_CLASSES, (size,), generator=generator)

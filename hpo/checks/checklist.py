@@ -25,7 +25,7 @@ from hpo.checks.own_loop import check_loop
 from hpo.checks.rehearsal import REHEARSAL, check_rehearsal
 from hpo.checks.speed import check_speed
 from hpo.checks.verdicts import Subject, Verdict, as_markdown
-from hpo.data.datasets import VALIDATION_FRACTION, split_dataset
+from hpo.data.datasets import split_dataset
 from hpo.data_options import FLAG, Given, as_written, declared_options
 from hpo.errors import UsageError
 from hpo.home import Home, check_study_name, find_data_dir
@@ -120,7 +120,7 @@ def run_check(
     else:
         found = found.with_data_options(data_options).suited_to_data(find_data_dir(data_dir)).fix(fixed)
         dataset = load_dataset(found, find_data_dir(data_dir))
-        splits = split_dataset(dataset, validation_fraction=VALIDATION_FRACTION, seed=0, limit=limit)
+        splits = split_dataset(dataset, seed=0, limit=limit)
         check_task(found, splits)
         test = dataset.test_for(splits.spec)
         check_test_split(test, splits.spec)

@@ -97,7 +97,7 @@ def check_first_loss(subject: Subject) -> Verdict:
     text = f"{loss:.3f}; {reference} {expected:.3f}"
     data = {"first_loss": loss, "expected_loss": expected}
     ratio = loss / expected if expected else 1.0
-    if ratio <= HIGH_LOSS and ratio >= 1 / HIGH_LOSS:
+    if 1 / HIGH_LOSS <= ratio <= HIGH_LOSS:
         return Verdict(state="ok", text=text, data=data)
     if ratio < 1:
         advice = "the network knows something before training: pretrained weights, or inputs that contain the answer"

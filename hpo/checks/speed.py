@@ -10,6 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from hpo.checks.verdicts import Subject, Verdict
 from hpo.errors import DeviceMemoryError
 from hpo.parameters import Choice
+from hpo.training.device import wait_for
 from hpo.training.optimizers import build_optimizer
 from hpo.training.precision import settle_precision
 from hpo.training.step import TrainingStep
@@ -62,10 +63,10 @@ def seconds_a_step(subject: Subject, batch_size: int, at_least_s: float = 0.0) -
     times: list[float] = []
     step(*batch)
     while len(times) < 2 or sum(times) < at_least_s:
-        _synchronize(subject)
+        wait_for(torch.device(subject.config.device))
         started = time.perf_counter()
         step(*batch)
-        _synchronize(subject)
+        wait_for(torch.device(subject.config.device))
         times.append(time.perf_counter() - started)
     return min(times)
 
@@ -95,8 +96,3 @@ def _step(subject: Subject, batch_size: int) -> TrainingStep:
     loss = subject.loss_of(model)
     precision = settle_precision(subject.config.precision, model, loss, lambda: subject.batch(batch_size))
     return TrainingStep(model, loss, build_optimizer(model, subject.config, model.own), precision=precision)
-
-
-def _synchronize(subject: Subject) -> None:
-    if subject.config.device != "cpu":
-        torch.cuda.synchronize(subject.config.device)

@@ -7,7 +7,6 @@ about a recording follows from one number that is drawn for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hpo.data.parts import Padded
-from hpo.data.text_augment import draw_seeds, uniform
+from hpo.data.text_augment import Seeded, uniform
 
 Sound = TypeVar("Sound", Tensor, Padded)
 
@@ -23,16 +22,8 @@ GRAIN = 512
 """Samples between two grains of a pitch shift."""
 
 
-class _OfSound:
-    keeps_positions = True
-    """Whether each element stays where it is, so that labels of elements stay right."""
-
-    def draw(self, examples: Tensor, size: Sequence[int], epoch: int, generator: torch.Generator) -> Tensor:
-        return draw_seeds(examples, generator)
-
-
 @dataclass(frozen=True)
-class Noise(_OfSound):
+class Noise(Seeded):
     """Adds white noise of up to `level` times the recording's own deviation."""
 
     level: float
@@ -48,7 +39,7 @@ class Noise(_OfSound):
 
 
 @dataclass(frozen=True)
-class Gain(_OfSound):
+class Gain(Seeded):
     """Makes the recording louder or quieter by up to `decibels`."""
 
     decibels: float
@@ -60,7 +51,7 @@ class Gain(_OfSound):
 
 
 @dataclass(frozen=True)
-class Speed(_OfSound):
+class Speed(Seeded):
     """Plays the recording up to `factor` times as fast, or as slowly: the pitch changes, too.
 
     A faster one ends in silence, or is shorter where recordings have lengths; a slower one is cut off.
@@ -82,7 +73,7 @@ class Speed(_OfSound):
 
 
 @dataclass(frozen=True)
-class Pitch(_OfSound):
+class Pitch(Seeded):
     """Shifts the pitch by up to `semitones`, either way; the speed stays.
 
     The recording is played in overlapping grains, each at another speed from where it begins (Roads 1988,
@@ -106,7 +97,7 @@ class Pitch(_OfSound):
 
 
 @dataclass(frozen=True)
-class Mask(_OfSound):
+class Mask(Seeded):
     """Covers a stretch of up to `share` of all times, or frequencies, with the spectrogram's mean.
 
     SpecAugment (Park et al. 2019, arXiv:1904.08779, section 2), without warping.

@@ -369,8 +369,8 @@ def _augmentations(
     strength: float,
     split: Split,
     *,
-    kind: str = "classification",
-    unknown_token: int = 0,
+    kind: str,
+    unknown_token: int,
     device: torch.device,
 ) -> tuple[Augmentation, ...]:
     """Raises UsageError for those that do not fit the inputs, or would make the targets wrong."""
@@ -410,7 +410,7 @@ def _image_size(split: Split) -> Sequence[int]:
 
 
 def evaluation_batches(
-    split: Split, batch_size: int = 2048, device: torch.device | str | None = None
+    split: Split, batch_size: int, device: torch.device | str | None = None
 ) -> Iterator[tuple[Batch, Batch]]:
     """Every example once, in order, on `device` (by default where the split is); the last batch may be smaller."""
     rows = [slice(first, first + batch_size) for first in range(0, len(split), batch_size)]

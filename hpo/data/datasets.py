@@ -30,12 +30,13 @@ if TYPE_CHECKING:
     from hpo.data.parts import Examples, Part
     from hpo.data.preprocessing import RawExamples
 
+_logger = logging.getLogger(__name__)
+
 MEMORY_SHARE = 0.25
 """Of the memory of the machine or its container, what images from a file may take; more of them stay in the file."""
 
 Indices = NDArray[np.int64]
 
-_logger = logging.getLogger(__name__)
 VALIDATION_FRACTION = 0.2
 """Share of the training examples that a study validates on."""
 

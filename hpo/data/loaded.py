@@ -24,6 +24,7 @@ from hpo.data.dtypes import of_usual_type
 from hpo.errors import DataError, HpoError, in_one_line
 
 Rows = Tensor | slice
+"""Indices (B,) int64, or a slice."""
 
 _TARGETS_PER_BATCH = 64
 

@@ -22,11 +22,9 @@ import torch
 from torch import Tensor
 
 from hpo.data.loaded import Loaded
+from hpo.data.loaded import Rows as Rows
 from hpo.data.mapped import MappedImages
 from hpo.errors import DataError
-
-Rows = Tensor | slice
-"""Indices (B,) int64, or a slice."""
 
 _Structure = TypeVar("_Structure")
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpo.errors import DataError, in_one_line
+from hpo.errors import DataError, UnknownNameError, in_one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,9 +117,7 @@ def encoding_of(path: Path) -> str:
 
 
 def require_columns(frame: pd.DataFrame, names: Sequence[str], option: str, source: object) -> None:
-    """Raise DataError for a name in a data option that is no column."""
-    from hpo.errors import UnknownNameError
-
+    """Raise UnknownNameError for a name in a data option that is not a column."""
     for name in names:
         if name not in frame.columns:
             raise UnknownNameError("column", name, list(frame.columns), f"(--data-option {option}=..., {source})")

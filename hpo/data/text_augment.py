@@ -20,9 +20,15 @@ MAX_SYNONYMS = 8
 """Of a word; the file's first ones."""
 
 
-def draw_seeds(examples: Tensor, generator: torch.Generator) -> Tensor:
-    """A number for each example, (N, 1) int64 below 2**31."""
-    return torch.randint(2**31, (len(examples), 1), generator=generator)
+class Seeded:
+    """An augmentation whose randomness follows from one number for each example."""
+
+    keeps_positions = True
+    """Whether each element stays where it is, so that labels of elements stay right."""
+
+    def draw(self, examples: Tensor, size: Sequence[int], epoch: int, generator: torch.Generator) -> Tensor:
+        """The numbers, (N, 1) int64 below 2**31."""
+        return torch.randint(2**31, (len(examples), 1), generator=generator)
 
 
 def uniform(seeds: Tensor, length: int, purpose: int = 0) -> Tensor:
@@ -43,16 +49,8 @@ def _mixed(numbers: Tensor) -> Tensor:
     return numbers ^ (numbers >> 16)
 
 
-class _OfTexts:
-    keeps_positions = True
-    """Whether each element stays where it is, so that labels of elements stay right."""
-
-    def draw(self, examples: Tensor, size: Sequence[int], epoch: int, generator: torch.Generator) -> Tensor:
-        return draw_seeds(examples, generator)
-
-
 @dataclass(frozen=True)
-class DeleteWords(_OfTexts):
+class DeleteWords(Seeded):
     """Leaves out each word with probability `rate`, but never all of a text."""
 
     rate: float
@@ -68,7 +66,7 @@ class DeleteWords(_OfTexts):
 
 
 @dataclass(frozen=True)
-class SwapWords(_OfTexts):
+class SwapWords(Seeded):
     """Swaps neighbours: each pair, with the first or the second word as the first of all, with probability `rate`."""
 
     rate: float
@@ -87,7 +85,7 @@ class SwapWords(_OfTexts):
 
 
 @dataclass(frozen=True)
-class DropTokens(_OfTexts):
+class DropTokens(Seeded):
     """Replaces each token by the `unknown` one with probability `rate`."""
 
     rate: float
@@ -99,7 +97,7 @@ class DropTokens(_OfTexts):
 
 
 @dataclass(frozen=True, eq=False)
-class ReplaceSynonyms(_OfTexts):
+class ReplaceSynonyms(Seeded):
     """Replaces each word that has synonyms by one of them with probability `rate`."""
 
     rate: float

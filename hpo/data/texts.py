@@ -142,10 +142,11 @@ def load_texts(
 ) -> Dataset:
     """Texts in a folder for each class, or in the columns `text` and `label` of a table.
 
-    `columns` names the columns of a table that has no line with their names, separated by commas.
-    `kind` is "class" or "number" if the label is not what it looks like; `vocabulary` is the largest number of tokens,
-    and a text is cut after `max_length` of them. `rare` says what becomes of classes with one or two texts: "refuse",
-    "train" (only train on them) or "drop". Raises DataError or UnknownNameError for what cannot be learned.
+    `columns` names the columns of a table that has no line with their names, separated by commas. `kind` is "class" or
+    "number" if the label is not what it looks like; `vocabulary` is the largest number of tokens, and a text is cut
+    after `max_length` of them. `rare` says what becomes of classes with one or two texts: "refuse", "train" (only train
+    on them) or "drop". Raises DataError for what cannot be learned, UnknownNameError for a column that is not there,
+    UsageError for a `vocabulary` or `max_length` below 1.
     """
     _require_library()
     for name, value in (("vocabulary", vocabulary), ("max_length", max_length)):

@@ -1,1 +1,1 @@
-"""From a finished study to a model in use: load the winner, or any trial."""
+"""From a finished study to a model in use: it is loaded, exported, registered, served, or asked for predictions."""

@@ -1,8 +1,8 @@
 """Runs a model that `hpo export` wrote, without hpo: this file needs torch or onnxruntime, and numpy.
 
 A copy of it is in each export for MLflow, as the code that MLflow loads the model with, and in those of models for
-tables and texts, because it encodes them. The folder of an export holds
-the model and `signature.json`, which names its inputs, its outputs and its classes.
+tables and texts, because it encodes them. The folder of an export holds the model and `signature.json`, which names its
+inputs, its outputs and its classes.
 """
 
 from __future__ import annotations

@@ -22,11 +22,11 @@ from hpo.training.checkpoint import load_weights
 from hpo.training.trained import BEST_WEIGHTS, CHECKPOINT, REFIT, TrialDescription
 from hpo.trial import TrainedTrial, loop_seed
 
-_logger = logging.getLogger(__name__)
-
 if TYPE_CHECKING:
     from hpo.objective import Objective
     from hpo.tracking.store import TrackingStore
+
+_logger = logging.getLogger(__name__)
 
 
 def load_best(
@@ -138,7 +138,7 @@ def load_trial(
     store: TrackingStore,
     study: Study,
     number: int,
-    device: str = "cpu",
+    device: str,
     task: str | Objective | None = None,
     *,
     is_refit: bool = False,
@@ -150,7 +150,7 @@ def load_trial(
     return load_from_folder(download_trial(store, study, number, is_refit=is_refit), study, number, device, task)
 
 
-def load_trained_trial(store: TrackingStore, study: Study, number: int, device: str = "cpu") -> TrainedTrial:
+def load_trained_trial(store: TrackingStore, study: Study, number: int, device: str) -> TrainedTrial:
     """What a trial of a task's own training loop has left in its MLflow run."""
     folder = download_trial(store, study, number)
     description = TrialDescription.read(folder)
@@ -181,7 +181,7 @@ def saved_model(folder: Path, device: str = "cpu") -> dict[str, Any]:
 
 
 def load_from_folder(
-    folder: Path, study: Study, number: int, device: str = "cpu", task: str | Objective | None = None
+    folder: Path, study: Study, number: int, device: str, task: str | Objective | None = None
 ) -> LoadedTrial:
     """The best checkpoint of one trial, rebuilt from what a folder holds."""
     return _rebuild(folder, _load_objective(task, study), f"trial {number} of study '{study.name}'", device)

@@ -34,7 +34,7 @@ from hpo.records import ELIGIBLE, OUT_OF_BUDGET
 from hpo.search.study import TrialTakenError
 from hpo.search.winner import forget_models
 from hpo.tracking.spool import rounded
-from hpo.training.trained import BEST_WEIGHTS, CHECKPOINT, DESCRIPTION
+from hpo.training.trained import BEST_WEIGHTS, CHECKPOINT, files_of_model
 
 if TYPE_CHECKING:
     from hpo.execution.pool import Event, WorkerPool
@@ -355,9 +355,9 @@ class Coordinator:
         if attempt.suggestion.pruned and attempt.state in ("diverged", "failed"):  # it had a value when it was pruned
             outdone, logged_value = [attempt.number], math.nan
             self._best.remove(attempt.number)
-        has_weights = not self._study.settings.folds  # else the winner alone, when it is trained on all examples
-        if value is not None and attempt.number not in outdone and has_weights:
-            for name in (BEST_WEIGHTS, DESCRIPTION) if attempt.has_weights else (DESCRIPTION,):
+        has_model = not self._study.settings.folds  # else the winner alone, when it is trained on all examples
+        if value is not None and attempt.number not in outdone and has_model:
+            for name in files_of_model(has_weights=attempt.has_weights):
                 attempt.run.log_file(attempt.folder / name, CHECKPOINT)
         attempt.run.finish(attempt.state, value=logged_value, reason=attempt.reason, costs=attempt.costs)
         if not self._session.exclusively(partial(self._tell, attempt, value)):

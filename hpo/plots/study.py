@@ -380,7 +380,7 @@ def _legend(
     *,
     best_so_far: bool = False,
     default: bool = False,
-    best_trial: TrialRecord | None = None,
+    best_trial: TrialRecord | None,
 ) -> None:
     handles = []
     for state, (colour, marker) in _LOOKS.items():

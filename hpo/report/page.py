@@ -30,7 +30,7 @@ MAX_ROWS = 200
 _MAX_TEXT = 400
 
 
-def draw_page(content: Content, *, refresh_s: int | None = None) -> str:
+def draw_page(content: Content, *, refresh_s: int | None) -> str:
     """The report as HTML; with `refresh_s` a browser that shows it reloads it after that many seconds."""
     drawn: dict[str, Figure] = {}
     body = "\n".join(_sections(content, drawn))

@@ -145,7 +145,7 @@ class Encoding:
         snapped = np.clip(units, 0.0, 1.0)
         for axis, parameter in enumerate(self._parameters):
             if isinstance(parameter, Choice):
-                snapped[:, axis] = (_positions(snapped[:, axis], parameter) + 0.5) / len(parameter.choices)
+                snapped[:, axis] = (positions(snapped[:, axis], len(parameter.choices)) + 0.5) / len(parameter.choices)
             elif parameter.is_fixed:
                 snapped[:, axis] = 0.5
             elif parameter.spacing is not None:
@@ -206,7 +206,7 @@ class Encoding:
         for axis, (name, parameter) in enumerate(zip(self.names, self._parameters, strict=True)):
             effective = np.where(active[name], units[:, axis], self._defaults[axis])
             if isinstance(parameter, Choice):
-                one_hot = np.eye(len(parameter.choices))[_positions(effective, parameter)]
+                one_hot = np.eye(len(parameter.choices))[positions(effective, len(parameter.choices))]
                 columns.append(one_hot * math.sqrt(0.5))
             else:
                 columns.append(effective[:, None])
@@ -238,7 +238,7 @@ class Encoding:
         axis = self.names.index(name)
         parameter = self._parameters[axis]
         if isinstance(parameter, Choice):
-            return np.array(parameter.choices, dtype=float)[_positions(units[:, axis], parameter)]
+            return np.array(parameter.choices, dtype=float)[positions(units[:, axis], len(parameter.choices))]
         return _numbers(parameter, units[:, axis])
 
 
@@ -302,6 +302,6 @@ def _position(choice: Choice, value: object) -> int:
     return next(i for i, known in enumerate(choice.choices) if is_same(known, value))
 
 
-def _positions(units: Array, choice: Choice) -> NDArray[np.int64]:
-    num_choices = len(choice.choices)
+def positions(units: Array, num_choices: int) -> NDArray[np.int64]:
+    """Which choice each place on an axis stands for; places are from 0 to 1."""
     return np.minimum((units * num_choices).astype(np.int64), num_choices - 1)

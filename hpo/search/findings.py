@@ -93,7 +93,7 @@ def find_broken_extremes(study: Study) -> Iterator[Finding]:
 def find_exhaustion(study: Study) -> Iterator[Finding]:
     """Whether each configuration of a small space has been trained."""
     space = study.settings.space
-    ended = [record for record in study.trials() if record.state in (*ELIGIBLE, "diverged")]
+    ended = _ended(study)
     number = space.num_configurations(most=MOST_COUNTED) if len(ended) > 1 else None
     if number is not None and number <= len({space.identity(record.values) for record in ended}):
         yield Finding(
@@ -183,15 +183,16 @@ def _with_room(parameter: Float | Int, end: str) -> tuple[float, float]:
     return wider, high
 
 
-def find_divergence(study: Study, name: str = "lr") -> Iterator[Finding]:
+def find_divergence(study: Study) -> Iterator[Finding]:
     """The learning rate above which every trial diverged.
 
     Silent where as many of the largest rates would often have diverged if divergence had nothing to do with the rate.
     """
+    name = "lr"
     parameter = study.settings.space.parameters.get(name)
     if parameter is None or isinstance(parameter, Choice):
         return
-    ended = [record for record in study.trials() if record.state in (*ELIGIBLE, "diverged")]
+    ended = _ended(study)
     rates = {record.number: record.values[name] for record in ended if name not in record.inactive}
     diverged = {record.number for record in ended if record.state == "diverged"} & set(rates)
     survived = max((rate for number, rate in rates.items() if number not in diverged), default=math.inf)
@@ -232,8 +233,7 @@ def find_training_length(study: Study) -> Iterator[Finding]:
 
 def find_symptoms(study: Study) -> Iterator[Finding]:
     """What went wrong in the training of the best trial, or else in many of the others'."""
-    best = study.best()
-    ended = [record for record in study.trials() if record.state in (*ELIGIBLE, "diverged")]
+    best, ended = study.best(), _ended(study)
     for name, (topic, of_best, of_many, advice) in _SYMPTOMS.items():
         affected = [record for record in ended if name in record.symptoms]
         if best and name in best.symptoms:
@@ -289,7 +289,7 @@ _SYMPTOMS: dict[str, tuple[Topic, str, str, str]] = {
 def find_savings(study: Study) -> Iterator[Finding]:
     """The share of epochs, or folds, that pruning saved, of those that all trials together might have run."""
     steps, num_steps = "folds" if study.settings.folds else "epochs", study.settings.num_steps
-    ended = [record for record in study.trials() if record.state in (*ELIGIBLE, "diverged")]
+    ended = _ended(study)
     unspent = {"pruned": 0, "complete": 0, "diverged": 0}
     for record in ended:
         unspent[record.state] += num_steps - len(record.curve)
@@ -304,6 +304,11 @@ def find_savings(study: Study) -> Iterator[Finding]:
         f"{num_steps} might have run; {other_reasons} saved {others / planned:.0%}.",
         data={"planned": planned, "trained": planned - sum(unspent.values()), "saved": unspent},
     )
+
+
+def _ended(study: Study) -> list[TrialRecord]:
+    """The trials that pruning, divergence or the last epoch has ended."""
+    return [record for record in study.trials() if record.state in (*ELIGIBLE, "diverged")]
 
 
 def _best_tenth(records: Sequence[TrialRecord]) -> Sequence[TrialRecord]:

@@ -29,6 +29,9 @@ _LOG_LENGTH_BOUNDS = (np.log(0.02), np.log(1e3))
 _LOG_NOISE_BOUNDS = (np.log(1e-6), 0.0)
 _MAX_STEPS = 40
 
+_MAX_FITTED = 150
+"""Observations that the scales are fitted to: the last ones."""
+
 _SCALE_DEVIATION = 1.0
 """How far the factor of a mean function may be from what is believed of it."""
 
@@ -56,13 +59,13 @@ class GaussianProcess:
     _weights: Array
 
     @classmethod
-    def fit(cls, inputs: Array, targets: Array, owners: NDArray[np.int64], *, max_points: int = 150) -> GaussianProcess:
+    def fit(cls, inputs: Array, targets: Array, owners: NDArray[np.int64]) -> GaussianProcess:
         """The process with the most probable length scales and noise.
 
         `owners` (d,) numbers the parameter that each column belongs to; columns of one parameter share a length scale.
-        `targets` have mean 0 and variance 1. Beyond `max_points` observations the scales are fitted to the last ones.
+        `targets` have mean 0 and variance 1.
         """
-        fitted = _most_probable(inputs[-max_points:], targets[-max_points:], owners)
+        fitted = _most_probable(inputs[-_MAX_FITTED:], targets[-_MAX_FITTED:], owners)
         lengths = np.exp(fitted[:-1])[owners]
         return cls.given(inputs, targets, lengths, float(np.exp(fitted[-1])))
 

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.special import ndtr, ndtri
 
 from hpo.parameters import Choice
-from hpo.search.encoding import Encoding
+from hpo.search.encoding import Encoding, positions
 from hpo.search.kernels import Array
 
 _DEVIATIONS = {"low": 0.5, "medium": 0.25, "high": 0.125}
@@ -49,8 +49,7 @@ class OptimumPrior:
         for axis, center, deviation in self._numbers:
             total -= 0.5 * ((units[:, axis] - center) / deviation) ** 2
         for axis, shares in self._choices:
-            chosen = np.minimum((units[:, axis] * len(shares)).astype(np.int64), len(shares) - 1)
-            total += np.log(shares / shares.max())[chosen]
+            total += np.log(shares / shares.max())[positions(units[:, axis], len(shares))]
         return total
 
     def expected_loss(self, units: Array) -> Array:

@@ -34,10 +34,9 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, m
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.pool import NullPool
 
-from hpo.database import TIMEOUT_S, connect_sqlite, prepare_sqlite
-from hpo.database import without_password as without_password
+from hpo.database import TIMEOUT_S, connect_sqlite, prepare_sqlite, without_password
 from hpo.errors import StoreError
-from hpo.home import Home
+from hpo.home import Home, find_storage
 from hpo.search.optuna_tables import DirectStorage, refuse_another
 from hpo.search.optuna_tables import OutageError as OutageError
 
@@ -73,6 +72,11 @@ def read_storage(home: Path, url: str | None = None) -> BaseStorage:
     with _connected(url) as connection:
         is_there = inspect(connection).has_table("studies")
     return open_storage(home, url) if is_there else InMemoryStorage()
+
+
+def find_studies(home: Path | None, url: str | None) -> BaseStorage:
+    """`read_storage` of a home and a database as a user names them; see `Home.find` and `find_storage`."""
+    return read_storage(Home.find(home).path, find_storage(url))
 
 
 def _patiently(method: Callable[Concatenate[Any, _P], _T]) -> Callable[Concatenate[Any, _P], _T]:

@@ -158,9 +158,8 @@ class Surrogate:
     ) -> dict[str, Value] | None:
         """The configuration with the highest expected improvement; None while the trials cannot be distinguished.
 
-        `held` fixes some of its values. What is running counts as
-        if it would end as the model expects, so that trials asked for together differ. If `time_counts`, an improvement
-        counts for less where an epoch takes longer.
+        `held` fixes some of its values. What is running counts as if it would end as the model expects, so that trials
+        asked for together differ. If `time_counts`, an improvement counts for less where an epoch takes longer.
         """
         curves = self._curves(trials, direction)
         last_epoch = max((epoch for curve in curves for epoch in curve.epochs), default=1)

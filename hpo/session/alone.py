@@ -15,7 +15,7 @@ from hpo.execution.messages import Assignment, Decision, EpochDone, Setup, Trial
 from hpo.execution.pool import WorkerDied
 from hpo.files import temporary_folder
 from hpo.training.device import visible_gpus
-from hpo.training.trained import BEST_WEIGHTS, CHECKPOINT, DESCRIPTION
+from hpo.training.trained import CHECKPOINT, files_of_model
 
 if TYPE_CHECKING:
     from hpo.data.datasets import Splits
@@ -80,5 +80,5 @@ def ended(run: SummaryRun) -> Iterator[None]:
 
 def log_model(run: SummaryRun, folder: Path, *, has_weights: bool) -> None:
     """Put what a trial has left in its folder into a run's artifacts."""
-    for name in (BEST_WEIGHTS, DESCRIPTION) if has_weights else (DESCRIPTION,):
+    for name in files_of_model(has_weights=has_weights):
         run.log_file(folder / name, CHECKPOINT)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.deploy.load import find_runs
 from hpo.execution.retention import BestTrials, without_use_for_checkpoints
+from hpo.files import size_of
 from hpo.home import Home, find_storage
 from hpo.search.lease import living_sessions
 from hpo.search.storage import read_storage
@@ -80,7 +81,7 @@ def _unread_files(files: StudyFiles, study: Study, living: Callable[[], Collecti
     for number, folder in folders:
         # A trial that is spooled is sent to MLflow by the next search, with the files of its folder.
         if number in ended and not files.is_spooled(number):
-            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-            yield _Leftover(f"checkpoints of trial {number}", size, partial(shutil.rmtree, folder, ignore_errors=True))
+            remove = partial(shutil.rmtree, folder, ignore_errors=True)
+            yield _Leftover(f"checkpoints of trial {number}", size_of(folder), remove)
     for file in left:
         yield _Leftover("data of a search that died", file.stat().st_size, partial(file.unlink, missing_ok=True))

@@ -25,7 +25,7 @@ from hpo.deploy.load import choose_trial, download_trial, load_from_folder, save
 from hpo.deploy.results import Export
 from hpo.deploy.verify import NUM_CHECKED, TOLERANCE, check_outputs, check_weights
 from hpo.errors import ExportError, UsageError
-from hpo.files import write_atomically
+from hpo.files import size_of, write_atomically
 from hpo.provenance import sessions
 from hpo.records import to_plain
 from hpo.search.winner import find_winner
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from hpo.deploy.exporters import Exporter
     from hpo.deploy.load import LoadedTrial
     from hpo.objective import Objective
+    from hpo.records import Winner
     from hpo.search.study import Study
     from hpo.session.request import Request
     from hpo.tracking.store import TrackingStore
@@ -69,6 +70,12 @@ class Chosen:
     @property
     def objective(self) -> Objective:
         return self.request.task.objective
+
+    @property
+    def winner(self) -> Winner | None:
+        """The study's winner; None where the trial is another one, which has no test scores."""
+        found = find_winner(self.study)
+        return found if found and found.trial == self.trial else None
 
 
 def export_best(
@@ -208,8 +215,7 @@ def _how_to_run_with_rows(exporter: Exporter, columns: Sequence[str]) -> str:
 
 def describe(chosen: Chosen, exportable: Exportable, runtime: str, compression: str | None) -> dict[str, Any]:
     """The signature: what goes in, what comes out, what it means and where it comes from."""
-    spec, winner = exportable.model.spec, find_winner(chosen.study)
-    is_winner = winner is not None and winner.trial == chosen.trial
+    spec, winner = exportable.model.spec, chosen.winner
     return _origin(chosen) | {
         "runtime": runtime,
         "compression": compression,
@@ -219,7 +225,7 @@ def describe(chosen: Chosen, exportable: Exportable, runtime: str, compression: 
         "thresholds": exportable.model.thresholds.tolist() if spec.kind == "multilabel" else None,
         "inputs": [asdict(port) for port in exportable.inputs],
         "outputs": [asdict(port) for port in exportable.outputs],
-        "test": winner.test if is_winner and winner else None,
+        "test": winner.test if winner else None,
     }
 
 
@@ -270,11 +276,6 @@ def whole_or_not_at_all(folder: Path, *, force: bool) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of the files in a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _export_weights(chosen: Chosen, exporter: Exporter, folder: Path, *, force: bool) -> Export:

@@ -16,9 +16,9 @@ from hpo.deploy.exported import ExportedModel
 from hpo.deploy.exporters import COMPRESSIONS, find_exporter
 from hpo.deploy.results import FormatRow, Formats
 from hpo.errors import ExportError, UsageError
-from hpo.files import temporary_folder
+from hpo.files import size_of, temporary_folder
 from hpo.session.card import model_card
-from hpo.session.export import choose, describe, load_with_data, size_of, write
+from hpo.session.export import choose, describe, load_with_data, write
 from hpo.training.evaluation import evaluate
 from hpo.training.losses import target_scale
 from hpo.training.trained import BEST_WEIGHTS

@@ -11,7 +11,6 @@ from hpo.deploy.registry import Score, add_version, check_name, check_promotion,
 from hpo.errors import ExportError
 from hpo.files import temporary_folder
 from hpo.provenance import sessions
-from hpo.search.winner import find_winner
 from hpo.session.card import model_card
 from hpo.session.export import check_export, choose, describe, load_with_data, write
 from hpo.training.trained import TrialDescription
@@ -96,8 +95,8 @@ def _log(
 
 def _score(chosen: Chosen) -> Score | None:
     """The winner's test score; None for what was not tested."""
-    winner, metric = find_winner(chosen.study), chosen.study.settings.metric
-    if winner is None or winner.trial != chosen.trial or not winner.test or metric not in winner.test:
+    winner, metric = chosen.winner, chosen.study.settings.metric
+    if winner is None or not winner.test or metric not in winner.test:
         return None
     found = sessions(chosen.study)
     data = found[-1].data if found else ""

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.errors import StoreError, UsageError
 from hpo.files import write_atomically
-from hpo.home import Home, find_storage
 from hpo.provenance import describe as describe_provenance
 from hpo.provenance import sessions
 from hpo.search.lease import living_sessions
-from hpo.search.storage import read_storage
+from hpo.search.storage import find_studies
 from hpo.search.study import Study
 from hpo.search.winner import find_winner
 
@@ -38,7 +37,7 @@ def write_report(
 
     Raises UsageError if plotly is not installed, and StoreError if the file cannot be written.
     """
-    database = read_storage(Home.find(home).path, find_storage(storage))
+    database = find_studies(home, storage)
     while True:
         is_searched = live and bool(living_sessions(database, study))
         page = report_page(Study.load(database, study), refresh_s=LIVE_S if is_searched else None)
@@ -72,7 +71,7 @@ def compare_studies(
     """
     if len(studies) < 2:
         raise UsageError(f"hpo compare needs two studies or more, not {len(studies)}.")
-    database = read_storage(Home.find(home).path, find_storage(storage))
+    database = find_studies(home, storage)
     loaded = [Study.load(database, name) for name in dict.fromkeys(studies)]
     metrics = {study.settings.metric: study.name for study in loaded}
     if len(metrics) > 1:

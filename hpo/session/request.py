@@ -235,7 +235,7 @@ def this_machine(options: Mapping[str, Any]) -> Machine:
             gpus_per_trial=options["gpus_per_trial"],
         ),
         trainer=trainer,
-        notify=_address(options["notify"] or os.environ.get("HPO_NOTIFY")),
+        notify=check_url(url) if (url := options["notify"] or os.environ.get("HPO_NOTIFY")) else None,
         on_best=options["on_best"],
     )
     if machine.joins and not machine.is_shared:
@@ -256,10 +256,6 @@ def require_started_once() -> None:
                 "it once, without it: --gpus-per-trial 2 trains each trial on two GPUs, --workers runs trials in "
                 "parallel, and `hpo worker` joins from other machines."
             )
-
-
-def _address(notify: str | None) -> str | None:
-    return check_url(notify) if notify else None
 
 
 def _check_executor(executor: str, options: Mapping[str, Any]) -> None:
@@ -292,21 +288,22 @@ def agree(machine: Machine, task: str | Objective, options: StudyOptions) -> tup
     given_name = options.get("study")
     name = check_study_name(found.objective.name if given_name is None else given_name)
     earlier = read_study(machine, name)
-    if earlier and earlier.settings.task != found.objective.name:
+    stored = earlier.settings if earlier else None
+    if stored and stored.task != found.objective.name:
         raise StudyMismatchError(
-            f"study '{name}' is of task '{earlier.settings.task}', not '{found.objective.name}'; choose another name "
+            f"study '{name}' is of task '{stored.task}', not '{found.objective.name}'; choose another name "
             "with --study."
         )
-    if earlier and machine.is_shared:
-        _require_no_code_of_others(earlier.settings, given)
-    if earlier and earlier.settings.space_reference and space is None:
-        found = load_task(task, earlier.settings.space_reference)
+    if stored and machine.is_shared:
+        _require_no_code_of_others(stored, given)
+    if stored and stored.space_reference and space is None:
+        found = load_task(task, stored.space_reference)
     if not found.objective.train:
-        found = _with_data_options(found, name, earlier.settings if earlier else None, given)
+        found = _with_data_options(found, name, stored, given)
         found = found.suited_to_data(machine.data_dir)
     if options.get("extend"):
-        _extend(earlier.settings if earlier else None, given)
-    settings = _complete(found, earlier.settings if earlier else None, given)
+        _extend(stored, given)
+    settings = _complete(found, stored, given)
     if earlier:  # before the data is read, which may take long
         require_same_settings(name, earlier.settings.extend(new_extensions(earlier, settings)), settings)
     return _with_space_of(found, vars(settings)).judged_by(settings.metric), name, settings
@@ -350,17 +347,26 @@ def _with_data_options(task: Task, study: str, stored: StudySettings | None, giv
 def request_of_study(machine: Machine, name: str, task: str | Objective | None = None) -> tuple[Request, Study]:
     """What there is to do for a study that exists, as it has it. `task` says where its task is now, if it has moved."""
     opened = Study.load(read_storage(machine.home.path, machine.storage), name)
-    if machine.is_shared and task is None:  # whoever can write to the database must not choose what code runs here
-        require_registered(OBJECTIVES, opened.task_reference)
-    found, _, settings = agree(machine, task or opened.task_reference, {"study": name})
+    found, _, settings = agree(machine, task or task_of(machine, opened), {"study": name})
     return Request(task=found, study=name, settings=settings, trials=None, proposals=(), machine=machine), opened
+
+
+def task_of(machine: Machine, study: Study) -> str:
+    """The task that a study names. Raises UnknownNameError if others share it and the task is not registered here.
+
+    Whoever can write to the database must not choose what code runs here.
+    """
+    if machine.is_shared:
+        require_registered(OBJECTIVES, study.task_reference)
+    return study.task_reference
 
 
 def check_options_of_loop(objective: Objective, options: Mapping[str, object]) -> None:
     """Raise UsageError if something is asked of the shared trainer, and the task has a training loop of its own."""
     if not objective.train:
         return
-    if gpus := _several(options.get("gpus_per_trial")):
+    gpus = options.get("gpus_per_trial")
+    if isinstance(gpus, int | float) and gpus > 1:
         raise UsageError(
             f"--gpus-per-trial {gpus:g} is for the shared trainer, and task '{objective.name}' has a training loop of "
             "its own (train=), which has one GPU; omit it."
@@ -373,10 +379,6 @@ def check_options_of_loop(objective: Objective, options: Mapping[str, object]) -
                 f"{declared.option.flag}{'' if value is True else f' {given}'} is for the shared trainer, and task "
                 f"'{objective.name}' has a training loop of its own (train=); omit it."
             )
-
-
-def _several(gpus_per_trial: object) -> float | None:
-    return gpus_per_trial if isinstance(gpus_per_trial, int | float) and gpus_per_trial > 1 else None
 
 
 def _require_no_code_of_others(stored: StudySettings, given: Mapping[str, Any]) -> None:

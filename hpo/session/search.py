@@ -22,7 +22,7 @@ from hpo.session.conclude import conclude, write_summary
 from hpo.session.opening import enqueue, extensions_alone, open_search, remember
 from hpo.session.options import SearchOptions, checked, require_submittable
 from hpo.session.preparation import prepare
-from hpo.session.request import agreed_tracking_uri, read_request, request_for, this_machine
+from hpo.session.request import agreed_tracking_uri, read_request, request_for, task_of, this_machine
 from hpo.terminal.notebook import notebook_progress
 
 if TYPE_CHECKING:
@@ -89,9 +89,7 @@ def join_search(study: str, *, observer: Observer | None = None, **options: Unpa
     """
     checked_options = checked({**options, "join": True, "study": study})
     machine = this_machine(checked_options)
-    task = Study.load(read_storage(machine.home.path, machine.storage), study).task_reference
-    # Whoever can write to the database must not choose what code runs here.
-    require_registered(OBJECTIVES, task)
+    task = task_of(machine, Study.load(read_storage(machine.home.path, machine.storage), study))
     return _search(request_for(machine, task, checked_options), observer or Observer())
 
 
@@ -102,9 +100,7 @@ def resume_study(*, observer: Observer | None = None, **options: Unpack[SearchOp
     """
     asked = checked(options)
     machine, name = this_machine(asked), asked.get("study") or ""
-    task = Study.load(read_storage(machine.home.path, machine.storage), name).task_reference
-    if machine.is_shared:  # whoever can write to the database must not choose what code runs here
-        require_registered(OBJECTIVES, task)
+    task = task_of(machine, Study.load(read_storage(machine.home.path, machine.storage), name))
     return _search(request_for(machine, task, asked), observer or Observer())
 
 

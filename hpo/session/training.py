@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.checks.compatibility import check_task
 from hpo.config import derive_seed
-from hpo.data.datasets import VALIDATION_FRACTION, split_dataset
+from hpo.data.datasets import split_dataset
 from hpo.data_options import Given
 from hpo.errors import UsageError
 from hpo.execution.messages import Assignment, Setup
@@ -74,7 +74,7 @@ def train_once(
     dataset = None if found.objective.train else load_dataset(found, machine.data_dir)
     splits = None
     if dataset:
-        splits = split_dataset(dataset, validation_fraction=VALIDATION_FRACTION, seed=seed, limit=limit)
+        splits = split_dataset(dataset, seed=seed, limit=limit)
         check_task(found, splits)
     provenance = Provenance.of_session(found.objective, dataset)
     store = open_store(machine.home.path, machine.tracking_uri)

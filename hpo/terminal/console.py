@@ -12,7 +12,7 @@ PIPED_WIDTH = 200
 """Columns of a table in a file or a pipe, which have no width."""
 
 
-def new_console(*, stderr: bool = False) -> Console:
+def new_console(*, stderr: bool) -> Console:
     # Names and messages may contain brackets, which are not markup.
     console = Console(stderr=stderr, highlight=False, markup=False)
     if not console.is_terminal:

@@ -14,7 +14,7 @@ from typing import Any
 from hpo.config import AUTO
 from hpo.data_options import declared_options
 from hpo.errors import HpoError, UsageError
-from hpo.home import Home, find_storage
+from hpo.home import Home
 from hpo.plugins import OBJECT, OBJECTIVES, load_task, registered
 from hpo.provenance import describe as describe_provenance
 from hpo.provenance import sessions
@@ -22,7 +22,7 @@ from hpo.records import Winner, ranked, to_plain
 from hpo.search.findings import findings
 from hpo.search.importances import importances
 from hpo.search.lease import searchers_of
-from hpo.search.storage import read_storage
+from hpo.search.storage import find_studies
 from hpo.search.study import Study, list_studies
 from hpo.search.winner import find_winner, front_rows
 from hpo.space import from_stored
@@ -50,9 +50,9 @@ def _task_row(name: str) -> dict[str, Any]:
     }
 
 
-def study_rows(home: Path | None, storage: str | None = None) -> list[dict[str, Any]]:
+def study_rows(home: Path | None, storage: str | None) -> list[dict[str, Any]]:
     """The studies of a home, or of a shared database, the oldest first, and who searches them now."""
-    database = read_storage(Home.find(home).path, find_storage(storage))
+    database = find_studies(home, storage)
     return [_study_row(study, searchers_of(database, study.name)) for study in list_studies(database)]
 
 
@@ -83,7 +83,7 @@ def _describe_now(study: Study, searchers: list[str]) -> str:
 
 def study_facts(name: str, home: Path | None, storage: str | None = None, top: int | None = None) -> dict[str, Any]:
     """Settings and trials of a study, and what it has learned; the best `top` trials, or all in order."""
-    database = read_storage(Home.find(home).path, find_storage(storage))
+    database = find_studies(home, storage)
     study = Study.load(database, name)
     searchers = searchers_of(database, name)
     trials = study.trials()
@@ -185,7 +185,7 @@ def _require_winner(facts: Mapping[str, Any]) -> Any:
 
 def best_facts(name: str, home: Path | None, storage: str | None = None) -> dict[str, Any]:
     """The winner of a study, as far as it is known."""
-    study = Study.load(read_storage(Home.find(home).path, find_storage(storage)), name)
+    study = Study.load(find_studies(home, storage), name)
     winner = find_winner(study)
     facts = {
         "study": name,

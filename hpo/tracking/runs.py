@@ -44,9 +44,8 @@ class StudyRuns:
 
     Use it as a context manager: leaving it sends what is left. `metric` names the value that trials are compared by;
     the runs table sorts by `best/<metric>` and shows the `costs` and the parameters in `columns`. `note` is Markdown,
-    shown above it.
-    What is on its way lies in a folder of the session's own: several may share a home. Runs are tied to the `study_id`;
-    those that a lost study of the same name has left are marked as orphaned when this one `is_new`. It
+    shown above it. What is on its way lies in a folder of the session's own: several may share a home. Runs are tied to
+    the `study_id`; those that a lost study of the same name has left are marked as orphaned when this one `is_new`. It
     `is_shared` where other machines may take its trials over: each run is then looked at before it is written to.
     """
 
@@ -299,7 +298,7 @@ class TrialRun:
 
 
 class SummaryRun:
-    """A run that stands for the whole study: its space, its settings, its plots and its winner, or its checklist.
+    """A run that is not a trial's: the summary of a study, or a training, a rerun or a checklist of its own.
 
     Its calls go to MLflow directly and raise StoreError if it does not take them.
     """

@@ -91,18 +91,27 @@ def _areas(scores: Tensor, is_positive: Tensor) -> Tensor:
     return (positive_ranks - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative)
 
 
-class AreaUnderCurve:
-    """The `auroc` of all examples together."""
+class OfAll:
+    """What is computed from the outputs and targets of all examples together."""
 
     def __init__(self) -> None:
         self._all: list[tuple[Tensor, Tensor]] = []
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Take in those of a batch, (B, ...) and (B, ...)."""
         self._all.append((outputs, targets))
 
+    def together(self) -> tuple[Tensor, Tensor]:
+        """Outputs and targets of all batches so far, (N, ...) and (N, ...)."""
+        outputs, targets = zip(*self._all, strict=True)
+        return torch.cat(outputs), torch.cat(targets)
+
+
+class AreaUnderCurve(OfAll):
+    """The `auroc` of all examples together."""
+
     def compute(self) -> dict[str, Tensor]:
-        outputs, targets = (torch.cat(part) for part in zip(*self._all, strict=True))
-        return {"auroc": auroc(outputs, targets)}
+        return {"auroc": auroc(*self.together())}
 
 
 class ShareMetrics:
@@ -184,18 +193,12 @@ def best_thresholds(outputs: Tensor, targets: Tensor) -> Tensor:
     return torch.where(has.sum(0) > 0, chosen, 0.0).to(outputs.dtype)
 
 
-class AveragePrecision:
+class AveragePrecision(OfAll):
     """The mean over the labels of the average precision, from all outputs at once; labels without an example are left
     out. It equals torchmetrics' where no two outputs are equal."""
 
-    def __init__(self) -> None:
-        self._all: list[tuple[Tensor, Tensor]] = []
-
-    def update(self, outputs: Tensor, targets: Tensor) -> None:
-        self._all.append((outputs, targets))
-
     def compute(self) -> dict[str, Tensor]:
-        outputs, targets = (torch.cat(part) for part in zip(*self._all, strict=True))
+        outputs, targets = self.together()
         order = outputs.double().argsort(dim=0, descending=True)
         has = (targets > 0.5).gather(0, order).double()
         precision = has.cumsum(0) / torch.arange(1, len(has) + 1, device=has.device)[:, None]

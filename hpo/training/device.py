@@ -170,6 +170,12 @@ def limit_memory(share: float) -> None:
     torch.cuda.set_per_process_memory_fraction(limit / total)
 
 
+def wait_for(device: torch.device) -> None:
+    """Return when a GPU has done all that it was given; at once for a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def free_memory(device: torch.device) -> None:
     """Give back what a failed attempt has taken of a GPU's memory."""
     if device.type == "cuda":

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from hpo.training.class_metrics import OfAll
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -82,19 +84,12 @@ def _mean_where(counts: Tensor, values: Tensor) -> Tensor:
     return torch.where(counts, values, 0.0).sum() / counts.sum().clamp(min=1)
 
 
-class RetrievalMetrics:
+class RetrievalMetrics(OfAll):
     """Whether the nearest example, or one of the five nearest, is alike, among all that are evaluated.
 
     The example itself is left out, and what nothing is alike to does not count: Recall@K (Musgrave et al. 2020,
     arXiv:2003.08505, section 2.1), by cosine similarity.
     """
-
-    def __init__(self) -> None:
-        self._all: list[tuple[Tensor, Tensor]] = []
-
-    def update(self, outputs: Tensor, targets: Tensor) -> None:
-        """Take in embeddings (B, size) and targets (B,)."""
-        self._all.append((outputs, targets))
 
     def compute(self) -> dict[str, Tensor]:
         counted, first, any_of_five = self.hits().double().sum(1)
@@ -102,7 +97,7 @@ class RetrievalMetrics:
 
     def hits(self) -> Tensor:
         """For each example whether it counts, and whether its nearest, or one of the five nearest, is alike: (3, N)."""
-        outputs, targets = (torch.cat(part) for part in zip(*self._all, strict=True))
+        outputs, targets = self.together()
         unit = functional.normalize(outputs.float(), dim=1)
         positions = torch.arange(len(unit), device=unit.device)
         found = []

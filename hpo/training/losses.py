@@ -75,9 +75,7 @@ def training_loss(config: TrainConfig, train: Split, spec: DataSpec, own: Own = 
     return loss_function(config, spec, scale, own, class_weights=weights)
 
 
-def evaluation_loss(
-    config: TrainConfig, spec: DataSpec, target_scale: Scale = 1.0, own: Own = NOTHING_OWN
-) -> LossFunction:
+def evaluation_loss(config: TrainConfig, spec: DataSpec, target_scale: Scale, own: Own) -> LossFunction:
     """The loss that an evaluation measures: `loss_function` without label smoothing, and cross-entropy for `focal`.
 
     So trials that differ in them are compared by what they answer. `dice` is that of each image, not of a batch.

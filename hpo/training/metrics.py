@@ -57,7 +57,7 @@ NEED_ALL = ("auroc", "average_precision", "character_error_rate", "exact_match",
 """Those that come with complete metrics alone; see `EpochMetrics`."""
 
 
-def check_metric(name: str, spec: DataSpec, own: Own = NOTHING_OWN) -> None:
+def check_metric(name: str, spec: DataSpec, own: Own) -> None:
     """Raise UnknownNameError for a metric that the data do not have."""
     of_targets = [f"{target}/{each}" for target, of in spec.targets.items() for each in METRICS_OF_KIND[of.kind]]
     available = ["loss", *METRICS_OF_KIND.get(spec.kind, ()), *of_targets, *own.metrics]
@@ -69,8 +69,7 @@ class EpochMetrics:
     """Mean loss of an epoch and the metrics of the task.
 
     What needs all outputs at once, or is the task's own, comes with `is_complete` alone: of a training epoch, whose
-    weights change from step to step, it would say little. Small batches are held and taken in together, unless
-    `holds_batches` is False, as it must be if the next batch's outputs are written to the same memory.
+    weights change from step to step, it would say little. Small batches are held and taken in together.
     """
 
     def __init__(
@@ -80,13 +79,11 @@ class EpochMetrics:
         *,
         own: Own = NOTHING_OWN,
         is_complete: bool = False,
-        holds_batches: bool = True,
         thresholds: Tensor | None = None,
     ) -> None:
         """`thresholds` (num_classes,) are the logits from which on an example has each of several labels."""
         self._metrics = _build_metrics(spec, device, thresholds, is_complete=is_complete)
         self._own = {name: _on_device(make(), device) for name, make in own.metrics.items()} if is_complete else {}
-        self._holds_batches = holds_batches
         self._held: list[tuple[Any, Any, Tensor, int | Tensor]] = []
         self._held_size = 0  # examples in each of them
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -100,7 +97,7 @@ class EpochMetrics:
             self._held_size = size
         self._held.append((outputs, targets, loss, size if num_averaged is None else num_averaged))
         is_small = isinstance(outputs, torch.Tensor) and isinstance(targets, torch.Tensor) and outputs.ndim <= 2
-        if not (self._holds_batches and is_small) or len(self._held) * size >= HELD_EXAMPLES:
+        if not is_small or len(self._held) * size >= HELD_EXAMPLES:
             self._take_in()
 
     @torch.inference_mode()  # an evaluation's sums can be changed in this mode alone

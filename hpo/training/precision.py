@@ -13,14 +13,12 @@ from torch import nn
 
 from hpo.data.parts import tensors_of
 from hpo.errors import UsageError, in_one_line
-from hpo.training.device import is_out_of_memory
+from hpo.training.device import is_out_of_memory, wait_for
 
 if TYPE_CHECKING:
     from hpo.training.losses import LossFunction
 
 _logger = logging.getLogger(__name__)
-
-Batch = tuple[Any, Any]
 
 _fastest: dict[tuple[str, tuple[tuple[int, ...], ...], str], str] = {}
 """What was measured in this process, by architecture, shape of the batch and device."""
@@ -28,7 +26,9 @@ _fastest: dict[tuple[str, tuple[tuple[int, ...], ...], str], str] = {}
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def settle_precision(wanted: str, model: nn.Module, loss_function: LossFunction, batch: Callable[[], Batch]) -> str:
+def settle_precision(
+    wanted: str, model: nn.Module, loss_function: LossFunction, batch: Callable[[], tuple[Any, Any]]
+) -> str:
     """`wanted`, or for "auto" the faster of fp32 and bf16, which is measured for models with convolutions.
 
     Convolutions are bound by arithmetic, and bf16 has fp32's range, so it needs no scaling. Small linear layers are
@@ -83,18 +83,13 @@ def _seconds_a_pass(model: nn.Module, loss_function: LossFunction, inputs: Any, 
     """The time of a forward and a backward pass."""
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = weights[0].device
-    _synchronize(device)
+    wait_for(device)
     started = time.perf_counter()
     with autocast(precision, device):
         loss = loss_function(model(inputs), targets)
     torch.autograd.grad(loss, weights, allow_unused=True)
-    _synchronize(device)
+    wait_for(device)
     return time.perf_counter() - started
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def has_convolutions(model: nn.Module) -> bool:

@@ -55,7 +55,7 @@ class Probe:
         # A split that is streamed is not on the device.
         self._examples = train.sample(NUM_EXAMPLES, device, num_views)
         self._loss_function = loss_function
-        self._target_scale = _on_device(target_scale, device)
+        self._target_scale = to_device(target_scale, device)
         self._num_at_a_time = max(1, num_at_a_time)
 
     def measure(self, model: nn.Module) -> dict[str, Tensor]:
@@ -114,7 +114,7 @@ def relative_gradients(
     """
     weights = list(layers(model).values())
     gradients = [torch.zeros_like(weight) for weight in weights]
-    error, target_scale = torch.zeros((), device=examples.device), _on_device(target_scale, examples.device)
+    error, target_scale = torch.zeros((), device=examples.device), to_device(target_scale, examples.device)
     for inputs, targets in evaluation_batches(examples, num_at_a_time):
         outputs = model(inputs)
         loss = loss_function(outputs, targets)
@@ -144,10 +144,6 @@ def _scales(outputs: Any, target_scale: Scale) -> list[float | Tensor]:
     return [
         target_scale.get(name, 1.0) for name, part in outputs.items() for each in tensors_of(part) if each.requires_grad
     ]
-
-
-def _on_device(scale: Scale, device: torch.device | str) -> Scale:
-    return to_device(scale, device)
 
 
 _ANSWERS: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {

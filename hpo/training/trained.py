@@ -14,14 +14,13 @@ from hpo.files import write_atomically
 from hpo.parameters import Value
 from hpo.space import from_stored
 
-CHECKPOINT = "checkpoint"  # folder of a run's artifacts that holds the next two
+CHECKPOINT = "checkpoint"
+"""Folder of a run's artifacts that holds the two files below."""
 
-
-REFIT = "refit"  # the same for a winner that was trained on training and validation examples together
+REFIT = "refit"
+"""The same for a winner that was trained on training and validation examples together."""
 
 BEST_WEIGHTS = "best.pt"
-
-
 DESCRIPTION = "trial.json"
 
 _FORMER_SETTINGS = ("direction",)  # of TrainConfig in version 0.1; a trained model does not need them
@@ -60,6 +59,11 @@ class TrialDescription:
             return cls(**plain | {"spec": spec, "config": TrainConfig(**config), "model_parameters": parameters})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{folder / DESCRIPTION} is missing or damaged: {error}") from error
+
+
+def files_of_model(*, has_weights: bool) -> tuple[str, ...]:
+    """Names of the files that a trial leaves; a training loop of the task's own may have saved no weights."""
+    return (BEST_WEIGHTS, DESCRIPTION) if has_weights else (DESCRIPTION,)
 
 
 def _require_known(file: Path, unknown: set[str]) -> None:
