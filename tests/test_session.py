@@ -474,7 +474,7 @@ def test_a_study_whose_winner_is_tested_is_still_searched_and_keeps_its_data(
     test = conclude.tested_winner
 
     def looked_at(prepared: Any, opened: Any) -> Winner | None:
-        (row,) = study_rows(home)
+        (row,) = study_rows(home, None)
         seen.append(row["now"].rpartition(":")[2])
         removed = clean_study("moody", keep=1, dry_run=False, home=home)["removed"]
         seen.extend(each["what"] for each in removed if "data" in each["what"])
@@ -484,7 +484,7 @@ def test_a_study_whose_winner_is_tested_is_still_searched_and_keeps_its_data(
     monkeypatch.setattr(conclude, "tested_winner", looked_at)
     assert search(trials=1).winner is not None
     assert seen == [str(os.getpid()), 1]
-    assert [row["now"] for row in study_rows(home)] == ["done"]
+    assert [row["now"] for row in study_rows(home, None)] == ["done"]
     assert list(home.glob("splits/moody/*.pt")) == []
 
 
