@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 import sqlite3
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +17,9 @@ _logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 60.0
 """How long a writer waits for another one."""
+
+_LEAST_ROOM = 2**20
+"""Bytes: a write-ahead log, its index and a few pages."""
 
 _NETWORK = re.compile(r"nfs\d?|cifs|smb\w*|afpfs|9p|afs|ncpfs|lustre|beegfs|gpfs|ceph|fuse\.(?!fuseblk|ntfs).+")
 """Types of file systems that several machines share, or that may be."""
@@ -28,7 +32,7 @@ def prepare_sqlite(path: Path, *, holding: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        damage = _find_damage(path)
+        damage = _find_damage_though_full(path)
         if not path.exists() and (kind := _network_file_system(path.parent)):
             _logger.warning(
                 "%s is on a network file system (%s): its database is kept without a write-ahead log, which is slower "
@@ -38,8 +42,7 @@ def prepare_sqlite(path: Path, *, holding: str) -> None:
         if damage is None:
             connect_sqlite(path).close()
     except (OSError, sqlite3.OperationalError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StoreError(f"{path} cannot be opened: {reason}; choose another home with --home or HPO_HOME.") from error
+        raise StoreError(f"{path} cannot be opened: {reason_and_advice(error, path)}") from error
     if damage is not None:
         raise StoreError(
             f"{path} is damaged ({damage}); restore a copy, or move it away: a new one is made, without {holding}."
@@ -57,10 +60,33 @@ def connect_sqlite(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA journal_mode=DELETE")
         connection.execute("PRAGMA synchronous=FULL")
         return connection
+    if is_full(path.parent):
+        return connection  # the log may find room where its index does not, and nobody could read the database then
     # Readers do not wait for the writer; a power cut may take the last transactions, and harms nothing else.
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=NORMAL")
     return connection
+
+
+def reason_and_advice(error: Exception, path: Path) -> str:
+    """Why a database cannot be used, in the words of the system or of sqlite, and what to do about it."""
+    reason = getattr(error, "strerror", None) or getattr(error, "orig", None) or str(error).partition("\n")[0]
+    if is_full(path.parent):
+        return f"its disk is full ({reason}); make room there, then run the same command again."
+    return f"{reason}; choose another home with --home or HPO_HOME."
+
+
+def is_full(folder: Path) -> bool:
+    """Whether a disk has less room than a database needs to be opened."""
+    try:
+        return shutil.disk_usage(folder).free < _LEAST_ROOM
+    except OSError:
+        return False
+
+
+def _lacks_room(error: sqlite3.OperationalError) -> bool:
+    """Whether sqlite could not make or extend one of the files that lie beside a database: its words vary."""
+    return error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 
 
 @cache
@@ -68,6 +94,29 @@ def _network_file_system(folder: Path) -> str | None:
     """Type of the file system of a folder if other machines may write to it too."""
     kind = file_system(folder)
     return kind if _NETWORK.fullmatch(kind) else None
+
+
+def _find_damage_though_full(path: Path) -> str | None:
+    """The same as `_find_damage`, where the disk has no room for the write-ahead log too.
+
+    To read a database that keeps one takes two more files. So that `hpo gc` can make room, the log is put away until
+    there is some; if another process has the database open, those files are there, and it stays.
+    """
+    try:
+        return _find_damage(path)
+    except sqlite3.OperationalError as error:
+        if not _lacks_room(error):
+            raise
+        with suppress(sqlite3.OperationalError):
+            _put_log_away(path)
+        return _find_damage(path)
+
+
+def _put_log_away(path: Path) -> None:
+    """Let a database be read without its write-ahead log, and write nothing but its first page for that."""
+    with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as database:
+        database.execute("PRAGMA locking_mode=EXCLUSIVE")  # the index of the log is then in memory, not in a file
+        database.execute("PRAGMA journal_mode=MEMORY")  # of this connection alone; for others it is DELETE
 
 
 def _find_damage(path: Path) -> str | None:

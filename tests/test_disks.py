@@ -9,6 +9,7 @@ import re
 import signal
 import urllib.request
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ import pytest
 from helpers.searches import Searches, interrupted_in_epoch_3, searching, tmpfs, wait_until, wait_until_gone
 
 import hpo
+from hpo.database import connect_sqlite, prepare_sqlite
 from hpo.errors import DataError, SearchError, StoreError, UsageError
 from hpo.plugins import load_task
+from hpo.search.storage import open_storage
 from hpo.session.search import run_search
 
 
@@ -70,6 +73,34 @@ def test_a_home_that_fills_up_ends_the_search_in_one_line_and_the_same_command_c
         (home / "filler").unlink()
         assert searches.run(trials=2, workers=2).counts["complete"] == 2
         searches.assert_nothing_runs()
+
+
+def test_a_database_on_a_full_disk_can_be_read_and_has_its_write_ahead_log_again_when_there_is_room(
+    tmp_path: Path,
+) -> None:
+    """So `hpo gc` can make room, and the little that it makes first does not close the database."""
+    database, filler = tmp_path / "disk" / "studies.db", tmp_path / "disk" / "filler"
+    with tmpfs(database.parent, "size=4m"):
+        with closing(connect_sqlite(database)) as connection, connection:
+            connection.execute("CREATE TABLE trials AS SELECT 7 AS number")
+        fill(filler)
+        for room in (0, 20_000):
+            with filler.open("rb+") as file:
+                file.truncate(filler.stat().st_size - room)
+            prepare_sqlite(database, holding="all")
+            with closing(connect_sqlite(database)) as connection:
+                assert connection.execute("SELECT number FROM trials").fetchall() == [(7,)]
+        filler.unlink()
+        prepare_sqlite(database, holding="all")
+        assert database.read_bytes()[18:20] == b"\2\2", "which is how its header says that there is a log"
+
+
+def test_a_database_that_cannot_be_opened_since_the_disk_is_full_says_so(tmp_path: Path) -> None:
+    with tmpfs(tmp_path / "disk", "size=1m"):
+        (tmp_path / "disk" / "locks").mkdir()
+        fill(tmp_path / "disk" / "filler")
+        with pytest.raises(StoreError, match=r"optuna.db cannot be opened: its disk is full \(.*\); make room there"):
+            open_storage(tmp_path / "disk")
 
 
 def fill(path: Path) -> None:

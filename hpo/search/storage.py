@@ -34,7 +34,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, m
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.pool import NullPool
 
-from hpo.database import TIMEOUT_S, connect_sqlite, prepare_sqlite, without_password
+from hpo.database import TIMEOUT_S, connect_sqlite, prepare_sqlite, reason_and_advice, without_password
 from hpo.errors import StoreError
 from hpo.home import Home, find_storage
 from hpo.search.optuna_tables import DirectStorage, refuse_another
@@ -252,8 +252,8 @@ def _open_sqlite(path: Path) -> StudyStorage:
         raise StoreError(f"another process has held {error.lock_file} for {TIMEOUT_S:.0f} s; stop it first.") from error
     except RuntimeError as error:  # Optuna's word for tables of another version
         raise StoreError(_of_another_version(str(path), f"sqlite:///{path}", error)) from error
-    except OSError as error:
-        raise StoreError(f"{path} cannot be opened: {error.strerror}; choose another home with --home.") from error
+    except (OSError, StorageInternalError, OperationalError) as error:  # of the tables that Optuna lays out, too
+        raise StoreError(f"{path} cannot be opened: {reason_and_advice(error, path)}") from error
 
 
 def _open_postgresql(url: str) -> StudyStorage:
