@@ -16,7 +16,7 @@ import click
 
 from hpo import __version__
 from hpo.click_options import InSections, take
-from hpo.errors import OF_THE_DISK, HpoError, UsageError, visible
+from hpo.errors import OF_A_FULL_DISK, OF_THE_DISK, HpoError, UsageError, disk_refusal, visible
 from hpo.machine import (
     escape_what_streams_lack,
     has_cpu_quota,
@@ -655,9 +655,9 @@ def main() -> None:
     except HpoError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:
-        if error.errno not in OF_THE_DISK or error.filename is None:
+        if error.errno not in (OF_A_FULL_DISK if error.filename is None else OF_THE_DISK):
             raise
-        _fail(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}", FAILED)
+        _fail(disk_refusal(error, "stdout, the home, or temporary files (TMPDIR)"), FAILED)
     except (click.Abort, KeyboardInterrupt):
         hint = "; run the same command again to resume" if _RESUMABLE.intersection(sys.argv[1:2]) else ""
         _fail(f"interrupted{hint}", INTERRUPTED)

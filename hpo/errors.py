@@ -18,14 +18,18 @@ TrialTakenError (hpo.search.study) is internal: another session has taken a tria
 """
 
 import errno
+import os
 import sysconfig
 import traceback
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
+OF_A_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of an OSError for a disk that is full, or of which this user, or a file, may have no more."""
+
 OF_THE_DISK = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, *OF_A_FULL_DISK),
     *(errno.ENOTDIR, errno.EISDIR, errno.ELOOP),
 )
 """Numbers of an OSError for what a disk or another account's file refuses to any command, at any file."""
@@ -99,6 +103,13 @@ class ExportError(HpoError):
 
 class SearchError(HpoError):
     """The search had to stop before it was complete."""
+
+
+def disk_refusal(error: OSError, otherwise: str) -> str:
+    """What the disk refused; `otherwise` says what may have been written where the system does not name the file."""
+    file = error.filename2 or error.filename  # of a copy the second one is written
+    advice = "; make room there" if error.errno in OF_A_FULL_DISK else ""
+    return f"cannot use {os.fsdecode(file) if file else otherwise}: {error.strerror or error}{advice}"
 
 
 def visible(text: str) -> str:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
+import os
 import pickle
 import re
 import signal
+import sqlite3
+import subprocess
+import sys
 import urllib.request
 from collections import Counter
 from contextlib import closing
@@ -15,6 +20,7 @@ from typing import Any
 
 import pytest
 from helpers.searches import Searches, interrupted_in_epoch_3, searching, tmpfs, wait_until, wait_until_gone
+from sqlalchemy.exc import OperationalError
 
 import hpo
 from hpo.database import connect_sqlite, prepare_sqlite
@@ -22,6 +28,8 @@ from hpo.errors import DataError, SearchError, StoreError, UsageError
 from hpo.plugins import load_task
 from hpo.search.storage import open_storage
 from hpo.session.search import run_search
+from hpo.tracking import store
+from hpo.tracking.store import explained, open_store
 
 
 def test_five_failures_in_a_row_end_the_search_though_another_trial_trains(searches: Searches) -> None:
@@ -219,3 +227,27 @@ def test_a_link_in_place_of_the_artifacts_that_leads_nowhere_is_refused_at_the_s
     with pytest.raises(StoreError, match=f"cannot read .*artifacts: {reason}.*; fix it, or choose another home"):
         searches.run()
     assert searches.footprints() == []
+
+
+def test_a_store_that_finds_no_room_for_its_tables_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path) -> None:
+        raise OperationalError("CREATE TABLE ...", None, sqlite3.OperationalError("database or disk is full"))
+
+    monkeypatch.setattr(store, "_create", refused)
+    with pytest.raises(StoreError, match=r"cannot open .*mlflow.db: database or disk is full; choose another home"):
+        open_store(tmp_path)
+
+
+def test_artifacts_that_find_no_room_are_told_of_in_one_line() -> None:
+    message = r"MLflow at sqlite:///x.db cannot use .*: No space left on device; make room"
+    with pytest.raises(StoreError, match=message), explained("sqlite:///x.db"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_command_whose_output_finds_no_room_says_so_in_one_line() -> None:
+    full = ["sh", "-c", 'exec "$@" > /dev/full', "sh", sys.executable, "-m", "hpo", "tasks"]
+    done = subprocess.run(full, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 1
+    assert re.fullmatch(r"Error: cannot use stdout, .*: No space left on device; make room there\n", done.stderr)

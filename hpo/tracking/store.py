@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
-from hpo.database import prepare_sqlite, without_password
-from hpo.errors import StoreError, UnknownNameError, first_line
+from hpo.database import prepare_sqlite, reason_and_advice, without_password
+from hpo.errors import OF_A_FULL_DISK, StoreError, UnknownNameError, disk_refusal, first_line
 from hpo.home import Home
 from hpo.tracking.view import TRIALS_VIEW, view_address
 
@@ -296,6 +296,11 @@ def explained(uri: str) -> Iterator[None]:
         yield
     except (mlflow.exceptions.MlflowException, requests.RequestException) as error:  # the latter for artifacts
         raise StoreError(f"MLflow at {without_password(uri)} refused: {first_line(error)}") from error
+    except OSError as error:  # artifacts are written to a temporary file first
+        if error.errno not in OF_A_FULL_DISK:
+            raise
+        refusal = disk_refusal(error, "its artifacts, or temporary files (TMPDIR)")
+        raise StoreError(f"MLflow at {without_password(uri)} {refusal}.") from error
 
 
 def prepare_mlflow() -> None:
@@ -372,6 +377,8 @@ def _sqlite_path(uri: str) -> Path | None:
 
 def _open_sqlite(path: Path, uri: str, *, is_in_home: bool) -> MlflowClient:
     """Creates the schema under a lock: without one, 3 of 4 processes that start at once crash."""
+    from sqlalchemy.exc import SQLAlchemyError
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock", timeout=_LOCK_TIMEOUT_S):
@@ -385,9 +392,8 @@ def _open_sqlite(path: Path, uri: str, *, is_in_home: bool) -> MlflowClient:
             return _connect(uri)
     except Timeout as error:
         raise StoreError(f"another process has held {path}.lock for {_LOCK_TIMEOUT_S:.0f} s; stop it first.") from error
-    except (OSError, sqlite3.DatabaseError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise StoreError(f"cannot open {path}: {reason}; choose another folder with --home.") from error
+    except (OSError, sqlite3.DatabaseError, SQLAlchemyError) as error:
+        raise StoreError(f"cannot open {path}: {reason_and_advice(error, path)}") from error
 
 
 def _follow_home(database: Path) -> None:
