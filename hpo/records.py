@@ -88,6 +88,11 @@ class TrialRecord:
     """Trial whose configuration this one trains again with another seed; None for a trial of the search."""
 
     @property
+    def configuration(self) -> dict[str, Any]:
+        """The values that matter: those of the active parameters."""
+        return {name: value for name, value in self.values.items() if name not in self.inactive}
+
+    @property
     def has_value(self) -> bool:
         """Whether it has one that is finite."""
         return self.value is not None and math.isfinite(self.value)
@@ -174,6 +179,8 @@ class Comparison:
     """Validation examples that both models judged; 0 where folds, or seeds, were compared."""
     num_seeds: tuple[int, int] | None = None
     """Trainings of the winning configuration and of the default whose means are compared."""
+    is_same: bool = False
+    """Whether the winner has the default's values, in a trial of its own or not."""
 
     @property
     def is_distinct(self) -> bool:

@@ -123,6 +123,7 @@ def winner(**about: Any) -> Winner:
         ({"pruned": "pruned after 3 of 20 epochs"}, "(trial 0, pruned after 3 of 20 epochs) has accuracy 0.9514"),
         ({"state": "diverged", "value": None}, "The default configuration (trial 0) diverged"),
         ({"trial": 6}, "The winner is the default configuration"),
+        ({"is_same": True}, "The winner is the default configuration"),
         (
             {"gain": 0.03, "low": 0.005, "high": 0.055, "num_examples": 0, "num_seeds": (3, 3)},
             "has accuracy 0.9514, the mean of 3 trainings; the mean of the winner gains 0.0300, 95% interval 0.0050 "

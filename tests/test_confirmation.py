@@ -434,3 +434,5 @@ def test_a_best_configuration_whose_new_trainings_all_failed_is_told_of() -> Non
     assert describe_confirmation(winner).endswith(
         "trial 1, the best of the search with 0.9000, has no result with new seeds"
     )
+    alone = replace(winner, confirmation=confirmation | {"configurations": rows[1:]})
+    assert describe_confirmation(alone) == "mean 0.8000 over 1 new seed"

@@ -287,6 +287,16 @@ def test_pruned_trials_say_nothing_of_the_length_of_training() -> None:
     assert list(find_training_length(a_study(4, best_in(20, "pruned")))) == []
 
 
+def test_trials_that_a_timeout_has_ended_say_nothing_of_the_length_of_training() -> None:
+    study = a_study(0, best_in(2))
+    for suggestion in [study.ask() for _ in range(4)]:
+        for epoch in (1, 2):
+            study.report(suggestion.number, epoch, 0.1 * epoch)
+        study.tell(suggestion.number, "complete", value=0.2, best_epoch=2, reason="reached --trial-timeout in epoch 2")
+    assert [trial.best_epoch for trial in study.trials()] == [2] * 4
+    assert list(find_training_length(study)) == []
+
+
 def test_three_epochs_have_no_first_tenth_and_no_last_quarter() -> None:
     def ending(suggestion: Suggestion) -> Ending:
         return "complete", [0.1, 0.2, 0.3] if suggestion.number % 2 else [0.3, 0.2, 0.1]

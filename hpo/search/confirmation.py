@@ -219,8 +219,7 @@ class Race:
 
 
 def _configuration(trial: TrialRecord) -> str:
-    """The values that matter, which tell configurations apart."""
-    return repr({name: value for name, value in trial.values.items() if name not in trial.inactive})
+    return repr(trial.configuration)
 
 
 def best_repeat(contender: Contender, direction: Direction) -> TrialRecord:

@@ -213,7 +213,11 @@ def find_divergence(study: Study) -> Iterator[Finding]:
 def find_training_length(study: Study) -> Iterator[Finding]:
     """Whether the best complete trials had their best epoch in the first tenth or the last quarter of the epochs."""
     max_epochs = study.settings.max_epochs
-    complete = [record for record in study.trials() if record.state == "complete" and record.best_epoch]
+    complete = [
+        record
+        for record in study.trials()
+        if record.state == "complete" and record.best_epoch and not (record.reason or "").startswith("reached --trial")
+    ]
     if len(complete) < MIN_BEST_TRIALS:
         return
     epochs = [record.best_epoch or 0 for record in _best_tenth(ranked(complete, study.settings.direction))]

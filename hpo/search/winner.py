@@ -47,7 +47,7 @@ def find_winner(study: Study) -> Winner | None:
     return Winner(
         trial=best.number,
         searched=best.number if best.repeats is None else best.repeats,
-        configuration={name: value for name, value in best.values.items() if name not in best.inactive},
+        configuration=best.configuration,
         metric=study.settings.metric,
         validation=best.value,
         best_epoch=best.best_epoch,
@@ -117,7 +117,7 @@ def describe_comparison(winner: Winner) -> str:
     """`default 0.9514 (trial 0); gain 0.0208, 95% interval 0.0035 to 0.0382`, and whether that tells them apart."""
     assert winner.comparison is not None, "the winner was compared"
     found = Comparison(**winner.comparison)
-    if found.trial == winner.searched:
+    if found.is_same or found.trial == winner.searched:
         return "The winner is the default configuration"
     if found.value is None:
         return f"The default configuration (trial {found.trial}) {found.state}"
@@ -196,8 +196,10 @@ def describe_confirmation(winner: Winner) -> str:
     if chosen is None or chosen["mean"] is None:
         return "none of the new trainings has a result; the winner is the best trial of the search"
     text = _mean_of(chosen)
-    if luckiest is chosen:
+    if luckiest is chosen and len(rows) > 1:
         return f"{text}; the best trial of the search stays ahead of {_others(len(rows) - 1)}"
+    if luckiest is chosen:
+        return text
     lucky = (
         f"trial {luckiest['trial']}, the best of the search with {luckiest['searched']:.4f}, has {_mean_of(luckiest)}"
     )
@@ -224,7 +226,7 @@ def _mean_of(row: dict[str, Any]) -> str:
     if row["mean"] is None:
         return "no result with new seeds"
     spread = "" if row["std"] is None else f", standard deviation {row['std']:.4f}"
-    return f"mean {row['mean']:.4f}{spread} over {len(row['values'])} new seeds"
+    return f"mean {row['mean']:.4f}{spread} over {len(row['values'])} new seed{'s' if len(row['values']) > 1 else ''}"
 
 
 def _others(number: int) -> str:

@@ -231,7 +231,8 @@ def compare_with_default(
     if default is None:
         return None
     difference, num_examples = None, 0
-    if default.state in ELIGIBLE and default.number != winner.searched:
+    is_same = repr(winner.configuration) == repr(default.configuration)
+    if default.state in ELIGIBLE and not is_same:
         if study.settings.folds:
             difference = compare_common_folds(study.trial(winner.trial).curve, default.curve)
         elif splits is None:
@@ -253,6 +254,7 @@ def compare_with_default(
         low=min(gains, default=None),
         high=max(gains, default=None),
         num_examples=num_examples,
+        is_same=is_same,
     )
 
 

@@ -61,7 +61,7 @@ def print_outcome(console: Console, outcome: SearchOutcome) -> None:
     """The last words of `hpo search`: the winner, its scores, where everything is and what to type next."""
     ending = "Done" if outcome.is_done else "Interrupted" if outcome.interrupted else "Time is up"
     console.print(f"{ending}: {describe_counts(outcome.counts)}.")
-    if outcome.stopped_at is not None:
+    if outcome.stopped_at is not None and outcome.num_finished < outcome.num_trials:
         console.print(
             f"A trial has reached {outcome.stopped_at:g}, so no new one is started. --stop-at none continues."
         )
@@ -331,6 +331,8 @@ def _describe_comparison(found: Rerun) -> str:
     if found.is_within_spread is None:
         return f"{differs}; the difference is {found.difference:.4f}, without an interval: no model of before was kept."
     verdict = "within the spread" if found.is_within_spread else "more than chance explains"
+    if not found.is_within_spread and not found.is_same_seed:
+        verdict = "the two models differ on these examples, which another seed alone can do"
     interval = f"95% interval {found.low:.4f} to {found.high:.4f}"
     return f"{differs}; the difference is {found.difference:.4f}, {interval}: {verdict}."
 
