@@ -74,7 +74,7 @@ BETWEEN_STEPS = {
     ("item", "training/losses.py:scale_of"): "the deviation of the targets, once a trial",
     ("item", "training/step.py:state_dict"): "the scale of fp16, in the checkpoint of an epoch",
     ("synchronize", "training/costs.py:_measure_latency"): "the measured latency",
-    ("synchronize", "training/precision.py:_synchronize"): "precisions are timed, once an architecture",
+    ("synchronize", "training/device.py:wait_for"): "precisions are timed, once an architecture",
     ("tolist", "models/preprocessed.py:_predicted"): "the predictions",
     ("tolist", "training/evaluation.py:read_all"): "the numbers of an epoch, in one transfer",
     ("tolist", "training/evaluation.py:evaluate_classes"): "the confusion matrix of the winner",
@@ -86,7 +86,7 @@ NOT_COMPARED = {
     # Weights from before a resume lie on the CPU, where none of the later ones is better.
     ("copy from pageable memory", "training/trainer.py:restore_best_weights"),
     # An architecture and batch size that another case has had are not timed again.
-    ("synchronize", "training/precision.py:_synchronize"),
+    ("synchronize", "training/device.py:wait_for"),
     # As many passes as fit into 0.2 s.
     ("synchronize", "training/costs.py:_measure_latency"),
 }
