@@ -10,7 +10,7 @@ from contextlib import closing, suppress
 from functools import cache
 from pathlib import Path
 
-from hpo.errors import StoreError
+from hpo.errors import StoreError, first_line
 from hpo.machine import file_system
 
 _logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def connect_sqlite(path: Path) -> sqlite3.Connection:
 
 def reason_and_advice(error: Exception, path: Path) -> str:
     """Why a database cannot be used, in the words of the system or of sqlite, and what to do about it."""
-    reason = getattr(error, "strerror", None) or getattr(error, "orig", None) or str(error).partition("\n")[0]
+    reason = getattr(error, "strerror", None) or getattr(error, "orig", None) or first_line(error)
     if is_full(path.parent):
         return f"its disk is full ({reason}); make room there, then run the same command again."
     return f"{reason}; choose another home with --home or HPO_HOME."

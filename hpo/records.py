@@ -22,6 +22,9 @@ TrialState = Literal["complete", "pruned", "diverged", "infeasible", "failed", "
 OUT_OF_BUDGET = "the study's --budget is used up"
 """The reason of a trial that the budget has cut off."""
 
+TIMED_OUT = "reached --trial-timeout"
+"""How the reason of a trial begins that its own time has ended."""
+
 FINISHED: tuple[TrialState, ...] = ("complete", "pruned", "diverged", "infeasible")
 """The states that count towards the number of trials that was asked for."""
 
@@ -360,7 +363,7 @@ class SearchOutcome:
                 "duration_s": trial.duration_s,
                 **trial.costs,
                 "reason": trial.reason,
-                **{f"params_{name}": value for name, value in trial.values.items() if name not in trial.inactive},
+                **{f"params_{name}": value for name, value in trial.configuration.items()},
             }
             for trial in self.trials
         ]

@@ -30,7 +30,7 @@ from hpo.execution.messages import Assignment, Decision, EpochDone, TrialDone, T
 from hpo.execution.observer import Observer, Standing
 from hpo.execution.pool import WorkerDied
 from hpo.execution.retention import BestTrials, without_use_for_checkpoints
-from hpo.records import ELIGIBLE, OUT_OF_BUDGET
+from hpo.records import ELIGIBLE, OUT_OF_BUDGET, TIMED_OUT
 from hpo.search.study import TrialTakenError
 from hpo.search.winner import forget_models
 from hpo.tracking.spool import rounded
@@ -304,7 +304,7 @@ class Coordinator:
         """Whether a trial that is good enough has the time to continue."""
         if not result.is_last and self._limits.is_trial_over(attempt.trained_s):
             # As if it had stopped early: under this limit it has shown what it can.
-            return attempt.end("complete", f"reached --trial-timeout in epoch {result.epoch}")
+            return attempt.end("complete", f"{TIMED_OUT} in epoch {result.epoch}")
         if self.interrupted:
             return attempt.end("interrupted", "stopped by hand")
         if self._time_is_up():

@@ -324,7 +324,7 @@ def _by_state(trials: Sequence[TrialRecord], place: Callable[[TrialRecord], Any]
 
 def _describe(trial: TrialRecord) -> str:
     """The trial and its configuration, for whoever points at it."""
-    active = (f"{name} {format_value(value)}" for name, value in trial.values.items() if name not in trial.inactive)
+    active = (f"{name} {format_value(value)}" for name, value in trial.configuration.items())
     return "<br>".join([f"<b>trial {trial.number}</b>, {trial.state}: {trial.known_value:.4f}", *active])
 
 

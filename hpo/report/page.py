@@ -274,7 +274,7 @@ def _cells(trial: TrialRecord, names: Sequence[str], costs: Sequence[str]) -> li
         *(f"{trial.costs[name]:.6g}" if name in trial.costs else "-" for name in costs),
     ]
     cells += [str(trial.best_epoch or ""), escape(trial.stage)]
-    active = {name: value for name, value in trial.values.items() if name not in trial.inactive}
+    active = trial.configuration
     return [*cells, *(escape(short(active[name])) if name in active else "" for name in names)]
 
 

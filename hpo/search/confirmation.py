@@ -141,7 +141,7 @@ class Race:
         )
 
     def _least_difference(self, num_one: int, num_other: int) -> float:
-        """The least difference of the means of so many trainings that is significant."""
+        """How far apart the means of that many trainings must be to differ significantly."""
         from scipy.stats import t  # a second, which a search without confirmation can do without
 
         groups = [each.values for each in self.contenders if len(each.values) > 1]

@@ -12,7 +12,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from hpo.parameters import Choice, Float, Int, Value
-from hpo.records import ELIGIBLE, TrialRecord, ranked
+from hpo.records import ELIGIBLE, TIMED_OUT, TrialRecord, ranked
 from hpo.search.encoding import Encoding
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def find_training_length(study: Study) -> Iterator[Finding]:
     complete = [
         record
         for record in study.trials()
-        if record.state == "complete" and record.best_epoch and not (record.reason or "").startswith("reached --trial")
+        if record.state == "complete" and record.best_epoch and not (record.reason or "").startswith(TIMED_OUT)
     ]
     if len(complete) < MIN_BEST_TRIALS:
         return

@@ -166,7 +166,7 @@ def front_rows(study: Study) -> list[dict[str, Any]]:
             "trial": trial.number,
             study.settings.metric: trial.value,
             **trial.costs,
-            "configuration": {name: value for name, value in trial.values.items() if name not in trial.inactive},
+            "configuration": trial.configuration,
         }
         for trial in study.front()
     ]
