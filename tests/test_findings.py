@@ -197,6 +197,22 @@ def test_one_lucky_trial_at_the_end_of_a_range_is_no_edge() -> None:
     assert list(find_edges(study)) == []
 
 
+def test_many_trials_at_the_end_of_a_range_that_are_no_better_there_are_no_edge() -> None:
+    study = Study.open(InMemoryStorage(), "s", replace(SETTINGS, space=Space(Group("g", lr=SPACE.parameters["lr"]))))
+    draw = random.Random(8)
+    # As a search proposes after one lucky trial at the end.
+    rates = [0.1 - number / 1000 if number % 3 else 10 ** draw.uniform(-4, -1.5) for number in range(30)]
+    study.enqueue([{"lr": rate} for rate in rates], "tried")
+    for number in range(31):
+        suggestion = study.ask()
+        value = 0.95 if number == 2 else draw.gauss(0.9, 0.01)
+        study.report(suggestion.number, 1, value)
+        study.tell(suggestion.number, "complete", value=value, best_epoch=1)
+    best = sorted(study.trials(), key=lambda trial: -trial.known_value)[:4]
+    assert sum(trial.values["lr"] > 0.05 for trial in best) >= 3, "they would be an edge without the comparison"
+    assert list(find_edges(study)) == []
+
+
 def test_a_few_trials_have_no_edge() -> None:
     assert list(find_edges(a_study(9, rising_with(log_lr)))) == []
 
@@ -287,6 +303,14 @@ def test_pruned_trials_say_nothing_of_the_length_of_training() -> None:
     assert list(find_training_length(a_study(4, best_in(20, "pruned")))) == []
 
 
+def test_complete_trials_that_are_weaker_than_pruned_ones_say_nothing_of_the_length_of_training() -> None:
+    def ending(suggestion: Suggestion) -> Ending:
+        is_pruned = suggestion.number < 5
+        return ("pruned", [0.9]) if is_pruned else ("complete", [0.1, 0.5, *[0.4] * 18])
+
+    assert list(find_training_length(a_study(12, ending))) == []
+
+
 def test_trials_that_a_timeout_has_ended_say_nothing_of_the_length_of_training() -> None:
     study = a_study(0, best_in(2))
     for suggestion in [study.ask() for _ in range(4)]:
@@ -322,11 +346,34 @@ def test_the_share_of_epochs_that_pruning_saved_is_reported_apart_from_other_sav
     assert finding.data == {
         "planned": 100,
         "trained": 45,
-        "saved": {"pruned": 32, "complete": 5, "diverged": 18},
+        "saved": {"pruned": 32, "complete": 5, "diverged": 18, "out of time": 0},
     }
     assert finding.text == (
         "Pruning saved 32% of the 100 epochs that 5 trials of 20 might have run; "
         "early stopping and divergence saved 23%."
+    )
+
+
+def test_what_a_limit_of_time_cuts_off_is_not_saved_by_pruning_or_early_stopping() -> None:
+    study = Study.open(InMemoryStorage(), "s", replace(SETTINGS, max_epochs=10))
+    endings: list[tuple[EndState, str | None]] = [
+        ("pruned", None),
+        ("pruned", "the study's --budget is used up"),
+        ("complete", "reached --trial-timeout in epoch 2"),
+        ("complete", None),
+    ]
+    for state, reason in endings:
+        suggestion = study.ask()
+        for epoch in (1, 2):
+            study.report(suggestion.number, epoch, 0.1 * epoch)
+        study.tell(suggestion.number, state, value=0.2, best_epoch=2, reason=reason)
+
+    (finding,) = find_savings(study)
+
+    assert finding.data["saved"] == {"pruned": 8, "complete": 8, "diverged": 0, "out of time": 16}
+    assert finding.text == (
+        "Pruning saved 20% of the 40 epochs that 4 trials of 10 might have run; early stopping and divergence saved "
+        "20%; 40% had no time."
     )
 
 

@@ -6,13 +6,13 @@ A sentence is left out wherever chance alone would often have written it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from hpo.parameters import Choice, Float, Int, Value
-from hpo.records import ELIGIBLE, TIMED_OUT, TrialRecord, ranked
+from hpo.records import ELIGIBLE, OUT_OF_BUDGET, TIMED_OUT, TrialRecord, ranked
 from hpo.search.encoding import Encoding
 
 if TYPE_CHECKING:
@@ -35,8 +35,7 @@ MOST_COUNTED = 10_000
 
 MIN_DIVERGED = 3
 ACCIDENT = 0.05
-"""Highest probability that this many of the largest learning rates would have diverged by accident."""
-
+"""Highest probability that chance alone would have shown what a finding says, in any of the places it looks at."""
 
 COMMON = 0.25
 """Share of the trials above which something is reported that the best one does not suffer from."""
@@ -105,33 +104,57 @@ def find_exhaustion(study: Study) -> Iterator[Finding]:
 
 
 def find_edges(study: Study) -> Iterator[Finding]:
-    """Parameters whose best value lies at an end of the range, as do most of the best tenth of the trials.
+    """Parameters whose best value lies at an end of the range, where trials are also better than elsewhere.
 
-    An end that is 0, or 1 for whole numbers, is taken for a natural one: no dropout, one layer.
+    Most of the best tenth of the trials lie there, and so many good ones among all that do would be there by accident
+    in few studies: a search that has proposed many trials at an end, for the noise of one, has shown nothing. An end
+    that is 0, or 1 for whole numbers, is taken for a natural one: no dropout, one layer.
     """
     records = ranked(study.trials(), study.settings.direction)
     if len(records) < MIN_TRIALS:
         return
-    best = _best_tenth(records)
     encoding = Encoding(study.settings.space)
-    for name, parameter in study.settings.space.parameters.items():
-        if isinstance(parameter, Choice) or parameter.is_fixed or name in best[0].inactive:
+    ends = [
+        (name, parameter, end, bound, wider)
+        for name, parameter in study.settings.space.parameters.items()
+        if not isinstance(parameter, Choice) and not parameter.is_fixed
+        for end, bound in (("lower", parameter.low), ("upper", parameter.high))
+        if (wider := _wider(parameter, end)) and not _is_natural(parameter, bound)
+    ]
+    for name, parameter, end, bound, wider in ends:
+        if name in records[0].inactive:
             continue
-        active = [record.values[name] for record in best if name not in record.inactive]
-        for end, bound in (("lower", parameter.low), ("upper", parameter.high)):
-            distances = [_distance(encoding, name, value, bound) for value in active]
-            is_at_end = distances[0] <= EDGE and 2 * sum(distance <= NEAR_EDGE for distance in distances) > len(best)
-            wider = _wider(parameter, end)
-            if is_at_end and wider and not _is_natural(parameter, bound):
-                command = f"-p {name}={wider} --extend"
-                if study.settings.strategy == "grid":
-                    command += " in a new --study"
-                yield Finding(
-                    topic="edge of range",
-                    text=f"{name}'s best is at {active[0]:.3g}, the {end} end of {parameter.describe()}: "
-                    f"widen it with {command}.",
-                    data={"parameter": name, "value": active[0], "end": end, "bound": bound},
-                )
+        active = [record for record in records if name not in record.inactive]
+        distances = {record.number: _distance(encoding, name, record.values[name], bound) for record in active}
+        if distances[records[0].number] > EDGE:
+            continue
+        near = {number for number, distance in distances.items() if distance <= NEAR_EDGE}
+        best = _best_tenth(records)
+        if 2 * sum(record.number in near for record in best) <= len(best):
+            continue
+        losses = {record.number: study.settings.direction.loss(record.known_value) for record in active}
+        if _chance_of_lower(losses, near) > ACCIDENT / len(ends):
+            continue
+        value = records[0].values[name]
+        command = f"-p {name}={wider} --extend"
+        if study.settings.strategy == "grid":
+            command += " in a new --study"
+        yield Finding(
+            topic="edge of range",
+            text=f"{name}'s best is at {value:.3g}, the {end} end of {parameter.describe()}: widen it with {command}.",
+            data={"parameter": name, "value": value, "end": end, "bound": bound},
+        )
+
+
+def _chance_of_lower(losses: Mapping[int, float], chosen: Collection[int]) -> float:
+    """The probability that chosen trials would have losses as low by accident, beside the other trials: the one-sided p
+    of Mann and Whitney (1947). 1 where there are no others."""
+    from scipy.stats import mannwhitneyu  # a second, which most studies can do without
+
+    others = [loss for number, loss in losses.items() if number not in chosen]
+    if not others:
+        return 1.0
+    return float(mannwhitneyu([losses[number] for number in chosen], others, alternative="less").pvalue)
 
 
 def _wider(parameter: Float | Int, end: str) -> str | None:
@@ -211,16 +234,19 @@ def find_divergence(study: Study) -> Iterator[Finding]:
 
 
 def find_training_length(study: Study) -> Iterator[Finding]:
-    """Whether the best complete trials had their best epoch in the first tenth or the last quarter of the epochs."""
+    """Whether the best trials had their best epoch in the first tenth or the last quarter of the epochs.
+
+    Those of the best tenth that ran to their end tell; if they are too few, complete trials that are weaker would not.
+    """
     max_epochs = study.settings.max_epochs
     complete = [
         record
-        for record in study.trials()
-        if record.state == "complete" and record.best_epoch and not (record.reason or "").startswith(TIMED_OUT)
+        for record in _best_tenth(ranked(study.trials(), study.settings.direction))
+        if record.state == "complete" and record.best_epoch and not _timed_out(record)
     ]
     if len(complete) < MIN_BEST_TRIALS:
         return
-    epochs = [record.best_epoch or 0 for record in _best_tenth(ranked(complete, study.settings.direction))]
+    epochs = [record.best_epoch or 0 for record in complete]
     middle = median(epochs)
     if middle <= max_epochs // 10:
         advice = "fewer --epochs would do, or a smaller learning rate"
@@ -294,20 +320,26 @@ def find_savings(study: Study) -> Iterator[Finding]:
     """The share of epochs, or folds, that pruning saved, of those that all trials together might have run."""
     steps, num_steps = "folds" if study.settings.folds else "epochs", study.settings.num_steps
     ended = _ended(study)
-    unspent = {"pruned": 0, "complete": 0, "diverged": 0}
+    unspent = {"pruned": 0, "complete": 0, "diverged": 0, "out of time": 0}
     for record in ended:
-        unspent[record.state] += num_steps - len(record.curve)
+        cause = "out of time" if record.reason == OUT_OF_BUDGET or _timed_out(record) else record.state
+        unspent[cause] += num_steps - len(record.curve)
     planned = len(ended) * num_steps
     if not unspent["pruned"]:
         return
     others = unspent["complete"] + unspent["diverged"]
     other_reasons = "divergence" if study.settings.folds else "early stopping and divergence"
+    cut_off = f"; {unspent['out of time'] / planned:.0%} had no time" if unspent["out of time"] else ""
     yield Finding(
         topic="epochs saved",
         text=f"Pruning saved {unspent['pruned'] / planned:.0%} of the {planned} {steps} that {len(ended)} trials of "
-        f"{num_steps} might have run; {other_reasons} saved {others / planned:.0%}.",
+        f"{num_steps} might have run; {other_reasons} saved {others / planned:.0%}{cut_off}.",
         data={"planned": planned, "trained": planned - sum(unspent.values()), "saved": unspent},
     )
+
+
+def _timed_out(record: TrialRecord) -> bool:
+    return (record.reason or "").startswith(TIMED_OUT)
 
 
 def _ended(study: Study) -> list[TrialRecord]:
