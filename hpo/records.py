@@ -180,6 +180,8 @@ class Comparison:
     high: float | None
     num_examples: int
     """Validation examples that both models judged; 0 where folds, or seeds, were compared."""
+    num_folds: int = 0
+    """Folds that both have a value of, and that were compared: fewer than all for a default that was pruned."""
     num_seeds: tuple[int, int] | None = None
     """Trainings of the winning configuration and of the default whose means are compared."""
     is_same: bool = False

@@ -87,14 +87,21 @@ def test_models_that_answer_alike_differ_by_nothing() -> None:
 
 
 def test_folds_are_paired_and_their_interval_is_wide_because_they_share_examples() -> None:
-    found = compare_folds([0.52, 0.61, 0.55, 0.58], [0.5, 0.57, 0.56, 0.53])
+    one, other = [0.52, 0.61, 0.55, 0.58], [0.5, 0.57, 0.56, 0.53]
+    found = compare_folds(dict(enumerate(one, 1)), dict(enumerate(other, 1)), num_folds=4)
+    # A trial that was pruned after 4 of 10 folds: each left a tenth of the examples out.
+    part = compare_folds(dict(enumerate([*one, 0.7], 1)), dict(enumerate(other, 1)), num_folds=10)
 
-    plain = stats.ttest_rel([0.52, 0.61, 0.55, 0.58], [0.5, 0.57, 0.56, 0.53]).confidence_interval(0.95)
-    assert found.value == pytest.approx(0.025)
+    plain = stats.ttest_rel(one, other).confidence_interval(0.95)
+    assert found is not None
+    assert part is not None
+    assert found.value == part.value == pytest.approx(0.025)
     assert found.high - found.value == pytest.approx((plain.high - found.value) * math.sqrt(1 + 4 / 3))
+    assert part.high - part.value == pytest.approx((plain.high - found.value) * math.sqrt(1 + 4 / 9))
+    assert compare_folds({1: 0.5, 2: 0.6}, {1: 0.4}, num_folds=5) is None, "one fold has no spread"
 
 
-def winner(**about: Any) -> Winner:
+def winner(folds: int | None = None, **about: Any) -> Winner:
     told: dict[str, Any] = {
         "trial": 0,
         "state": "complete",
@@ -104,7 +111,7 @@ def winner(**about: Any) -> Winner:
     } | about
     compared = Comparison(**{"gain": None, "low": None, "high": None} | told)
     return Winner(
-        trial=6, searched=6, configuration={}, metric="accuracy", validation=0.9722, best_epoch=9, folds=None,
+        trial=6, searched=6, configuration={}, metric="accuracy", validation=0.9722, best_epoch=9, folds=folds,
         pruned=None, test=None, confusion=None, comparison=vars(compared), num_test_readings=0,
     )  # fmt: skip
 
@@ -125,13 +132,19 @@ def winner(**about: Any) -> Winner:
         ({"trial": 6}, "The winner is the default configuration"),
         ({"is_same": True}, "The winner is the default configuration"),
         (
+            {"gain": 0.02, "low": 0.01, "high": 0.03, "num_examples": 0, "folds": 5, "num_folds": 2},
+            "the winner gains 0.0200, 95% interval 0.0100 to 0.0300 over 2 of 5 folds",
+        ),
+        (
+            {"num_examples": 0, "folds": 5, "num_folds": 1},
+            "has accuracy 0.9514; too few folds of both are known for an interval of the difference",
+        ),
+        (
             {"gain": 0.03, "low": 0.005, "high": 0.055, "num_examples": 0, "num_seeds": (3, 3)},
             "has accuracy 0.9514, the mean of 3 trainings; the mean of the winner gains 0.0300, 95% interval 0.0050 "
             "to 0.0550 over 3 trainings of the winner and 3 of the default",
         ),
     ],
 )
-def test_what_the_winner_gains_over_the_default_is_said_with_how_sure_that_is(
-    about: dict[str, object], said: str
-) -> None:
+def test_what_the_winner_gains_over_the_default_is_said_with_how_sure_that_is(about: dict[str, Any], said: str) -> None:
     assert said in describe_comparison(winner(**about))

@@ -125,6 +125,8 @@ def describe_comparison(winner: Winner) -> str:
     default = f"The default configuration (trial {found.trial}{stopped}) has {winner.metric} {found.value:.4f}"
     if found.num_seeds and found.num_seeds[1] > 1:
         default += f", the mean of {found.num_seeds[1]} trainings"
+    if found.gain is None and winner.folds:
+        return f"{default}; too few folds of both are known for an interval of the difference"
     if found.gain is None:
         return f"{default}; its weights were not kept, so the difference has no interval"
     if found.low is None or found.high is None:
@@ -140,7 +142,10 @@ def _describe_evidence(found: Comparison, winner: Winner) -> str:
     """What the interval of a comparison is about."""
     if found.num_seeds:
         return "{} trainings of the winner and {} of the default".format(*found.num_seeds)
-    return f"{found.num_examples} validation examples" if found.num_examples else f"{winner.folds} folds"
+    if found.num_examples:
+        return f"{found.num_examples} validation examples"
+    is_part = found.num_folds and found.num_folds != winner.folds
+    return f"{found.num_folds} of {winner.folds} folds" if is_part else f"{winner.folds} folds"
 
 
 def describe_baselines(winner: Winner) -> str:

@@ -46,7 +46,7 @@ from hpo.search.winner import (
 )
 from hpo.session.report import has_plotly, report_page
 from hpo.training.certainty import has_certainty, measure_certainty
-from hpo.training.comparison import Difference, compare_common_folds, compare_models, score_interval
+from hpo.training.comparison import Difference, common_folds, compare_folds, compare_models, score_interval
 from hpo.training.evaluation import evaluate, evaluate_classes, outputs_and_targets
 from hpo.training.losses import target_scale
 from hpo.training.mistakes import worst_mistakes
@@ -230,11 +230,13 @@ def compare_with_default(
     default = study.default_trial
     if default is None:
         return None
-    difference, num_examples = None, 0
+    difference, num_examples, num_folds = None, 0, 0
     is_same = repr(winner.configuration) == repr(default.configuration)
     if default.state in ELIGIBLE and not is_same:
         if study.settings.folds:
-            difference = compare_common_folds(study.trial(winner.trial).curve, default.curve)
+            curve = study.trial(winner.trial).curve
+            difference = compare_folds(curve, default.curve, num_folds=study.settings.folds)
+            num_folds = len(common_folds(curve, default.curve))
         elif splits is None:
             difference = Difference(winner.validation - default.known_value, math.nan, math.nan)
         else:
@@ -254,6 +256,7 @@ def compare_with_default(
         low=min(gains, default=None),
         high=max(gains, default=None),
         num_examples=num_examples,
+        num_folds=num_folds,
         is_same=is_same,
     )
 

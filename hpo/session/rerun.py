@@ -22,7 +22,7 @@ from hpo.session.preparation import SILENCE_S, read_data, split
 from hpo.session.request import agreed_tracking_uri, request_of_study, require_started_once, this_machine
 from hpo.tracking.runs import begin_run
 from hpo.tracking.store import open_store
-from hpo.training.comparison import Difference, compare_common_folds, compare_models
+from hpo.training.comparison import Difference, compare_folds, compare_models
 from hpo.training.device import visible_gpus
 from hpo.training.losses import target_scale
 
@@ -190,7 +190,7 @@ def _interval(
 ) -> Difference | None:
     """The difference with its 95% interval; None where there is nothing to take it from."""
     if study.settings.folds:
-        return compare_common_folds(curve, record.curve)
+        return compare_folds(curve, record.curve, num_folds=study.settings.folds)
     if splits is None:
         return None
     try:

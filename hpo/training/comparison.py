@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -117,25 +117,27 @@ def _bootstrapped(value: Callable[[Tensor], float], count: int, seed: int) -> tu
     return low, high
 
 
-def compare_folds(one: Sequence[float], other: Sequence[float]) -> Difference:
-    """The mean of `one` less that of `other` over the same folds, at least two, with a 95% interval.
+def compare_folds(one: Mapping[int, float], other: Mapping[int, float], *, num_folds: int) -> Difference | None:
+    """The mean of `one` less that of `other`, values by fold, over the folds of both, with a 95% interval.
 
-    Student's, with the variance enlarged because the folds share most of their training examples (Nadeau and Bengio,
+    None if they have fewer than two folds in common. The interval is Student's, with the variance enlarged because the
+    `num_folds` folds that the examples were divided into share most of their training examples (Nadeau and Bengio,
     2003, https://doi.org/10.1023/A:1024068626366).
     """
     from scipy.stats import t  # a second, which a study without folds can do without
 
-    differences = [first - second for first, second in zip(one, other, strict=True)]
+    differences = [one[fold] - other[fold] for fold in common_folds(one, other)]
     count = len(differences)
-    error = stdev(differences) * math.sqrt(1 / count + 1 / (count - 1))
+    if count < 2:
+        return None
+    error = stdev(differences) * math.sqrt(1 / count + 1 / (num_folds - 1))
     mean, width = fmean(differences), float(t.ppf(0.975, count - 1)) * error
     return Difference(mean, mean - width, mean + width)
 
 
-def compare_common_folds(one: Mapping[int, float], other: Mapping[int, float]) -> Difference | None:
-    """`compare_folds` of two trials, from their values by fold; None if they have fewer than two folds in common."""
-    common = sorted(one.keys() & other.keys())
-    return compare_folds([one[fold] for fold in common], [other[fold] for fold in common]) if len(common) > 1 else None
+def common_folds(one: Mapping[int, float], other: Mapping[int, float]) -> list[int]:
+    """The folds that both have a value of."""
+    return sorted(one.keys() & other.keys())
 
 
 @dataclass(frozen=True)
