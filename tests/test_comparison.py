@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from scipy import stats
 from hpo.config import TrainConfig
 from hpo.data.examples import Split
 from hpo.records import Comparison, Winner
-from hpo.search.winner import describe_comparison
+from hpo.search.winner import describe_baselines, describe_comparison
 from hpo.training.comparison import Difference, compare_folds, compare_models
 
 
@@ -148,3 +150,26 @@ def winner(folds: int | None = None, **about: Any) -> Winner:
 )
 def test_what_the_winner_gains_over_the_default_is_said_with_how_sure_that_is(about: dict[str, Any], said: str) -> None:
     assert said in describe_comparison(winner(**about))
+
+
+@pytest.mark.parametrize(
+    ("test", "said"),
+    [
+        ((0.01, 0.03), "; the network beats gradient boosting on the 60 test examples: gain 0.0200, 95% interval 0.01"),
+        ((-0.01, 0.05), "; the network cannot be distinguished from gradient boosting on the 60 test examples: gain"),
+        ((-0.07, -0.01), "; the network is worse than gradient boosting on the 60 test examples, do not deploy it: "),
+        (None, "gradient boosting 0.9000"),
+    ],
+)
+def test_whether_a_network_beats_other_models_is_said_by_the_test_split_alone(
+    test: tuple[float, float] | None, said: str
+) -> None:
+    names = ("model", "gain", "low", "high", "num_examples")
+    of_test = test and dict(zip(names, ("gradient boosting", fmean(test), *test, 60), strict=True))
+    baselines = {"metric": "accuracy", "scores": {"a linear model": 0.8, "gradient boosting": 0.9}, "test": of_test}
+
+    assert said in describe_baselines(replace(winner(), baselines=baselines))
+    better = {**baselines, "scores": {"a linear model": 0.98}, "test": None}
+    assert describe_baselines(replace(winner(), baselines=better)).endswith(
+        "; the network does not beat a linear model, though it was chosen on these examples"
+    )

@@ -114,7 +114,13 @@ def test_a_search_tells_what_other_models_reach_and_its_model_takes_rows_as_they
     assert outcome.winner.validation > 0.35
     _, preprocessing = found(path)
     scores = {LINEAR: pytest.approx(0.38, abs=0.1), BOOSTED: pytest.approx(0.38, abs=0.12)}
-    assert outcome.winner.baselines == {"metric": "r2", "scores": scores}
+    baselines = outcome.winner.baselines
+    assert baselines is not None
+    assert (baselines["metric"], baselines["scores"]) == ("r2", scores)
+    assert outcome.winner.test is not None
+    against = baselines["test"]
+    assert against["low"] < against["gain"] < against["high"]
+    assert against["num_examples"] == 89
     shown = CliRunner().invoke(cli, ["best", "table", "--home", str(home)]).output
     assert "Baselines" in shown
     assert "r2 on the same splits: a linear model 0." in shown

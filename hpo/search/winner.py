@@ -23,6 +23,7 @@ TEST_CONFUSIONS = "test_confusions"
 TEST_MISTAKES = "test_mistakes"
 COMPARISONS = "comparisons"
 BASELINES = "baselines"
+BASELINE_TESTS = "baseline_tests"
 
 MAX_CONFUSED = 50
 """Classes of which a confusion matrix can be looked at."""
@@ -42,6 +43,7 @@ def find_winner(study: Study) -> Winner | None:
     comparisons: dict[str, dict[str, Any]] = study.recorded(COMPARISONS) or {}
     confusions: dict[str, dict[str, Any]] = study.recorded(TEST_CONFUSIONS) or {}
     by_seeds = race.compared(study.default_trial) if confirmed and study.default_trial else None
+    baselines: dict[str, Any] | None = study.recorded(BASELINES)
     is_refit = str(best.number) in (study.recorded(REFITS) or {})
     reading = reading_of(best.number, is_refit=is_refit)
     return Winner(
@@ -62,7 +64,7 @@ def find_winner(study: Study) -> Winner | None:
         confusion=confusions.get(reading),
         num_test_readings=len(readings),
         has_test=study.has_test,
-        baselines=study.recorded(BASELINES),
+        baselines=baselines and {**baselines, "test": (study.recorded(BASELINE_TESTS) or {}).get(reading)},
     )
 
 
@@ -83,7 +85,7 @@ def forget_models(study: Study, trials: Collection[int]) -> None:
     The caller holds the study's lock.
     """
     numbers = {str(number) for number in trials}
-    for key in (TEST_INTERVALS, CERTAINTIES, REFITS, TEST_CONFUSIONS, TEST_MISTAKES):
+    for key in (TEST_INTERVALS, CERTAINTIES, REFITS, TEST_CONFUSIONS, TEST_MISTAKES, BASELINE_TESTS):
         _replace(study, key, lambda known: {of: fact for of, fact in known.items() if of.split()[0] not in numbers})
     _replace(
         study,
@@ -149,17 +151,26 @@ def _describe_evidence(found: Comparison, winner: Winner) -> str:
 
 
 def describe_baselines(winner: Winner) -> str:
-    """What a linear model and gradient boosting reach, and whether the network is better."""
+    """What a linear model and gradient boosting reach, and whether the network is better on the test split.
+
+    The validation split cannot say so: the network was chosen on it, among many.
+    """
     assert winner.baselines is not None, "they were measured"
-    metric, scores = winner.baselines["metric"], winner.baselines["scores"]
+    metric, scores, test = (winner.baselines[key] for key in ("metric", "scores", "test"))
     told = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
     text, direction = f"{metric} on the same splits: {told}", METRICS[metric]
-    if metric != winner.metric:
-        return text
+    if test:
+        examples = f"on the {test['num_examples']} test examples"
+        gain = f"gain {test['gain']:.4f}, 95% interval {test['low']:.4f} to {test['high']:.4f}"
+        if test["low"] > 0:
+            return f"{text}; the network beats {test['model']} {examples}: {gain}"
+        if test["high"] < 0:
+            return f"{text}; the network is worse than {test['model']} {examples}, do not deploy it: {gain}"
+        return f"{text}; the network cannot be distinguished from {test['model']} {examples}: {gain}"
     unbeaten = [name for name, score in scores.items() if direction.gain(winner.validation, over=score) <= 0]
-    if not unbeaten:
-        return f"{text}; the network beats them"
-    return f"{text}; the network does not beat {' and '.join(unbeaten)}: it is not worth deploying"
+    if metric == winner.metric and unbeaten:
+        return f"{text}; the network does not beat {' and '.join(unbeaten)}, though it was chosen on these examples"
+    return text
 
 
 def front_rows(study: Study) -> list[dict[str, Any]]:

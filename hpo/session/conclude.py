@@ -6,15 +6,16 @@ import math
 import sys
 import time
 from contextlib import redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from hpo.checks.table_models import is_table, table_scores
+from hpo.checks.table_models import is_table, table_outputs, table_scores
 from hpo.config import METRICS, USUAL, augmentation_names, derive_seed
+from hpo.data.datasets import all_examples
 from hpo.database import without_password
-from hpo.deploy.load import load_trained_trial, load_trial
+from hpo.deploy.load import LoadedTrial, load_trained_trial, load_trial
 from hpo.errors import CheckpointError, HpoError, SearchError, StoreError, in_one_line
 from hpo.execution.messages import Assignment
 from hpo.execution.worker import refit
@@ -26,6 +27,7 @@ from hpo.records import ELIGIBLE, Comparison, Winner
 from hpo.search.findings import findings
 from hpo.search.importances import describe_share, importances
 from hpo.search.winner import (
+    BASELINE_TESTS,
     BASELINES,
     CERTAINTIES,
     COMPARISONS,
@@ -46,7 +48,14 @@ from hpo.search.winner import (
 )
 from hpo.session.report import has_plotly, report_page
 from hpo.training.certainty import has_certainty, measure_certainty
-from hpo.training.comparison import Difference, common_folds, compare_folds, compare_models, score_interval
+from hpo.training.comparison import (
+    Difference,
+    common_folds,
+    compare_folds,
+    compare_models,
+    compare_outputs,
+    score_interval,
+)
 from hpo.training.evaluation import evaluate, evaluate_classes, outputs_and_targets
 from hpo.training.losses import target_scale
 from hpo.training.mistakes import worst_mistakes
@@ -142,6 +151,7 @@ def tested_winner(prepared: Prepared, opened: Opened) -> Winner | None:
         if metric in METRICS:
             scores = table_scores(prepared.splits, metric, study.settings.folds)
             study.record(BASELINES, {"metric": metric, "scores": scores})
+            winner = find_winner(study)
     if winner is not None and study.is_refit and not (winner.is_refit or study.settings.folds):
         _refit(winner, prepared, opened, REFIT)
         _record(study, REFITS, str(winner.trial), True)
@@ -187,6 +197,12 @@ def _test_scores(winner: Winner, test: SealedSplit, prepared: Prepared, opened: 
     )
     if all(map(math.isfinite, ends)):
         _record(study, TEST_INTERVALS, reading, ends)
+    if winner.baselines:
+        has_seen_all = bool(study.is_refit or study.settings.folds)
+        train = all_examples(prepared.splits) if has_seen_all else prepared.splits.train
+        splits = replace(prepared.splits, train=train, validation=examples)
+        found = _compare_with_baseline(winner.baselines, answers, splits, trained, study.settings.seed)
+        _record(study, BASELINE_TESTS, reading, found)
     if has_certainty(spec) and not study.is_refit:  # else it has seen the validation examples
         known = outputs_and_targets(trained.model, prepared.splits.validation, trained.config, spec.kind)
         certainty = measure_certainty(known, answers, is_classified=is_classified)
@@ -201,6 +217,33 @@ def _test_scores(winner: Winner, test: SealedSplit, prepared: Prepared, opened: 
         both = evaluate(MirrorAveraged(trained.model), examples, trained.config, spec)
         scores["accuracy_mirror_averaged"] = both["accuracy"]
     return scores
+
+
+def _compare_with_baseline(
+    baselines: Mapping[str, Any], answers: tuple[Any, Any], splits: Splits, trained: LoadedTrial, seed: int
+) -> dict[str, Any]:
+    """What a network gains on the test split over the model that was the better one on the validation split.
+
+    `answers` are its outputs and the targets there; the splits to learn from and to judge by are those of the network.
+    """
+    metric = baselines["metric"]
+    best = min(baselines["scores"], key=lambda name: METRICS[metric].loss(baselines["scores"][name]))
+    outputs, targets = (each.cpu() for each in answers)
+    difference = compare_outputs(
+        outputs,
+        table_outputs(splits)[best],
+        targets,
+        replace(trained.config, metric=metric, device="cpu"),
+        num_examples=len(splits.validation),
+        spec=splits.spec,
+        target_scale=target_scale(splits.train, splits.spec),
+        own=own_of(trained.model),
+        seed=derive_seed(seed, "comparison"),
+    )
+    gain, *ends = (METRICS[metric].gain(each, over=0.0) for each in (difference.value, difference.low, difference.high))
+    return {
+        "model": best, "gain": gain, "low": min(ends), "high": max(ends), "num_examples": len(splits.validation)
+    }  # fmt: skip
 
 
 def _scores_of_own_test(objective: Objective, trained: TrainedTrial) -> dict[str, float]:

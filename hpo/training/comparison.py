@@ -67,13 +67,37 @@ def compare_models(
     """
     metric = one[1].metric
     first, second = (_Judged.by(model, config, split, spec, target_scale, metric) for model, config in (one, other))
-    if metric == "accuracy" and spec.kind == "classification":
+    return _difference(first, second, len(split), seed)
+
+
+def compare_outputs(
+    one: Any,
+    other: Any,
+    targets: Any,
+    config: TrainConfig,
+    *,
+    num_examples: int,
+    spec: DataSpec,
+    target_scale: Scale,
+    own: Own,
+    seed: int,
+) -> Difference:
+    """As `compare_models`, of outputs for the same `targets` that are known already."""
+    first, second = (
+        _Judged(outputs, targets, config, spec, target_scale, own, config.metric) for outputs in (one, other)
+    )
+    return _difference(first, second, num_examples, seed)
+
+
+def _difference(first: _Judged, second: _Judged, num_examples: int, seed: int) -> Difference:
+    metric, kind = first.metric, first.spec.kind
+    if metric == "accuracy" and kind == "classification":
         right, right_too = ((each.outputs.argmax(1) == each.targets).double() for each in (first, second))
         return _difference_of_answers(right - right_too)
     if metric.startswith("recall_at_"):
         # Drawn again, an example would find its own copy.
         return _difference_of_answers(_hits(first) - _hits(second))
-    low, high = _bootstrapped(lambda rows: first.value(rows) - second.value(rows), len(split), seed)
+    low, high = _bootstrapped(lambda rows: first.value(rows) - second.value(rows), num_examples, seed)
     return Difference(first.value() - second.value(), low, high)
 
 
