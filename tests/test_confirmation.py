@@ -411,16 +411,37 @@ def test_the_interval_of_an_accuracy_is_wilsons_and_of_others_a_bootstraps() -> 
     low, high = score_interval((outputs, targets), by_f1, **given)
     assert 0.75 < low < 0.9 < high < 1.0
     assert (low, high) == score_interval((outputs, targets), by_f1, **given)
+    right = nn.functional.one_hot(targets, 2).float()
+    assert score_interval((right, targets), by_f1, **given) == (-math.inf, math.inf), "40 do not show that f1 is 1"
+
+
+def test_the_interval_of_a_recall_is_of_the_examples_that_count() -> None:
+    targets = torch.tensor([0, 0, 1, 1, *range(2, 38)])  # four have another one of their group
+    given: dict[str, Any] = {
+        "num_examples": 40,
+        "spec": DataSpec((1,), (), "embedding"),
+        "target_scale": 1.0,
+        "own": NOTHING_OWN,
+        "seed": 0,
+    }
+    config = TrainConfig(metric="recall_at_1", loss="triplet")
+    outputs = nn.functional.one_hot(targets, 38).float()
+
+    expected = binomtest(4, 4).proportion_ci(method="wilson")
+    assert score_interval((outputs, targets), config, **given) == pytest.approx((expected.low, expected.high), abs=1e-4)
 
 
 def test_the_interval_of_several_labels_is_of_the_thresholds_that_the_score_has() -> None:
     labels = (torch.rand(60, 3, generator=torch.Generator().manual_seed(0)) < 0.3).float()
     outputs = labels - 5  # below 0 for all, and right from -4.5 on
+    outputs[0] = torch.tensor([5.0, -5.0, 5.0])
     config, spec = TrainConfig(metric="f1", loss="binary_cross_entropy"), DataSpec((1,), tuple("abc"), "multilabel")
     given: dict[str, Any] = {"num_examples": 60, "spec": spec, "target_scale": 1.0, "own": NOTHING_OWN, "seed": 0}
 
-    assert score_interval((outputs, labels), config, **given) == (0.0, 0.0)
-    assert score_interval((outputs, labels), config, thresholds=torch.full((3,), -4.5), **given) == (1.0, 1.0)
+    low, high = score_interval((outputs, labels), config, **given)
+    assert 0.0 <= low < high < 0.3
+    low, high = score_interval((outputs, labels), config, thresholds=torch.full((3,), -4.5), **given)
+    assert 0.8 < low < high <= 1.0
 
 
 def test_a_best_configuration_whose_new_trainings_all_failed_is_told_of() -> None:

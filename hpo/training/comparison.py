@@ -31,8 +31,6 @@ NUM_RESAMPLES = 1000
 _Z = 1.96
 """97.5% quantile of the normal distribution."""
 
-_ENDS = torch.tensor([0.025, 0.975], dtype=torch.float64)
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -116,12 +114,17 @@ def score_interval(
 
     `thresholds` (num_classes,) are the logits from which on an example has each of several labels. For accuracy and
     recall at k, which are shares of the examples, it is Wilson's (1927), which holds near 0 and 1 too; for any other
-    metric that of a percentile bootstrap. Infinite ends mean that no resample has the metric.
+    metric that of a percentile bootstrap. Infinite ends mean that there is none: no resample has the metric, or all
+    have the same, as where no example is answered wrongly.
     """
     judged = _Judged(*answers, config, spec, target_scale, own, config.metric, thresholds)
-    if (config.metric == "accuracy" and spec.kind == "classification") or config.metric.startswith("recall_at_"):
+    if config.metric == "accuracy" and spec.kind == "classification":
         return _wilson(judged.value(), num_examples)
-    return _bootstrapped(judged.value, num_examples, seed)
+    if config.metric.startswith("recall_at_"):
+        hits = _hits(judged)
+        return _wilson(float(hits.mean()), len(hits)) if len(hits) else (-math.inf, math.inf)
+    low, high = _bootstrapped(judged.value, num_examples, seed)
+    return (low, high) if low < high else (-math.inf, math.inf)
 
 
 def _wilson(share: float, count: int) -> tuple[float, float]:
@@ -132,12 +135,22 @@ def _wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def _bootstrapped(value: Callable[[Tensor], float], count: int, seed: int) -> tuple[float, float]:
-    """Ends of the percentile bootstrap of a value over `count` examples, which are drawn by index."""
+    """Ends of the percentile bootstrap of a value over `count` examples, which are drawn by index.
+
+    The percentiles are those of Hesterberg's expanded interval (2015, https://doi.org/10.1080/00031305.2015.1089789,
+    section 5.3), as that of a mean of few examples is too narrow otherwise.
+    """
+    from scipy.stats import norm, t  # a second, which accuracy can do without
+
     draw = torch.Generator().manual_seed(seed)
     values = [value(torch.randint(count, (count,), generator=draw)) for _ in range(NUM_RESAMPLES)]
     # A metric that some resample does not have, as auroc of one class, says nothing there.
     spread = torch.tensor([each for each in values if math.isfinite(each)], dtype=torch.float64)
-    low, high = torch.quantile(spread, _ENDS).tolist() if len(spread) else (-math.inf, math.inf)
+    if not len(spread):
+        return -math.inf, math.inf
+    freedom = max(1, count - 1)
+    tail = float(norm.cdf(float(t.ppf(0.025, freedom)) * math.sqrt(1 + 1 / freedom)))
+    low, high = torch.quantile(spread, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
 
 
