@@ -5,9 +5,11 @@
 DIR holds LCBench's surrogate; the extra `bench` brings onnxruntime and the tables (see search_quality.py). FILE keeps
 the searches, a line of JSON each; those that it has are not run again.
 
-Each search has 110 trials; those of LCBench are run with the pruners `sha` and `model`. Forecasts are made after 20,
-30, ... 80 of them, with weights fitted to all other tasks, and compared with what the next trials have gained. Then
-each search is stopped as `--stop-when-flat` would, and compared with what 30 more trials would have gained.
+Each search has 110 trials; those of LCBench are run with the pruners `sha` and `model`. LCBench's surrogate has no
+grid of values, as the accuracy over a validation split has: so its errors are also taken to the nearest multiple of
+1/64, 1/300 and 1/2000. Forecasts are made after 20, 30, ... 80 trials, with weights fitted to all other tasks, and
+compared with what the next trials have gained. Then each search is stopped as `--stop-when-flat` would, and compared
+with what 30 more trials would have gained.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ from hpo.search.forecast import CHANCE, MIN_TRIALS, NUM_MORE, features, gain_at
 
 NUM_TRIALS = 110
 MORE_LCBENCH = ("189866", "189354", "167190", "167083", "126026", "146212", "167104", "167161")
+SPLITS = (64, 300, 2000)
+"""Validation examples whose accuracy an error of LCBench is rounded to."""
+
 MARKS = range(20, 81, 10)
 GAINS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02)
 """Gains in error, or squared error, that the weights are fitted for."""
@@ -69,6 +74,17 @@ def searches(lcbench: Path, kept: Path, seeds: int) -> list[Search]:
                     found.append(run_search(task, family, pruner, seed))
                     print(json.dumps(found[-1]), file=file, flush=True)
     return found
+
+
+def by_size(found: list[Search]) -> list[Search]:
+    """The searches, and those of LCBench once more for each size of a validation split."""
+    rounded = [
+        each | {"kind": f"{each['kind']}, {size} examples", "values": [round(v * size) / size for v in each["values"]]}
+        for size in SPLITS
+        for each in found
+        if each["kind"] == "lcbench"
+    ]
+    return found + rounded
 
 
 def gained(search: Search, num_trials: int, num_more: int) -> float:
@@ -133,4 +149,4 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=2)
     given = parser.parse_args()
     print(describe_machine("optuna", "numpy"))
-    print_report(searches(given.lcbench, given.searches, given.seeds))
+    print_report(by_size(searches(given.lcbench, given.searches, given.seeds)))

@@ -3,9 +3,9 @@
 Were trials independent draws, the best of n would stay the best through m more with probability n / (n + m), and would
 be beaten by more than a gain g with odds of r m : n, where r is how much thinner the tail is there. The spacings of
 the best trials say how thin it is (Weissman, 1978). Trials of a search are not independent, because it learns: so the
-odds are those of a logistic model of the same quantities, fitted to searches with `--strategy priority`. Values that
-occur more than once say how coarse the metric is, or how small the space. `benchmarks/forecast.py` fits the weights
-and measures how often the forecasts come true.
+odds are those of a logistic model of the same quantities, fitted to searches with `--strategy priority`. A best value
+that several trials share says that there may be no better one, as in a small space. `benchmarks/forecast.py` fits the
+weights, to metrics of validation splits of several sizes, and measures how often the forecasts come true.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MIN_TRIALS = 20
 _NUM_BEST = 11
 """The best different values, whose spacings describe the tail."""
 
-WEIGHTS = np.array([-1.00, 1.16, -2.57, 4.05])
+WEIGHTS = np.array([-0.92, 1.17, -2.82, 0.63])
 """Of `features`, in the log-odds of gaining less."""
 
 _SMALLEST_RATIO = 1e-6
@@ -88,23 +88,24 @@ def features(losses: Sequence[float], num_more: int, gain: float) -> NDArray[np.
     scale, num_gaps = _tail(losses)
     ratio = (1 + gain / (scale * num_gaps)) ** -num_gaps if scale > 0 else float(gain <= 0)
     return np.array(
-        [1.0, math.log(len(losses) / num_more), math.log(max(ratio, _SMALLEST_RATIO)), _share_of_ties(losses)]
+        [1.0, math.log(len(losses) / num_more), math.log(max(ratio, _SMALLEST_RATIO)), _log_num_best(losses)]
     )
 
 
 def gain_at(losses: Sequence[float], num_more: int, chance: float, weights: NDArray[np.float64] = WEIGHTS) -> float:
     """The gain that `num_more` trials stay below with this chance; 0 if they are likelier than that to gain nothing."""
     scale, num_gaps = _tail(losses)
-    constant, per_trials, per_ratio, per_tie = map(float, weights)
-    known = constant + per_trials * math.log(len(losses) / num_more) + per_tie * _share_of_ties(losses)
+    constant, per_trials, per_ratio, per_best = map(float, weights)
+    known = constant + per_trials * math.log(len(losses) / num_more) + per_best * _log_num_best(losses)
     log_ratio = (math.log(chance / (1 - chance)) - known) / per_ratio
     if log_ratio >= 0 or scale == 0:
         return 0.0
     return scale * num_gaps * (math.exp(-log_ratio / num_gaps) - 1)
 
 
-def _share_of_ties(losses: Sequence[float]) -> float:
-    return 1 - len(set(losses)) / len(losses)
+def _log_num_best(losses: Sequence[float]) -> float:
+    """Of the number of trials that share the best value. Ties of others only say how coarse the metric is."""
+    return math.log(losses.count(min(losses)))
 
 
 def _tail(losses: Sequence[float]) -> tuple[float, int]:
