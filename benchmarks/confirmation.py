@@ -2,10 +2,12 @@
 
     python benchmarks/confirmation.py --tables                      minutes on two cores, with the extra `bench`
     python benchmarks/confirmation.py --real digits --seeds 20      real searches, each confirmed
+    python benchmarks/confirmation.py --equal                       what chance does where nothing is to be found
 
 On the tables of HPOLib and HPOBench each configuration was trained with four or five seeds: a trial sees one of them,
 and what a configuration is truly worth is their mean. Regret is 0 at the best known mean and 1 at the median one. On
-real data the test split judges the luckiest trial's model, and then the confirmed one's.
+real data the test split judges the luckiest trial's model, and then the confirmed one's. Equal configurations differ by
+their seeds alone, whose values are normal.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from machine import describe_machine
 from optuna.storages import InMemoryStorage
 
 from hpo.config import Direction
+from hpo.records import TrialRecord
+from hpo.search.confirmation import Plan, Race, find_plan
 from hpo.search.settings import StudySettings
 from hpo.search.study import Study
 
@@ -171,10 +175,45 @@ def run_real(task: str, trials: int, plan: str, seeds: int, limit: int | None, e
     print(f"another configuration won in {values[:, 4].mean():.0%} of the searches")
 
 
+def run_equal(plan: str, trials: int, races: int) -> None:
+    """Print how often one of several equal configurations is dropped, how optimistic the winner's mean is, and how
+    often the interval of its gain over the default holds 0."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(races, trials + 1 + find_plan(plan).num_trainings))
+    finished = [_race(find_plan(plan), trials, drawn) for drawn in values]
+    dropped = [any(map(race.is_behind, race.contenders)) for race, _ in finished]
+    means = [race.leader.mean for race, _ in finished if race.leader and race.leader.mean is not None]
+    found = [compared for race, default in finished if (compared := race.compared(default))]
+    held = [not compared.is_distinct for compared in found]
+    print(
+        f"{plan}, {races} races of equal configurations: one is dropped in {np.mean(dropped):.0%}; the winner's mean "
+        f"is {np.mean(means):.2f} standard deviations too high; the interval of its gain holds 0 in {np.mean(held):.0%}"
+    )
+
+
+def _race(plan: Plan, trials: int, values: np.ndarray) -> tuple[Race, TrialRecord]:
+    """A search and its confirmation, in which each training has the next value; and the search's first trial."""
+    drawn = iter(values.tolist())
+    searched = [_record(number, next(drawn), number) for number in range(trials)]
+    repeats: list[TrialRecord] = []
+    while (chosen := Race.of(plan, searched, repeats, Direction.MAXIMIZE).next) is not None:
+        of = chosen.trial.number
+        repeats.append(_record(trials + len(repeats), next(drawn), of, repeats=of))
+    return Race.of(plan, searched, repeats, Direction.MAXIMIZE), searched[0]
+
+
+def _record(number: int, value: float, configuration: int, repeats: int | None = None) -> TrialRecord:
+    return TrialRecord(
+        number=number, state="complete", value=value, values={"x": configuration}, inactive=(), curve={1: value},
+        best_epoch=1, stage="", reason=None, repeats=repeats,
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", action="store_true")
     parser.add_argument("--real", metavar="TASK")
+    parser.add_argument("--equal", action="store_true")
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--plan", default="quick")
     parser.add_argument("--seeds", type=int, default=20)
@@ -186,8 +225,10 @@ def main() -> None:
         run_tables(given.trials, given.plan, given.seeds)
     if given.real:
         run_real(given.real, given.trials, given.plan, given.seeds, given.limit, given.epochs)
-    if not (given.tables or given.real):
-        parser.error("give --tables or --real TASK")
+    if given.equal:
+        run_equal(given.plan, given.trials, races=1500)
+    if not (given.tables or given.real or given.equal):
+        parser.error("give --tables, --real TASK or --equal")
 
 
 if __name__ == "__main__":

@@ -127,6 +127,9 @@ def test_a_confirmed_winner_is_compared_with_the_default_by_means_over_new_seeds
     assert (once.value, once.num_seeds) == (0.7, (3, 1))
     assert once.high - once.gain == pytest.approx(t.ppf(0.975, 2) * stdev(best) * math.sqrt(1 / 3 + 1))
     assert alone.compared(record(0, 0.3, state="pruned")) is None, "it was not trained to its end"
+    lost = [record(number, None, repeats=0, state="diverged") for number in (30, 31, 32)]
+    unreliable = Race.of(Plan(2, 3), searched, [*repeated(2, *best), *lost], Direction.MAXIMIZE).compared(searched[0])
+    assert (unreliable.state, unreliable.value, unreliable.gain) == ("diverged", None, None)
     one_seed = Race.of(Plan(1, 1), searched, repeated(2, 0.8), Direction.MAXIMIZE)
     assert one_seed.compared(searched[0]) is None, "nothing tells the variance"
 

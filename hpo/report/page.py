@@ -181,7 +181,7 @@ def _confirmation(content: Content) -> str:
             (
                 str(row["trial"]),
                 *(("-" if row[name] is None else f"{row[name]:.4f}") for name in ("searched", "mean", "std")),
-                "clearly behind" if row["is_behind"] else "",
+                "dropped" if row["is_behind"] else "",
             )
             for row in content.race["configurations"]
         ],

@@ -1,7 +1,7 @@
 """Confirmation: the best configurations are trained again with new seeds, and the best mean wins.
 
 The best value of a search is partly luck: whoever takes the maximum of many noisy values takes the noise too. The
-trainings that found a configuration therefore do not count here; only the new ones do. A configuration that is clearly
+trainings that found a configuration therefore do not count here; only the new ones do. A configuration that falls
 behind is dropped before it has all its seeds, as in a race (Maron and Moore, 1994; Birattari et al., 2002).
 """
 
@@ -127,8 +127,9 @@ class Race:
     def is_behind(self, contender: Contender) -> bool:
         """Whether more seeds would not make this one the winner.
 
-        That is so if it diverged and the leader did not, or if Student's t with the variance pooled over all contenders
-        tells the means apart; the latter needs two seeds of both.
+        That is taken to be so if it diverged and the leader did not, or if Student's t with the variance pooled over
+        all contenders tells the means apart; the latter needs two seeds of both. It saves trainings and proves nothing:
+        the race looks again after each of them.
         """
         if self.leader is None or contender is self.leader:
             return False
@@ -161,8 +162,10 @@ class Race:
             return None
         if not any(len(each.values) > 1 for each in self.contenders):
             return None
-        repeated = next((each.values for each in self.contenders if _configuration(each.trial) == same), [])
-        values = repeated or [default.known_value]
+        repeated = next((each for each in self.contenders if _configuration(each.trial) == same), None)
+        if repeated and repeated.has_diverged and not repeated.values:
+            return _without_gain(default)
+        values = repeated.values if repeated and repeated.values else [default.known_value]
         mean, num_seeds = fmean(values), (len(winner.values), len(values))
         gain, margin = self.direction.gain(winner.mean, over=mean), self._least_difference(*num_seeds)
         return Comparison(
@@ -216,6 +219,13 @@ class Race:
                 for contender in self.contenders
             ],
         }
+
+
+def _without_gain(default: TrialRecord) -> Comparison:
+    """Of a default that no new seed could train."""
+    return Comparison(
+        trial=default.number, state="diverged", value=None, pruned=None, gain=None, low=None, high=None, num_examples=0
+    )  # fmt: skip
 
 
 def _configuration(trial: TrialRecord) -> str:

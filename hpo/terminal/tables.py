@@ -242,7 +242,7 @@ def _print_confirmation(console: Console, race: dict[str, Any], metric: str) -> 
             str(row["trial"]),
             *(format_score(row[name]) for name in ("searched", "mean", "std")),
             " ".join(map(format_score, row["values"])),
-            ", ".join(filter(None, (diverged, "clearly behind" if row["is_behind"] else ""))),
+            ", ".join(filter(None, (diverged, "dropped" if row["is_behind"] else ""))),
         )
     console.print(table)
 
