@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from base64 import b64decode
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -160,12 +161,22 @@ def test_the_report_shows_the_mistakes_it_is_most_sure_of_and_the_card_how_sure_
         assert (np.asarray(picture_of(mistake)) == images[mistake.example, 0].numpy()).all()
     page = report_page(study)
     assert page.count('<figure><img src="data:image/png;base64,') == len(mistakes) == 12
-    card = model_card(study, load_objective("digits"), winner.trial)
+    card = model_card(study, load_objective("digits"), winner.trial, winner=winner, kind="classification")
     before, after = winner.certainty["calibration_error"]
     assert f"Expected calibration error on the test split: {before:.4f} before, {after:.4f} after." in card
     counts = winner.confusion["counts"]
     assert f"| **3** | {' | '.join(map(str, counts[3]))} |" in card
     assert "were not calibrated" not in card
+    refit = replace(winner, certainty=None)
+    limits = {
+        kind: model_card(study, load_objective("digits"), winner.trial, winner=refit, kind=kind).partition("## Limits")[
+            2
+        ]
+        for kind in ("classification", "regression", "box")
+    }
+    assert "they were not calibrated" in limits["classification"]
+    assert "it has no intervals" in limits["regression"]
+    assert not any("robabilities" in limits[kind] for kind in ("regression", "box"))
 
 
 def test_mistakes_of_texts_are_texts_and_large_photos_become_small() -> None:

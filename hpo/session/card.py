@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hpo.data.kinds import OF_CLASSES
 from hpo.provenance import describe, sessions
 from hpo.records import Certainty
-from hpo.search.winner import describe_comparison, describe_confirmation, find_winner, how_far
+from hpo.search.winner import describe_comparison, describe_confirmation, how_far
 from hpo.values import format_value
 
 if TYPE_CHECKING:
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
     from hpo.search.study import Study
 
 
-def model_card(study: Study, objective: Objective, trial: int) -> str:
-    """Markdown: task, data, scores, configuration, how it was found, and limits."""
-    best = find_winner(study)
-    winner = best if best and best.trial == trial else None
+def model_card(study: Study, objective: Objective, trial: int, *, winner: Winner | None, kind: str | None) -> str:
+    """Markdown: task, data, scores, configuration, how it was found, and limits.
+
+    `winner` is the study's if `trial` is it, and `kind` that of the targets; None where only the task's loop knows it.
+    """
     lines = [
         f"# {objective.name}: trial {trial} of study {study.name}",
         "",
@@ -43,7 +45,7 @@ def model_card(study: Study, objective: Objective, trial: int) -> str:
         "",
         "## Limits",
         "",
-        *_limits(study, winner),
+        *_limits(study, winner, kind),
         *_confusion(winner),  # the last, as it may be long and MLflow's registry cuts descriptions
     ]
     return "\n".join(lines) + "\n"
@@ -127,13 +129,16 @@ def _origin(study: Study) -> Iterator[str]:
     yield from (f"- {line}." for line in describe(study))
 
 
-def _limits(study: Study, winner: Winner | None) -> Iterator[str]:
+def _limits(study: Study, winner: Winner | None, kind: str | None) -> Iterator[str]:
     yield "- It knows what its training data show, and nothing says how it does on data from elsewhere."
     if winner is not None and not winner.confirmation and len(study.trials()) > 1:
         yield "- Its validation score is the best of several trials, so it is optimistic; the test score is not."
     if winner is not None and winner.is_refit:
         yield "- It was trained on the validation examples too, so only the test score is its own."
-    if winner is None or not winner.certainty:
-        yield "- Probabilities come from the network as they are; they were not calibrated."
-    elif Certainty.from_dict(winner.certainty).temperature:
+    is_known = winner is not None and winner.certainty is not None
+    if kind in OF_CLASSES and is_known:
         yield "- Probabilities come from the network as they are; its logits divided by the temperature are calibrated."
+    elif kind in OF_CLASSES:
+        yield "- Probabilities come from the network as they are; they were not calibrated."
+    elif kind == "regression" and not is_known:
+        yield "- How far off its numbers may be was not measured: it has no intervals."

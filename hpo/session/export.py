@@ -77,6 +77,12 @@ class Chosen:
         found = find_winner(self.study)
         return found if found and found.trial == self.trial else None
 
+    def card(self) -> str:
+        """The model card."""
+        spec = TrialDescription.read(self.folder).spec
+        kind = spec.kind if spec else None
+        return model_card(self.study, self.objective, self.trial, winner=self.winner, kind=kind)
+
 
 def export_best(
     study: str,
@@ -116,7 +122,7 @@ def export_best(
     facts = describe(chosen, exportable, exporter.runtime, compress)
     tell(f"writing {format}")
     with whole_or_not_at_all(folder, force=force) as aside:
-        write(exporter, exportable, aside, facts, model_card(chosen.study, chosen.objective, chosen.trial))
+        write(exporter, exportable, aside, facts, chosen.card())
         tell("checking it without hpo")
         difference = check_export(exporter, aside, exportable, chosen.objective, compress)
     return Export(
@@ -296,7 +302,7 @@ def _export_weights(chosen: Chosen, exporter: Exporter, folder: Path, *, force: 
     facts = _origin(chosen) | {"runtime": "", "compression": None}
     with whole_or_not_at_all(folder, force=force) as aside:
         write_weights(weights, aside, facts)
-        _write_texts(aside, facts, model_card(chosen.study, chosen.objective, chosen.trial))
+        _write_texts(aside, facts, chosen.card())
         check_weights(exporter, aside, weights, forbidden_modules(chosen.objective))
     return Export(
         study=chosen.study.name,

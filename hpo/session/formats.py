@@ -17,7 +17,6 @@ from hpo.deploy.exporters import COMPRESSIONS, find_exporter
 from hpo.deploy.results import FormatRow, Formats
 from hpo.errors import ExportError, UsageError
 from hpo.files import size_of, temporary_folder
-from hpo.session.card import model_card
 from hpo.session.export import choose, describe, load_with_data, write
 from hpo.training.evaluation import evaluate
 from hpo.training.losses import target_scale
@@ -44,7 +43,7 @@ def compare_formats(
         raise UsageError(f"task '{chosen.objective.name}' has a training loop of its own, which saved no network.")
     loaded, splits, exportable = load_with_data(chosen)
     metric, scale = chosen.study.settings.metric, target_scale(splits.train, splits.spec)
-    card = model_card(chosen.study, chosen.objective, chosen.trial)
+    card = chosen.card()
 
     def measured(name: str, model: nn.Module, num_bytes: int) -> FormatRow:
         scores = evaluate(model, splits.validation, loaded.config, splits.spec, target_scale=scale)

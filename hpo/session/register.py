@@ -11,7 +11,6 @@ from hpo.deploy.registry import Score, add_version, check_name, check_promotion,
 from hpo.errors import ExportError
 from hpo.files import temporary_folder
 from hpo.provenance import sessions
-from hpo.session.card import model_card
 from hpo.session.export import check_export, choose, describe, load_with_data, write
 from hpo.training.trained import TrialDescription
 
@@ -63,7 +62,7 @@ def register_best(
     with chosen.request.machine.home.study(study).registering():
         version = find_version(chosen.store, registered_as, run_id, tags)
         if version is None:
-            card = model_card(chosen.study, chosen.objective, chosen.trial)
+            card = chosen.card()
             model_id = _log(chosen, exporter, run_id, card=card, tags=tags, tell=tell)
             version = add_version(chosen.store, registered_as, model_id, run_id, card=card, tags=tags)
         else:
