@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout, suppress
@@ -20,6 +19,7 @@ from hpo.errors import OF_A_FULL_DISK, OF_THE_DISK, HpoError, UsageError, disk_r
 from hpo.machine import (
     escape_what_streams_lack,
     has_cpu_quota,
+    hear_stop_signals,
     num_cores,
     open_closed_streams,
     require_readable_allocator_settings,
@@ -137,7 +137,8 @@ def submit(as_json: bool, **request: Any) -> None:
 def worker(as_json: bool, **request: Any) -> None:
     """Run trials of a queued STUDY on this machine.
 
-    Exits when the study is complete. Ctrl-C or SIGTERM leaves early; other workers take over its trials.
+    Exits when the study is complete. Ctrl-C, SIGTERM or a closed terminal leaves early; other workers take over its
+    trials.
 
     \b
     hpo worker digits --storage postgresql+psycopg://hpo@db/hpo --tracking-uri http://mlflow:5000
@@ -635,7 +636,7 @@ def ui(study: str | None, port: int | None, host: str, home: Path | None, tracki
 
 def main() -> None:
     """Run the command line: every expected failure is one line on stderr and an exit code, without a traceback."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: everything that is open is closed
+    hear_stop_signals()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hpo").setLevel(logging.INFO)
     open_closed_streams()

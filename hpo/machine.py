@@ -9,17 +9,23 @@ from __future__ import annotations
 import math
 import os
 import re
+import signal
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
 from io import TextIOWrapper
 from pathlib import Path
+from types import FrameType
 
 from hpo.errors import UsageError
 
 _PROCESS = Path("/proc/self")
 _VMSTAT = Path("/proc/vmstat")
+STOP_SIGNALS = tuple(signal.Signals[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""What asks a process to stop: Ctrl-C, a service or a batch system, and a terminal that is closed; not on Windows."""
+
 _FIRST_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO in the kernel's include/linux/proc_ns.h
 
 
@@ -51,6 +57,27 @@ def open_closed_streams() -> None:
             os.fstat(descriptor)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free
+
+
+def hear_stop_signals() -> None:
+    """Let all signals to stop do what Ctrl-C does, so that everything that is open is closed; `nohup` ignores one."""
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    leave_closed_terminal()
+    raise KeyboardInterrupt
+
+
+def leave_closed_terminal() -> None:
+    """Let what is still written go nowhere after the terminal was closed, where writing would fail."""
+    for descriptor in range(3):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
 
 
 def escape_what_streams_lack() -> None:

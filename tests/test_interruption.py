@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def test_a_plain_script_killed_with_minus_9_leaves_no_process_and_loses_no_trial
     searches.assert_all_is_there(num_trials=4, num_epochs=5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_one_signal_lets_every_trial_end_its_epoch_and_keeps_it(searches: Searches, number: signal.Signals) -> None:
     outcome = interrupted_in_epoch_3(searches, number, trials=5, workers=3, epochs=5)
     assert outcome.interrupted
@@ -100,6 +101,24 @@ def test_ctrl_c_in_a_terminal_reaches_everyone_and_twice_ends_all_within_5_s(sea
     _, err = process.communicate()
     assert (process.returncode, err.strip()) == (130, "Error: interrupted; run the same command again to resume")
     assert searches.study().counts()["interrupted"] == 2
+    assert [run.info.status for run in searches.runs() + searches.runs("study")] == ["KILLED"] * 3
+    searches.assert_nothing_runs()
+
+
+def test_a_terminal_that_is_closed_lets_the_trials_end_their_epoch(searches: Searches) -> None:
+    searches.hold(2)
+    ours, theirs = os.openpty()
+    process = searches.start_in_terminal(theirs, "--trials", "4", "--workers", "2")
+    os.close(theirs)
+    wait_until(lambda: len(searches.footprints(2)) == 2 or process.poll() is not None)
+    family = descendants(process.pid)
+    os.close(ours)  # the kernel sends SIGHUP to everyone in front of it, and what is written to it fails
+    time.sleep(0.5)
+    assert process.poll() is None, "an epoch may take its time"
+    searches.release()
+    assert process.wait(PATIENCE_S) == 130
+    wait_until_gone(family)
+    assert [sorted(trial.curve) for trial in searches.trials()] == [[1, 2]] * 2
     assert [run.info.status for run in searches.runs() + searches.runs("study")] == ["KILLED"] * 3
     searches.assert_nothing_runs()
 

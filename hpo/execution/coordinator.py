@@ -30,6 +30,7 @@ from hpo.execution.messages import Assignment, Decision, EpochDone, TrialDone, T
 from hpo.execution.observer import Observer, Standing
 from hpo.execution.pool import WorkerDied
 from hpo.execution.retention import BestTrials, without_use_for_checkpoints
+from hpo.machine import STOP_SIGNALS, leave_closed_terminal
 from hpo.records import ELIGIBLE, OUT_OF_BUDGET, TIMED_OUT
 from hpo.search.study import TrialTakenError
 from hpo.search.winner import forget_models
@@ -66,8 +67,8 @@ _logger = logging.getLogger(__name__)
 class Coordinator:
     """Runs the trials of one study until its total is reached, time is up or someone stops it.
 
-    After a first Ctrl-C or SIGTERM the running trials end their epoch and are kept for the next start; a second one
-    leaves at once, and they continue from the epoch before. `interrupted` tells either from a search that is done.
+    After a first Ctrl-C, SIGTERM or SIGHUP the running trials end their epoch and are kept for the next start; a second
+    one leaves at once, and they continue from the epoch before. `interrupted` tells either from a search that is done.
     """
 
     def __init__(
@@ -442,11 +443,15 @@ class Coordinator:
 
     @contextmanager
     def _signals_heard(self) -> Iterator[None]:
-        """Turn the first SIGINT or SIGTERM into a polite request; only the main thread can be signalled."""
+        """Turn the first signal to stop into a polite request; only the main thread can be signalled.
+
+        After `nohup` a closed terminal is none.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = [each for each in STOP_SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+        previous = {number: signal.signal(number, self._on_signal) for number in heard}
         try:
             yield
         finally:
@@ -454,6 +459,7 @@ class Coordinator:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        leave_closed_terminal()
         if self.interrupted:
             self._session.hurry()
             raise KeyboardInterrupt

@@ -27,7 +27,7 @@ from hpo.execution.messages import Setup
 from hpo.execution.pool import MAX_FAILED_STARTS, Worker, WorkerEnd, WorkerPool
 from hpo.execution.worker import serve
 from hpo.files import keep_end, temporary_folder_for_sockets
-from hpo.machine import num_cores, num_oom_kills
+from hpo.machine import STOP_SIGNALS, num_cores, num_oom_kills
 from hpo.training.device import (
     check_gpus_per_trial,
     memory_share,
@@ -49,7 +49,6 @@ MAX_LOG_BYTES = 10_000_000
 """Of what the tasks of a worker print; of more, the beginning is cut."""
 
 _SERVER_GONE = 255  # what multiprocessing reports as the exit code of a process whose server was killed
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _starting = threading.RLock()
 """Held while a process starts: it finds variables, a main module and signals as other threads would not want them."""
 
@@ -252,9 +251,9 @@ def _work(connection: Connection, setup: Setup, followers: Sequence[Connection])
     """The process's first function. The coordinator alone hears signals: Ctrl-C reaches every process of a terminal."""
     has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     assert not has_cuda, "a CUDA context does not survive a fork"
-    for number in _SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     if setup.visible_gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = setup.visible_gpu
     if setup.log is not None:
@@ -280,11 +279,11 @@ def _describe_exit(code: int | None, *, is_full: bool) -> str:
 
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Processes started meanwhile never hear of Ctrl-C and SIGTERM, which reach every process of a terminal or service.
+    """Processes started meanwhile never hear of STOP_SIGNALS, which reach every process of a terminal or service.
 
     The server would end with a traceback in the seconds in which it imports torch, and later without a word.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -212,23 +212,33 @@ class Searches:
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """One search as a process that leads a group of its own, as in a terminal."""
+        return self._begin(partial(WarmPopen, prelude=WITHOUT_CONCLUSION), *self._search(*arguments))
+
+    def start_in_terminal(self, terminal: int, *arguments: str) -> subprocess.Popen[str]:
+        """The same in front of a terminal, which is a file descriptor, and writing to it."""
+        prelude = f"import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n{WITHOUT_CONCLUSION}"
+        popen = partial(WarmPopen, prelude=prelude)
+        return self._begin(popen, *self._search(*arguments), stdin=terminal, stdout=terminal, stderr=terminal)
+
+    def _search(self, *arguments: str) -> Sequence[object]:
         options = ["--home", self.home, "-p", "mood=calm", "--strategy", "random", "--pruner", "none", *arguments]
-        return self._begin(partial(WarmPopen, prelude=WITHOUT_CONCLUSION), "-m", "hpo", "search", self.task, *options)
+        return "-m", "hpo", "search", self.task, *options
 
     def start_script(self, *arguments: object) -> subprocess.Popen[str]:
         """A script of a user, which is really started anew."""
         return self._begin(subprocess.Popen, *arguments)
 
-    def _begin(self, popen: Callable[..., subprocess.Popen[str]], *arguments: object) -> subprocess.Popen[str]:
+    def _begin(
+        self, popen: Callable[..., subprocess.Popen[str]], *arguments: object, **streams: int
+    ) -> subprocess.Popen[str]:
         self._processes.append(
             popen(
                 [sys.executable, *map(str, arguments)],
                 text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
                 start_new_session=True,
                 # Python's own streams shall be as they are for a user.
                 env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+                **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams},
             )
         )
         return self._processes[-1]
