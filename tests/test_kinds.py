@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import generalized_box_iou_loss
 
+import hpo
 from hpo import (
     Dataset,
     DataSpec,
@@ -31,7 +33,6 @@ from hpo.models.preprocessed import build_model
 from hpo.plugins import OBJECT
 from hpo.task import Task
 from hpo.training.class_metrics import best_thresholds
-from hpo.training.evaluation import choose_thresholds, outputs_and_targets
 from hpo.training.losses import iou_of_pairs, loss_function
 from hpo.training.trainer import EpochResult, fit
 
@@ -283,15 +284,26 @@ def test_thresholds_are_those_of_the_best_f1_of_each_label() -> None:
     assert chosen[3] == 0
 
 
-def test_a_model_of_several_labels_gets_its_thresholds_from_the_validation_split() -> None:
-    data = labelled()
-    splits = split_dataset(data, seed=0)
-    task = task_of(labelled, mlp, "binary_cross_entropy", "f1")
-    model, _ = trained(task, data)
-    choose_thresholds(model, splits.validation, task.train_config({}))
-    outputs, labels = outputs_and_targets(model, splits.validation, task.train_config({}), "multilabel")
-    assert torch.equal(model.thresholds, best_thresholds(outputs, labels))
-    assert "thresholds" in model.state_dict()
+@pytest.mark.parametrize("metric", ["f1", "exact_match"])
+def test_a_model_of_several_labels_is_judged_with_the_thresholds_that_it_gets(metric: str, home: Path) -> None:
+    task = task_of(labelled, mlp, "binary_cross_entropy", metric).objective
+    options: dict[str, Any] = {"trials": 1, "epochs": 2, "workers": 1, "device": "cpu", "home": home}
+    winner = hpo.run_search(task, **options).winner
+    assert winner is not None
+    model = hpo.load_best("made", home=home, task=task)
+    assert bool(model.thresholds.any()) is (metric == "f1")
+
+    validation = split_dataset(labelled(), seed=0).validation
+    has = validation.targets.bool()
+    given = torch.tensor([[name in labels for name in "abc"] for labels in model.predict(validation.inputs)])
+    f1 = (2 * (given & has).sum(0) / (given.sum(0) + has.sum(0))).mean()
+    expected = f1 if metric == "f1" else (given == has).all(1).float().mean()
+    assert winner.validation == pytest.approx(expected.item())
+
+    hpo.run_search(task, **options, refit=True)
+    refit = hpo.load_best("made", home=home, task=task)
+    assert not torch.equal(next(refit.parameters()), next(model.parameters()))
+    assert torch.equal(refit.thresholds, model.thresholds)
 
 
 def test_rare_labels_are_in_both_splits() -> None:

@@ -165,6 +165,11 @@ def test_metrics_of_several_labels_equal_torchmetrics() -> None:
     assert ours["accuracy"] == pytest.approx(reference.MultilabelAccuracy(5, average="micro")(*args).item())
     assert ours["exact_match"] == pytest.approx(reference.MultilabelExactMatch(5)(*args).item())
     assert ours["average_precision"] == pytest.approx(reference.MultilabelAveragePrecision(5)(*args).item())
+    coarse = (outputs * 1.5).round()  # with ties, and one label whose outputs are all equal
+    coarse[:, 2] = 1.0
+    ours = measured_of_kind(DataSpec((1,), tuple("abcde"), "multilabel"), coarse, labels, BATCHES)
+    args = (coarse.sigmoid(), labels.long())
+    assert ours["average_precision"] == pytest.approx(reference.MultilabelAveragePrecision(5)(*args).item())
 
 
 def test_metrics_of_masks_equal_torchmetrics_without_the_pixels_that_are_not_known() -> None:

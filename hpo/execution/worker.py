@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import cloudpickle
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hpo.config import TrainConfig, derive_seed
 from hpo.data.batches import place
@@ -53,7 +53,7 @@ from hpo.training.costs import measure_costs
 from hpo.training.cross_validation import fit_folds
 from hpo.training.device import free_memory, limit_memory, prepare_deterministic_products
 from hpo.training.distributed import ALONE, Ranks
-from hpo.training.evaluation import choose_thresholds
+from hpo.training.evaluation import choose_thresholds, has_thresholds
 from hpo.training.loop import RunningTrial, run_loop
 from hpo.training.trained import BEST_WEIGHTS, TrialDescription
 from hpo.training.trainer import EpochResult, fit
@@ -323,7 +323,7 @@ def run_trial(
     if result.best_epoch is None or result.best_value is None or not ranks.leads:
         return {}
     if not assignment.folds:
-        if splits.spec.kind == "multilabel":
+        if has_thresholds(splits.spec, config):
             choose_thresholds(model, splits.validation, config)
         _save(model, assignment, objective, splits.spec, result.best_epoch, result.best_value)
     elif assignment.costs:
@@ -352,10 +352,19 @@ def _check_costs(
         raise InfeasibleError(" and ".join(broken))
 
 
-def refit(assignment: Assignment, objective: Objective, splits: Splits, *, num_epochs: int, value: float) -> None:
+def refit(
+    assignment: Assignment,
+    objective: Objective,
+    splits: Splits,
+    *,
+    num_epochs: int,
+    value: float,
+    thresholds: Tensor | None = None,
+) -> None:
     """Train on all examples, with nothing left to judge by: for as many epochs as the folds needed, who gave `value`.
 
-    The folder then holds what that of a trial without folds does. Raises SearchError if the training diverges.
+    The folder then holds what that of a trial without folds does. `thresholds` are those of several labels that the
+    trial's model has from its validation split. Raises SearchError if the training diverges.
     """
     config = assignment.config
     # What is measured after each epoch are the training examples; a `plateau` schedule goes by them.
@@ -368,6 +377,8 @@ def refit(assignment: Assignment, objective: Objective, splits: Splits, *, num_e
                 f"trial {assignment.number}, the winner, diverged when it was trained on all examples; "
                 "search again with smaller learning rates: -p lr=LOW:HIGH in a new --study."
             )
+    if thresholds is not None:
+        model.get_buffer("thresholds").copy_(thresholds)
     _save(model, assignment, objective, splits.spec, num_epochs, value)
 
 

@@ -324,8 +324,8 @@ def _difference_on(
 
 def _refit(winner: Winner, prepared: Prepared, opened: Opened, artifact: str) -> None:
     """Train the winner on training and validation examples together, and give its run the model."""
-    request, study, store = prepared.request, opened.study, opened.store
-    assert prepared.splits is not None, "the shared trainer has splits"
+    request, study, store, splits = prepared.request, opened.study, opened.store, prepared.splits
+    assert splits is not None, "the shared trainer has splits"
     config = request.task.train_config(
         winner.configuration,
         max_epochs=study.settings.max_epochs,
@@ -334,14 +334,19 @@ def _refit(winner: Winner, prepared: Prepared, opened: Opened, artifact: str) ->
         **request.machine.trainer,
     )
     parameters = request.task.model_parameters(winner.configuration)
+    thresholds = None
+    if artifact == REFIT and splits.spec.kind == "multilabel":
+        trained = load_trial(store, study, winner.trial, config.device, request.task.objective)
+        thresholds = trained.model.thresholds
     with temporary_folder() as folder:
         assignment = Assignment(number=winner.trial, model_parameters=parameters, config=config, folder=Path(folder))
         refit(
             assignment,
             request.task.objective,
-            prepared.splits,
+            splits,
             num_epochs=_epochs_found(winner, study),
             value=winner.validation,
+            thresholds=thresholds,
         )
         store.upload(store.find_trial_run(study.name, winner.trial, study.id), Path(folder), artifact)
 

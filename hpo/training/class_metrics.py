@@ -175,6 +175,16 @@ class LabelMetrics:
         }
 
 
+class TunedLabelMetrics(OfAll):
+    """Those of `LabelMetrics`, with the thresholds that are the best for these examples."""
+
+    def compute(self) -> dict[str, Tensor]:
+        outputs, targets = self.together()
+        metrics = LabelMetrics(outputs.shape[1], outputs.device, best_thresholds(outputs, targets))
+        metrics.update(outputs, targets)
+        return metrics.compute()
+
+
 def best_thresholds(outputs: Tensor, targets: Tensor) -> Tensor:
     """For each label the logit from which on it is to be given, so that its F1 on these examples is highest.
 
@@ -195,11 +205,16 @@ def best_thresholds(outputs: Tensor, targets: Tensor) -> Tensor:
 
 class AveragePrecision(OfAll):
     """The mean over the labels of the average precision, from all outputs at once; labels without an example are left
-    out. It equals torchmetrics' where no two outputs are equal."""
+    out. Equal outputs are given a label together, as in torchmetrics."""
 
     def compute(self) -> dict[str, Tensor]:
         outputs, targets = self.together()
-        order = outputs.double().argsort(dim=0, descending=True)
+        scores, order = outputs.double().sort(dim=0, descending=True)
         has = (targets > 0.5).gather(0, order).double()
         precision = has.cumsum(0) / torch.arange(1, len(has) + 1, device=has.device)[:, None]
-        return {"average_precision": ((precision * has).sum(0) / has.sum(0)).nanmean()}
+        # Of equal outputs each counts with the precision that all of them together have, which is that of the last one.
+        ends_run = torch.ones_like(has, dtype=torch.bool)
+        ends_run[:-1] = scores[:-1] != scores[1:]
+        rows = torch.arange(len(has), device=has.device)[:, None].expand_as(has)
+        last = rows.where(ends_run, len(has)).flip(0).cummin(0).values.flip(0)
+        return {"average_precision": ((precision.gather(0, last) * has).sum(0) / has.sum(0)).nanmean()}

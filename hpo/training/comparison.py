@@ -189,7 +189,7 @@ class _Judged:
     own: Own
     metric: str
     thresholds: Tensor | None = None
-    """Of several labels; without them 0, as while a search compares its trials."""
+    """Of several labels; 0 if they are None."""
 
     @classmethod
     def by(
@@ -202,7 +202,9 @@ class _Judged:
         metric: str,
     ) -> _Judged:
         outputs, targets = outputs_and_targets(model, split, config, spec.kind)
-        return cls(outputs, targets, config, spec, target_scale, own_of(model), metric)
+        return cls(
+            outputs, targets, config, spec, target_scale, own_of(model), metric, getattr(model, "thresholds", None)
+        )
 
     @torch.inference_mode()
     def value(self, rows: Tensor | None = None) -> float:

@@ -39,13 +39,17 @@ def fit_folds(
 
     The state is saved below `checkpoints`. A run that was interrupted continues after the last saved epoch, bit-equal;
     first it yields the last result of each fold that was over once more. `is_streamed` and `ranks` are those of `fit`.
+    Thresholds of several labels are 0, as those of the model that is trained on all examples will be.
     """
     over: list[EpochResult] = []
     for fold, splits in enumerate(folds, start=1):
         own = fold_config(config, fold)
         checkpoint = CheckpointFolder(checkpoints / f"fold-{fold}")
         model = build(splits, own)
-        for result in fit(model, splits, own, checkpoint=checkpoint, is_streamed=is_streamed, ranks=ranks):
+        run = fit(
+            model, splits, own, checkpoint=checkpoint, is_streamed=is_streamed, ranks=ranks, tunes_thresholds=False
+        )
+        for result in run:
             yield _counted_through(result, fold, over, config)
         if result.diverged:
             return

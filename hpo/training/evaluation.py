@@ -50,6 +50,15 @@ def evaluate_classes(
     return read_all(metrics.compute()), metrics.confusion.long().tolist()
 
 
+_AT_ZERO = ("accuracy", "exact_match", "precision", "recall")
+"""Metrics of several labels that thresholds of the best F1 would spoil."""
+
+
+def has_thresholds(spec: DataSpec, config: TrainConfig) -> bool:
+    """Whether a model gets thresholds of its own: for several labels, unless the config's metric is better without."""
+    return spec.kind == "multilabel" and config.metric not in _AT_ZERO
+
+
 def choose_thresholds(model: nn.Module, split: Split, config: TrainConfig) -> None:
     """Give a model of several labels the logits from which on an example has each: those of the best F1 on a split.
 
@@ -76,19 +85,28 @@ def measure(
     *,
     precision: str,
     ranks: Ranks = ALONE,
+    tunes_thresholds: bool = False,
 ) -> EpochMetrics:
     """Loss and metrics on a split; leaves the model, which is on the config's device, in evaluation mode.
 
-    With several ranks each makes its part of the outputs, and all of them then have all metrics. Batches that the
-    device's memory does not hold are halved until it does, unless there are several ranks. Raises DeviceMemoryError
-    where it cannot hold one example.
+    Metrics of several labels are those with the model's thresholds, or with the best on this split. With several ranks
+    each makes its part of the outputs, and all of them then have all metrics. Batches that the device's memory does not
+    hold are halved until it does, unless there are several ranks. Raises DeviceMemoryError where it cannot hold one
+    example.
     """
     model.eval()
     batch_size = _batch_size(model, split, config, spec.kind)
     thresholds = getattr(model, "thresholds", None)
 
     def attempt(batch_size: int) -> EpochMetrics:
-        metrics = EpochMetrics(spec, config.device, own=own, is_complete=True, thresholds=thresholds)
+        metrics = EpochMetrics(
+            spec,
+            config.device,
+            own=own,
+            is_complete=True,
+            thresholds=thresholds,
+            tunes_thresholds=tunes_thresholds,
+        )
         for inputs, targets in _batches(split, config, spec.kind, batch_size):
             with autocast(precision, torch.device(config.device)):
                 outputs = ranks.outputs(model, inputs)

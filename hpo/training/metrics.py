@@ -21,6 +21,7 @@ from hpo.training.class_metrics import (
     ConfusionMetrics,
     LabelMetrics,
     ShareMetrics,
+    TunedLabelMetrics,
 )
 from hpo.training.embeddings import RetrievalMetrics
 from hpo.training.position_metrics import MaskMetrics, TagMetrics, TranscriptMetrics
@@ -80,9 +81,13 @@ class EpochMetrics:
         own: Own = NOTHING_OWN,
         is_complete: bool = False,
         thresholds: Tensor | None = None,
+        tunes_thresholds: bool = False,
     ) -> None:
-        """`thresholds` (num_classes,) are the logits from which on an example has each of several labels."""
+        """`thresholds` (num_classes,) are the logits from which on an example has each of several labels, 0 if they are
+        None; with `tunes_thresholds` those with the best F1 on all the examples, of which all must be there."""
         self._metrics = _build_metrics(spec, device, thresholds, is_complete=is_complete)
+        if tunes_thresholds:
+            self._metrics[0] = TunedLabelMetrics()
         self._own = {name: _on_device(make(), device) for name, make in own.metrics.items()} if is_complete else {}
         self._held: list[tuple[Any, Any, Tensor, int | Tensor]] = []
         self._held_size = 0  # examples in each of them

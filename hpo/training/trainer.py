@@ -23,7 +23,7 @@ from hpo.training.checkpoint import CheckpointFolder, CheckpointWriter
 from hpo.training.compiled import CompiledStep, check_compile_mode, has_formula, settle_compile_mode
 from hpo.training.device import is_out_of_memory, prepare_deterministic_products
 from hpo.training.distributed import ALONE, Ranks
-from hpo.training.evaluation import losses_of_examples, measure, read_all
+from hpo.training.evaluation import has_thresholds, losses_of_examples, measure, read_all
 from hpo.training.losses import evaluation_loss, target_scale, training_loss
 from hpo.training.metrics import EpochMetrics, check_metric
 from hpo.training.optimizers import build_optimizer, load_optimizer_state
@@ -100,6 +100,7 @@ def fit(
     num_epochs: int | None = None,
     is_streamed: bool = False,
     ranks: Ranks = ALONE,
+    tunes_thresholds: bool = True,
 ) -> Generator[EpochResult, None, None]:
     """Train `model` and yield the result of each epoch, until max_epochs, early stopping or divergence.
 
@@ -116,6 +117,9 @@ def fit(
     that its schedule is made for, and the model has the last weights. With `is_streamed` the data stay where they are,
     even if the device has room for them, and the results are the same.
 
+    Metrics of several labels on the validation split are those with the thresholds that the model will get from it, if
+    it gets any; without `tunes_thresholds` the thresholds are 0.
+
     With several `ranks` all of them make this call, with an equal model, and yield equal results; the config's
     `compile` must be "off". The first rank alone writes checkpoints.
 
@@ -123,7 +127,9 @@ def fit(
     fit the data or the device, CheckpointError if the folder holds a run with another config, and DeviceMemoryError
     where half a batch does not fit either.
     """
-    run = _Run(model, splits if is_streamed else place(splits, config.device), config, num_epochs, ranks)
+    run = _Run(
+        model, splits if is_streamed else place(splits, config.device), config, num_epochs, ranks, tunes_thresholds
+    )
     saved = run.resume(checkpoint) if checkpoint else None
     # The stack first writes the last state, then gives the model its best weights.
     with ExitStack() as ending:
@@ -143,9 +149,16 @@ class _Run:
     """A training under way: all that changes from epoch to epoch. The splits are where they stay."""
 
     def __init__(
-        self, model: nn.Module, splits: Splits, config: TrainConfig, num_epochs: int | None, ranks: Ranks
+        self,
+        model: nn.Module,
+        splits: Splits,
+        config: TrainConfig,
+        num_epochs: int | None,
+        ranks: Ranks,
+        tunes_thresholds: bool,
     ) -> None:
         self.ranks = ranks
+        self.tunes_thresholds = tunes_thresholds and has_thresholds(splits.spec, config)
         self.is_judged = num_epochs is None
         self.last_epoch = config.max_epochs if num_epochs is None else num_epochs
         self.spec, self.own = splits.spec, own_of(model)
@@ -342,6 +355,7 @@ class _Run:
             self.own,
             precision=precision,
             ranks=self.ranks,
+            tunes_thresholds=self.tunes_thresholds,
         ).compute()
 
     def _watch(self, epoch: int, metrics: dict[str, float]) -> dict[str, float]:
