@@ -176,12 +176,15 @@ class Comparison:
     gain: float | None
     """How much better the winner's metric is; None for the default itself, and where either has no model to compare."""
     low: float | None
-    """Lower end of the 95% interval of the gain; None for a training loop of the task's own, which has the data."""
+    """Lower end of the 95% interval of the gain, which allows for the choice among `num_candidates`; None for a
+    training loop of the task's own, which has the data."""
     high: float | None
     num_examples: int
     """Validation examples that both models judged; 0 where folds, or seeds, were compared."""
     num_folds: int = 0
     """Folds that both have a value of, and that were compared: fewer than all for a default that was pruned."""
+    num_candidates: int = 1
+    """Trials that the winner is the best of on these examples, or folds; 1 after a confirmation."""
     num_seeds: tuple[int, int] | None = None
     """Trainings of the winning configuration and of the default whose means are compared."""
     is_same: bool = False

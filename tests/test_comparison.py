@@ -31,10 +31,12 @@ class Column(torch.nn.Module):
         return inputs.chunk(2, dim=1)[self.half].squeeze(1) + self.weight  # type: ignore[call-overload]
 
 
-def compare(split: Split, metric: str, *, num_classes: int) -> Difference:
+def compare(split: Split, metric: str, *, num_classes: int, num_candidates: int = 1) -> Difference:
     config = TrainConfig(metric=metric, loss="cross_entropy" if num_classes else "mse")
     models = ((Column(0), config), (Column(1), config))
-    return compare_models(*models, split, spec=of_classes(num_classes), target_scale=1.0, seed=0)
+    return compare_models(
+        *models, split, spec=of_classes(num_classes), target_scale=1.0, seed=0, num_candidates=num_candidates
+    )
 
 
 def answers(right: list[bool], right_too: list[bool]) -> Split:
@@ -77,6 +79,20 @@ def test_other_metrics_are_compared_by_a_bootstrap_over_pairs_of_answers() -> No
         (found.value - 1.96 * error, found.value + 1.96 * error), abs=0.3 * error
     )
     assert compare(split, "mae", num_classes=0) == found, "the same seed draws the same examples"
+
+
+def test_the_best_of_several_candidates_has_an_interval_that_holds_for_all_of_them() -> None:
+    split = answers([True] * 36 + [False] * 4, [True] * 30 + [False] * 10)
+    alone, among = (compare(split, "accuracy", num_classes=2, num_candidates=number) for number in (1, 20))
+    assert among.value == alone.value == pytest.approx(0.15)
+    wider = stats.norm.ppf(1 - 0.025 / 20) / stats.norm.ppf(0.975)
+    assert among.high - among.value == pytest.approx(wider * (alone.high - alone.value), rel=1e-4)
+    assert among.low < 0 < alone.low
+
+    folds = [dict(enumerate(values, 1)) for values in ([0.52, 0.61, 0.55, 0.58], [0.5, 0.57, 0.56, 0.53])]
+    of_folds = [compare_folds(*folds, num_folds=4, num_candidates=number) for number in (1, 20)]
+    one, best = (each.high - each.value for each in of_folds if each)
+    assert best == pytest.approx(wider * one, rel=1e-4)
 
 
 def test_models_that_answer_alike_differ_by_nothing() -> None:
@@ -128,6 +144,10 @@ def winner(folds: int | None = None, **about: Any) -> Winner:
         (
             {"gain": 0.0035, "low": -0.0104, "high": 0.0173},
             "to 0.0173: cannot be distinguished from the default with 288 validation examples",
+        ),
+        (
+            {"gain": 0.0208, "low": -0.007, "high": 0.0486, "num_candidates": 29},
+            "interval -0.0070 to 0.0486 as the best of 29 trials: cannot be distinguished from the default with 288",
         ),
         ({"pruned": "pruned after 3 of 20 epochs"}, "(trial 0, pruned after 3 of 20 epochs) has accuracy 0.9514"),
         ({"state": "diverged", "value": None}, "The default configuration (trial 0) diverged"),

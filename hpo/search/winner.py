@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from hpo.config import METRICS
-from hpo.records import Certainty, Comparison, Mistake, Winner, describe_pruning
+from hpo.records import Certainty, Comparison, Mistake, Winner, describe_pruning, ranked
 from hpo.search.confirmation import best_repeat
 
 if TYPE_CHECKING:
@@ -115,6 +115,11 @@ def how_far(trial: TrialRecord, settings: StudySettings) -> str | None:
     return describe_pruning(len(trial.curve), settings.num_steps, folds=bool(settings.folds))
 
 
+def count_candidates(study: Study) -> int:
+    """How many trials the winner is the best of, without the default configuration; at least 1."""
+    return max(1, len(ranked(study.trials(), study.settings.direction)) - 1)
+
+
 def describe_comparison(winner: Winner) -> str:
     """`default 0.9514 (trial 0); gain 0.0208, 95% interval 0.0035 to 0.0382`, and whether that tells them apart."""
     assert winner.comparison is not None, "the winner was compared"
@@ -136,6 +141,8 @@ def describe_comparison(winner: Winner) -> str:
     over = _describe_evidence(found, winner)
     whose = "the mean of the winner" if found.num_seeds else "the winner"
     gain = f"{whose} gains {found.gain:.4f}, 95% interval {found.low:.4f} to {found.high:.4f}"
+    if found.num_candidates > 1:
+        gain += f" as the best of {found.num_candidates} trials"
     verdict = f"over {over}" if found.is_distinct else f"cannot be distinguished from the default with {over}"
     return f"{default}; {gain}{' ' if found.is_distinct else ': '}{verdict}"
 

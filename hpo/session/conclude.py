@@ -37,6 +37,7 @@ from hpo.search.winner import (
     TEST_INTERVALS,
     TEST_MISTAKES,
     TEST_READINGS,
+    count_candidates,
     describe_baselines,
     describe_comparison,
     describe_confirmation,
@@ -273,18 +274,22 @@ def compare_with_default(
     default = study.default_trial
     if default is None:
         return None
+    num_candidates = count_candidates(study)
     difference, num_examples, num_folds = None, 0, 0
     is_same = repr(winner.configuration) == repr(default.configuration)
     if default.state in ELIGIBLE and not is_same:
         if study.settings.folds:
             curve = study.trial(winner.trial).curve
-            difference = compare_folds(curve, default.curve, num_folds=study.settings.folds)
+            difference = compare_folds(
+                curve, default.curve, num_folds=study.settings.folds, num_candidates=num_candidates
+            )
             num_folds = len(common_folds(curve, default.curve))
         elif splits is None:
             difference = Difference(winner.validation - default.known_value, math.nan, math.nan)
         else:
             num_examples = len(splits.validation)
-            difference = _difference_on(splits, study, store, (winner.trial, default.number), device, task)
+            trials = winner.trial, default.number
+            difference = _difference_on(splits, study, store, trials, device, task, num_candidates)
     gains = (
         [study.settings.direction.gain(end, over=0.0) for end in (difference.low, difference.high)]
         if difference and math.isfinite(difference.low)
@@ -300,12 +305,19 @@ def compare_with_default(
         high=max(gains, default=None),
         num_examples=num_examples,
         num_folds=num_folds,
+        num_candidates=num_candidates,
         is_same=is_same,
     )
 
 
 def _difference_on(
-    splits: Splits, study: Study, store: TrackingStore, trials: tuple[int, int], device: str, task: Objective
+    splits: Splits,
+    study: Study,
+    store: TrackingStore,
+    trials: tuple[int, int],
+    device: str,
+    task: Objective,
+    num_candidates: int,
 ) -> Difference | None:
     """None where the weights of one are gone, as the default's are in studies of before hpo 0.2."""
     try:
@@ -319,6 +331,7 @@ def _difference_on(
         spec=splits.spec,
         target_scale=target_scale(splits.train, splits.spec),
         seed=derive_seed(study.settings.seed, "comparison"),
+        num_candidates=num_candidates,
     )
 
 
@@ -359,9 +372,14 @@ def _epochs_found(winner: Winner, study: Study) -> int:
 
 
 def _knows_the_default(study: Study, winner: Winner) -> bool:
-    """Whether the winner was compared with the default configuration as it is now, and not as it was interrupted."""
-    default = study.default_trial
-    return winner.comparison is not None and (default is None or winner.comparison["state"] == default.state)
+    """Whether the winner was compared with the default configuration as it is now, and not as it was interrupted, as
+    the best of the trials that there are now."""
+    known, default = winner.comparison, study.default_trial
+    if known is None or default is None:
+        return known is not None
+    # By seeds it follows from the repeats.
+    is_of_now = known.get("num_seeds") or known.get("num_candidates") == count_candidates(study)
+    return bool(is_of_now) and known["state"] == default.state
 
 
 def _record(study: Study, key: str, of: str, fact: Any) -> None:

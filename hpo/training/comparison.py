@@ -55,17 +55,19 @@ def compare_models(
     spec: DataSpec,
     target_scale: Scale,
     seed: int,
+    num_candidates: int = 1,
 ) -> Difference:
     """The metric of `one` less that of `other` on a split, as one's config names it; each model with its own config.
 
     The examples are paired: both models judge the same ones. For accuracy, and for the recall of embeddings, the
     interval is that of the mean difference between paired answers (Agresti and Min, 2005). For any other metric it is
-    that of a percentile bootstrap over the examples, which draws the same ones for both. `target_scale` is that of the
-    training split, as in `hpo.training.evaluation.evaluate`.
+    that of a percentile bootstrap over the examples, which draws the same ones for both. If `one` is the best of
+    several candidates on this very split, the interval is Bonferroni's, which holds for whichever is the best.
+    `target_scale` is that of the training split, as in `hpo.training.evaluation.evaluate`.
     """
     metric = one[1].metric
     first, second = (_Judged.by(model, config, split, spec, target_scale, metric) for model, config in (one, other))
-    return _difference(first, second, len(split), seed)
+    return _widened(_difference(first, second, len(split), seed), num_candidates)
 
 
 def compare_outputs(
@@ -79,12 +81,13 @@ def compare_outputs(
     target_scale: Scale,
     own: Own,
     seed: int,
+    num_candidates: int = 1,
 ) -> Difference:
     """As `compare_models`, of outputs for the same `targets` that are known already."""
     first, second = (
         _Judged(outputs, targets, config, spec, target_scale, own, config.metric) for outputs in (one, other)
     )
-    return _difference(first, second, num_examples, seed)
+    return _widened(_difference(first, second, num_examples, seed), num_candidates)
 
 
 def _difference(first: _Judged, second: _Judged, num_examples: int, seed: int) -> Difference:
@@ -154,12 +157,14 @@ def _bootstrapped(value: Callable[[Tensor], float], count: int, seed: int) -> tu
     return low, high
 
 
-def compare_folds(one: Mapping[int, float], other: Mapping[int, float], *, num_folds: int) -> Difference | None:
+def compare_folds(
+    one: Mapping[int, float], other: Mapping[int, float], *, num_folds: int, num_candidates: int = 1
+) -> Difference | None:
     """The mean of `one` less that of `other`, values by fold, over the folds of both, with a 95% interval.
 
     None if they have fewer than two folds in common. The interval is Student's, with the variance enlarged because the
     `num_folds` folds that the examples were divided into share most of their training examples (Nadeau and Bengio,
-    2003, https://doi.org/10.1023/A:1024068626366).
+    2003, https://doi.org/10.1023/A:1024068626366). `num_candidates` are those of `compare_models`.
     """
     from scipy.stats import t  # a second, which a study without folds can do without
 
@@ -169,7 +174,18 @@ def compare_folds(one: Mapping[int, float], other: Mapping[int, float], *, num_f
         return None
     error = stdev(differences) * math.sqrt(1 / count + 1 / (num_folds - 1))
     mean, width = fmean(differences), float(t.ppf(0.975, count - 1)) * error
-    return Difference(mean, mean - width, mean + width)
+    return _widened(Difference(mean, mean - width, mean + width), num_candidates)
+
+
+def _widened(found: Difference, num_candidates: int) -> Difference:
+    """With an interval that holds for whichever of several candidates is the best (Bonferroni, of a normal spread)."""
+    from scipy.stats import norm  # a second, which accuracy can do without
+
+    if num_candidates == 1:
+        return found
+    factor = float(norm.ppf(1 - 0.025 / num_candidates)) / _Z
+    low, high = (found.value + factor * (end - found.value) for end in (found.low, found.high))
+    return Difference(found.value, low, high)
 
 
 def common_folds(one: Mapping[int, float], other: Mapping[int, float]) -> list[int]:
