@@ -113,9 +113,13 @@ def describe_pruning(num_steps: int, of: int, *, folds: bool) -> str:
 
 
 def ranked(records: Iterable[TrialRecord], direction: Direction) -> list[TrialRecord]:
-    """The trials that can be the winner, the best first, the earlier of equals first."""
-    candidates = [record for record in records if record.state in ELIGIBLE and record.value is not None]
-    return sorted(candidates, key=lambda record: (direction.loss(record.value or 0.0), record.number))
+    """The trials that can be the winner, the best first; of equals the one that costs less, then the earlier one."""
+
+    def rank(record: TrialRecord) -> tuple[Any, ...]:
+        costs = tuple(record.costs.values())  # known of complete trials, and with several objectives
+        return direction.loss(record.known_value), not costs, costs, record.number
+
+    return sorted((record for record in records if record.state in ELIGIBLE and record.value is not None), key=rank)
 
 
 def mean_of_finite(values: Iterable[float]) -> float | None:

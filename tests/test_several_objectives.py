@@ -23,7 +23,7 @@ from hpo.config import COSTS, Direction
 from hpo.errors import StudyMismatchError, UsageError
 from hpo.parameters import Choice, Float, Int
 from hpo.plots.study import plot_front
-from hpo.records import pareto_front
+from hpo.records import EndState, pareto_front
 from hpo.search.settings import StudySettings
 from hpo.search.storage import open_storage
 from hpo.search.strategies import STRATEGIES
@@ -67,6 +67,20 @@ def test_the_front_is_what_no_other_trial_beats(points: list[tuple[int, ...]]) -
 @given(st.lists(st.tuples(st.integers(0, 4)), min_size=1, max_size=12))
 def test_with_one_objective_the_front_is_the_best_trial(points: list[tuple[int]]) -> None:
     assert pareto_front(dict(enumerate(points))) == [points.index(min(points))]
+
+
+def test_of_trials_with_the_same_metric_the_one_that_costs_less_wins() -> None:
+    study = Study.open(InMemoryStorage(), "s", SETTINGS)
+    ends: list[tuple[EndState, float | None]] = [("complete", 500.0), ("pruned", None), ("complete", 100.0)]
+    for state, params in ends:
+        number = study.ask().number
+        study.report(number, 1, 0.9)
+        study.tell(number, state, value=0.9, best_epoch=1, costs={"params": params} if params else {})
+
+    best = study.best()
+    assert best is not None
+    assert best.number == 2
+    assert [trial.number for trial in study.front()] == [2]
 
 
 # --- the study --------------------------------------------------------------------------------------------------------

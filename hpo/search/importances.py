@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -198,28 +197,19 @@ def _curves(study: Study, records: Sequence[TrialRecord]) -> list[dict[int, floa
     direction, last = study.settings.direction, study.settings.num_steps
     results = {r.number: direction.loss(r.value) for r in records if r.state in ELIGIBLE and r.value is not None}
     worst = max(results.values(), default=0.0)
-    fold_effects = _fold_effects(records) if study.settings.folds else {}
     num_points = min(_POINTS_OF_A_CURVE, max(1, _MAX_OBSERVATIONS // len(records)))
     curves = []
     for record in records:
         if record.state == "diverged":
             curves.append({last: worst})
         elif study.settings.folds:
-            effect = fmean(fold_effects.get(fold, 0.0) for fold in record.curve) if record.curve else 0.0
-            curves.append({last: results[record.number] - direction.loss(effect)})
+            curves.append({last: results[record.number]})  # of a pruned one the mean that is estimated for all folds
         else:
             # A complete trial that stopped early would not have become better.
             end = last if record.state == "complete" else max(record.curve, default=last)
             losses = {epoch: direction.loss(v) for epoch, v in sorted(record.curve.items()) if math.isfinite(v)}
             curves.append(_earlier_points(losses, end, num_points) | {end: results[record.number]})
     return curves
-
-
-def _fold_effects(records: Sequence[TrialRecord]) -> dict[int, float]:
-    """How far the values of a fold are above the mean over all folds, by complete trials."""
-    complete = [record for record in records if record.state == "complete" and record.value is not None]
-    folds = {fold for record in complete for fold in record.curve}
-    return {fold: fmean(r.curve[fold] - (r.value or 0.0) for r in complete if fold in r.curve) for fold in folds}
 
 
 def _earlier_points(losses: Mapping[int, float], end: int, num_points: int) -> dict[int, float]:
