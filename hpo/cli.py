@@ -602,11 +602,16 @@ def compare(studies: tuple[str, ...], out: Path | None, home: Path | None, stora
     \b
     hpo compare digits digits-tpe
     """
-    from hpo.session.report import compare_studies
+    from hpo.session.report import compare_studies, describe_differences
     from hpo.terminal.tables import print_studies
 
     rows = compare_studies(studies, out, home=home, storage=storage)
-    _print_json(rows) if as_json else print_studies(_console(), rows)
+    if as_json:
+        _print_json(rows)
+        return
+    print_studies(_console(), rows)
+    if note := describe_differences(rows):
+        _console().print(note)
 
 
 @cli.command()

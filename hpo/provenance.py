@@ -83,7 +83,7 @@ class Provenance:
             versions={"python": platform.python_version(), "hpo": __version__, **_installed(_PACKAGES)},
             commit=commit,
             is_dirty=is_dirty,
-            command=shlex.join([Path(sys.argv[0]).name, *_without_secrets(sys.argv[1:])]),
+            command=shlex.join([*_program(), *_without_secrets(sys.argv[1:])]),
             machine=f"{platform.node()}, {platform.system()} {platform.machine()}, {num_cores()} cores",
         )
 
@@ -122,7 +122,7 @@ def require_unchanged(study: Study, now: Provenance, *, accept_changes: bool) ->
 
 
 def record_session(study: Study, now: Provenance, *, accept_changes: bool) -> None:
-    """Add the session to the study's list, unless nothing but the time and the command is new.
+    """Add the session to the study's list, unless nothing but the time is new.
 
     The caller holds the study's lock. Raises StudyMismatchError as `require_unchanged` does.
     """
@@ -153,7 +153,13 @@ def describe(study: Study) -> list[str]:
 
 _SECRET = ("--notify", "--on-best")
 
-_COMPARED = ("data", "sources", "versions", "commit", "is_dirty", "machine")
+_COMPARED = ("data", "sources", "versions", "commit", "is_dirty", "command", "machine")
+
+
+def _program() -> list[str]:
+    """What was run: `hpo`, `python -m hpo`, or a script."""
+    program = Path(sys.argv[0])
+    return ["python", "-m", program.parent.name] if program.name == "__main__.py" else [program.name]
 
 
 def _without_secrets(arguments: Sequence[str]) -> Iterator[str]:

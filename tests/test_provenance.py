@@ -151,6 +151,8 @@ def test_a_session_keeps_its_command_without_passwords(task: Path, monkeypatch: 
     monkeypatch.setattr(sys, "argv", arguments)
     session = Provenance.of_session(load_objective(str(task)), make_dataset())
     assert session.command == "hpo search mine.py --storage 'postgresql+psycopg://me:***@db/hpo'"
+    monkeypatch.setattr(sys, "argv", ["/lib/hpo/__main__.py", "search", "digits"])
+    assert Provenance.of_session(load_objective(str(task)), make_dataset()).command == "python -m hpo search digits"
 
 
 # A study on other data, or with another source.

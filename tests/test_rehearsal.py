@@ -201,7 +201,7 @@ def test_a_search_names_the_extremes_that_break_and_continues(home: Path) -> Non
     run_search(odd(wide, sizes), home=home, trials=1, workers=1, device="cpu", rehearse=True, observer=lines)
     found = "width=300 with batch_size=16 does not fit in memory: trials with these values fail: leave them out with -p"
     assert any(line.startswith(f"warning: rehearsal: {found}") for line in lines.lines), lines.lines
-    reported = Content.of(study(home, "odd"), made_with=[], command=None).findings
+    reported = Content.of(study(home, "odd"), made_with=[], commands=[]).findings
     assert [found in finding.text for finding in reported] == [True]
 
 

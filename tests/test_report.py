@@ -16,11 +16,13 @@ from helpers import studies
 
 from hpo.errors import UnknownNameError, UsageError
 from hpo.parameters import Choice, Float, Int
+from hpo.report.comparison import progress
+from hpo.report.content import Content
 from hpo.search.lease import Session
 from hpo.search.storage import open_storage
 from hpo.search.study import Study
 from hpo.session import report
-from hpo.session.report import compare_studies, write_report
+from hpo.session.report import compare_studies, describe_differences, write_report
 from hpo.space import Group, Space
 
 NASTY = "</script><b>"
@@ -181,12 +183,31 @@ def test_studies_of_one_metric_are_compared(tmp_path: Path) -> None:
     figures, links = read((tmp_path / "both.html").read_text())
     assert [trace["name"] for trace in figures["progress"]["data"]] == ["s", "other"]
     assert links.fetched == []
+    assert "Compare with care: seed differs, so" in (tmp_path / "both.html").read_text()
+    assert describe_differences([rows[0], rows[0]]) is None
     with pytest.raises(UsageError, match="study 's' optimises accuracy and study 'by-f1' f1"):
         compare_studies(["s", "by-f1"], home=tmp_path)
     with pytest.raises(UsageError, match="two studies or more, not 1"):
         compare_studies(["s"], home=tmp_path)
     with pytest.raises(UnknownNameError, match="no study 'ohter'; did you mean 'other'"):
         compare_studies(["s", "ohter"], home=tmp_path)
+
+
+def test_a_trial_that_was_continued_reaches_its_value_when_it_was_continued(tmp_path: Path) -> None:
+    study = Study.open(open_storage(tmp_path), "s", replace(SETTINGS, planned_trials=3))
+    pruned, *others = [study.ask().number for _ in range(3)]
+    for number, value in ((pruned, 0.5), (others[0], 0.7), (others[1], 0.6)):
+        for epoch in (1, 2):
+            study.report(number, epoch, value)
+        study.tell(number, "pruned" if number == pruned else "complete", value=value, best_epoch=1)
+    content = Content.of(study, made_with=[], commands=[])
+    ended = replace(
+        content.trials[pruned], state="complete", value=0.9, curve={1: 0.5, 2: 0.4, 3: 0.9, 4: 0.8}, pruned_after=2
+    )
+
+    found = list(progress(replace(content, trials=[ended, *content.trials[1:]])))
+
+    assert found == [(2, 0.5), (4, 0.7), (6, 0.6), (8, 0.9)]
 
 
 def test_without_plotly_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

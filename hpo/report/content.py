@@ -42,11 +42,11 @@ class Content:
     findings: list[Finding]
     made_with: list[str]
     """Lines about versions, commit and data."""
-    command: str | None
-    """The command line of the first session."""
+    commands: list[str]
+    """The command lines of all sessions, in their order, each once."""
 
     @classmethod
-    def of(cls, study: Study, *, made_with: list[str], command: str | None) -> Content:
+    def of(cls, study: Study, *, made_with: list[str], commands: list[str]) -> Content:
         race, winner = study.race, find_winner(study)
         return cls(
             study=study.name,
@@ -63,7 +63,7 @@ class Content:
             importances=importances(study),
             findings=findings(study),
             made_with=made_with,
-            command=command,
+            commands=commands,
         )
 
     @property

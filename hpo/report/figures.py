@@ -52,13 +52,17 @@ def plot_history(content: Content) -> go.Figure:
 
 
 def plot_front(content: Content) -> go.Figure:
-    """The metric of each complete trial against the first cost, and the Pareto front as a line."""
+    """The metric of each complete trial against the first cost, and the Pareto front: with one cost as a line, with
+    several as points, of which some are there for the sake of another cost."""
     cost = content.settings.costs[0]
     figure = blank(cost, content.settings.metric)
     for trace in _by_state([trial for trial in content.trials if cost in trial.costs], lambda trial: trial.costs[cost]):
         figure.add_trace(trace)
     line = sorted((row[cost], row[content.settings.metric]) for row in content.front)
-    figure.add_trace(_staircase([x for x, _ in line], [y for _, y in line], name="Pareto front"))
+    front = _staircase([x for x, _ in line], [y for _, y in line], name="Pareto front")
+    if len(content.settings.costs) > 1:
+        front.update(mode="markers", marker={"color": GREEN, "size": 14, "symbol": "circle-open", "line": {"width": 2}})
+    figure.add_trace(front)
     return figure
 
 

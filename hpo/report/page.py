@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from plotly.offline import get_plotlyjs
 
 from hpo.parameters import describe_default
-from hpo.records import TrialRecord, count_finished, ranked
+from hpo.records import ELIGIBLE, TrialRecord, count_finished, ranked
 from hpo.report import figures
 from hpo.search.importances import describe_share
 from hpo.search.winner import describe_certainty, describe_comparison, describe_confirmation, describe_training
@@ -119,7 +119,7 @@ def _head(content: Content) -> str:
     settings = content.settings
     finished = count_finished(content.counts)
     states = ", ".join(f"{number} {state}" for state, number in content.counts.items() if number) or "no trial yet"
-    planned = finished * settings.num_steps
+    planned = sum(content.counts[state] for state in (*ELIGIBLE, "diverged")) * settings.num_steps
     steps = "folds" if settings.folds else "epochs"
     saved = [f"{1 - content.num_epochs / planned:.0%} less than {planned}"] if planned > content.num_epochs else []
     saved += [f"{content.num_epochs_repeated} more to confirm"] if content.repeats else []
@@ -301,11 +301,12 @@ def _cut(text: str) -> str:
 
 def _reproduce(content: Content) -> str:
     lines = "".join(f"<p>{escape(line)}</p>" for line in content.made_with)
-    command = f"<pre>{escape(content.command)}</pre>" if content.command else ""
+    commands = "".join(f"<pre>{escape(command)}</pre>" for command in content.commands)
     return (
-        f"{command}<p>Seed {content.settings.seed}; the same command with the same versions, data and number of "
-        f'workers gives the same trials. Load the model: <code>hpo.load_best("{escape(content.study)}")</code></p>'
-        f"{lines}"
+        f"{commands}<p>Seed {content.settings.seed}. With one worker on a CPU, <code>--compile off</code> and no limit "
+        "of time, the same commands with the same versions and data give the same trials; with several workers, or on "
+        "a GPU, trials differ from run to run. Load the model: "
+        f'<code>hpo.load_best("{escape(content.study)}")</code></p>{lines}'
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +67,8 @@ def compare_studies(
 ) -> list[dict[str, Any]]:
     """What several studies came to, a row for each; with `out` also a page with their curves and configurations.
 
-    Raises UsageError if fewer than two are named, or they optimise different metrics.
+    Of a study with folds `epochs` are those folds. Raises UsageError if fewer than two are named, or they optimise
+    different metrics.
     """
     if len(studies) < 2:
         raise UsageError(f"hpo compare needs two studies or more, not {len(studies)}.")
@@ -77,13 +78,23 @@ def compare_studies(
     if len(metrics) > 1:
         (one, first), (other, second), *_ = metrics.items()
         raise UsageError(f"study '{first}' optimises {one} and study '{second}' {other}: name studies of one metric.")
+    rows = [_row(study) for study in loaded]
     if out is not None:
         require_plotly()
         from hpo.report.comparison import draw_comparison
         from hpo.report.content import Content
 
-        _write(out, draw_comparison([_content(study, Content) for study in loaded]))
-    return [_row(study) for study in loaded]
+        _write(out, draw_comparison([_content(study, Content) for study in loaded], describe_differences(rows)))
+    return rows
+
+
+def describe_differences(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """What keeps the scores of these studies from being of the same examples, as rows of `compare_studies` say."""
+    differing = [name for name in ("task", "seed", "folds", "limit") if len({row[name] for row in rows}) > 1]
+    if not differing:
+        return None
+    verb = "differs" if len(differing) == 1 else "differ"
+    return f"Compare with care: {' and '.join(differing)} {verb}, so the validation scores are of other examples."
 
 
 def _row(study: Study) -> dict[str, Any]:
@@ -95,16 +106,18 @@ def _row(study: Study) -> dict[str, Any]:
         "strategy": study.settings.strategy,
         "pruner": study.settings.pruner,
         "seed": study.settings.seed,
+        "folds": study.settings.folds,
+        "limit": study.settings.limit,
         "trials": f"{study.num_finished}/{study.num_trials}",
-        "epochs": sum(len(trial.curve) for trial in study.trials()),
+        "epochs": sum(len(trial.curve) for trial in (*study.trials(), *study.repeats())),
         f"validation {study.settings.metric}": winner and winner.validation,
         f"test {study.settings.metric}": test,
     }
 
 
 def _content(study: Study, content: type[Content]) -> Content:
-    known = sessions(study)
-    return content.of(study, made_with=describe_provenance(study), command=known[0].command if known else None)
+    commands = list(dict.fromkeys(session.command for session in sessions(study)))
+    return content.of(study, made_with=describe_provenance(study), commands=commands)
 
 
 def require_plotly() -> None:
