@@ -30,6 +30,7 @@ from hpo.checks.compatibility import check_task
 from hpo.checks.verdicts import Subject
 from hpo.data.datasets import class_counts
 from hpo.models.preprocessed import build_model
+from hpo.plots.checks import plot_checklist
 from hpo.plugins import OBJECT
 from hpo.task import Task
 from hpo.training.class_metrics import best_thresholds
@@ -191,6 +192,7 @@ def test_the_checklist_finds_nothing_wrong_with_any_kind(name: str) -> None:
     data = load()
     subject = Subject.of(task_of(load, model, loss, metric), split_dataset(data, seed=0), "cpu")
     verdicts = list(whole_list(subject, data.test))
+    assert plot_checklist("made", {verdict.check: verdict.data for verdict in verdicts}).axes
     found = [f"{verdict.check}: {verdict.text}: {verdict.advice}" for verdict in verdicts if verdict.state == "wrong"]
     # Squares of two dozen places repeat each other, and so do short transcriptions.
     assert [line for line in found if not line.startswith("test leak")] == []

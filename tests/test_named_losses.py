@@ -25,6 +25,7 @@ from hpo.config import USUAL
 from hpo.data.batches import build_batches, evaluation_views
 from hpo.data.kinds import KINDS
 from hpo.models.preprocessed import build_model
+from hpo.plots.checks import plot_checklist
 from hpo.plugins import OBJECT
 from hpo.task import Task
 from hpo.training.comparison import compare_models
@@ -249,6 +250,7 @@ def test_the_checklist_finds_nothing_wrong(name: str) -> None:
     task, data = task_of(name)
     subject = Subject.of(task, split_dataset(data, seed=0), "cpu")
     verdicts = list(whole_list(subject, data.test))
+    assert plot_checklist("made", {verdict.check: verdict.data for verdict in verdicts}).axes
     assert [f"{v.check}: {v.text}: {v.advice}" for v in verdicts if v.state == "wrong"] == []
 
 

@@ -18,6 +18,7 @@ from hpo.deploy.load import load_best
 from hpo.models.preprocessed import PreprocessedModel, build_model
 from hpo.models.weighing import Weighing
 from hpo.objective import Own
+from hpo.plots.checks import plot_checklist
 from hpo.plugins import OBJECT
 from hpo.task import Task, check_parameters, check_ranges, load_dataset
 from hpo.training.checkpoint import CheckpointFolder
@@ -177,6 +178,7 @@ def test_the_description_of_the_data_survives_the_file_of_the_splits(tmp_path: P
 def test_the_checklist_finds_nothing_wrong() -> None:
     data = made()
     verdicts = list(whole_list(Subject.of(task_of(), split_dataset(data, seed=0), "cpu"), data.test))
+    assert plot_checklist("made", {verdict.check: verdict.data for verdict in verdicts}).axes
     assert [f"{v.check}: {v.text}: {v.advice}" for v in verdicts if v.state == "wrong"] == []
 
 

@@ -150,7 +150,9 @@ def check_baseline(subject: Subject) -> Verdict:
     if metric is None:
         text = f"{config.metric} {last.value:.3f} after {epochs} of {len(splits.train)} examples; "
         text += f"no baseline is known for targets of the kind {subject.spec.kind}"
-        return Verdict(state="ok", text=text, data={"network": last.value, "epochs": last.epoch})
+        return Verdict(
+            state="ok", text=text, data={"network": last.value, "metric": config.metric, "epochs": last.epoch}
+        )
     network = last.metrics[f"val/{metric}"]
     _, targets = splits.validation.batch(slice(None))
     naive, linear = (

@@ -40,6 +40,13 @@ def _draw_targets(axes: Axes, data: Mapping[str, Any]) -> None:
     if "values" in data:
         axes.hist(data["values"], bins=30, color=BLUE)
         axes.set_xlabel("target")
+    elif "means" in data:
+        numbers = range(len(data["means"]))
+        axes.errorbar(numbers, data["means"], yerr=data["deviations"], fmt="o", color=BLUE, capsize=3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("number of the target")
+        axes.set_ylabel("mean and standard deviation")
+        return
     else:
         axes.bar(range(len(data["counts"])), data["counts"], color=BLUE)
         names, crowded = data["classes"], len("".join(data["classes"])) > 40
@@ -68,12 +75,11 @@ def _draw_baseline(axes: Axes, data: Mapping[str, Any]) -> None:
     if not data:
         say_nothing_to_show(axes, "nothing was measured")
         return
-    scores = {
-        "no network": data["naive"],
-        "linear": data["linear"],
-        f"network,\nepoch {data['epochs']}": data["network"],
-    }
-    bars = axes.bar(list(scores), list(scores.values()), color=(GREY, SKY, BLUE))
+    others = {"no network": ("naive", GREY), "linear": ("linear", SKY)}  # which not every kind of target has
+    scores = {name: (data[key], colour) for name, (key, colour) in others.items() if key in data}
+    scores[f"network,\nepoch {data['epochs']}"] = data["network"], BLUE
+    values, colours = zip(*scores.values(), strict=True)
+    bars = axes.bar(list(scores), values, color=colours)
     axes.bar_label(bars, fmt="%.3f", fontsize=9)
     axes.margins(y=0.1)
     axes.axhline(0, color=GREY, linewidth=0.8)
