@@ -53,6 +53,7 @@ from pathlib import Path
 
 import hpo
 import neighbour
+import torch
 
 with Path(__file__).with_name("runs").open("a") as runs:
     runs.write("x")
@@ -72,13 +73,34 @@ objective = hpo.Objective(
 outcome = hpo.run_search(objective, trials=4, workers=2, home=sys.argv[1])
 assert outcome.is_done
 assert hpo.load_best("scripted", task=objective, home=sys.argv[1]) == {"lr": outcome.winner.configuration["lr"]}
+
+
+def load(data_dir):
+    inputs = torch.arange(80.0)[:, None]
+    return hpo.hold_out(inputs, (inputs[:, 0] > 40).long(), ["low", "high"])
+
+
+def build(spec):
+    return torch.nn.Linear(1, spec.num_outputs)
+
+
+built = hpo.Objective(
+    name="built", description="", load=load, model=build, settings={"max_epochs": 1, "batch_size": 16, "compile": "off"},
+    space=hpo.Space(hpo.Group("all", lr=hpo.Float(0.1, 1.0, default=0.2))),
+)
+hpo.run_search(built, trials=1, workers=1, home=sys.argv[1], device="cpu")
+assert hpo.load_best("built", task=built, home=sys.argv[1]).predict(torch.zeros(1, 1))
 """
 
 
 def test_a_script_without_a_main_guard_searches_once_with_the_modules_beside_it(home: Path, tmp_path: Path) -> None:
     (tmp_path / "neighbour.py").write_text("def value(lr, epoch):\n    return lr * epoch / 10\n")
     (tmp_path / "script.py").write_text(SCRIPT)
-    subprocess.run([sys.executable, tmp_path / "script.py", home], check=True, timeout=PATIENCE_S, cwd=home)
+    ran = subprocess.run(
+        [sys.executable, tmp_path / "script.py", home],
+        check=True, timeout=PATIENCE_S, cwd=home, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "another version" not in ran.stdout + ran.stderr, "nothing was edited since"
     assert (tmp_path / "runs").read_text() == "x"
     assert len(Study.load(open_storage(home), "scripted").trials()) == 4
     with pytest.raises(hpo.UsageError, match=r"made in a script or notebook.*load_best\(\.\.\., task=objective\)"):

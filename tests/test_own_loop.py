@@ -15,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import hpo
 from hpo.cli import cli
@@ -147,6 +148,18 @@ def test_each_trial_ends_as_its_loop_did_and_a_loop_without_model_and_test_is_no
 
 class Killed(BaseException):
     """Stands for the end of a process."""
+
+
+def reads_in_processes(trial: hpo.Trial) -> None:
+    loader = DataLoader(TensorDataset(torch.arange(8.0)), batch_size=4, num_workers=1)
+    trial.report(1, {"accuracy": float(sum(batch.sum() for (batch,) in loader))})
+
+
+def test_a_loop_may_read_its_data_in_processes_of_its_own(home: Path) -> None:
+    objective = loop_objective(reads_in_processes)
+    outcome = hpo.run_search(objective, home=home, trials=1, workers=1)
+    assert outcome.winner is not None
+    assert outcome.winner.validation == 28
 
 
 def loop_objective(train: Callable[[hpo.Trial], None], **fields: Any) -> hpo.Objective:

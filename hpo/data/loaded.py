@@ -76,7 +76,7 @@ class Loaded:
         self, batches: list[list[int]], dataset: Any, *, seed: int, num_workers: int
     ) -> Iterator[tuple[Any, Any]]:
         if num_workers:
-            _allow_children()
+            allow_children()
         loader: DataLoader[Any] = DataLoader(
             _Reader(dataset, seed),
             batch_sampler=batches,
@@ -150,7 +150,7 @@ def _seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def _allow_children() -> None:
+def allow_children() -> None:
     """A trial's process is a daemon, which Python lets have no children. These end by themselves when it is gone: torch
     has them watch it."""
     multiprocessing.current_process()._config.pop("daemon", None)  # type: ignore[attr-defined]

@@ -33,6 +33,9 @@ class Setup:
     import_path: tuple[str, ...] = ()
     """Where what such a task imports is found."""
 
+    sources: dict[str, str] | None = None
+    """Checksums of the source files of such a task, whose script the worker does not run (hpo.sources)."""
+
     splits: Path | None
     """File with the training and the validation split, which the worker maps into memory; None for a task with a
     training loop of its own."""
@@ -75,6 +78,8 @@ class Assignment:
     """Folds of a cross-validation over all examples; None for one training, judged by the validation split."""
     num_examples: int | None = None
     """Training examples to use, the first ones; None for all: a rehearsal takes a few."""
+    sources: dict[str, str] | None = None
+    """Those of the worker's `Setup`."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"folder": str(self.folder)}

@@ -9,6 +9,7 @@ import cloudpickle
 
 from hpo.errors import UsageError, in_one_line
 from hpo.plugins import OBJECT
+from hpo.sources import source_checksums
 
 if TYPE_CHECKING:
     from hpo.task import Task
@@ -28,4 +29,5 @@ def task_code(task: Task) -> dict[str, Any]:
             f"task '{task.objective.name}' cannot be sent to the workers: {in_one_line(error)}; make such objects "
             "inside its functions, or move it to a FILE.py."
         ) from error
-    return {"task_reference": OBJECT, "objective": pickled, "import_path": tuple(sys.path)}
+    sources = source_checksums(task.objective)
+    return {"task_reference": OBJECT, "objective": pickled, "import_path": tuple(sys.path), "sources": sources}

@@ -96,7 +96,8 @@ def serve(connection: Connection, setup: Setup, followers: Sequence[Connection] 
         line.say(WorkerUnfit(str(error)))
         return
     line.say(Alive())  # whoever dies from here on dies of its trial
-    for assignment in line.assignments():
+    for given in line.assignments():
+        assignment = replace(given, sources=setup.sources)
         others.tell({"assignment": assignment.to_dict()})
         try:
             done = _run(assignment, objective, data, report, ranks)
@@ -155,7 +156,13 @@ def _run_own_loop(assignment: Assignment, objective: Objective, report: Callable
         return decision is Decision.CONTINUE
 
     trial = RunningTrial(
-        objective, assignment.number, assignment.model_parameters, assignment.config, assignment.folder, continues
+        objective,
+        assignment.number,
+        assignment.model_parameters,
+        assignment.config,
+        assignment.folder,
+        continues,
+        sources=assignment.sources,
     )
     run_loop(trial)
     return TrialDone(has_weights=decision is not Decision.LEAVE and trial.conclude())
@@ -402,6 +409,6 @@ def _save(
         config=assignment.config,
         best_epoch=best_epoch,
         best_value=best_value,
-        sources=source_checksums(objective),
+        sources=assignment.sources or source_checksums(objective),
         weights_sha256=save_weights(model.state_dict(), assignment.folder / BEST_WEIGHTS),
     ).write(assignment.folder)

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from hpo.data.loaded import allow_children
 from hpo.errors import CheckpointError, UsageError, in_one_line
 from hpo.files import write_atomically
 from hpo.objective import METRIC_CHARACTERS, METRIC_NAME
@@ -50,6 +51,7 @@ def run_loop(trial: RunningTrial) -> None:
     """
     assert trial.objective.train is not None, "the task has a loop of its own"
     seed_everything(trial.seed)
+    allow_children()
     if trial.repeat_last_result():
         trial.objective.train(trial)
     if not trial.is_stopped:
@@ -101,8 +103,13 @@ class RunningTrial(Trial):
         config: TrainConfig,
         folder: Path,
         report: Callable[[EpochResult], bool],
+        *,
+        sources: dict[str, str] | None = None,
     ) -> None:
-        """`folder` may hold files of an earlier attempt; `report` takes each result and returns whether to continue."""
+        """`folder` may hold files of an earlier attempt; `report` takes each result and returns whether to continue.
+
+        `sources` are the checksums of the task's source files, if this process cannot tell them.
+        """
         files = folder / "files"
         files.mkdir(parents=True, exist_ok=True)
         super().__init__(
@@ -114,6 +121,7 @@ class RunningTrial(Trial):
             folder=files,
         )
         self.objective = objective
+        self._sources = sources
         self.is_stopped = False
         """Whether `report` has said so."""
         self._config = config
@@ -296,7 +304,7 @@ class RunningTrial(Trial):
             best_epoch=result.best_epoch,
             best_value=result.best_value,
             weights_sha256=sha256,
-            sources=source_checksums(self.objective),
+            sources=self._sources or source_checksums(self.objective),
         ).write(folder)
         return sha256 is not None
 
