@@ -13,11 +13,21 @@ if TYPE_CHECKING:
 
 
 def load(
-    data_dir: Path, *, label: str, kind: str = "auto", ignore: str = "", categories: str = "", rare: str = "refuse"
+    data_dir: Path,
+    *,
+    label: str,
+    kind: str = "auto",
+    ignore: str = "",
+    categories: str = "",
+    rare: str = "refuse",
+    group: str = "",
+    order: str = "",
 ) -> Dataset:
     from hpo import load_table
 
-    return load_table(data_dir, label=label, kind=kind, ignore=ignore, categories=categories, rare=rare)
+    return load_table(
+        data_dir, label=label, kind=kind, ignore=ignore, categories=categories, rare=rare, group=group, order=order
+    )
 
 
 objective = Objective(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from helpers.data import LR_SPACE
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from hpo.data.datasets import hold_out, split_dataset
+import hpo
+from hpo.data.datasets import all_examples, folds, hold_out, load_splits, save_splits, split_dataset
 from hpo.data.examples import Dataset, SealedSplit, Split
-from hpo.errors import UsageError
+from hpo.errors import DataError, UsageError
 
 
 def classified(counts: list[int]) -> Dataset:
@@ -127,6 +133,89 @@ def test_what_is_held_out_is_stratified_and_sealed() -> None:
     assert test.targets.bincount().tolist() == [4, 6]
     assert sorted(positions(dataset.train) + positions(test)) == list(range(100))
     assert dataset.test.times_opened == 1
+
+
+def grouped(groups: list[int] | list[str], labels: Tensor) -> Dataset:
+    inputs = torch.arange(len(labels), dtype=torch.float32)[:, None]
+    return hold_out(inputs, labels, ["a", "b"], groups=groups)
+
+
+@given(sizes=st.lists(st.integers(1, 12), min_size=20, max_size=60), seed=st.integers(0, 2**31))
+def test_groups_are_divided_between_no_two_splits_or_folds_and_keep_size_and_classes(
+    sizes: list[int], seed: int
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    of_example = [number for number, size in enumerate(sizes) for _ in range(size)]
+    labels = (torch.rand(len(of_example), generator=draw) < 0.4).long()
+    labels[:2] = torch.tensor([0, 1])
+    names = [f"patient {number}" for number in of_example]
+    dataset = grouped(names, labels)
+    splits = split_dataset(dataset, seed=seed)
+
+    def group_of(split: Split) -> set[int]:
+        return {of_example[position] for position in positions(split)}
+
+    parts = [dataset.test.open(), splits.validation, splits.train]
+    assert sorted(position for part in parts for position in positions(part)) == list(range(len(names)))
+    assert sum(len(group_of(part)) for part in parts) == len(sizes), "no group is in two of them"
+    for part, share in zip(parts[:2], (0.2, 0.16), strict=True):
+        assert abs(len(part) - share * len(names)) <= max(sizes)
+
+    each = list(folds(splits, 4))
+    assert [len(group_of(fold.train) & group_of(fold.validation)) for fold in each] == [0] * 4
+    assert sorted(n for fold in each for n in positions(fold.validation)) == sorted(positions(all_examples(splits)))
+    ideal = len(all_examples(splits)) / 4
+    assert max(abs(len(fold.validation) - ideal) for fold in each) <= max(sizes) + 1
+
+
+def test_groups_survive_the_file_of_the_splits_and_balance_the_classes(tmp_path: Path) -> None:
+    labels = torch.arange(200) // 100  # the first groups have one class, the others the other one
+    splits = split_dataset(grouped([number // 5 for number in range(200)], labels), seed=0)
+    assert splits.validation.targets.bincount().tolist() == [15, 15]
+    save_splits(splits, tmp_path / "splits")
+    kept = load_splits(tmp_path / "splits")
+    assert kept.groups is not None
+    assert torch.equal(kept.groups, splits.groups)
+    assert [fold.validation.targets.bincount().tolist() for fold in folds(kept, 4)] == [[20, 20]] * 4
+
+
+def test_of_ordered_examples_the_last_ones_are_tested_and_before_them_the_last_ones_validated() -> None:
+    whole = classified([50, 50])
+    dataset = hold_out(whole.train.inputs, torch.rand(100), is_ordered=True)
+    splits, few = split_dataset(dataset, seed=7), split_dataset(dataset, seed=7, limit=20)
+    assert positions(dataset.test.open()) == list(range(80, 100))
+    assert (positions(splits.train), positions(splits.validation)) == (list(range(64)), list(range(64, 80)))
+    assert (positions(few.train), positions(few.validation)) == (list(range(60, 76)), list(range(76, 80)))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"groups": [0, 1]}, r"groups must have one entry for each of the 100 examples, not \(2,\)"),
+        ({"groups": [0] * 100, "is_ordered": True}, "give groups or is_ordered"),
+        ({"groups": [0] * 100}, "the 100 examples are all of one group, so there is nothing to validate on"),
+    ],
+)
+def test_groups_that_divide_nothing_are_refused(options: dict[str, Any], told: str) -> None:
+    whole = classified([50, 50]).train
+    with pytest.raises((DataError, UsageError), match=told):
+        hold_out(whole.inputs, whole.targets, ["a", "b"], **options)
+
+
+def test_folds_of_too_few_groups_and_of_ordered_examples_are_refused(home: Path) -> None:
+    def search(**divided: Any) -> None:
+        inputs, targets = torch.randn(60, 2), torch.arange(60) % 2
+
+        def load(data_dir: Path | None) -> Dataset:
+            return hold_out(inputs, targets, ["a", "b"], **divided)
+
+        objective = hpo.Objective(name="x", description="", load=load, model=hpo.mlp, space=LR_SPACE)
+        hpo.run_search(objective, trials=1, folds=4, home=home, device="cpu")
+
+    with pytest.raises(UsageError, match="--folds 4 is not allowed: the examples are of only 3 groups"):
+        search(groups=[number % 4 for number in range(60)])
+    with pytest.raises(UsageError, match="--folds 4 is not possible: the examples are in the order of time"):
+        search(is_ordered=True)
 
 
 def test_the_same_examples_are_held_out_for_ever() -> None:

@@ -85,7 +85,8 @@ def build(spec):
 
 
 built = hpo.Objective(
-    name="built", description="", load=load, model=build, settings={"max_epochs": 1, "batch_size": 16, "compile": "off"},
+    name="built", description="", load=load, model=build,
+    settings={"max_epochs": 1, "batch_size": 16, "compile": "off"},
     space=hpo.Space(hpo.Group("all", lr=hpo.Float(0.1, 1.0, default=0.2))),
 )
 hpo.run_search(built, trials=1, workers=1, home=sys.argv[1], device="cpu")

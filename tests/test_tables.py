@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 import sys
@@ -22,6 +23,7 @@ from sklearn.metrics import r2_score
 from hpo import DataSpec, HpoError, hold_out, load_best, load_table, run_search, split_dataset
 from hpo.checks.table_models import BOOSTED, LINEAR, is_table, table_scores
 from hpo.cli import cli
+from hpo.data.examples import Split
 from hpo.data.fingerprint import data_fingerprint
 from hpo.data.labels import read_labels
 from hpo.data.parts import named_parts
@@ -138,6 +140,31 @@ def test_a_search_tells_what_other_models_reach_and_its_model_takes_rows_as_they
     assert all(50 < value < 350 for value in model.predict(unknown))
     with pytest.raises(HpoError, match="the rows lack the column 'bmi'; the model takes sex, bmi, s1"):
         model.predict(shuffled.drop(columns="bmi"))
+
+
+def test_rows_of_a_group_stay_together_and_an_order_puts_the_last_rows_into_validation_and_test(tmp_path: Path) -> None:
+    frame = diabetes()
+    frame["clinic"] = np.arange(len(frame)) % 30
+    frame["seen"] = pd.Timestamp("2024-06-01") - pd.to_timedelta(np.arange(len(frame)), unit="D")  # the newest first
+    path = written(frame, tmp_path / "patients.csv")
+
+    dataset = load_table(path, label="target", group="clinic")
+    splits = split_dataset(dataset, seed=0)
+    preprocessing = splits.spec.preprocessing
+    assert isinstance(preprocessing, TablePreprocessing)
+    assert "clinic" in preprocessing.left_out
+    clinics = {value: set(rows["clinic"]) for value, rows in frame.groupby("target")}
+
+    def of(split: Split) -> set[int]:
+        return set.union(*(clinics[value] for value in split.targets.tolist() if len(clinics[value]) == 1))
+
+    parts = [of(part) for part in (splits.train, splits.validation, dataset.test.open())]
+    assert [len(one & other) for one, other in itertools.combinations(parts, 2)] == [0, 0, 0]
+
+    ordered = load_table(path, label="target", order="seen")
+    assert ordered.test.open().targets.tolist() == frame["target"].iloc[88::-1].tolist()
+    with pytest.raises(DataError, match="column 'sex' has values that are neither numbers nor dates, such as 'male'"):
+        load_table(written(messy(), tmp_path / "messy.csv"), label="target", order="sex")
 
 
 def test_the_models_that_are_no_networks_are_scikit_learns_on_the_same_splits(tmp_path: Path) -> None:

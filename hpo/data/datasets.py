@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hpo.config import derive_seed
 from hpo.data.conversion import TargetConversion
-from hpo.data.examples import Dataset, DataSpec, SealedSplit, Split, Vocabulary, converted
+from hpo.data.examples import Dataset, DataSpec, Groups, SealedSplit, Split, Vocabulary, converted
 from hpo.data.kinds import strata
 from hpo.data.loaded import Loaded
 from hpo.data.mapped import MappedImages
@@ -48,6 +48,8 @@ class Splits:
     train: Split
     validation: Split
     spec: DataSpec
+    groups: Tensor | None = None
+    """The group of each example, in the order of `all_examples`, int64; None where each stands for itself."""
 
     @property
     def num_bytes(self) -> int:
@@ -65,7 +67,7 @@ def save_splits(splits: Splits, path: Path) -> None:
     try:
         with unfinished.open("wb") as file:
             tensors = {name: _to_plain(getattr(splits, name)) for name in ("train", "validation")}
-            torch.save({**tensors, "spec": splits.spec.to_dict()}, file)
+            torch.save({**tensors, "spec": splits.spec.to_dict(), "groups": splits.groups}, file)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -78,7 +80,7 @@ def load_splits(path: Path) -> Splits:
     """
     saved = torch.load(path, mmap=True, weights_only=True)
     train, validation = (_from_plain(saved[name]) for name in ("train", "validation"))
-    return Splits(train, validation, DataSpec.from_dict(saved["spec"]))
+    return Splits(train, validation, DataSpec.from_dict(saved["spec"]), saved["groups"])
 
 
 def _to_plain(split: Split) -> dict[str, Any]:
@@ -121,8 +123,9 @@ def split_dataset(
     """Divide the training examples into those that are trained on and those that are validated on.
 
     Seeded, and stratified by class, or by the rarest of several labels; the size of the validation split is rounded up.
-    `limit` keeps that many of all examples, and a larger limit keeps them too. The test split stays sealed. Raises
-    UsageError if the examples do not suffice.
+    Groups stay whole, so the size is only near to that, and of ordered examples the last ones are validated on.
+    `limit` keeps that many of all examples (of ordered ones the last), and a larger limit keeps them too. The test
+    split stays sealed. Raises UsageError if the examples do not suffice.
     """
     if not 0 < validation_fraction < 1:
         raise UsageError(f"validation_fraction={validation_fraction} is not allowed: it must be between 0 and 1.")
@@ -132,13 +135,57 @@ def split_dataset(
         )
     spec = dataset.spec
     dataset.train.require_sound(spec)
-    kept = _stratified_order(dataset.train, spec.kind, len(spec.classes), derive_seed(seed, "split"))[:limit]
-    num_validation = math.ceil(len(kept) * validation_fraction)
-    train, validation = _select(dataset.train, kept[num_validation:]), _select(dataset.train, kept[:num_validation])
+    kept, of_validation = _divided(dataset, validation_fraction, derive_seed(seed, "split"), limit)
+    train, validation = (_select(dataset.train, kept[chosen]) for chosen in (~of_validation, of_validation))
     if isinstance(train.inputs, MappedImages) and len(kept) * train.inputs[:1].nbytes <= MEMORY_SHARE * memory_bytes():
         train, validation = train.in_memory(), validation.in_memory()
     _require_examples(train, validation, spec)
-    return Splits(*dataset.encoded(train, validation))
+    ordered = torch.from_numpy(np.concatenate((kept[of_validation], kept[~of_validation])))
+    groups = None if dataset.groups is None else torch.as_tensor(dataset.groups)[ordered]
+    return Splits(*dataset.encoded(train, validation), groups)
+
+
+def _divided(dataset: Dataset, fraction: float, seed: int, limit: int | None) -> tuple[Indices, NDArray[np.bool_]]:
+    """The examples that are kept, by row, and which of them are validated on."""
+    spec, num_classes = dataset.spec, len(dataset.spec.classes)
+    if dataset.is_ordered:
+        kept = np.arange(len(dataset.train))[-limit if limit else 0 :]
+        return kept, np.arange(len(kept)) >= len(kept) - math.ceil(len(kept) * fraction)
+    kept = _stratified_order(dataset.train, spec.kind, num_classes, seed)
+    if dataset.groups is None:
+        kept = kept[:limit]
+        return kept, np.arange(len(kept)) < math.ceil(len(kept) * fraction)
+    groups = np.asarray(dataset.groups)
+    _, first = np.unique(groups[kept], return_index=True)  # where each group begins in that order
+    kept = kept[np.argsort(first[groups[kept]], kind="stable")][:limit]
+    labels = strata(spec.kind, dataset.train.targets, num_classes)
+    parts = group_parts(groups[kept], None if labels is None else labels[kept], max(2, round(1 / fraction)))
+    sizes = np.bincount(parts)
+    if len(sizes) < 2:
+        raise UsageError(f"the {len(kept)} examples are all of one group, so there is nothing to validate on.")
+    return kept, parts == np.abs(sizes - fraction * len(kept)).argmin()
+
+
+def group_parts(groups: NDArray[Any], labels: NDArray[Any] | None, num_parts: int) -> Indices:
+    """A part for each example, from 0 on, at most `num_parts`.
+
+    Groups stay whole, and the parts are alike in size and labels, as far as the groups allow. The largest group comes
+    first, and each goes where least is yet of what it has. Of equal ones the first comes first.
+    """
+    names, first, of_group = np.unique(groups, return_index=True, return_inverse=True)
+    of_label = np.zeros(len(groups), dtype=np.int64) if labels is None else np.unique(labels, return_inverse=True)[1]
+    num_labels = int(of_label.max()) + 1
+    counts = np.zeros((len(names), num_labels + 1))
+    np.add.at(counts, (of_group, of_label), 1)
+    counts[:, -1] = counts.sum(1)
+    weights = counts / counts.sum(0) ** 2
+    weights[:, -1] *= num_labels  # the size counts as much as all labels together
+    sums, chosen = np.zeros((min(num_parts, len(names)), num_labels + 1)), np.empty(len(names), dtype=np.int64)
+    for group in np.lexsort((first, -counts[:, -1])):
+        chosen[group] = (sums @ weights[group]).argmin()
+        sums[chosen[group]] += counts[group]
+    parts: Indices = chosen[of_group]
+    return parts
 
 
 def all_examples(splits: Splits) -> Split:
@@ -153,9 +200,17 @@ def all_examples(splits: Splits) -> Split:
 def folds(splits: Splits, num_folds: int) -> Iterator[Splits]:
     """All examples of `splits` divided again for a cross-validation: each is validated on in one fold.
 
-    The folds are of the same size, up to one example, and hold the classes in proportion.
+    The folds are of the same size, up to one example, and hold the classes in proportion. Groups stay whole, and the
+    folds are then only about as large.
     """
     examples = all_examples(splits)
+    if splits.groups is not None:
+        labels = strata(splits.spec.kind, examples.targets, len(splits.spec.classes))
+        parts = group_parts(splits.groups.numpy(), labels, num_folds)
+        for part in range(num_folds):
+            of_fold, others = np.flatnonzero(parts == part), np.flatnonzero(parts != part)
+            yield Splits(_select(examples, others), _select(examples, of_fold), splits.spec)
+        return
     ends = [len(examples) * number // num_folds for number in range(num_folds + 1)]
     for begin, end in pairwise(ends):
         left_out = np.arange(begin, end)
@@ -163,8 +218,10 @@ def folds(splits: Splits, num_folds: int) -> Iterator[Splits]:
         yield Splits(_select(examples, others), _select(examples, left_out), splits.spec)
 
 
-def check_folds(examples: Split, spec: DataSpec, num_folds: int) -> None:
-    """Raise UsageError if there are too few examples, of a class perhaps, for each fold to have one."""
+def check_folds(examples: Split, spec: DataSpec, num_folds: int, groups: Tensor | None = None) -> None:
+    """Raise UsageError if there are too few examples, of a class perhaps, or groups for each fold to have one."""
+    if groups is not None and (num_groups := len(set(groups.tolist()))) < num_folds:
+        raise UsageError(f"--folds {num_folds} is not allowed: the examples are of only {num_groups} groups.")
     counts = class_counts(examples, spec)
     for name, count in {"": len(examples), **counts}.items():
         if count < num_folds:
@@ -183,12 +240,14 @@ def hold_out(
     vocabulary: Vocabulary | Mapping[str, Vocabulary] | None = None,
     normalise: bool | Mapping[str, bool] = True,
     raw: RawExamples | None = None,
+    groups: Groups | None = None,
+    is_ordered: bool = False,
 ) -> Dataset:
     """A data set whose test split is taken out of its own examples, for data that come without an official one.
 
-    Stratified by class, or by the rarest of several labels; the other arguments are those of `Dataset`. The same
-    examples are held out for ever: a study's seed has no part in it. With a `kind` of "instances" and no targets each
-    example is numbered.
+    Stratified by class, or by the rarest of several labels; groups stay whole, and of ordered examples the last ones
+    are held out. The other arguments are those of `Dataset`. The same examples are held out for ever: a study's seed
+    has no part in it. With a `kind` of "instances" and no targets each example is numbered.
     """
     whole = Split(inputs, targets)
     if not isinstance(inputs, Loaded):
@@ -205,14 +264,16 @@ def hold_out(
     }
     spec = Dataset(whole, SealedSplit(lambda: whole, 0), **given).spec
     whole.require_sound(spec)
-    order = _stratified_order(whole, spec.kind, len(spec.classes), seed)
-    num_test = math.ceil(len(whole) * test_fraction)
-    test = _select(whole, order[:num_test])
+    undivided = Dataset(whole, SealedSplit(lambda: whole, 0), **given, groups=groups, is_ordered=is_ordered)
+    order, is_held_out = _divided(undivided, test_fraction, seed, None)
+    rest, test = order[~is_held_out], _select(whole, order[is_held_out])
     if vocabulary is None and raw is None:  # of the test split nothing is to be known but this
         given["vocabulary"] = {
             name: each.categories or each.vocabulary for name, each in spec.input_specs.items() if each.vocabulary
         }
-    return Dataset(_select(whole, order[num_test:]), SealedSplit(lambda: test, num_test), **given)
+    of_rest = None if undivided.groups is None else np.asarray(undivided.groups)[rest]
+    test_split = SealedSplit(lambda: test, len(test))
+    return Dataset(_select(whole, rest), test_split, **given, groups=of_rest, is_ordered=is_ordered)
 
 
 def class_counts(split: Split, spec: DataSpec) -> dict[str, int]:

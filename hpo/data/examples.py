@@ -44,6 +44,9 @@ SAMPLE_SIZE = 256
 Vocabulary = int | tuple[int, ...]
 """How many different integers there are, or how many in each column."""
 
+Groups = Tensor | np.ndarray[Any, Any] | Sequence[Any]
+"""A name or a number for each example."""
+
 
 @dataclass(frozen=True)
 class Split:
@@ -291,8 +294,21 @@ class Dataset:
     """Rows of a table or texts as they came; the inputs are then row numbers, until the examples are divided and
     `encoded` makes tensors of them."""
 
+    groups: Groups | None = None
+    """(N,) names or numbers: training examples with the same one belong together, as those of a patient do. None of
+    them is validated on while others are trained on. Becomes int64."""
+
+    is_ordered: bool = False
+    """Whether the training examples are in the order of time: the last fifth of them is then validated on."""
+
     def __post_init__(self) -> None:
-        if not isinstance(self.train, Split) or isinstance(self.train.inputs, Loaded):
+        if not isinstance(self.train, Split):
+            return
+        if self.groups is not None:
+            object.__setattr__(self, "groups", numbered_groups(self.groups, len(self.train)))
+            if self.is_ordered:
+                raise DataError("examples cannot be divided by groups and by time: give groups or is_ordered.")
+        if isinstance(self.train.inputs, Loaded):
             return
         convert = TargetConversion.of(self.train.targets, self.classes, self.kind)
         train = converted(self.train, convert)
@@ -310,7 +326,7 @@ class Dataset:
         assert isinstance(train.inputs, Tensor), "they are row numbers"
         preprocessing = self.raw.fit(train.inputs)
         train, validation = (self._encode(split, preprocessing) for split in (train, validation))
-        spec = replace(self, train=train, vocabulary=preprocessing.vocabulary, raw=None).spec
+        spec = replace(self, train=train, vocabulary=preprocessing.vocabulary, raw=None, groups=None).spec
         return train, validation, replace(spec, preprocessing=preprocessing)
 
     def test_for(self, spec: DataSpec) -> SealedSplit:
@@ -355,7 +371,7 @@ class Dataset:
         """What some examples of a torch Dataset say of all. Raises DataError for ids without a vocabulary."""
         kind = self.kind or ("own" if self.train.targets is None else None)
         sample = self.train.select(slice(0, SAMPLE_SIZE)).in_memory()
-        spec = replace(self, train=sample, kind=kind).spec
+        spec = replace(self, train=sample, kind=kind, groups=None).spec
         for name, each in spec.input_specs.items():
             if each.vocabulary is not None and _for_input(self.vocabulary, name) is None:
                 raise DataError(
@@ -416,6 +432,14 @@ def _require_rows(split: Split) -> None:
     for name, other in others:
         if len(other) != len(part):
             raise DataError(f"the data have {len(part)} {first} for {len(other)} {name}.")
+
+
+def numbered_groups(groups: Groups, num_examples: int) -> Tensor:
+    """The number of each example's group, (N,) int64. Raises DataError if there is not one for each example."""
+    known = np.asarray(groups)
+    if known.shape != (num_examples,):
+        raise DataError(f"groups must have one entry for each of the {num_examples} examples, not {known.shape}.")
+    return torch.from_numpy(np.unique(known, return_inverse=True)[1].reshape(-1).astype(np.int64))
 
 
 def _for_input(given: Any, name: str, default: Any = None) -> Any:

@@ -46,6 +46,10 @@ def data_fingerprint(dataset: Dataset) -> str:
     for part in inputs.values():
         bytes_per_example = part.nbytes // len(part)
         _read(digest.update, part, _rows(len(part), bytes_per_example * len(inputs)))
+    if dataset.groups is not None:
+        digest.update(torch.as_tensor(dataset.groups).numpy().tobytes())
+    if dataset.is_ordered:
+        digest.update(b"ordered")
     if dataset.raw is not None and isinstance(train.inputs, torch.Tensor):
         for content in dataset.raw.content(train.inputs):
             digest.update(content)

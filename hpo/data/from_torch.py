@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hpo.data.datasets import hold_out
-from hpo.data.examples import Dataset, SealedSplit, Split, Vocabulary
+from hpo.data.examples import Dataset, Groups, SealedSplit, Split, Vocabulary
 from hpo.data.loaded import Loaded, Source, make_source, read_targets
 from hpo.errors import DataError, in_one_line
 
@@ -33,6 +33,8 @@ def from_torch(
     num_workers: int = 2,
     vocabulary: Vocabulary | Mapping[str, Vocabulary] | None = None,
     normalise: bool | Mapping[str, bool] = True,
+    groups: Groups | None = None,
+    is_ordered: bool = False,
 ) -> Dataset:
     """The examples of a `torch.utils.data.Dataset` that returns (inputs, target) by index.
 
@@ -47,6 +49,7 @@ def from_torch(
     """
     source, rows = make_source(train, train if evaluation is None else evaluation, collate_fn, num_workers)
     given: dict[str, Any] = {"classes": tuple(classes), "kind": kind, "vocabulary": vocabulary, "normalise": normalise}
+    given |= {"groups": groups, "is_ordered": is_ordered}
     known = _targets(source, len(rows), targets, kind, classes)
     if test is None:
         return hold_out(Loaded(source, rows), known, **given)

@@ -141,32 +141,78 @@ class TablePreprocessing(Preprocessing):
 
 
 def load_table(
-    data_dir: Path, *, label: str, kind: str = "auto", ignore: str = "", categories: str = "", rare: str = "refuse"
+    data_dir: Path,
+    *,
+    label: str,
+    kind: str = "auto",
+    ignore: str = "",
+    categories: str = "",
+    rare: str = "refuse",
+    group: str = "",
+    order: str = "",
 ) -> Dataset:
     """The rows of a CSV or Parquet file, or of `train` and `test` in a folder; without a test file a fifth is held out.
 
     `label` names the column to predict: a class, or a number; `kind` ("class", "number") overrides what its values look
     like. `ignore` and `categories` name columns, separated by commas, that are left out and that are categories
-    although they look like numbers. `rare` says what becomes of classes with one or two rows: "refuse", "train" (only
-    train on them) or "drop". Raises DataError or UnknownNameError for what cannot be learned.
+    although they look like numbers. Rows with the same value in the column `group`, such as those of a patient, are
+    not divided, and the network does not get that column. By the column `order`, of numbers or dates, rows are sorted,
+    and the last ones are validated on and tested. `rare` says what becomes of classes with one or two rows: "refuse",
+    "train" (only train on them) or "drop". Raises DataError or UnknownNameError for what cannot be learned.
     """
     file, test_file = find_tables(data_dir, "table")
     ignored, named = split_names(ignore), split_names(categories)
     frame = _labelled(read_rows(file), file, label)
-    require_columns(frame, ignored, "ignore", file)
-    require_columns(frame, named, "categories", file)
+    for names, option in ((ignored, "ignore"), (named, "categories"), ([group], "group"), ([order], "order")):
+        require_columns(frame, [name for name in names if name], option, file)
+    if order:
+        frame = _sorted_by(order, frame, file)
     test = _labelled(read_rows(test_file), test_file, label) if test_file else None
     together = frame if test is None else _joined(frame, test, file)
     labels = read_labels(together[label], f"column '{label}'", kind, "label", rare)
     together, num_train = kept_rows(together, labels.kept, len(frame))
     fit = partial(
-        TablePreprocessing.fit, label=label, ignore=ignored, categories=named, described=f"{label}: {labels.described}"
+        TablePreprocessing.fit,
+        label=label,
+        ignore=[*ignored, group],
+        categories=named,
+        described=f"{label}: {labels.described}",
     )
     raw, rows = RawExamples(together, fit), torch.arange(len(together))
+    divided: dict[str, Any] = {"raw": raw, "is_ordered": bool(order)}
+    if group:
+        divided["groups"] = _groups(together[group])[:num_train]
     if test is None:
-        return hold_out(rows, labels.targets, labels.classes, raw=raw)
+        return hold_out(rows, labels.targets, labels.classes, **divided)
     train, tested = (Split(rows[part], labels.targets[part]) for part in (slice(num_train), slice(num_train, None)))
-    return Dataset(train, SealedSplit(lambda: tested, len(tested)), labels.classes, raw=raw)
+    return Dataset(train, SealedSplit(lambda: tested, len(tested)), labels.classes, **divided)
+
+
+def _groups(values: pd.Series) -> list[str]:
+    """The name of each row's group; a row without one is a group of its own."""
+    import pandas as pd
+
+    names = category_texts(values)
+    alone = pd.Series([f"row {row}" for row in range(len(names))], index=names.index)
+    found: list[str] = names.where(names.notna(), alone).tolist()
+    return found
+
+
+def _sorted_by(name: str, frame: pd.DataFrame, file: Path) -> pd.DataFrame:
+    """The rows in the order of a column of numbers or dates. Raises DataError for one of something else."""
+    known = texts(frame[name])
+    if known.isna().any():
+        raise DataError(f"{file}: {int(known.isna().sum())} rows have no value in '{name}', by which they are ordered.")
+    values = numbers(known)
+    if np.isnan(values).any():
+        of_dates = days(known)
+        if of_dates is None:
+            raise DataError(
+                f"{file}: column '{name}' has values that are neither numbers nor dates, such as '{known.iloc[0]}'; "
+                "write dates as 2026-01-31."
+            )
+        values = of_dates
+    return frame.iloc[np.argsort(values, kind="stable")].reset_index(drop=True)
 
 
 def _labelled(frame: pd.DataFrame, file: Path, label: str) -> pd.DataFrame:

@@ -103,12 +103,17 @@ def read_data(request: Request, observer: Observer | None = None) -> Dataset | N
 def split(dataset: Dataset, request: Request) -> Splits:
     """The data as the study divides them. Raises UsageError if the examples do not suffice."""
     settings = request.settings
+    if settings.folds and dataset.is_ordered:
+        raise UsageError(
+            f"--folds {settings.folds} is not possible: the examples are in the order of time, and most folds would be "
+            "judged by what came before; leave --folds out, and the last fifth is validated on."
+        )
     if settings.folds:
         check_folds(dataset.train, dataset.spec, settings.folds)
     fraction = 1 / settings.folds if settings.folds else VALIDATION_FRACTION
     splits = split_dataset(dataset, validation_fraction=fraction, seed=settings.seed, limit=settings.limit)
-    if settings.folds:  # with --limit there are fewer
-        check_folds(all_examples(splits), splits.spec, settings.folds)
+    if settings.folds:  # with --limit there are fewer, and only here the groups are known
+        check_folds(all_examples(splits), splits.spec, settings.folds, splits.groups)
     return splits
 
 
