@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,26 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional
 
-from hpo import Dataset, DataSpec, Objective, TrainConfig, hold_out, mlp, split_dataset
+from hpo import (
+    Choice,
+    Dataset,
+    DataSpec,
+    Float,
+    Group,
+    Objective,
+    Space,
+    TrainConfig,
+    hold_out,
+    mlp,
+    split_dataset,
+)
 from hpo.checks.checklist import whole_list
 from hpo.checks.compatibility import check_task
 from hpo.checks.verdicts import Subject
 from hpo.config import USUAL
 from hpo.data.batches import build_batches, evaluation_views
 from hpo.data.kinds import KINDS
+from hpo.errors import SpaceError
 from hpo.models.preprocessed import build_model
 from hpo.plots.checks import plot_checklist
 from hpo.plugins import OBJECT
@@ -243,6 +257,27 @@ def test_the_inputs_of_the_groups_say_little_by_themselves() -> None:
     metrics, split = RetrievalMetrics(), split_dataset(noisy_groups(), seed=0).validation
     metrics.update(split.inputs, split.targets)  # type: ignore[arg-type]
     assert metrics.compute()["recall_at_1"] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "searched", "refused"),
+    [
+        ("triplet", {"batch_size": Choice(16, 64, default=64)}, "batch_size"),
+        ("vae", {"kl_weight": Float(0.1, 1.0, default=0.3)}, "kl_weight"),
+        ("mse of inputs", {"loss": Choice("mse", "mae", default="mse")}, "loss"),
+        ("mse of inputs", {"batch_size": Choice(16, 64, default=64)}, None),
+    ],
+)
+def test_a_search_by_the_loss_does_not_search_what_it_is_measured_in(
+    name: str, searched: dict[str, Any], refused: str | None
+) -> None:
+    task, data = task_of(name)
+    space = Space(Group("g", **searched))
+    by_loss = replace(task, objective=replace(task.objective, metric="loss", space=space), space=space)
+    told = f"{refused} is searched, and the metric is the loss, which it changes the scale of.*-p {refused}="
+    with pytest.raises(SpaceError, match=told) if refused else nullcontext():
+        check_task(by_loss, split_dataset(data, seed=0))
+    check_task(replace(by_loss, objective=replace(task.objective, space=space)), split_dataset(data, seed=0))
 
 
 @pytest.mark.parametrize("name", ["info_nce", "info_nce of views", "kl_divergence", "mse of inputs", "vae"])

@@ -36,6 +36,7 @@ def check_task(task: Task, splits: Splits) -> None:
     _check_losses(task, splits, own, "loss")
     check_metric(task.objective.metric, splits.spec, own)
     _check_judged(task.objective.metric, splits)
+    _check_comparable(task, splits.spec)
     _check_batch_sizes(task, splits)
     _check_model(task, splits)
     _check_choices(task, splits)
@@ -67,6 +68,27 @@ def _check_judged(metric: str, splits: Splits) -> None:
         raise UsageError(
             f"all {len(splits.validation)} validation examples are of the class '{only}', so there is no auroc; take "
             "more examples (is there a --limit?), or --metric accuracy."
+        )
+
+
+_SCALES_OF_LOSSES = ("margin", "temperature", "kl_weight")
+
+
+def _check_comparable(task: Task, spec: DataSpec) -> None:
+    """A search by the loss must not search what the loss is measured in: the smallest scale would win."""
+    if task.objective.metric != "loss" or OWN in _possible_values(task, "loss"):  # what it is, its author knows
+        return
+    depends_on_batch = spec.kind in ("embedding", "instances")
+    names = (*_SCALES_OF_LOSSES, *(("batch_size",) if depends_on_batch else ()))
+    searched = [name for name in names if len(set(_possible_values(task, name))) > 1]
+    if {*_possible_values(task, "loss")} - {"cross_entropy", "focal"} and len(_possible_values(task, "loss")) > 1:
+        searched.append("loss")
+    if searched:
+        name = searched[0]
+        default = format_value(task.space.parameters[name].default)
+        raise SpaceError(
+            f"{name} is searched, and the metric is the loss, which it changes the scale of: the trials could not be "
+            f"compared. Fix it, as with -p {name}={default}, or choose another --metric."
         )
 
 

@@ -118,7 +118,7 @@ def score_interval(
     `thresholds` (num_classes,) are the logits from which on an example has each of several labels. For accuracy and
     recall at k, which are shares of the examples, it is Wilson's (1927), which holds near 0 and 1 too; for any other
     metric that of a percentile bootstrap. Infinite ends mean that there is none: no resample has the metric, or all
-    have the same, as where no example is answered wrongly.
+    have the same, as where no example is answered wrongly; or it is the loss of embeddings.
     """
     judged = _Judged(*answers, config, spec, target_scale, own, config.metric, thresholds)
     if config.metric == "accuracy" and spec.kind == "classification":
@@ -126,6 +126,8 @@ def score_interval(
     if config.metric.startswith("recall_at_"):
         hits = _hits(judged)
         return _wilson(float(hits.mean()), len(hits)) if len(hits) else (-math.inf, math.inf)
+    if config.metric == "loss" and spec.kind in ("embedding", "instances"):
+        return -math.inf, math.inf  # it is measured in batches, and over all examples at once it is another
     low, high = _bootstrapped(judged.value, num_examples, seed)
     return (low, high) if low < high else (-math.inf, math.inf)
 
