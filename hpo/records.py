@@ -218,12 +218,16 @@ class Certainty:
     found: dict[float, tuple[float, float]]
     """By coverage: the share of the test examples that were covered, and the mean size of a set, or the width of the
     interval."""
+    least_error: float | None = None
+    """The calibration error that a calibrated model would have on so many test examples; None for a regression, and
+    where an earlier version measured."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
         return {
             "temperature": self.temperature,
             "calibration_error": self.calibration_error,
+            "least_error": self.least_error,
             "quantiles": {str(coverage): to_plain(value) for coverage, value in self.quantiles.items()},
             "found": {str(coverage): to_plain(value) for coverage, value in self.found.items()},
         }
@@ -239,6 +243,7 @@ class Certainty:
         return cls(
             temperature=plain["temperature"],
             calibration_error=error and (error[0], error[1]),
+            least_error=plain.get("least_error"),
             quantiles={float(coverage): number(value) for coverage, value in plain["quantiles"].items()},
             found={float(coverage): (share, number(size)) for coverage, (share, size) in plain["found"].items()},
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from hpo.config import TrainConfig
 from hpo.data.datasets import Splits
 from hpo.data.examples import DataSpec, Split
 from hpo.models.mlp import MLP
+from hpo.training.losses import least_training_loss
 from hpo.training.probe import VANISHED, Probe, relative_gradients
 from hpo.training.symptoms import Symptoms
 from hpo.training.trainer import EpochResult, fit
@@ -192,10 +195,10 @@ def as_metrics(
 
 
 def watched(
-    train_losses: list[float], val_losses: list[float], lrs: list[float] | None = None
+    train_losses: list[float], val_losses: list[float], lrs: list[float] | None = None, least_loss: float = 0.0
 ) -> list[dict[str, float]]:
     """The symptoms after each epoch of a run with these losses."""
-    symptoms, rates = Symptoms(), lrs or [0.1] * len(train_losses)
+    symptoms, rates = Symptoms(least_loss=least_loss), lrs or [0.1] * len(train_losses)
     return [
         symptoms.update(epoch, as_metrics({}, *losses), peak_lr=0.1)
         for epoch, losses in enumerate(zip(train_losses, val_losses, rates, strict=True), start=1)
@@ -225,6 +228,29 @@ def test_losses_below_zero_are_watched_like_others() -> None:
 )
 def test_a_run_does_not_overfit_where(train: list[float], val: list[float], why: str) -> None:
     assert watched(train, val)[-1] == {}, why
+
+
+def test_a_validation_loss_that_is_noisy_and_flat_is_no_overfitting_and_one_that_rises_is_though_it_is_noisy() -> None:
+    draw, epochs = random.Random(0), range(1, 61)
+    falling = [0.9**epoch for epoch in epochs]
+    flat = [[0.5 * (1 + 0.08 * draw.gauss(0, 1)) for _ in epochs] for _ in range(50)]
+    assert [watched(falling, losses)[-1] for losses in flat] == [{}] * 50
+    rising = [0.5 * (1 + 0.02 * max(0, epoch - 5)) * (1 + 0.02 * draw.gauss(0, 1)) for epoch in epochs]
+    assert "overfits_from" in watched(falling, rising)[-1]
+
+
+def test_a_run_whose_smoothed_or_mixed_labels_leave_nothing_to_learn_does_not_stand_still() -> None:
+    config, losses = TrainConfig(label_smoothing=0.2), [1.4, *[0.72] * 9]
+    least = least_training_loss(config, SPEC)
+    smoothed = torch.tensor([0.85, 0.05, 0.05, 0.05])
+    assert least == pytest.approx(-(smoothed * smoothed.log()).sum().item())
+    assert watched(losses, losses)[-1] == {"stalls_from": 3}
+    assert watched([1.4, *[least + 0.03] * 9], losses, least_loss=least)[-1] == {}
+    assert watched(losses, losses, least_loss=least_training_loss(replace(config, mixup=0.2), SPEC))[-1] == {}
+    symptoms = Symptoms()
+    for epoch in range(1, 12):
+        last = symptoms.update(epoch, as_metrics({}, 0.7, 0.7) | {"train/accuracy": 0.99}, peak_lr=0.1)
+    assert last == {}
 
 
 def test_a_run_stands_still_where_its_training_loss_does_though_the_rate_is_high() -> None:

@@ -292,7 +292,7 @@ _SYMPTOMS: dict[str, tuple[Topic, str, str, str]] = {
         "plateau",
         "stops improving at epoch {value:g}, training loss included",
         "stop improving, training loss included, half of them at epoch {value:g} or earlier",
-        "another learning rate, a schedule that decays or a larger network would help",
+        "another learning rate, a schedule that decays or a larger network may help, unless the rest is noise",
     ),
     "vanishing_layers": (
         "vanishing gradients",

@@ -94,6 +94,8 @@ def _calibration(winner: Winner | None) -> Iterator[str]:
         before, after = known.calibration_error
         yield f"- Temperature {known.temperature:.4g}, fitted on the validation split."
         yield f"- Expected calibration error on the test split: {before:.4f} before, {after:.4f} after."
+        if known.least_error is not None:
+            yield f"- A calibrated model would have {known.least_error:.4f} on so many examples."
         yield ""
     size_of = "classes in a set" if known.temperature else "width of the interval"
     yield from (f"| stated coverage | covered on the test split | {size_of} |", "| --- | --- | --- |")
@@ -135,10 +137,13 @@ def _limits(study: Study, winner: Winner | None, kind: str | None) -> Iterator[s
         yield "- Its validation score is the best of several trials, so it is optimistic; the test score is not."
     if winner is not None and winner.is_refit:
         yield "- It was trained on the validation examples too, so only the test score is its own."
-    is_known = winner is not None and winner.certainty is not None
-    if kind in OF_CLASSES and is_known:
-        yield "- Probabilities come from the network as they are; its logits divided by the temperature are calibrated."
+    known = Certainty.from_dict(winner.certainty) if winner and winner.certainty else None
+    if kind in OF_CLASSES and known and known.calibration_error:
+        before, after = known.calibration_error
+        of_divided = "better calibrated" if after < before else "no better calibrated"
+        yield "- Probabilities come from the network as they are; its logits divided by the temperature are "
+        yield f"  {of_divided} on the test split."
     elif kind in OF_CLASSES:
         yield "- Probabilities come from the network as they are; they were not calibrated."
-    elif kind == "regression" and not is_known:
+    elif kind == "regression" and not known:
         yield "- How far off its numbers may be was not measured: it has no intervals."

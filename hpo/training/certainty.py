@@ -7,8 +7,10 @@ was trained on all examples has none.
 from __future__ import annotations
 
 import math
+from statistics import fmean
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -22,7 +24,13 @@ _NUM_BINS = 15
 """Of the calibration error, as in Guo et al. 2017."""
 
 _RANGE = (0.05, 20.0)
-"""Temperatures that are looked at; a model that gets every example right would have 0."""
+"""Temperatures that are looked at."""
+
+_PRIOR_DEVIATION = 0.5
+"""Of the logarithm of a temperature before any example is seen: a few that are all right would have the lowest."""
+
+_NUM_DRAWS = 100
+"""Of what a calibrated model would get right."""
 
 
 def has_certainty(spec: DataSpec) -> bool:
@@ -41,12 +49,14 @@ def measure_certainty(
 def fit_temperature(logits: Tensor, targets: Tensor) -> float:
     """What logits (N, classes) are divided by so that the cross-entropy is smallest.
 
-    Guo et al. 2017, arXiv:1706.04599. Found by golden-section search over its logarithm.
+    Guo et al. 2017, arXiv:1706.04599, with a normal prior of its logarithm around 0, which many examples outweigh.
+    Found by golden-section search.
     """
     logits = logits.double()
 
     def loss(log_temperature: float) -> float:
-        return float(cross_entropy(logits / math.exp(log_temperature), targets))
+        likelihood = float(cross_entropy(logits / math.exp(log_temperature), targets, reduction="sum"))
+        return likelihood + log_temperature**2 / (2 * _PRIOR_DEVIATION**2)
 
     low, high = map(math.log, _RANGE)
     ratio = (math.sqrt(5) - 1) / 2
@@ -77,7 +87,21 @@ def _of_classes(logits: Tensor, targets: Tensor, test_logits: Tensor, test_targe
         covered = sets.gather(1, test_targets[:, None])
         found[coverage] = float(covered.double().mean()), float(sets.sum(1).double().mean())
     before, after = (_calibration_error(each, test_targets) for each in (test_logits.softmax(1), test))
-    return Certainty(temperature=temperature, calibration_error=(before, after), quantiles=quantiles, found=found)
+    return Certainty(
+        temperature=temperature,
+        calibration_error=(before, after),
+        least_error=_error_if_calibrated(test),
+        quantiles=quantiles,
+        found=found,
+    )
+
+
+def _error_if_calibrated(probabilities: Tensor) -> float:
+    """The mean calibration error of these probabilities (N, classes) if they are right: of few examples it is not 0."""
+    confidence = probabilities.double().max(1).values.cpu()
+    draw = torch.Generator().manual_seed(0)
+    drawn = (torch.rand(len(confidence), generator=draw, dtype=torch.float64) < confidence for _ in range(_NUM_DRAWS))
+    return fmean(_binned_error(confidence, is_right) for is_right in drawn)
 
 
 def _calibration_error(probabilities: Tensor, targets: Tensor) -> float:
@@ -86,9 +110,13 @@ def _calibration_error(probabilities: Tensor, targets: Tensor) -> float:
     It equals torchmetrics', whose import alone takes longer than a short training.
     """
     confidence, predicted = probabilities.double().max(1)
+    return _binned_error(confidence, predicted == targets)
+
+
+def _binned_error(confidence: Tensor, is_right: Tensor) -> float:
     bins = (confidence * _NUM_BINS).long().clamp(max=_NUM_BINS - 1)
-    excess = confidence - (predicted == targets).double()
-    return float(excess.new_zeros(_NUM_BINS).index_add(0, bins, excess).abs().sum() / len(targets))
+    excess = confidence - is_right.double()
+    return float(excess.new_zeros(_NUM_BINS).index_add(0, bins, excess).abs().sum() / len(confidence))
 
 
 def _of_numbers(values: Tensor, targets: Tensor, test_values: Tensor, test_targets: Tensor) -> Certainty:

@@ -84,6 +84,17 @@ def evaluation_loss(config: TrainConfig, spec: DataSpec, target_scale: Scale, ow
     return _dice_of_images if loss is _dice else loss
 
 
+def least_training_loss(config: TrainConfig, spec: DataSpec) -> float:
+    """What the training loss cannot fall below: the entropy of smoothed labels; infinite where examples are mixed."""
+    if config.mixup > 0 or config.cutmix > 0:
+        return math.inf
+    if config.loss != "cross_entropy" or not config.label_smoothing or len(spec.classes) < 2:
+        return 0.0
+    other = config.label_smoothing / len(spec.classes)
+    right = 1 - config.label_smoothing + other
+    return -right * math.log(right) - (len(spec.classes) - 1) * other * math.log(other)
+
+
 def loss_function(
     config: TrainConfig,
     spec: DataSpec,

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any
 
 from hpo.training.probe import EXPLODED
 
 OVERFIT_RISE = 0.1
 """Share by which the validation loss must lie above its lowest, ..."""
+
+OVERFIT_NOISE = 5.0
+"""... at least that many standard deviations of its noise (the lowest of many noisy values lies far below the others),
+..."""
 
 OVERFIT_EPOCHS = 3
 """... and for this many epochs in a row before a training counts as overfitting."""
@@ -24,6 +29,11 @@ DECAYED = 0.1
 
 LEARNED = 0.1
 """Share of the first epoch's training loss below which nothing much is left to learn."""
+
+LEARNED_ACCURACY = 0.98
+"""Accuracy on the training split from which that is so, too."""
+
+_DEVIATION_OF_SECONDS = 1.4826 / math.sqrt(6)  # the variance of a second difference is six times that of a value
 
 DEAD = 0.5
 """Share of dead units above which they are reported."""
@@ -40,6 +50,9 @@ class Symptoms:
     dead_units        share of the hidden units that do not answer to any example, where it is large
     """
 
+    least_loss: float = 0.0
+    """What the training loss cannot fall below, such as the entropy of smoothed labels; infinite if nobody knows it."""
+
     first_loss: float = math.nan
     lowest_train_loss: float = math.inf
     progress_epoch: int = 0
@@ -48,6 +61,7 @@ class Symptoms:
     turning_epoch: int = 0
     train_loss_at_turn: float = math.inf
     epochs_above: int = 0
+    val_losses: list[float] = field(default_factory=list)
 
     def update(self, epoch: int, metrics: Mapping[str, float], *, peak_lr: float) -> dict[str, float]:
         """Take in an epoch's metrics; the symptoms by then. Where losses are not finite there are none of them."""
@@ -60,14 +74,20 @@ class Symptoms:
             self.idle_epochs += metrics["lr"] > DECAYED * peak_lr
         if val_loss < self.lowest_val_loss:
             self.lowest_val_loss, self.turning_epoch, self.train_loss_at_turn = val_loss, epoch, train_loss
-        is_above = val_loss > _changed(self.lowest_val_loss, OVERFIT_RISE) and train_loss < self.train_loss_at_turn
+        self.val_losses.append(val_loss)
+        least_rise = max(OVERFIT_RISE * abs(self.lowest_val_loss), OVERFIT_NOISE * _noise(self.val_losses))
+        is_above = val_loss > self.lowest_val_loss + least_rise and train_loss < self.train_loss_at_turn
         self.epochs_above = self.epochs_above + 1 if is_above else 0
-        return {**self._of_losses(train_loss), **_of_layers(metrics)}
+        return {**self._of_losses(train_loss, metrics.get("train/accuracy", 0.0)), **_of_layers(metrics)}
 
-    def _of_losses(self, train_loss: float) -> dict[str, float]:
+    def _of_losses(self, train_loss: float, accuracy: float) -> dict[str, float]:
         if self.epochs_above >= OVERFIT_EPOCHS:
             return {"overfits_from": self.turning_epoch + 1}  # whose remedies are others than those of a plateau
-        has_learned = 0 <= train_loss <= LEARNED * self.first_loss  # what is left of a loss below 0 is not known
+        # What is left of a loss below 0 is not known.
+        left, at_first = train_loss - self.least_loss, self.first_loss - self.least_loss
+        has_learned = accuracy >= LEARNED_ACCURACY or (train_loss >= 0 and left <= LEARNED * at_first)
+        if math.isinf(self.least_loss):
+            return {}
         if self.idle_epochs >= STALL_EPOCHS and not has_learned:
             return {"stalls_from": self.progress_epoch + 1}
         return {}
@@ -81,6 +101,13 @@ class Symptoms:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)
+
+
+def _noise(losses: Sequence[float]) -> float:
+    """The standard deviation of losses around a line, from their second differences; 0 of fewer than five."""
+    seconds = [abs(a - 2 * b + c) for a, b, c in zip(losses, losses[1:], losses[2:], strict=False)]
+    known = [each for each in seconds if math.isfinite(each)]
+    return _DEVIATION_OF_SECONDS * median(known) if len(known) >= 3 else 0.0
 
 
 def _changed(loss: float, share: float) -> float:

@@ -24,7 +24,7 @@ from hpo.training.compiled import CompiledStep, check_compile_mode, has_formula,
 from hpo.training.device import is_out_of_memory, prepare_deterministic_products
 from hpo.training.distributed import ALONE, Ranks
 from hpo.training.evaluation import has_thresholds, losses_of_examples, measure, read_all
-from hpo.training.losses import evaluation_loss, target_scale, training_loss
+from hpo.training.losses import evaluation_loss, least_training_loss, target_scale, training_loss
 from hpo.training.metrics import EpochMetrics, check_metric
 from hpo.training.optimizers import build_optimizer, load_optimizer_state
 from hpo.training.precision import has_convolutions, settle_precision
@@ -214,7 +214,7 @@ class _Run:
             num_views=num_views(self.spec),
             device=config.device,
         )
-        self.symptoms = Symptoms()
+        self.symptoms = Symptoms(least_loss=least_training_loss(config, self.spec))
         self.best_weights: dict[str, Any] | None = None
         """Tensors, and what a module's `get_extra_state` returns."""
         self.has_optimizer_state = False
