@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import sqlite3
@@ -73,6 +74,8 @@ def reason_and_advice(error: Exception, path: Path) -> str:
     reason = getattr(error, "strerror", None) or getattr(error, "orig", None) or first_line(error)
     if is_full(path.parent):
         return f"its disk is full ({reason}); make room there, then run the same command again."
+    if path.exists() and not os.access(path.parent, os.W_OK):
+        return f"{reason}; copy the home to where it can be written, and name that with --home or HPO_HOME."
     return f"{reason}; choose another home with --home or HPO_HOME."
 
 

@@ -69,7 +69,12 @@ def require_registered(group: str, name: str) -> None:
     modules = registered(group)
     if name not in modules:
         kind = "registered task" if group == OBJECTIVES else "registered search space"
-        raise UnknownNameError(kind, name, modules, "Studies for several machines know names, not files.")
+        raise UnknownNameError(
+            kind,
+            name,
+            modules,
+            "Studies for several machines know names, not files: register yours as an entry point (docs/tasks.md).",
+        )
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from helpers.searches import (
 )
 
 from hpo.errors import UsageError
+from hpo.terminal.facts import study_facts
 
 # --- the parent is killed, or asked to stop ---------------------------------------------------------------------------
 
@@ -52,6 +53,9 @@ def test_a_plain_script_killed_with_minus_9_leaves_no_process_and_loses_no_trial
     wait_until_gone(family)
     assert process.communicate()[0] == "begun\n"
     assert searches.study().counts()["running"] == 2
+    shown = study_facts("moody", searches.home)
+    assert (shown["counts"]["running"], shown["counts"]["interrupted"]) == (0, 2), "nobody runs them"
+    assert [trial["state"] for trial in shown["trials"]] == ["interrupted"] * 2
     for log in searches.home.glob("logs/moody/worker-*.log"):
         assert log.read_text().endswith("the last words\n")
 

@@ -360,6 +360,14 @@ def test_a_date_in_another_form_is_told_of(caplog: pytest.LogCaptureFixture) -> 
     assert "column 'sold' holds '21.01.1970', which is not a date such as 2026-01-31; 1 such values" in caplog.text
 
 
+@pytest.mark.parametrize("written_as", ["{:.2f} €", "{:.3f}", "{:.1f}%"])
+def test_numbers_that_are_not_read_as_such_are_named(written_as: str, tmp_path: Path) -> None:
+    frame = diabetes()
+    frame["s1"] = [written_as.format(value + row / 7).replace(".", ",") for row, value in enumerate(frame["s1"])]
+    _, preprocessing = found(written(frame, tmp_path / "patients.csv"))
+    assert preprocessing.left_out["s1"].startswith("its texts look like numbers such as ")
+
+
 def test_dates_that_are_not_read_as_such_are_named(tmp_path: Path) -> None:
     rows = [f"{day % 30 + 1:02}.{day % 12 + 1:02}.2024,{day / 4},{day % 7 + 0.5}" for day in range(60)]
     (tmp_path / "t.csv").write_text("\n".join(["sold,area,price", *rows]))

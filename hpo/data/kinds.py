@@ -215,9 +215,10 @@ def _require_multilabel(targets: Tensor | Ragged, classes: Sequence[str]) -> Non
 
 def _require_regression(targets: Tensor | Ragged, classes: Sequence[str]) -> None:
     if not isinstance(targets, Tensor) or not targets.is_floating_point() or targets.ndim not in (1, 2):
+        is_deep = isinstance(targets, Tensor) and targets.is_floating_point() and targets.ndim > 2
+        advice = "flatten each example's, as targets.flatten(1)" if is_deep else "or name the classes"
         raise DataError(
-            f"a regression's targets must be floats of shape (N,) or (N, values), not {_described(targets)}; or name "
-            "the classes."
+            f"a regression's targets must be floats of shape (N,) or (N, values), not {_described(targets)}; {advice}."
         )
     if not targets.isfinite().all():
         raise DataError("the data's targets hold NaN or infinite values; leave those examples out.")

@@ -38,6 +38,7 @@ ID_SHARE = 0.5
 
 _FEW = 20  # different values that are no sign of an ID
 _IDS = ("id", "index", "key", "uuid")
+_WRITTEN_NUMBER = r"[€$£]?\s?-?\d[\d.,\s']*\s?[€$£%]?"  # with a decimal comma, thousands or a unit
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,8 @@ def _find_column(name: str, values: pd.Series, is_category: bool) -> Column | st
     if not is_category and len(counts) > _FEW and len(counts) > ID_SHARE * len(known):
         if known.str.match(r"\d{1,2}[./-]\d{1,2}[./-]\d{2,4}\b").all():
             return f"it looks like dates such as {known.iloc[0]}; write them as 2026-01-31 and they are used"
+        if known.str.fullmatch(_WRITTEN_NUMBER).mean() > 0.9:
+            return f"its texts look like numbers such as {known.iloc[0]}; write them as 1234.56 and they are used"
         return f"{len(counts)} different texts in {len(known)} rows look like an ID or a free text"
     if len(counts) > MAX_CATEGORIES:
         raise DataError(

@@ -7,7 +7,7 @@ import io
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from hpo.home import Home
 from hpo.plugins import OBJECT, OBJECTIVES, load_task, registered
 from hpo.provenance import describe as describe_provenance
 from hpo.provenance import sessions
-from hpo.records import Winner, ranked, to_plain
+from hpo.records import TrialRecord, Winner, ranked, to_plain
 from hpo.search.findings import findings
 from hpo.search.importances import importances
 from hpo.search.lease import searchers_of
@@ -86,7 +86,11 @@ def study_facts(name: str, home: Path | None, storage: str | None = None, top: i
     database = find_studies(home, storage)
     study = Study.load(database, name)
     searchers = searchers_of(database, name)
-    trials = study.trials()
+    trials, repeats, counts = study.trials(), study.repeats(), study.counts()
+    if not searchers:  # whoever ran them was killed
+        trials, repeats = ([_left_behind(record) for record in records] for records in (trials, repeats))
+        counts["interrupted"] += counts["running"]
+        counts["running"] = 0
     if top is not None:
         trials = ranked(trials, study.settings.direction)[:top]
     rated, promised = importances(study), study.forecast
@@ -111,7 +115,7 @@ def study_facts(name: str, home: Path | None, storage: str | None = None, top: i
             "trial_timeout_s": study.trial_timeout_s,
             "searched_by": searchers,
             "now": _describe_now(study, searchers),
-            "counts": study.counts(),
+            "counts": counts,
             "provenance": [asdict(session) for session in sessions(study)],
             "made_with": describe_provenance(study),
             "pruned_winner": _describe_pruned_winner(find_winner(study), study),
@@ -121,10 +125,14 @@ def study_facts(name: str, home: Path | None, storage: str | None = None, top: i
             "forecast": asdict(promised) if promised else None,
             "trials": [asdict(trial) for trial in trials],
             "confirmation": study.race.to_dict() if study.race.contenders else None,
-            "repeats": [asdict(repeat) for repeat in study.repeats()],
+            "repeats": [asdict(repeat) for repeat in repeats],
         }
     )
     return facts
+
+
+def _left_behind(record: TrialRecord) -> TrialRecord:
+    return replace(record, state="interrupted") if record.state == "running" else record
 
 
 def _describe_pruned_winner(winner: Winner | None, study: Study) -> str | None:

@@ -324,7 +324,7 @@ def _number(name: str, value: Any) -> float:
     if not isinstance(name, str) or not METRIC_NAME.fullmatch(name):
         raise UsageError(f"a metric cannot be named {name!r}: use {METRIC_CHARACTERS}.")
     try:
-        return float(value)
+        return float(value.detach() if isinstance(value, torch.Tensor) else value)
     except (TypeError, ValueError):
         raise UsageError(f"metric '{name}' must be a number, not a {_type(value)}: {value!r:.60}.") from None
 
