@@ -15,7 +15,7 @@ from hpo.plugins import OBJECTIVES, load_objective, require_registered
 from hpo.records import Certainty
 from hpo.search.storage import read_storage
 from hpo.search.study import Study
-from hpo.search.winner import CERTAINTIES, TEST_READINGS, find_winner, reading_of
+from hpo.search.winner import CERTAINTIES, TEST_READINGS, find_winner, no_winner_yet, reading_of
 from hpo.sources import changed_sources, source_checksums
 from hpo.tracking.store import home_store_uri, open_store
 from hpo.training.checkpoint import load_weights
@@ -78,7 +78,7 @@ def choose_trial(study: Study, trial: int | None) -> tuple[int, bool]:
     """
     winner = find_winner(study)
     if winner is None:
-        raise UsageError(f"study '{study.name}' has no finished trial yet; resume it with `hpo search`.")
+        raise no_winner_yet(study.name)
     number = winner.trial if trial is None else study.trial(trial).number
     if study.settings.folds and str(number) not in (study.recorded(TEST_READINGS) or {}):
         raise UsageError(

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from hpo.config import METRICS
+from hpo.errors import UsageError
 from hpo.records import Certainty, Comparison, Mistake, Winner, describe_pruning, ranked
 from hpo.search.confirmation import best_repeat
 
@@ -66,6 +67,11 @@ def find_winner(study: Study) -> Winner | None:
         has_test=study.has_test,
         baselines=baselines and {**baselines, "test": (study.recorded(BASELINE_TESTS) or {}).get(reading)},
     )
+
+
+def no_winner_yet(study: str) -> UsageError:
+    """The error where somebody wants the model of a study that has none."""
+    return UsageError(f"study '{study}' has no finished trial yet; resume it with `hpo search`.")
 
 
 def find_mistakes(study: Study, winner: Winner) -> list[Mistake]:

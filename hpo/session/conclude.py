@@ -199,10 +199,7 @@ def _test_scores(winner: Winner, test: SealedSplit, prepared: Prepared, opened: 
     if all(map(math.isfinite, ends)):
         _record(study, TEST_INTERVALS, reading, ends)
     if winner.baselines:
-        has_seen_all = bool(study.is_refit or study.settings.folds)
-        train = all_examples(prepared.splits) if has_seen_all else prepared.splits.train
-        splits = replace(prepared.splits, train=train, validation=examples)
-        found = _compare_with_baseline(winner.baselines, answers, splits, trained, study.settings.seed)
+        found = _compare_with_baseline(winner.baselines, answers, examples, prepared.splits, trained, study)
         _record(study, BASELINE_TESTS, reading, found)
     if has_certainty(spec) and not study.is_refit:  # else it has seen the validation examples
         known = outputs_and_targets(trained.model, prepared.splits.validation, trained.config, spec.kind)
@@ -221,30 +218,34 @@ def _test_scores(winner: Winner, test: SealedSplit, prepared: Prepared, opened: 
 
 
 def _compare_with_baseline(
-    baselines: Mapping[str, Any], answers: tuple[Any, Any], splits: Splits, trained: LoadedTrial, seed: int
+    baselines: Mapping[str, Any],
+    answers: tuple[Any, Any],
+    examples: Split,
+    splits: Splits,
+    trained: LoadedTrial,
+    study: Study,
 ) -> dict[str, Any]:
     """What a network gains on the test split over the model that was the better one on the validation split.
 
-    `answers` are its outputs and the targets there; the splits to learn from and to judge by are those of the network.
+    `answers` are its outputs and the targets there. That model learns from the examples that the network has seen.
     """
     metric = baselines["metric"]
     best = min(baselines["scores"], key=lambda name: METRICS[metric].loss(baselines["scores"][name]))
+    train = all_examples(splits) if study.is_refit or study.settings.folds else splits.train
     outputs, targets = (each.cpu() for each in answers)
     difference = compare_outputs(
         outputs,
-        table_outputs(splits)[best],
+        table_outputs(replace(splits, train=train, validation=examples))[best],
         targets,
         replace(trained.config, metric=metric, device="cpu"),
-        num_examples=len(splits.validation),
+        num_examples=len(examples),
         spec=splits.spec,
-        target_scale=target_scale(splits.train, splits.spec),
+        target_scale=target_scale(train, splits.spec),
         own=own_of(trained.model),
-        seed=derive_seed(seed, "comparison"),
+        seed=derive_seed(study.settings.seed, "comparison"),
     )
     gain, *ends = (METRICS[metric].gain(each, over=0.0) for each in (difference.value, difference.low, difference.high))
-    return {
-        "model": best, "gain": gain, "low": min(ends), "high": max(ends), "num_examples": len(splits.validation)
-    }  # fmt: skip
+    return {"model": best, "gain": gain, "low": min(ends), "high": max(ends), "num_examples": len(examples)}
 
 
 def _scores_of_own_test(objective: Objective, trained: TrainedTrial) -> dict[str, float]:

@@ -14,7 +14,7 @@ from hpo.errors import CheckpointError, StoreError, UsageError
 from hpo.execution.retention import BestTrials
 from hpo.models.ensemble import Ensemble
 from hpo.models.preprocessed import own_of
-from hpo.search.winner import find_winner
+from hpo.search.winner import find_winner, no_winner_yet
 from hpo.session.options import checked
 from hpo.session.preparation import read_data, split
 from hpo.session.request import request_of_study, this_machine
@@ -63,7 +63,7 @@ def load_ensemble(
     request, opened = request_of_study(machine, study, task)
     winner = find_winner(opened)
     if winner is None:
-        raise UsageError(f"study '{study}' has no finished trial yet; resume it with `hpo search`.")
+        raise no_winner_yet(study)
     if opened.settings.folds or request.task.objective.train:
         why = "--folds" if opened.settings.folds else "a training loop of its own"
         raise UsageError(f"study '{study}' was searched with {why}: there is no validation split to choose members on.")

@@ -13,7 +13,7 @@ from typing import Any
 
 from hpo.config import AUTO
 from hpo.data_options import declared_options
-from hpo.errors import HpoError, UsageError
+from hpo.errors import HpoError
 from hpo.home import Home
 from hpo.plugins import OBJECT, OBJECTIVES, load_task, registered
 from hpo.provenance import describe as describe_provenance
@@ -24,7 +24,7 @@ from hpo.search.importances import importances
 from hpo.search.lease import searchers_of
 from hpo.search.storage import find_studies
 from hpo.search.study import Study, list_studies
-from hpo.search.winner import find_winner, front_rows
+from hpo.search.winner import find_winner, front_rows, no_winner_yet
 from hpo.space import from_stored
 from hpo.values import format_value
 
@@ -187,7 +187,7 @@ def _exactly(value: Any) -> str:
 
 def _require_winner(facts: Mapping[str, Any]) -> Any:
     if facts["winner"] is None:
-        raise UsageError(f"study '{facts['study']}' has no finished trial yet; resume it with `hpo search`.")
+        raise no_winner_yet(facts["study"])
     return facts["winner"]
 
 
