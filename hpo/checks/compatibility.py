@@ -30,13 +30,15 @@ if TYPE_CHECKING:
     from hpo.objective import Own
 
 
+_SCALES_OF_LOSSES = ("margin", "temperature", "kl_weight")
+
+
 def check_task(task: Task, splits: Splits) -> None:
     """Raise UsageError if a metric, a batch size or the model of the task does not fit its data."""
     own = task.objective.own(task.space.defaults())
     _check_losses(task, splits, own, "loss")
     check_metric(task.objective.metric, splits.spec, own)
     _check_judged(task.objective.metric, splits)
-    _check_comparable(task, splits.spec)
     _check_batch_sizes(task, splits)
     _check_model(task, splits)
     _check_choices(task, splits)
@@ -54,6 +56,24 @@ def check_test_split(test: SealedSplit, spec: DataSpec) -> None:
         raise DataError(f"the test split cannot be read: {in_one_line(error)}.") from error
 
 
+def check_comparable(task: Task, spec: DataSpec) -> None:
+    """Raise SpaceError for a search by the loss that searches what it is measured in: the smallest scale would win."""
+    if task.objective.metric != "loss" or OWN in _possible_values(task, "loss"):  # what it is, its author knows
+        return
+    depends_on_batch = spec.kind in ("embedding", "instances")
+    names = (*_SCALES_OF_LOSSES, *(("batch_size",) if depends_on_batch else ()))
+    searched = [name for name in names if len(set(_possible_values(task, name))) > 1]
+    if {*_possible_values(task, "loss")} - {"cross_entropy", "focal"} and len(_possible_values(task, "loss")) > 1:
+        searched.append("loss")
+    if searched:
+        name = searched[0]
+        default = format_value(task.space.parameters[name].default)
+        raise SpaceError(
+            f"{name} is searched, and the metric is the loss, which it changes the scale of: the trials could not be "
+            f"compared. Fix it, as with -p {name}={default}, or choose another --metric."
+        )
+
+
 def _possible_values(task: Task, name: str) -> tuple[Value, ...]:
     """What a trial may have for a setting: the values or ends of its parameter, or the task's own value."""
     parameter = task.space.parameters.get(name)
@@ -68,27 +88,6 @@ def _check_judged(metric: str, splits: Splits) -> None:
         raise UsageError(
             f"all {len(splits.validation)} validation examples are of the class '{only}', so there is no auroc; take "
             "more examples (is there a --limit?), or --metric accuracy."
-        )
-
-
-_SCALES_OF_LOSSES = ("margin", "temperature", "kl_weight")
-
-
-def _check_comparable(task: Task, spec: DataSpec) -> None:
-    """A search by the loss must not search what the loss is measured in: the smallest scale would win."""
-    if task.objective.metric != "loss" or OWN in _possible_values(task, "loss"):  # what it is, its author knows
-        return
-    depends_on_batch = spec.kind in ("embedding", "instances")
-    names = (*_SCALES_OF_LOSSES, *(("batch_size",) if depends_on_batch else ()))
-    searched = [name for name in names if len(set(_possible_values(task, name))) > 1]
-    if {*_possible_values(task, "loss")} - {"cross_entropy", "focal"} and len(_possible_values(task, "loss")) > 1:
-        searched.append("loss")
-    if searched:
-        name = searched[0]
-        default = format_value(task.space.parameters[name].default)
-        raise SpaceError(
-            f"{name} is searched, and the metric is the loss, which it changes the scale of: the trials could not be "
-            f"compared. Fix it, as with -p {name}={default}, or choose another --metric."
         )
 
 

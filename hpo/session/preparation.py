@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from hpo.checks.checklist import quick_part
-from hpo.checks.compatibility import check_task, check_test_split
+from hpo.checks.compatibility import check_comparable, check_task, check_test_split
 from hpo.checks.rehearsal import LIMIT_S, REHEARSAL, check_rehearsal
 from hpo.checks.verdicts import Subject, in_few_lines
 from hpo.data.datasets import VALIDATION_FRACTION, all_examples, check_folds, split_dataset
@@ -123,6 +123,7 @@ def _checked(
     """What the checks before the first trial find. Raises UsageError if the task does not fit its data, or the
     default configuration does not train."""
     check_task(request.task, splits)
+    check_comparable(request.task, splits.spec)
     if is_new:
         check_test_split(test, splits.spec)
     subject = Subject.of(request.task, splits, "cpu")
