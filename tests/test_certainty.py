@@ -169,6 +169,8 @@ def test_the_report_shows_the_mistakes_it_is_most_sure_of_and_the_card_how_sure_
     counts = winner.confusion["counts"]
     assert f"| **3** | {' | '.join(map(str, counts[3]))} |" in card
     assert "were not calibrated" not in card
+    later = model_card(study, load_objective("digits"), winner.trial, winner=None, kind="classification")
+    assert f"- Test split, as an earlier winner: accuracy {winner.test['accuracy']:.4f}, " in later
     refit = replace(winner, certainty=None)
     limits = {
         kind: model_card(study, load_objective("digits"), winner.trial, winner=refit, kind=kind).partition("## Limits")[

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from io import StringIO
+from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from helpers.data import of_classes
+from rich.console import Console
 from scipy import stats
 
 from hpo.config import TrainConfig
 from hpo.data.examples import Split
-from hpo.records import Comparison, Winner
+from hpo.records import Comparison, SearchOutcome, TrialState, Winner
 from hpo.search.winner import describe_baselines, describe_comparison
+from hpo.terminal.tables import print_outcome
 from hpo.training.comparison import Difference, compare_folds, compare_models
 
 
@@ -193,3 +197,20 @@ def test_whether_a_network_beats_other_models_is_said_by_the_test_split_alone(
     assert describe_baselines(replace(winner(), baselines=better)).endswith(
         "; the network does not beat a linear model, though it was chosen on these examples"
     )
+
+
+@pytest.mark.parametrize(
+    ("pruned", "said"),
+    [("pruned after 2 of 5 folds", "≈0.9722, estimated for 5 folds"), (None, "accuracy 0.9722, mean of 5 folds")],
+)
+def test_the_mean_of_a_winner_whose_folds_are_not_all_known_is_said_to_be_estimated(
+    pruned: str | None, said: str
+) -> None:
+    console = Console(record=True, width=200, file=StringIO())
+    counts: dict[TrialState, int] = dict.fromkeys(get_args(TrialState), 0) | {"complete": 2, "pruned": 1}
+    outcome = SearchOutcome(
+        study="s", home=Path("h"), counts=counts, num_trials=3, is_done=False, interrupted=True,
+        winner=replace(winner(folds=5), pruned=pruned),
+    )  # fmt: skip
+    print_outcome(console, outcome)
+    assert said in console.export_text()

@@ -268,7 +268,7 @@ def find_symptoms(study: Study) -> Iterator[Finding]:
         affected = [record for record in ended if name in record.symptoms]
         if best and name in best.symptoms:
             value = best.symptoms[name]
-            told = f"Trial {best.number}, the best, {of_best}"
+            told = f"Trial {best.number}, the best, {of_best}{' (in its last fold)' if study.settings.folds else ''}"
         elif len(affected) >= max(MIN_BEST_TRIALS, COMMON * len(ended)):
             value = median(record.symptoms[name] for record in affected)
             told = f"{len(affected)} of {len(ended)} trials {of_many}"

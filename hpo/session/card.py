@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from hpo.data.kinds import OF_CLASSES
 from hpo.provenance import describe, sessions
 from hpo.records import Certainty
-from hpo.search.winner import describe_comparison, describe_confirmation, how_far
+from hpo.search.winner import TEST_READINGS, describe_comparison, describe_confirmation, how_far, reading_of
 from hpo.values import format_value
 
 if TYPE_CHECKING:
@@ -57,7 +57,11 @@ def _scores(study: Study, trial: int, winner: Winner | None) -> Iterator[str]:
     pruned = how_far(record, settings)
     yield f"- {settings.metric} {record.value:.4f} {judged}{f', {pruned}' if pruned else ''}."
     if winner is None:
-        yield "- It is not the winner of its study, and was not tested."
+        earlier = (study.recorded(TEST_READINGS) or {}).get(reading_of(trial, is_refit=False))
+        yield f"- It is not the winner of its study{'.' if earlier else ', and was not tested.'}"
+        if earlier:
+            scores = ", ".join(f"{name} {score:.4f}" for name, score in earlier.items())
+            yield f"- Test split, as an earlier winner: {scores}."
         return
     if winner.test:
         scores = ", ".join(f"{name} {score:.4f}" for name, score in winner.test.items())
@@ -133,7 +137,9 @@ def _origin(study: Study) -> Iterator[str]:
 
 def _limits(study: Study, winner: Winner | None, kind: str | None) -> Iterator[str]:
     yield "- It knows what its training data show, and nothing says how it does on data from elsewhere."
-    if winner is not None and not winner.confirmation and len(study.trials()) > 1:
+    if winner is not None and winner.confirmation:
+        yield "- Its validation score is the best of several seeds, so it is optimistic; the test score is not."
+    elif winner is not None and len(study.trials()) > 1:
         yield "- Its validation score is the best of several trials, so it is optimistic; the test score is not."
     if winner is not None and winner.is_refit:
         yield "- It was trained on the validation examples too, so only the test score is its own."

@@ -463,7 +463,7 @@ def _print_winner(console: Console, winner: Winner) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_row("Best", describe_training(winner))
     table.add_row("Configuration", format_configuration(winner.configuration))
-    table.add_row("Validation", f"{winner.metric} {winner.validation:.4f}{_over_folds(winner.folds)}")
+    table.add_row("Validation", f"{winner.metric} {_validation(winner)}")
     if winner.confirmation:
         table.add_row("Confirmed", describe_confirmation(winner))
     if winner.comparison:
@@ -474,6 +474,13 @@ def _print_winner(console: Console, winner: Winner) -> None:
     if winner.certainty:
         table.add_row("Certainty", describe_certainty(winner))
     console.print(table)
+
+
+def _validation(winner: Winner) -> str:
+    """`0.9312`, `0.9312, mean of 5 folds`, or what the folds of a pruned trial say of that mean."""
+    if winner.folds and winner.pruned:
+        return f"≈{winner.validation:.4f}, estimated for {winner.folds} folds"
+    return f"{winner.validation:.4f}{_over_folds(winner.folds)}"
 
 
 def _over_folds(num_folds: int | None) -> str:
