@@ -80,6 +80,8 @@ def _draw_baseline(axes: Axes, data: Mapping[str, Any]) -> None:
     scores[f"network,\nepoch {data['epochs']}"] = data["network"], BLUE
     values, colours = zip(*scores.values(), strict=True)
     bars = axes.bar(list(scores), values, color=colours)
+    if len(scores) < 3:
+        axes.set_xlim(-1.0, len(scores))  # or a single bar would be as wide as the panel
     axes.bar_label(bars, fmt="%.3f", fontsize=9)
     axes.margins(y=0.1)
     axes.axhline(0, color=GREY, linewidth=0.8)
