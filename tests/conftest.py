@@ -38,9 +38,12 @@ pytest_plugins = ["helpers.studies", "helpers.tracking", "helpers.searches", "he
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
-# A script that starts the tests in the background lets them ignore Ctrl-C, and with them all that they start.
+# A script that starts the tests in the background lets them ignore Ctrl-C, `nohup` a closed terminal, and with them all
+# that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_configure(config: pytest.Config) -> None:
