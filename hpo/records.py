@@ -291,6 +291,9 @@ class Winner:
     """A `Comparison` with the default configuration, as plain data; None until the search has reached its end."""
     num_test_readings: int
     """How often this study has read the test split: once for each winner that it had at an end."""
+    test_gain: dict[str, Any] | None = None
+    """What the model gains over that of the default configuration on the test split: `gain` with its 95% interval
+    `low`, `high`, and `num_examples`. None until it is tested, for the default itself, and with folds or a refit."""
     test_interval: tuple[float, float] | None = None
     """Bounds of the 95% interval of the metric on the test split, over its examples; None until it is tested, and
     where only the task's own `test` has the examples."""

@@ -176,6 +176,14 @@ def test_what_the_winner_gains_over_the_default_is_said_with_how_sure_that_is(ab
     assert said in describe_comparison(winner(**about))
 
 
+def test_what_the_model_gains_on_the_test_split_is_said_beside_what_it_gains_on_the_examples_that_chose_it() -> None:
+    told = winner(gain=0.03, low=-0.01, high=0.07, num_candidates=19)
+    tested = replace(told, test_gain={"gain": 0.02, "low": 0.004, "high": 0.04, "num_examples": 360})
+    assert describe_comparison(tested) == (
+        f"{describe_comparison(told)}; on the 360 test examples its model gains 0.0200, 95% interval 0.0040 to 0.0400"
+    )
+
+
 @pytest.mark.parametrize(
     ("test", "said"),
     [

@@ -89,6 +89,18 @@ def test_the_metric_that_is_given_decides_about_the_winner(tmp_path: Path, home:
     ]
     assert outcome.winner.confusion is not None
     assert [sum(row) for row in outcome.winner.confusion["counts"]] == [960, 40]
+    # Both models judge the test split, which has chosen neither.
+    test = load_objective(str(path)).load(tmp_path).test.open()
+
+    def recall(trial: int) -> float:
+        predicted = hpo.load_best("rare", home=home, trial=trial)(test.inputs).argmax(1)
+        return sum((predicted == test.targets)[test.targets == label].double().mean().item() for label in (0, 1)) / 2
+
+    gain = outcome.winner.test_gain
+    assert gain is not None
+    assert gain["gain"] == pytest.approx(recall(1) - recall(0))
+    assert 0 < gain["low"] < gain["gain"] < gain["high"]
+    assert gain["num_examples"] == 1000
     # The study remembers it.
     assert run_search(str(path), **both).winner == outcome.winner
     with pytest.raises(StudyMismatchError, match="--metric recall, not f1"):

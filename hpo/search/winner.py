@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 TEST_READINGS = "test_readings"
 TEST_INTERVALS = "test_intervals"
+TEST_GAINS = "test_gains"
 CERTAINTIES = "certainties"
 REFITS = "refits"
 TEST_CONFUSIONS = "test_confusions"
@@ -58,6 +59,7 @@ def find_winner(study: Study) -> Winner | None:
         pruned=how_far(best, study.settings),
         test=readings.get(reading),
         test_interval=(study.recorded(TEST_INTERVALS) or {}).get(reading),
+        test_gain=(study.recorded(TEST_GAINS) or {}).get(reading),
         certainty=(study.recorded(CERTAINTIES) or {}).get(reading),
         is_refit=is_refit,
         confirmation=race.to_dict() if race.contenders and study.has_searched else None,
@@ -91,7 +93,7 @@ def forget_models(study: Study, trials: Collection[int]) -> None:
     The caller holds the study's lock.
     """
     numbers = {str(number) for number in trials}
-    for key in (TEST_INTERVALS, CERTAINTIES, REFITS, TEST_CONFUSIONS, TEST_MISTAKES, BASELINE_TESTS):
+    for key in (TEST_INTERVALS, TEST_GAINS, CERTAINTIES, REFITS, TEST_CONFUSIONS, TEST_MISTAKES, BASELINE_TESTS):
         _replace(study, key, lambda known: {of: fact for of, fact in known.items() if of.split()[0] not in numbers})
     _replace(
         study,
@@ -150,7 +152,15 @@ def describe_comparison(winner: Winner) -> str:
     if found.num_candidates > 1:
         gain += f" as the best of {found.num_candidates} trials"
     verdict = f"over {over}" if found.is_distinct else f"cannot be distinguished from the default with {over}"
-    return f"{default}; {gain}{' ' if found.is_distinct else ': '}{verdict}"
+    return f"{default}; {gain}{' ' if found.is_distinct else ': '}{verdict}{_describe_test_gain(winner)}"
+
+
+def _describe_test_gain(winner: Winner) -> str:
+    """What the model gains on the test split, which did not choose it; empty where that was not measured."""
+    if winner.test_gain is None:
+        return ""
+    gain, low, high, num = (winner.test_gain[name] for name in ("gain", "low", "high", "num_examples"))
+    return f"; on the {num} test examples its model gains {gain:.4f}, 95% interval {low:.4f} to {high:.4f}"
 
 
 def _describe_evidence(found: Comparison, winner: Winner) -> str:

@@ -34,6 +34,7 @@ from hpo.search.winner import (
     MAX_CONFUSED,
     REFITS,
     TEST_CONFUSIONS,
+    TEST_GAINS,
     TEST_INTERVALS,
     TEST_MISTAKES,
     TEST_READINGS,
@@ -198,6 +199,8 @@ def _test_scores(winner: Winner, test: SealedSplit, prepared: Prepared, opened: 
     )
     if all(map(math.isfinite, ends)):
         _record(study, TEST_INTERVALS, reading, ends)
+    if gain := _test_gain(winner, examples, prepared, opened):
+        _record(study, TEST_GAINS, reading, gain)
     if winner.baselines:
         found = _compare_with_baseline(winner.baselines, answers, examples, prepared.splits, trained, study)
         _record(study, BASELINE_TESTS, reading, found)
@@ -289,8 +292,8 @@ def compare_with_default(
             difference = Difference(winner.validation - default.known_value, math.nan, math.nan)
         else:
             num_examples = len(splits.validation)
-            trials = winner.trial, default.number
-            difference = _difference_on(splits, study, store, trials, device, task, num_candidates)
+            models = _both_models(study, store, (winner.trial, default.number), device, task)
+            difference = models and _difference_on(splits.validation, splits, study, models, num_candidates)
     gains = (
         [study.settings.direction.gain(end, over=0.0) for end in (difference.low, difference.high)]
         if difference and math.isfinite(difference.low)
@@ -311,29 +314,51 @@ def compare_with_default(
     )
 
 
-def _difference_on(
-    splits: Splits,
-    study: Study,
-    store: TrackingStore,
-    trials: tuple[int, int],
-    device: str,
-    task: Objective,
-    num_candidates: int,
-) -> Difference | None:
+def _both_models(
+    study: Study, store: TrackingStore, trials: tuple[int, int], device: str, task: Objective
+) -> tuple[LoadedTrial, LoadedTrial] | None:
     """None where the weights of one are gone, as the default's are in studies of before hpo 0.2."""
     try:
         one, other = (load_trial(store, study, number, device, task) for number in trials)
     except (CheckpointError, StoreError):
         return None
+    return one, other
+
+
+def _difference_on(
+    split: Split, splits: Splits, study: Study, models: tuple[LoadedTrial, LoadedTrial], num_candidates: int
+) -> Difference:
+    """What the first model's metric on a split is above the other's; `splits` are those that they were trained on."""
+    one, other = models
     return compare_models(
         (one.model, one.config),
         (other.model, other.config),
-        splits.validation,
+        split,
         spec=splits.spec,
         target_scale=target_scale(splits.train, splits.spec),
         seed=derive_seed(study.settings.seed, "comparison"),
         num_candidates=num_candidates,
     )
+
+
+def _test_gain(winner: Winner, examples: Split, prepared: Prepared, opened: Opened) -> dict[str, Any] | None:
+    """What a winner gains over the default configuration on the test split, which has chosen neither of them.
+
+    None for the default itself, and for a winner that was trained on other examples than the default.
+    """
+    study, default = opened.study, opened.study.default_trial
+    has_other_examples = study.settings.folds or study.is_refit
+    if has_other_examples or default is None or default.state not in ELIGIBLE or prepared.splits is None:
+        return None
+    if repr(winner.configuration) == repr(default.configuration):
+        return None
+    device, task = prepared.request.machine.device, prepared.request.task.objective
+    models = _both_models(study, opened.store, (winner.trial, default.number), device, task)
+    if models is None:
+        return None
+    found = _difference_on(examples, prepared.splits, study, models, num_candidates=1)
+    gain, *ends = (study.settings.direction.gain(each, over=0.0) for each in (found.value, found.low, found.high))
+    return {"gain": gain, "low": min(ends), "high": max(ends), "num_examples": len(examples)}
 
 
 def _refit(winner: Winner, prepared: Prepared, opened: Opened, artifact: str) -> None:
