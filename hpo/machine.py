@@ -15,6 +15,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
@@ -67,14 +68,22 @@ def hear_stop_signals() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    leave_closed_terminal()
+    if signal.Signals(number).name == "SIGHUP":
+        leave_closed_terminal()
     raise KeyboardInterrupt
 
 
 def leave_closed_terminal() -> None:
-    """Let what is still written go nowhere after the terminal was closed, where writing would fail."""
+    """Let what is still written go nowhere after the terminal was closed, where writing would fail.
+
+    What comes from the terminal's end once more is not a second request: a shell sends SIGHUP, and then the kernel.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for descriptor in range(3):
-        if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+        with suppress(OSError):  # a descriptor that is closed
+            is_lost = stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor)
+            if not is_lost:
+                continue
             nowhere = os.open(os.devnull, os.O_RDWR)
             os.dup2(nowhere, descriptor)
             os.close(nowhere)

@@ -104,7 +104,7 @@ class Provenance:
 
 
 def sessions(study: Study) -> list[Provenance]:
-    """The provenance of each session that changed something, the first one first."""
+    """The provenance of each session that differs from the one before, the first one first."""
     return [Provenance(**plain) for plain in study.recorded(PROVENANCE) or []]
 
 

@@ -188,7 +188,7 @@ class Comparison:
     num_folds: int = 0
     """Folds that both have a value of, and that were compared: fewer than all for a default that was pruned."""
     num_candidates: int = 1
-    """Trials that the winner is the best of on these examples, or folds; 1 after a confirmation."""
+    """Trials that the winner is the best of on these examples, or folds; 1 where means over seeds are compared."""
     num_seeds: tuple[int, int] | None = None
     """Trainings of the winning configuration and of the default whose means are compared."""
     is_same: bool = False

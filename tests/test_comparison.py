@@ -151,10 +151,14 @@ def winner(folds: int | None = None, **about: Any) -> Winner:
         ),
         (
             {"gain": 0.0208, "low": -0.007, "high": 0.0486, "num_candidates": 29},
-            "interval -0.0070 to 0.0486 as the best of 29 trials: cannot be distinguished from the default with 288",
+            "interval -0.0070 to 0.0486 (as the best of 29 trials): cannot be distinguished from the default with 288",
         ),
         ({"pruned": "pruned after 3 of 20 epochs"}, "(trial 0, pruned after 3 of 20 epochs) has accuracy 0.9514"),
         ({"state": "diverged", "value": None}, "The default configuration (trial 0) diverged"),
+        (
+            {"state": "diverged", "value": None, "num_seeds": (3, 0)},
+            "The default configuration (trial 0) diverged with each new seed",
+        ),
         ({"trial": 6}, "The winner is the default configuration"),
         ({"is_same": True}, "The winner is the default configuration"),
         (
@@ -189,7 +193,10 @@ def test_what_the_model_gains_on_the_test_split_is_said_beside_what_it_gains_on_
     [
         ((0.01, 0.03), "; the network beats gradient boosting on the 60 test examples: gain 0.0200, 95% interval 0.01"),
         ((-0.01, 0.05), "; the network cannot be distinguished from gradient boosting on the 60 test examples: gain"),
-        ((-0.07, -0.01), "; the network is worse than gradient boosting on the 60 test examples, do not deploy it: "),
+        (
+            (-0.07, -0.01),
+            "; the network is worse than gradient boosting on the 60 test examples (gain -0.0400, 95%",
+        ),
         (None, "gradient boosting 0.9000"),
     ],
 )

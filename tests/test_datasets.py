@@ -192,14 +192,26 @@ def test_of_ordered_examples_the_last_ones_are_tested_and_before_them_the_last_o
     ("options", "told"),
     [
         ({"groups": [0, 1]}, r"groups must have one entry for each of the 100 examples, not \(2,\)"),
-        ({"groups": [0] * 100, "is_ordered": True}, "give groups or is_ordered"),
-        ({"groups": [0] * 100}, "the 100 examples are all of one group, so there is nothing to validate on"),
+        ({"groups": [0] * 100, "is_ordered": True}, "omit groups or is_ordered"),
+        ({"groups": [*["a"] * 99, None]}, "groups have no entry for example 99"),
+        ({"groups": [0] * 100}, "the 100 examples are all of one group, which cannot be divided"),
     ],
 )
 def test_groups_that_divide_nothing_are_refused(options: dict[str, Any], told: str) -> None:
     whole = classified([50, 50]).train
     with pytest.raises((DataError, UsageError), match=told):
         hold_out(whole.inputs, whole.targets, ["a", "b"], **options)
+
+
+def test_the_only_group_of_a_class_is_trained_on() -> None:
+    labels = torch.arange(300) % 2
+    labels[100:110] = 2
+    inputs, groups = torch.arange(300.0)[:, None], [number // 10 for number in range(300)]
+    for seed in range(4):
+        splits = split_dataset(hold_out(inputs, labels, ["a", "b", "m"], groups=groups), seed=seed)
+        assert (splits.train.targets == 2).sum() == 10
+    with pytest.raises(UsageError, match="without some of them training would lack a class"):
+        hold_out(inputs[:20], torch.arange(20) // 10, ["a", "b"], groups=groups[:20])
 
 
 def test_folds_of_too_few_groups_and_of_ordered_examples_are_refused(home: Path) -> None:

@@ -274,7 +274,7 @@ def test_a_search_by_the_loss_does_not_search_what_it_is_measured_in(
     task, data = task_of(name)
     space = Space(Group("g", **searched))
     by_loss = replace(task, objective=replace(task.objective, metric="loss", space=space), space=space)
-    told = f"{refused} is searched, and the metric is the loss, which it changes the scale of.*-p {refused}="
+    told = f"{refused} is searched and changes the scale of the loss, which is the metric.*-p {refused}="
     with pytest.raises(SpaceError, match=told) if refused else nullcontext():
         check_comparable(by_loss, data.spec)
     check_comparable(replace(by_loss, objective=replace(task.objective, space=space)), data.spec)

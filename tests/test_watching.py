@@ -247,10 +247,12 @@ def test_a_run_whose_smoothed_or_mixed_labels_leave_nothing_to_learn_does_not_st
     assert watched(losses, losses)[-1] == {"stalls_from": 3}
     assert watched([1.4, *[least + 0.03] * 9], losses, least_loss=least)[-1] == {}
     assert watched(losses, losses, least_loss=least_training_loss(replace(config, mixup=0.2), SPEC))[-1] == {}
-    symptoms = Symptoms()
-    for epoch in range(1, 12):
-        last = symptoms.update(epoch, as_metrics({}, 0.7, 0.7) | {"train/accuracy": 0.99}, peak_lr=0.1)
-    assert last == {}
+    labels = replace(config, loss="binary_cross_entropy")
+    of_label = torch.tensor(0.9)
+    assert least_training_loss(labels, DataSpec((1,), ("a", "b"), "multilabel")) == pytest.approx(
+        functional.binary_cross_entropy(of_label, of_label).item()
+    )
+    assert math.isinf(least_training_loss(replace(config, loss="focal"), SPEC))
 
 
 def test_a_run_stands_still_where_its_training_loss_does_though_the_rate_is_high() -> None:

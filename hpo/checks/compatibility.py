@@ -69,7 +69,7 @@ def check_comparable(task: Task, spec: DataSpec) -> None:
         name = searched[0]
         default = format_value(task.space.parameters[name].default)
         raise SpaceError(
-            f"{name} is searched, and the metric is the loss, which it changes the scale of: the trials could not be "
+            f"{name} is searched and changes the scale of the loss, which is the metric: the trials could not be "
             f"compared. Fix it, as with -p {name}={default}, or choose another --metric."
         )
 

@@ -298,7 +298,7 @@ def check_leak(subject: Subject, test: SealedSplit) -> Verdict:
     if share <= 1.2 * _natural_share(subject):
         advice = "as often as training examples repeat each other: are they measured too coarsely, or copied?"
         return Verdict(state="warning", text=text, advice=advice, data=data)
-    advice = "the test result would be too good: leave them out of the training, or divide the data by `groups`"
+    advice = "the test result would be too good: leave them out of the training, or divide by groups (docs/tasks.md)"
     return Verdict(state="wrong", text=text, advice=advice, data=data)
 
 

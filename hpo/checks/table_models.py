@@ -7,6 +7,7 @@ from collections.abc import Callable
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -65,11 +66,18 @@ def table_outputs(splits: Splits) -> dict[str, Tensor]:
         linear = Ridge(alpha=len(flat) / 100).fit(flat, targets).predict(new_flat)
         boosted = HistGradientBoostingRegressor(**settings).fit(mixed, targets).predict(new_mixed)
         return {name: torch.from_numpy(each).float() for name, each in ((LINEAR, linear), (BOOSTED, boosted))}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # near enough for a baseline
-        logistic = LogisticRegression(max_iter=200).fit(flat, targets)
-    boosting = HistGradientBoostingClassifier(**settings).fit(mixed, targets)
-    found = {LINEAR: logistic.predict_proba(new_flat), BOOSTED: boosting.predict_proba(new_mixed)}
+    known = np.unique(targets)  # with groups a fold may lack a class
+    found = {name: np.zeros((len(new_flat), len(splits.spec.classes))) for name in (LINEAR, BOOSTED)}
+    if len(known) == 1:
+        for probabilities in found.values():
+            probabilities[:, known] = 1.0
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # near enough for a baseline
+            logistic = LogisticRegression(max_iter=200).fit(flat, targets)
+        found[LINEAR][:, known] = logistic.predict_proba(new_flat)
+        boosting = HistGradientBoostingClassifier(**settings).fit(mixed, targets)
+        found[BOOSTED][:, known] = boosting.predict_proba(new_mixed)
     return {name: torch.from_numpy(each).clamp(min=1e-9).log().float() for name, each in found.items()}
 
 

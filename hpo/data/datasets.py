@@ -162,8 +162,18 @@ def _divided(dataset: Dataset, fraction: float, seed: int, limit: int | None) ->
     parts = group_parts(groups[kept], None if labels is None else labels[kept], max(2, round(1 / fraction)))
     sizes = np.bincount(parts)
     if len(sizes) < 2:
-        raise UsageError(f"the {len(kept)} examples are all of one group, so there is nothing to validate on.")
-    return kept, parts == np.abs(sizes - fraction * len(kept)).argmin()
+        raise UsageError(f"the {len(kept)} examples are all of one group, which cannot be divided.")
+    # The nearest in size, but for those that would take the only group of a class away.
+    nearest = np.argsort(np.abs(sizes - fraction * len(kept)), kind="stable")
+    known = np.zeros(len(kept), dtype=np.int64) if labels is None else labels[kept]
+    num_known = len(np.unique(known))
+    whole = [part for part in nearest if len(np.unique(known[parts != part])) == num_known]
+    if not whole:
+        raise UsageError(
+            "the groups cannot be divided: without some of them training would lack a class, whichever they are; more "
+            "groups must have each class."
+        )
+    return kept, parts == whole[0]
 
 
 def group_parts(groups: NDArray[Any], labels: NDArray[Any] | None, num_parts: int) -> Indices:

@@ -307,7 +307,10 @@ class Dataset:
         if self.groups is not None:
             object.__setattr__(self, "groups", numbered_groups(self.groups, len(self.train)))
             if self.is_ordered:
-                raise DataError("examples cannot be divided by groups and by time: give groups or is_ordered.")
+                raise DataError(
+                    "examples are divided by groups or by their order, not by both: omit groups or is_ordered (of a "
+                    "table, group or order)."
+                )
         if isinstance(self.train.inputs, Loaded):
             return
         convert = TargetConversion.of(self.train.targets, self.classes, self.kind)
@@ -437,6 +440,9 @@ def _require_rows(split: Split) -> None:
 def numbered_groups(groups: Groups, num_examples: int) -> Tensor:
     """The number of each example's group, (N,) int64. Raises DataError if there is not one for each example."""
     known = np.asarray(groups)
+    missing = [row for row, name in enumerate(known.tolist()) if name is None or name != name]
+    if missing:
+        raise DataError(f"groups have no entry for example {missing[0]}; an example that stands alone needs its own.")
     if known.shape != (num_examples,):
         raise DataError(f"groups must have one entry for each of the {num_examples} examples, not {known.shape}.")
     return torch.from_numpy(np.unique(known, return_inverse=True)[1].reshape(-1).astype(np.int64))

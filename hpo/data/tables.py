@@ -38,7 +38,7 @@ ID_SHARE = 0.5
 
 _FEW = 20  # different values that are no sign of an ID
 _IDS = ("id", "index", "key", "uuid")
-_WRITTEN_NUMBER = r"[€$£]?\s?-?\d[\d.,\s']*\s?[€$£%]?"  # with a decimal comma, thousands or a unit
+_WRITTEN_NUMBER = r"-?[€$£]?\s?-?(\d{1,3}([.,' ]\d{3})+|\d+)([.,]\d+)?\s?([€$£%]|EUR|USD)?"  # as people write them
 
 
 @dataclass(frozen=True)
@@ -208,9 +208,10 @@ def _sorted_by(name: str, frame: pd.DataFrame, file: Path) -> pd.DataFrame:
     if np.isnan(values).any():
         of_dates = days(known)
         if of_dates is None:
+            other = known[np.isnan(values)].iloc[0]
             raise DataError(
-                f"{file}: column '{name}' has values that are neither numbers nor dates, such as '{known.iloc[0]}'; "
-                "write dates as 2026-01-31."
+                f"{file}: column '{name}' has values that are neither numbers nor dates, such as '{other}'; write "
+                "dates as 2026-01-31."
             )
         values = of_dates
     return frame.iloc[np.argsort(values, kind="stable")].reset_index(drop=True)

@@ -450,7 +450,7 @@ class Coordinator:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        heard = [each for each in STOP_SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
+        heard = [each for each in STOP_SIGNALS if each.name != "SIGHUP" or signal.getsignal(each) != signal.SIG_IGN]
         previous = {number: signal.signal(number, self._on_signal) for number in heard}
         try:
             yield
@@ -459,7 +459,8 @@ class Coordinator:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        leave_closed_terminal()
+        if signal.Signals(number).name == "SIGHUP":
+            leave_closed_terminal()
         if self.interrupted:
             self._session.hurry()
             raise KeyboardInterrupt

@@ -164,7 +164,7 @@ class Race:
             return None
         repeated = next((each for each in self.contenders if _configuration(each.trial) == same), None)
         if repeated and repeated.has_diverged and not repeated.values:
-            return _without_gain(default)
+            return _without_gain(default, len(winner.values))
         values = repeated.values if repeated and repeated.values else [default.known_value]
         mean, num_seeds = fmean(values), (len(winner.values), len(values))
         gain, margin = self.direction.gain(winner.mean, over=mean), self._least_difference(*num_seeds)
@@ -221,10 +221,11 @@ class Race:
         }
 
 
-def _without_gain(default: TrialRecord) -> Comparison:
+def _without_gain(default: TrialRecord, num_seeds: int) -> Comparison:
     """Of a default that no new seed could train."""
     return Comparison(
-        trial=default.number, state="diverged", value=None, pruned=None, gain=None, low=None, high=None, num_examples=0
+        trial=default.number, state="diverged", value=None, pruned=None, gain=None, low=None, high=None,
+        num_examples=0, num_seeds=(num_seeds, 0),
     )  # fmt: skip
 
 

@@ -106,14 +106,14 @@ def find_exhaustion(study: Study) -> Iterator[Finding]:
 def find_edges(study: Study) -> Iterator[Finding]:
     """Parameters whose best value lies at an end of the range, where trials are also better than elsewhere.
 
-    Most of the best tenth of the trials lie there, and so many good ones among all that do would be there by accident
-    in few studies: a search that has proposed many trials at an end, for the noise of one, has shown nothing. An end
-    that is 0, or 1 for whole numbers, is taken for a natural one: no dropout, one layer.
+    Most of the best tenth of the trials lie there, and the trials there are better than the others by more than chance
+    explains: a search that has proposed many trials at an end, because one was lucky, has shown nothing. An end that is
+    0, or 1 for whole numbers, is taken for a natural one: no dropout, one layer.
     """
     records = ranked(study.trials(), study.settings.direction)
     if len(records) < MIN_TRIALS:
         return
-    encoding = Encoding(study.settings.space)
+    encoding, best = Encoding(study.settings.space), _best_tenth(records)
     ends = [
         (name, parameter, end, bound, wider)
         for name, parameter in study.settings.space.parameters.items()
@@ -129,7 +129,6 @@ def find_edges(study: Study) -> Iterator[Finding]:
         if distances[records[0].number] > EDGE:
             continue
         near = {number for number, distance in distances.items() if distance <= NEAR_EDGE}
-        best = _best_tenth(records)
         if 2 * sum(record.number in near for record in best) <= len(best):
             continue
         losses = {record.number: study.settings.direction.loss(record.known_value) for record in active}

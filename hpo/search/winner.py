@@ -135,7 +135,8 @@ def describe_comparison(winner: Winner) -> str:
     if found.is_same or found.trial == winner.searched:
         return "The winner is the default configuration"
     if found.value is None:
-        return f"The default configuration (trial {found.trial}) {found.state}"
+        how = " with each new seed" if found.num_seeds else ""
+        return f"The default configuration (trial {found.trial}) {found.state}{how}"
     stopped = f", {found.pruned}" if found.pruned else ""
     default = f"The default configuration (trial {found.trial}{stopped}) has {winner.metric} {found.value:.4f}"
     if found.num_seeds and found.num_seeds[1] > 1:
@@ -150,7 +151,7 @@ def describe_comparison(winner: Winner) -> str:
     whose = "the mean of the winner" if found.num_seeds else "the winner"
     gain = f"{whose} gains {found.gain:.4f}, 95% interval {found.low:.4f} to {found.high:.4f}"
     if found.num_candidates > 1:
-        gain += f" as the best of {found.num_candidates} trials"
+        gain += f" (as the best of {found.num_candidates} trials)"
     verdict = f"over {over}" if found.is_distinct else f"cannot be distinguished from the default with {over}"
     return f"{default}; {gain}{' ' if found.is_distinct else ': '}{verdict}{_describe_test_gain(winner)}"
 
@@ -188,7 +189,7 @@ def describe_baselines(winner: Winner) -> str:
         if test["low"] > 0:
             return f"{text}; the network beats {test['model']} {examples}: {gain}"
         if test["high"] < 0:
-            return f"{text}; the network is worse than {test['model']} {examples}, do not deploy it: {gain}"
+            return f"{text}; the network is worse than {test['model']} {examples} ({gain}): do not deploy it"
         return f"{text}; the network cannot be distinguished from {test['model']} {examples}: {gain}"
     unbeaten = [name for name, score in scores.items() if direction.gain(winner.validation, over=score) <= 0]
     if metric == winner.metric and unbeaten:

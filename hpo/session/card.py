@@ -147,8 +147,8 @@ def _limits(study: Study, winner: Winner | None, kind: str | None) -> Iterator[s
     if kind in OF_CLASSES and known and known.calibration_error:
         before, after = known.calibration_error
         of_divided = "better calibrated" if after < before else "no better calibrated"
-        yield "- Probabilities come from the network as they are; its logits divided by the temperature are "
-        yield f"  {of_divided} on the test split."
+        yield "- Probabilities come from the network as they are."
+        yield f"- Its logits divided by the temperature are {of_divided} on the test split."
     elif kind in OF_CLASSES:
         yield "- Probabilities come from the network as they are; they were not calibrated."
     elif kind == "regression" and not known:

@@ -403,9 +403,9 @@ def _knows_the_default(study: Study, winner: Winner) -> bool:
     known, default = winner.comparison, study.default_trial
     if known is None or default is None:
         return known is not None
-    # By seeds it follows from the repeats.
-    is_of_now = known.get("num_seeds") or known.get("num_candidates") == count_candidates(study)
-    return bool(is_of_now) and known["state"] == default.state
+    if known.get("num_seeds"):  # it follows from the repeats
+        return True
+    return bool(known.get("num_candidates") == count_candidates(study) and known["state"] == default.state)
 
 
 def _record(study: Study, key: str, of: str, fact: Any) -> None:

@@ -106,7 +106,7 @@ def split(dataset: Dataset, request: Request) -> Splits:
     if settings.folds and dataset.is_ordered:
         raise UsageError(
             f"--folds {settings.folds} is not possible: the examples are in the order of time, and most folds would be "
-            "judged by what came before; leave --folds out, and the last fifth is validated on."
+            "judged by what came before; omit --folds, and the last fifth is validated on."
         )
     if settings.folds:
         check_folds(dataset.train, dataset.spec, settings.folds)
@@ -123,8 +123,8 @@ def _checked(
     """What the checks before the first trial find. Raises UsageError if the task does not fit its data, or the
     default configuration does not train."""
     check_task(request.task, splits)
-    check_comparable(request.task, splits.spec)
     if is_new:
+        check_comparable(request.task, splits.spec)
         check_test_split(test, splits.spec)
     subject = Subject.of(request.task, splits, "cpu")
     verdicts = quick_part(subject)

@@ -90,11 +90,13 @@ def compare_studies(
 
 def describe_differences(rows: Sequence[Mapping[str, Any]]) -> str | None:
     """What keeps the scores of these studies from being of the same examples, as rows of `compare_studies` say."""
-    differing = [name for name in ("task", "seed", "folds", "limit") if len({row[name] for row in rows}) > 1]
+    names = ("task", "data", "seed", "folds", "limit")
+    differing = [name for name in names if len({row[name] for row in rows}) > 1]
     if not differing:
         return None
-    verb = "differs" if len(differing) == 1 else "differ"
-    return f"Compare with care: {' and '.join(differing)} {verb}, so the validation scores are of other examples."
+    verb = "differs" if len(differing) == 1 and differing != ["data"] else "differ"
+    listed = " and ".join(filter(None, (", ".join(differing[:-1]), differing[-1])))
+    return f"Compare with care: {listed} {verb}, so the validation scores are of other examples."
 
 
 def _row(study: Study) -> dict[str, Any]:
@@ -106,6 +108,7 @@ def _row(study: Study) -> dict[str, Any]:
         "strategy": study.settings.strategy,
         "pruner": study.settings.pruner,
         "seed": study.settings.seed,
+        "data": next((session.data[:8] for session in reversed(sessions(study)) if session.data), None),
         "folds": study.settings.folds,
         "limit": study.settings.limit,
         "trials": f"{study.num_finished}/{study.num_trials}",

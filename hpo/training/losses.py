@@ -85,14 +85,20 @@ def evaluation_loss(config: TrainConfig, spec: DataSpec, target_scale: Scale, ow
 
 
 def least_training_loss(config: TrainConfig, spec: DataSpec) -> float:
-    """What the training loss cannot fall below: the entropy of smoothed labels; infinite where examples are mixed."""
-    if config.mixup > 0 or config.cutmix > 0:
+    """What the training loss cannot fall below: the entropy of smoothed labels.
+
+    Infinite where that is not known: of examples that are mixed, of shares, and of smoothed labels by other losses.
+    """
+    if config.mixup > 0 or config.cutmix > 0 or (spec.kind == "soft_labels" and config.loss == "cross_entropy"):
         return math.inf
-    if config.loss != "cross_entropy" or not config.label_smoothing or len(spec.classes) < 2:
+    if not config.label_smoothing:
         return 0.0
-    other = config.label_smoothing / len(spec.classes)
+    num_answers = {"cross_entropy": len(spec.classes), "binary_cross_entropy": 2}.get(config.loss, 0)
+    if num_answers < 2 or (config.loss == "binary_cross_entropy" and spec.kind != "multilabel"):
+        return math.inf
+    other = config.label_smoothing / num_answers
     right = 1 - config.label_smoothing + other
-    return -right * math.log(right) - (len(spec.classes) - 1) * other * math.log(other)
+    return -right * math.log(right) - (num_answers - 1) * other * math.log(other)
 
 
 def loss_function(

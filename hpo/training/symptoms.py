@@ -30,9 +30,6 @@ DECAYED = 0.1
 LEARNED = 0.1
 """Share of the first epoch's training loss below which nothing much is left to learn."""
 
-LEARNED_ACCURACY = 0.98
-"""Accuracy on the training split from which that is so, too."""
-
 _DEVIATION_OF_SECONDS = 1.4826 / math.sqrt(6)  # the variance of a second difference is six times that of a value
 
 DEAD = 0.5
@@ -78,16 +75,15 @@ class Symptoms:
         least_rise = max(OVERFIT_RISE * abs(self.lowest_val_loss), OVERFIT_NOISE * _noise(self.val_losses))
         is_above = val_loss > self.lowest_val_loss + least_rise and train_loss < self.train_loss_at_turn
         self.epochs_above = self.epochs_above + 1 if is_above else 0
-        return {**self._of_losses(train_loss, metrics.get("train/accuracy", 0.0)), **_of_layers(metrics)}
+        return {**self._of_losses(train_loss), **_of_layers(metrics)}
 
-    def _of_losses(self, train_loss: float, accuracy: float) -> dict[str, float]:
+    def _of_losses(self, train_loss: float) -> dict[str, float]:
         if self.epochs_above >= OVERFIT_EPOCHS:
             return {"overfits_from": self.turning_epoch + 1}  # whose remedies are others than those of a plateau
-        # What is left of a loss below 0 is not known.
-        left, at_first = train_loss - self.least_loss, self.first_loss - self.least_loss
-        has_learned = accuracy >= LEARNED_ACCURACY or (train_loss >= 0 and left <= LEARNED * at_first)
         if math.isinf(self.least_loss):
             return {}
+        left, at_first = train_loss - self.least_loss, self.first_loss - self.least_loss
+        has_learned = train_loss >= 0 and left <= LEARNED * at_first  # what is left of a loss below 0 is not known
         if self.idle_epochs >= STALL_EPOCHS and not has_learned:
             return {"stalls_from": self.progress_epoch + 1}
         return {}
