@@ -309,8 +309,8 @@ def rerun(as_json: bool, **request: Any) -> None:
 def confirm(as_json: bool, **request: Any) -> None:
     """Train the best configurations of STUDY again with new seeds.
 
-    The configuration with the best mean becomes the winner. One that falls behind is dropped. If the
-    winner changes, the test split is used once more, and every report says how often it was used.
+    The configuration with the best mean becomes the winner. One that falls behind is dropped. If the winner changes,
+    the test split is used once more, and every report says how often it was used.
 
     \b
     hpo confirm digits

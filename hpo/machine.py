@@ -68,17 +68,18 @@ def hear_stop_signals() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    if signal.Signals(number).name == "SIGHUP":
-        leave_closed_terminal()
+    leave_closed_terminal(number)
     raise KeyboardInterrupt
 
 
-def leave_closed_terminal() -> None:
-    """Let what is still written go nowhere after the terminal was closed, where writing would fail.
+def leave_closed_terminal(number: int) -> None:
+    """After a signal that the terminal was closed, let what is still written go nowhere: writing there would fail.
 
     What comes from the terminal's end once more is not a second request: a shell sends SIGHUP, and then the kernel.
     """
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if signal.Signals(number).name != "SIGHUP":
+        return
+    signal.signal(number, signal.SIG_IGN)
     for descriptor in range(3):
         with suppress(OSError):  # a descriptor that is closed
             is_lost = stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor)

@@ -114,7 +114,7 @@ def require_unchanged(study: Study, now: Provenance, *, accept_changes: bool) ->
     changes = now.changes_since(earlier[-1]) if earlier else []
     if changes and not accept_changes:
         raise StudyMismatchError(
-            f"{_listed(changes)} changed since study '{study.name}' was last searched ({earlier[-1].started[:10]}): "
+            f"{listed(changes)} changed since study '{study.name}' was last searched ({earlier[-1].started[:10]}): "
             "restore what it was, use another name with --study, or continue with --accept-changes, "
             "which every report will mention."
         )
@@ -174,7 +174,8 @@ def _without_secrets(arguments: Sequence[str]) -> Iterator[str]:
             yield without_password(argument)
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """`a`, `a and b`, or `a, b and c`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 

@@ -219,7 +219,7 @@ class Certainty:
     """By coverage: the share of the test examples that were covered, and the mean size of a set, or the width of the
     interval."""
     least_error: float | None = None
-    """The calibration error that a calibrated model would have on so many test examples; None for a regression, and
+    """The calibration error that a calibrated model would have on a test split of this size; None for a regression, and
     where an earlier version measured."""
 
     def to_dict(self) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def test_the_report_shows_the_mistakes_it_is_most_sure_of_and_the_card_how_sure_
     card = model_card(study, load_objective("digits"), winner.trial, winner=winner, kind="classification")
     before, after = winner.certainty["calibration_error"]
     assert f"Expected calibration error on the test split: {before:.4f} before, {after:.4f} after." in card
-    assert f"A calibrated model would have {winner.certainty['least_error']:.4f} on so many examples." in card
+    assert f"A calibrated model would have {winner.certainty['least_error']:.4f} on a test split of this size." in card
     counts = winner.confusion["counts"]
     assert f"| **3** | {' | '.join(map(str, counts[3]))} |" in card
     assert "were not calibrated" not in card

@@ -58,12 +58,13 @@ def check_test_split(test: SealedSplit, spec: DataSpec) -> None:
 
 def check_comparable(task: Task, spec: DataSpec) -> None:
     """Raise SpaceError for a search by the loss that searches what it is measured in: the smallest scale would win."""
-    if task.objective.metric != "loss" or OWN in _possible_values(task, "loss"):  # what it is, its author knows
+    losses = {*_possible_values(task, "loss")}
+    if task.objective.metric != "loss" or OWN in losses:  # what an own loss measures, its author knows
         return
     depends_on_batch = spec.kind in ("embedding", "instances")
     names = (*_SCALES_OF_LOSSES, *(("batch_size",) if depends_on_batch else ()))
     searched = [name for name in names if len(set(_possible_values(task, name))) > 1]
-    if {*_possible_values(task, "loss")} - {"cross_entropy", "focal"} and len(_possible_values(task, "loss")) > 1:
+    if len(losses) > 1 and losses - {"cross_entropy", "focal"}:
         searched.append("loss")
     if searched:
         name = searched[0]

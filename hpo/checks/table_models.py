@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
@@ -51,34 +51,51 @@ def table_scores(splits: Splits, metric: str, num_folds: int | None = None) -> d
     return {model: _score(splits, outputs, name) for model, outputs in table_outputs(splits).items()}
 
 
-def table_outputs(splits: Splits) -> dict[str, Tensor]:
-    """Outputs of both models on the validation split; of classes the logarithms of probabilities."""
-    from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+def table_outputs(splits: Splits, names: Sequence[str] = (LINEAR, BOOSTED)) -> dict[str, Tensor]:
+    """Outputs of both models, or of some, on the validation split; of classes the logarithms of probabilities."""
+    outputs = {LINEAR: _linear_outputs, BOOSTED: _boosted_outputs}
+    return {name: outputs[name](splits) for name in names}
+
+
+def _linear_outputs(splits: Splits) -> Tensor:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression, Ridge
 
-    assert isinstance(splits.train.targets, Tensor), "one row for each example"
-    targets = splits.train.targets.numpy()
-    flat, new_flat = _standardised(splits)
-    mixed, new_mixed = (_columns(splits, split, lambda ids, of: ids.float()).numpy() for split in _both(splits))
+    rows, new_rows = _standardised(splits)
+    if splits.spec.kind == "regression":
+        return _numbers(Ridge(alpha=len(rows) / 100), splits, rows, new_rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # near enough for a baseline
+        return _log_probabilities(LogisticRegression(max_iter=200), splits, rows, new_rows)
+
+
+def _boosted_outputs(splits: Splits) -> Tensor:
+    from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+
+    rows, new_rows = (_columns(splits, split, lambda ids, of: ids.float()).numpy() for split in _both(splits))
     settings: dict[str, Any] = {"categorical_features": _categorical(splits), "random_state": 0}
     if splits.spec.kind == "regression":
-        linear = Ridge(alpha=len(flat) / 100).fit(flat, targets).predict(new_flat)
-        boosted = HistGradientBoostingRegressor(**settings).fit(mixed, targets).predict(new_mixed)
-        return {name: torch.from_numpy(each).float() for name, each in ((LINEAR, linear), (BOOSTED, boosted))}
-    known = np.unique(targets)  # with groups a fold may lack a class
-    found = {name: np.zeros((len(new_flat), len(splits.spec.classes))) for name in (LINEAR, BOOSTED)}
-    if len(known) == 1:
-        for probabilities in found.values():
-            probabilities[:, known] = 1.0
-    else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # near enough for a baseline
-            logistic = LogisticRegression(max_iter=200).fit(flat, targets)
-        found[LINEAR][:, known] = logistic.predict_proba(new_flat)
-        boosting = HistGradientBoostingClassifier(**settings).fit(mixed, targets)
-        found[BOOSTED][:, known] = boosting.predict_proba(new_mixed)
-    return {name: torch.from_numpy(each).clamp(min=1e-9).log().float() for name, each in found.items()}
+        return _numbers(HistGradientBoostingRegressor(**settings), splits, rows, new_rows)
+    return _log_probabilities(HistGradientBoostingClassifier(**settings), splits, rows, new_rows)
+
+
+def _numbers(model: Any, splits: Splits, rows: NDArray[Any], new_rows: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(model.fit(rows, _targets(splits)).predict(new_rows)).float()
+
+
+def _log_probabilities(model: Any, splits: Splits, rows: NDArray[Any], new_rows: NDArray[Any]) -> Tensor:
+    """(N, classes), of which with groups a fold may lack some."""
+    targets = _targets(splits)
+    known = np.unique(targets)
+    probabilities = np.zeros((len(new_rows), len(splits.spec.classes)))
+    probabilities[:, known] = model.fit(rows, targets).predict_proba(new_rows) if len(known) > 1 else 1.0
+    return torch.from_numpy(probabilities).clamp(min=1e-9).log().float()
+
+
+def _targets(splits: Splits) -> NDArray[Any]:
+    assert isinstance(splits.train.targets, Tensor), "one row for each example"
+    targets: NDArray[Any] = splits.train.targets.numpy()
+    return targets
 
 
 def _score(splits: Splits, outputs: Tensor, metric: str) -> float:

@@ -163,7 +163,7 @@ def _divided(dataset: Dataset, fraction: float, seed: int, limit: int | None) ->
     sizes = np.bincount(parts)
     if len(sizes) < 2:
         raise UsageError(f"the {len(kept)} examples are all of one group, which cannot be divided.")
-    # The nearest in size, but for those that would take the only group of a class away.
+    # The nearest in size, except parts that hold the only group of a class.
     nearest = np.argsort(np.abs(sizes - fraction * len(kept)), kind="stable")
     known = np.zeros(len(kept), dtype=np.int64) if labels is None else labels[kept]
     num_known = len(np.unique(known))

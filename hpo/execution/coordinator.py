@@ -459,8 +459,7 @@ class Coordinator:
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if signal.Signals(number).name == "SIGHUP":
-            leave_closed_terminal()
+        leave_closed_terminal(number)
         if self.interrupted:
             self._session.hurry()
             raise KeyboardInterrupt

@@ -68,18 +68,18 @@ def progress(content: Content) -> Iterator[tuple[int, float]]:
     first folds said of all of them is not known any more.
     """
     direction, spent = content.settings.direction, 0
-    is_eligible = {trial.number for trial in ranked(content.trials, direction)}
+    eligible = {trial.number for trial in ranked(content.trials, direction)}
     continued = [trial for trial in content.trials if trial.pruned_after]
     for trial in content.trials:
         values = list(trial.curve.values())[: trial.pruned_after]
         spent += len(values)
-        if trial.number in is_eligible and not trial.pruned_after:
+        if trial.number in eligible and not trial.pruned_after:
             yield spent, trial.known_value
-        elif trial.number in is_eligible and not content.settings.folds:
+        elif trial.number in eligible and not content.settings.folds:
             yield spent, reduce(direction.best, filter(math.isfinite, values))
     for trial in continued:
         spent += len(trial.curve) - (trial.pruned_after or 0)
-        if trial.number in is_eligible:
+        if trial.number in eligible:
             yield spent, trial.known_value
 
 

@@ -121,16 +121,17 @@ def find_edges(study: Study) -> Iterator[Finding]:
         for end, bound in (("lower", parameter.low), ("upper", parameter.high))
         if (wider := _wider(parameter, end)) and not _is_natural(parameter, bound)
     ]
+
+    def lies_within(share: float, record: TrialRecord, name: str, bound: float) -> bool:
+        return name not in record.inactive and _distance(encoding, name, record.values[name], bound) <= share
+
     for name, parameter, end, bound, wider in ends:
-        if name in records[0].inactive:
+        if not lies_within(EDGE, records[0], name, bound):
+            continue
+        if 2 * sum(lies_within(NEAR_EDGE, record, name, bound) for record in best) <= len(best):
             continue
         active = [record for record in records if name not in record.inactive]
-        distances = {record.number: _distance(encoding, name, record.values[name], bound) for record in active}
-        if distances[records[0].number] > EDGE:
-            continue
-        near = {number for number, distance in distances.items() if distance <= NEAR_EDGE}
-        if 2 * sum(record.number in near for record in best) <= len(best):
-            continue
+        near = {record.number for record in active if lies_within(NEAR_EDGE, record, name, bound)}
         losses = {record.number: study.settings.direction.loss(record.known_value) for record in active}
         if _chance_of_lower(losses, near) > ACCIDENT / len(ends):
             continue

@@ -99,7 +99,7 @@ def _calibration(winner: Winner | None) -> Iterator[str]:
         yield f"- Temperature {known.temperature:.4g}, fitted on the validation split."
         yield f"- Expected calibration error on the test split: {before:.4f} before, {after:.4f} after."
         if known.least_error is not None:
-            yield f"- A calibrated model would have {known.least_error:.4f} on so many examples."
+            yield f"- A calibrated model would have {known.least_error:.4f} on a test split of this size."
         yield ""
     size_of = "classes in a set" if known.temperature else "width of the interval"
     yield from (f"| stated coverage | covered on the test split | {size_of} |", "| --- | --- | --- |")

@@ -199,7 +199,7 @@ def _test_scores(winner: Winner, test: SealedSplit, prepared: Prepared, opened: 
     )
     if all(map(math.isfinite, ends)):
         _record(study, TEST_INTERVALS, reading, ends)
-    if gain := _test_gain(winner, examples, prepared, opened):
+    if gain := _test_gain(winner, trained, examples, prepared, opened):
         _record(study, TEST_GAINS, reading, gain)
     if winner.baselines:
         found = _compare_with_baseline(winner.baselines, answers, examples, prepared.splits, trained, study)
@@ -236,9 +236,9 @@ def _compare_with_baseline(
     best = min(baselines["scores"], key=lambda name: METRICS[metric].loss(baselines["scores"][name]))
     train = all_examples(splits) if study.is_refit or study.settings.folds else splits.train
     outputs, targets = (each.cpu() for each in answers)
-    difference = compare_outputs(
+    gain = compare_outputs(
         outputs,
-        table_outputs(replace(splits, train=train, validation=examples))[best],
+        table_outputs(replace(splits, train=train, validation=examples), (best,))[best],
         targets,
         replace(trained.config, metric=metric, device="cpu"),
         num_examples=len(examples),
@@ -246,9 +246,8 @@ def _compare_with_baseline(
         target_scale=target_scale(train, splits.spec),
         own=own_of(trained.model),
         seed=derive_seed(study.settings.seed, "comparison"),
-    )
-    gain, *ends = (METRICS[metric].gain(each, over=0.0) for each in (difference.value, difference.low, difference.high))
-    return {"model": best, "gain": gain, "low": min(ends), "high": max(ends), "num_examples": len(examples)}
+    ).as_gain(METRICS[metric])
+    return {"model": best, "gain": gain.value, "low": gain.low, "high": gain.high, "num_examples": len(examples)}
 
 
 def _scores_of_own_test(objective: Objective, trained: TrainedTrial) -> dict[str, float]:
@@ -292,21 +291,19 @@ def compare_with_default(
             difference = Difference(winner.validation - default.known_value, math.nan, math.nan)
         else:
             num_examples = len(splits.validation)
-            models = _both_models(study, store, (winner.trial, default.number), device, task)
-            difference = models and _difference_on(splits.validation, splits, study, models, num_candidates)
-    gains = (
-        [study.settings.direction.gain(end, over=0.0) for end in (difference.low, difference.high)]
-        if difference and math.isfinite(difference.low)
-        else []
-    )
+            one, other = (_kept_model(study, store, each, device, task) for each in (winner.trial, default.number))
+            if one and other:
+                difference = _difference_on(splits.validation, splits, study, (one, other), num_candidates)
+    gain = difference.as_gain(study.settings.direction) if difference else None
+    interval = gain if gain and math.isfinite(gain.low) else None
     return Comparison(
         trial=default.number,
         state=default.state,
         value=default.value if default.state in ELIGIBLE else None,
         pruned=how_far(default, study.settings),
-        gain=study.settings.direction.gain(difference.value, over=0.0) if difference else None,
-        low=min(gains, default=None),
-        high=max(gains, default=None),
+        gain=gain.value if gain else None,
+        low=interval.low if interval else None,
+        high=interval.high if interval else None,
         num_examples=num_examples,
         num_folds=num_folds,
         num_candidates=num_candidates,
@@ -314,15 +311,12 @@ def compare_with_default(
     )
 
 
-def _both_models(
-    study: Study, store: TrackingStore, trials: tuple[int, int], device: str, task: Objective
-) -> tuple[LoadedTrial, LoadedTrial] | None:
-    """None where the weights of one are gone, as the default's are in studies of before hpo 0.2."""
+def _kept_model(study: Study, store: TrackingStore, number: int, device: str, task: Objective) -> LoadedTrial | None:
+    """None where a trial's weights are gone, as the default's are in studies of before hpo 0.2."""
     try:
-        one, other = (load_trial(store, study, number, device, task) for number in trials)
+        return load_trial(store, study, number, device, task)
     except (CheckpointError, StoreError):
         return None
-    return one, other
 
 
 def _difference_on(
@@ -341,7 +335,9 @@ def _difference_on(
     )
 
 
-def _test_gain(winner: Winner, examples: Split, prepared: Prepared, opened: Opened) -> dict[str, Any] | None:
+def _test_gain(
+    winner: Winner, trained: LoadedTrial, examples: Split, prepared: Prepared, opened: Opened
+) -> dict[str, Any] | None:
     """What a winner gains over the default configuration on the test split, which has chosen neither of them.
 
     None for the default itself, and for a winner that was trained on other examples than the default.
@@ -353,12 +349,12 @@ def _test_gain(winner: Winner, examples: Split, prepared: Prepared, opened: Open
     if repr(winner.configuration) == repr(default.configuration):
         return None
     device, task = prepared.request.machine.device, prepared.request.task.objective
-    models = _both_models(study, opened.store, (winner.trial, default.number), device, task)
-    if models is None:
+    other = _kept_model(study, opened.store, default.number, device, task)
+    if other is None:
         return None
-    found = _difference_on(examples, prepared.splits, study, models, num_candidates=1)
-    gain, *ends = (study.settings.direction.gain(each, over=0.0) for each in (found.value, found.low, found.high))
-    return {"gain": gain, "low": min(ends), "high": max(ends), "num_examples": len(examples)}
+    found = _difference_on(examples, prepared.splits, study, (trained, other), num_candidates=1)
+    gain = found.as_gain(study.settings.direction)
+    return {"gain": gain.value, "low": gain.low, "high": gain.high, "num_examples": len(examples)}
 
 
 def _refit(winner: Winner, prepared: Prepared, opened: Opened, artifact: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hpo.errors import StoreError, UsageError
 from hpo.files import write_atomically
 from hpo.provenance import describe as describe_provenance
-from hpo.provenance import sessions
+from hpo.provenance import listed, sessions
 from hpo.search.lease import living_sessions
 from hpo.search.storage import find_studies
 from hpo.search.study import Study
@@ -95,8 +95,7 @@ def describe_differences(rows: Sequence[Mapping[str, Any]]) -> str | None:
     if not differing:
         return None
     verb = "differs" if len(differing) == 1 and differing != ["data"] else "differ"
-    listed = " and ".join(filter(None, (", ".join(differing[:-1]), differing[-1])))
-    return f"Compare with care: {listed} {verb}, so the validation scores are of other examples."
+    return f"Compare with care: {listed(differing)} {verb}, so the validation scores are of other examples."
 
 
 def _row(study: Study) -> dict[str, Any]:

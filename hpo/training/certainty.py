@@ -97,7 +97,7 @@ def _of_classes(logits: Tensor, targets: Tensor, test_logits: Tensor, test_targe
 
 
 def _error_if_calibrated(probabilities: Tensor) -> float:
-    """The mean calibration error of these probabilities (N, classes) if they are right: of few examples it is not 0."""
+    """The mean calibration error of these probabilities (N, classes) if they are right; of few examples it is not 0."""
     confidence = probabilities.double().max(1).values.cpu()
     draw = torch.Generator().manual_seed(0)
     drawn = (torch.rand(len(confidence), generator=draw, dtype=torch.float64) < confidence for _ in range(_NUM_DRAWS))

@@ -20,7 +20,7 @@ from hpo.training.metrics import NEED_ALL, EpochMetrics
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from hpo.config import TrainConfig
+    from hpo.config import Direction, TrainConfig
     from hpo.data.examples import DataSpec, Split
     from hpo.objective import Own
     from hpo.training.losses import Scale
@@ -39,6 +39,11 @@ class Difference:
     value: float
     low: float
     high: float
+
+    def as_gain(self, direction: Direction) -> Difference:
+        """The same, counted so that more is better."""
+        value, *ends = (direction.gain(each, over=0.0) for each in (self.value, self.low, self.high))
+        return Difference(value, min(ends), max(ends))
 
 
 @torch.inference_mode()
